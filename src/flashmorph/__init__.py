@@ -1,0 +1,42 @@
+"""flashmorph: turn a pretrained Transformer into a hybrid attention model that stock tools load and serve.
+
+As a library:
+
+    model, proof = flashmorph.transplant(teacher)
+    morphable, errors = flashmorph.attach(model, calibration_tokens)
+    flashmorph.align(morphable, rows, settings, folder)
+    selection = flashmorph.select(morphable, "25%", "budgeted-gates", objective)
+    hybrid = flashmorph.build(morphable, selection.plan)
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+try:
+    __version__ = version("flashmorph")
+except PackageNotFoundError:
+    __version__ = "0+source"
+
+_HOMES = {
+    "Budget": "plan",
+    "Plan": "plan",
+    "Space": "plan",
+    "UserError": "errors",
+    "align": "stages.align",
+    "attach": "morphable",
+    "build": "morphable",
+    "distill": "stages.distill",
+    "extend": "stages.extend",
+    "morph": "pipeline",
+    "select": "selection.search",
+    "transplant": "move",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: the command line answers `--help` without loading torch."""
+    if name in _HOMES:
+        return getattr(import_module(f"flashmorph.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'flashmorph' has no attribute {name!r}")

@@ -1,0 +1,5 @@
+"""`python -m flashmorph`, the same as `flashmorph`."""
+
+from flashmorph.cli import main
+
+main()

@@ -1,0 +1,69 @@
+"""The model card of a finished run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flashmorph.hosts import host_for
+from flashmorph.teacher import EMBEDDED, load_config
+
+if TYPE_CHECKING:
+    from flashmorph.pipeline import Results, Run
+
+_NAMES = {
+    "teacher": "teacher",
+    "hybrid": "**this hybrid**",
+    "hybrid_before_extend": "this hybrid, before extension",
+    "hybrid_undistilled": "this hybrid, before distillation",
+    "uniform": "uniform layout, same budget and training",
+    "uniform_undistilled": "uniform layout, before distillation",
+}
+
+
+def model_card(run: Run, results: Results) -> str:
+    """README.md of the output: what it is, what it can do, what serves it, how it was made."""
+    host = host_for(load_config(run.teacher.folder))
+    plan = results.plan
+    base = "" if run.teacher.name in EMBEDDED else f"base_model: {run.teacher.name}\nbase_model_relation: finetune\n"
+    rows = "\n".join(_row(name, score) for name, score in results.scores.items())
+    tasks = ", ".join(run.recipe.tasks)
+    return f"""---
+library_name: transformers
+{base}tags: [flashmorph, hybrid-attention, linear-attention]
+---
+
+# Hybrid of {run.teacher.name}
+
+`{plan.strip()}` (■ full attention, □ linear): {len(plan.full_groups)} of {len(plan.assignments)} layers keep full
+attention, chosen by `{plan.strategy}` for the budget {plan.budget}: layers {", ".join(map(str, plan.full_layers))}.
+
+An ordinary `{host.name}` checkpoint. Nothing of flashmorph's is needed to use it:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{run.folder.path.name}")
+```
+
+| model | recall | 95 % interval | perplexity | cache at 128K tokens |
+|---|---|---|---|---|
+{rows}
+
+Recall: greedy generation, exact match of the whole answer, mean over {tasks}; {run.recipe.evaluate.questions} questions
+each at {run.recipe.evaluate.length:,} tokens. Perplexity: held-out text. Cache: one sequence of 131,072 tokens.
+
+Served by: {host.serves}. On a machine without a GPU, leave flash-linear-attention uninstalled (or Triton): transformers
+picks its kernels where they can be imported, and they do not run there.
+
+Made with `flashmorph morph {run.teacher.name} --recipe recipe.yaml`; `recipe.yaml`, `plan.json` and `results.json` lie
+beside this file.
+"""
+
+
+def _row(name: str, score) -> str:
+    low, high = score.to_dict()["recall_interval"]
+    cache = score.cache_bytes["131072"] / 2**20
+    return (
+        f"| {_NAMES[name]} | {100 * score.recall:.1f} % | {100 * low:.1f}-{100 * high:.1f} % | {score.perplexity:.3f} | "
+        f"{cache:,.1f} MiB |"
+    )

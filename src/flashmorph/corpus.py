@@ -1,0 +1,171 @@
+"""Text: where it comes from, its four disjoint splits, and rows of tokens packed from it."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from flashmorph.errors import UserError
+from flashmorph.files import atomic_path
+from flashmorph.tasks.words import SPLITS
+
+DEMO = "demo"
+_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text"}
+_HELD_OUT_SHARES = {"validation": 0.05, "referee": 0.05, "test": 0.05}
+_SHUFFLE_BUFFER = 1_000
+_POOL_CHARACTERS = 8_000_000
+
+
+def split_of(text: str) -> str:
+    """The split that a document belongs to, from the digest of its text alone: no order or seed can move it."""
+    place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
+    for split, share in _HELD_OUT_SHARES.items():
+        if place < share:
+            return split
+        place -= share
+    return "train"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents from the shipped demo text, local files or a dataset of the Hugging Face hub.
+
+    `source` is `demo`, a file, a folder of files (txt, md, jsonl, json, parquet, each also compressed as xz, gz or
+    zst) or the name of a dataset, which is streamed; `config` and `column` belong to the latter two.
+    """
+
+    source: str = DEMO
+    config: str | None = None
+    column: str = "text"
+
+    def documents(self, split: str, seed: int) -> Iterator[str]:
+        """One pass over the documents of `split`, shuffled by `seed`.
+
+        Raises:
+            ValueError: `split` is unknown.
+            UserError: nothing readable at `source`, or it has no column of that name.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
+        stream = self._open().shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+        for row in stream:
+            if self.column not in row:
+                raise UserError(f"{self.source} has no column {self.column!r}; it has {', '.join(map(repr, row))}")
+            text = row[self.column]
+            if text and split_of(text) == split:
+                yield text
+
+    def pool(self, split: str, seed: int, characters: int = _POOL_CHARACTERS) -> list[str]:
+        """Documents of `split` up to about `characters` characters: what haystacks are made of.
+
+        Raises:
+            UserError: the corpus has no document in this split.
+        """
+        pool, size = [], 0
+        for document in self.documents(split, seed):
+            pool.append(document)
+            size += len(document)
+            if size >= characters:
+                break
+        if not pool:
+            raise UserError(f"{self.source} has no text for the split {split!r}: it needs more documents")
+        return pool
+
+    def _open(self) -> datasets.IterableDataset:
+        """The stream behind `source`."""
+        if self.source == DEMO:
+            demo = files("flashmorph") / "assets" / "demo_text.jsonl.xz"
+            return datasets.load_dataset("json", data_files=str(demo), split="train", streaming=True)
+        path = Path(self.source)
+        if path.exists():
+            paths = sorted(file for file in path.rglob("*") if _reader(file)) if path.is_dir() else [path]
+            if not paths or not _reader(paths[0]):
+                raise UserError(f"{path} holds no text: give files that end in {', '.join(_READERS)}")
+            reader = _reader(paths[0])
+            options = {"sample_by": "document"} if reader == "text" else {}
+            names = [str(file) for file in paths if _reader(file) == reader]
+            return datasets.load_dataset(reader, data_files=names, split="train", streaming=True, **options)
+        try:
+            return datasets.load_dataset(self.source, self.config, split="train", streaming=True)
+        except Exception as error:
+            raise UserError(
+                f"no text at {self.source!r}: it is no local file or folder, and the hub says: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+
+
+def _reader(path: Path) -> str | None:
+    """The `datasets` reader for a file name, compressed or not."""
+    suffixes = [suffix for suffix in path.suffixes if suffix not in (".xz", ".gz", ".zst")]
+    return _READERS.get(suffixes[-1]) if suffixes and path.is_file() else None
+
+
+class Rows(Sequence):
+    """Rows of token ids `[rows, length]`, mapped from a file and read as they are needed."""
+
+    def __init__(self, path: Path):
+        self._ids = np.load(path, mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, row: int) -> dict[str, list[int]]:
+        return {"input_ids": self._ids[row].tolist()}
+
+
+def pack(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    length: int,
+    rows: int,
+    seed: int,
+    path: Path,
+    max_passes: int | None = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> Rows:
+    """Tokenise documents of `split`, join them end to end and cut rows of `length` tokens into the file `path`.
+
+    The rows are on disk before training starts: any step can be resumed at without reading the text again. An existing
+    file is taken as it is.
+
+    Raises:
+        UserError: the text would have to be repeated more than `max_passes` times (None: as often as it takes).
+    """
+    if not path.exists():
+        with atomic_path(path) as temporary:
+            _write_rows(corpus, tokenizer, split, (rows, length), seed, temporary, max_passes, progress)
+    return Rows(path)
+
+
+def _write_rows(corpus, tokenizer, split, shape, seed, path, max_passes, progress) -> None:
+    rows, length = shape
+    ids = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint32, shape=shape)
+    flat, place, passes = ids.reshape(-1), 0, 0
+    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    while place < flat.size:
+        if max_passes is not None and passes == max_passes:
+            raise UserError(
+                f"{corpus.source} is too small: {place // max(1, passes):,} tokens for the split {split!r}, and "
+                f"{flat.size:,} are needed, which is more than {max_passes} times; give more --data, fewer tokens, "
+                "or --allow-repeat"
+            )
+        before = place
+        for text in corpus.documents(split, seed + passes):
+            tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids + separator
+            tokens = tokens[: flat.size - place]
+            flat[place : place + len(tokens)] = tokens
+            place += len(tokens)
+            if progress:
+                progress(place // length, rows)
+            if place == flat.size:
+                break
+        if place == before:
+            raise UserError(f"{corpus.source} has no text for the split {split!r}: it needs more documents")
+        passes += 1
+    ids.flush()

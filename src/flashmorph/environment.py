@@ -1,0 +1,49 @@
+"""Versions, devices and kernels, for `flashmorph env` and bug reports."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+import flashmorph
+from flashmorph.devices import pick_device, use_bf16
+from flashmorph.hosts.kernels import implementation_in_use
+from flashmorph.hosts.qwen3_5 import KERNELS, MODELLING
+
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "flash-linear-attention",
+    "causal-conv1d",
+    "triton",
+)
+
+
+def describe() -> dict[str, str]:
+    """Facts by name; a kernel's line says what runs on this device and why."""
+    device = pick_device("auto")
+    facts = {"flashmorph": flashmorph.__version__, "python": platform.python_version()}
+    facts |= {name: _version(name) for name in _PACKAGES}
+    facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    facts["cpu threads"] = str(torch.get_num_threads())
+    facts["bfloat16 products"] = "used" if use_bf16(device) else "not used (slow or missing on this device)"
+    for name in KERNELS:
+        facts[name] = _kernel(name, device)
+    return facts
+
+
+def _kernel(name: str, device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"PyTorch reference (tensors are on {device.type}; the fast kernels need CUDA)"
+    used = implementation_in_use(MODELLING, name)
+    return used if used != "PyTorch reference" else "PyTorch reference (no kernel package; see the extra `gpu`)"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

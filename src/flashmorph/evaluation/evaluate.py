@@ -1,0 +1,83 @@
+"""What a model can do: recall by task, perplexity, cache. One `Score` a model, comparable question by question."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flashmorph.corpus import Rows
+from flashmorph.evaluation.intervals import paired_interval, share_interval
+from flashmorph.evaluation.perplexity import perplexity, text_losses
+from flashmorph.evaluation.recall import answers_right
+from flashmorph.progress import Report, silent
+from flashmorph.tasks import Example
+
+
+class EvaluateSettings(BaseModel):
+    """What is asked, and of how long a context."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    questions: int = Field(200, gt=0, description="questions a task")
+    length: int = Field(4096, gt=1, description="context length in tokens")
+    perplexity_tokens: int = Field(262_144, gt=1, description="held-out tokens that perplexity is measured on")
+    batch_tokens: int = Field(32_768, gt=0, description="tokens run at once")
+
+
+@dataclass(frozen=True)
+class Score:
+    """`right[task]` tells question by question whether the answer was right."""
+
+    right: dict[str, list[bool]]
+    perplexity: float
+    cache_bytes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def recall(self) -> float:
+        """Mean over tasks of the share of right answers."""
+        return float(np.mean([np.mean(right) for right in self.right.values()]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures with their 95 % intervals."""
+        pooled = [hit for right in self.right.values() for hit in right]
+        return {
+            "recall": self.recall,
+            "recall_interval": share_interval(pooled),
+            "recall_by_task": {
+                task: {"recall": float(np.mean(right)), "interval": share_interval(right), "questions": len(right)}
+                for task, right in self.right.items()
+            },
+            "perplexity": self.perplexity,
+            "cache_bytes": self.cache_bytes,
+        }
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: dict[str, Sequence[Example]],
+    rows: Rows,
+    settings: EvaluateSettings,
+    cache_bytes: dict[str, int] | None = None,
+    report: Report = silent,
+) -> Score:
+    """Recall on `questions` (a list for each task) and perplexity on `rows`."""
+    total = sum(map(len, questions.values())) + len(rows)
+    done = 0
+    right = {}
+    for task, examples in questions.items():
+        right[task] = answers_right(
+            model, tokenizer, examples, settings.batch_tokens, lambda step, _, start=done: report(start + step, total)
+        )
+        done += len(examples)
+    losses = text_losses(model, rows, settings.batch_tokens, lambda step, _: report(done + step, total))
+    return Score(right, perplexity(losses), cache_bytes or {})
+
+
+def recall_difference(first: Score, second: Score) -> dict[str, Any]:
+    """Recall of `first` minus that of `second`, with the paired 95 % interval."""
+    pairs = [(first.right[task], second.right[task]) for task in first.right]
+    low, high = paired_interval([one for one, _ in pairs], [other for _, other in pairs])
+    return {"difference": first.recall - second.recall, "interval": (low, high)}

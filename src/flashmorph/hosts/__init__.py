@@ -1,0 +1,41 @@
+"""Stock hybrid architectures that teachers are moved into, one file each.
+
+A new family of teachers is one file with one class and one line in `HOSTS`.
+"""
+
+from transformers import PreTrainedConfig
+
+from flashmorph.errors import UserError
+from flashmorph.hosts.host import LINEAR, Host
+from flashmorph.hosts.qwen3_5 import Qwen35Host
+
+HOSTS: tuple[Host, ...] = (Qwen35Host(),)
+
+
+def host_for(config: PreTrainedConfig) -> Host:
+    """The host that takes teachers of this configuration.
+
+    Raises:
+        UserError: no host takes its architecture, or a part of it has no exact counterpart.
+    """
+    for host in HOSTS:
+        if config.model_type in host.teachers:
+            host.check(config)
+            return host
+    known = ", ".join(sorted(family for host in HOSTS for family in host.teachers))
+    raise UserError(f"teachers of type {config.model_type!r} have no exact host; these have one: {known}")
+
+
+def host_of(config: PreTrainedConfig) -> Host:
+    """The host whose own configuration this is.
+
+    Raises:
+        UserError: it is no host's.
+    """
+    for host in HOSTS:
+        if config.model_type == host.model_class.config_class.model_type:
+            return host
+    raise UserError(f"{config.model_type!r} is no host of flashmorph's; run `flashmorph transplant` first")
+
+
+__all__ = ["HOSTS", "LINEAR", "Host", "host_for", "host_of"]

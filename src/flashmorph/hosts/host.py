@@ -1,0 +1,66 @@
+"""What a host is: a stock hybrid architecture that a teacher can be moved into without changing what it computes."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+LINEAR = "linear"
+
+
+class Host(Protocol):
+    """One host architecture; the only place that knows names of model types, modules and weights.
+
+    `options` maps the options of a layer to the host's `layer_types` words; `serves` names what runs its checkpoints.
+    """
+
+    name: str
+    teachers: tuple[str, ...]
+    options: Mapping[str, str]
+    serves: str
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuse a teacher that has no exact counterpart here.
+
+        Raises:
+            UserError: names the part that does not fit.
+        """
+        ...
+
+    def host_config(self, teacher: PreTrainedConfig) -> PreTrainedConfig:
+        """The host's configuration for this teacher, with every layer full."""
+        ...
+
+    def host_state(self, teacher: PreTrainedModel) -> dict[str, torch.Tensor]:
+        """The host's weights, all layers full, computed from the teacher's."""
+        ...
+
+    def with_layer_types(self, config: PreTrainedConfig, options: list[str]) -> PreTrainedConfig:
+        """A copy of the host's configuration whose layer l is `options[l]`."""
+        ...
+
+    def attention_name(self, option: str) -> str:
+        """The attribute of a decoder layer that holds the mixer of this option."""
+        ...
+
+    def make_branch(self, config: PreTrainedConfig, layer: int, option: str) -> nn.Module:
+        """An untrained mixer of this option for one layer."""
+        ...
+
+    def run_branch(
+        self, branch: nn.Module, option: str, hidden: torch.Tensor, arguments: dict[str, Any]
+    ) -> torch.Tensor:
+        """The mixer's output `[batch, time, width]`, given what the decoder layer passes to its attention."""
+        ...
+
+    def initialise(
+        self, branch: nn.Module, attention: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any]
+    ) -> None:
+        """Start a linear branch from the attention's weights and from its input `[batch, time, width]`."""
+        ...
+
+    def cache_bytes(self, config: PreTrainedConfig, option: str, context: int) -> int:
+        """Bytes of cache of one layer for one sequence of `context` tokens in the configuration's dtype."""
+        ...

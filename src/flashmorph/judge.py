@@ -1,0 +1,62 @@
+"""Look at finished models: score them on the same questions, or let them go on with a prompt."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flashmorph.corpus import Corpus, pack
+from flashmorph.errors import UserError
+from flashmorph.evaluation import Score, evaluate
+from flashmorph.pipeline import cache_of, open_questions
+from flashmorph.recipe import Recipe
+from flashmorph.teacher import load_model, load_tokenizer, locate
+
+
+def open_model(name: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer, by folder or name; in float32 on a CPU, else in its own dtype.
+
+    Raises:
+        UserError: nothing there, damaged, or without a tokenizer.
+    """
+    folder, _, _ = locate(name)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise UserError(f"{name} has no tokenizer")
+    return load_model(folder, torch.float32 if device.type == "cpu" else "auto").to(device), tokenizer
+
+
+def score_model(name: str, recipe: Recipe, device: torch.device) -> Score:
+    """Recall, perplexity and cache of one model by the recipe's tasks.
+
+    Raises:
+        UserError: see `open_model`; or the corpus has no text of the test split.
+    """
+    model, tokenizer = open_model(name, device)
+    settings = recipe.evaluate
+    corpus = Corpus(recipe.data.source, recipe.data.config, recipe.data.column)
+    with TemporaryDirectory() as folder:
+        rows = settings.perplexity_tokens // settings.length
+        path = Path(folder) / "rows.npy"
+        held_out = pack(corpus, tokenizer, "test", settings.length, rows, recipe.seed, path, None)
+        questions = open_questions(recipe, corpus, tokenizer)
+        return evaluate(model, tokenizer, questions, held_out, settings, cache_of(model))
+
+
+@torch.no_grad()
+def continue_prompt(name: str, prompt: str, max_new_tokens: int, device: torch.device) -> str:
+    """Greedy continuation of `prompt`, with the cache.
+
+    Raises:
+        UserError: see `open_model`; or the prompt is empty.
+    """
+    model, tokenizer = open_model(name, device)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
+    if not ids.numel():
+        raise UserError("the prompt is empty; give some text to go on from")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    made = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad
+    )
+    return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,206 @@
+"""The morphable model: a host whose attention layers hold several branches, mixed by gates.
+
+    layer output = sum over options o of gate[layer, o] * branch_o(hidden)
+
+Every branch runs whatever its gate is, so that a gate that stands at 0 still gets a gradient. Only under `no_grad` with
+a one-hot gate does a layer run the one branch that counts.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from flashmorph.hosts import LINEAR, Host, host_of
+from flashmorph.move import empty_model
+from flashmorph.plan import FULL, Budget, Plan, Space
+
+Observer = Callable[["MorphableLayer", torch.Tensor, dict[str, Any], torch.Tensor], None]
+
+
+class MorphableLayer(nn.Module):
+    """Stands where the attention stood in one decoder layer.
+
+    `gates` `[options]` is set before each forward; an `observer` is shown the layer, its input, its arguments and its
+    output `[batch, time, width]`.
+    """
+
+    def __init__(self, host: Host, branches: dict[str, nn.Module]):
+        super().__init__()
+        self.host = host
+        self.branches = nn.ModuleDict(branches)
+        self.gates: torch.Tensor | None = None
+        self.observer: Observer | None = None
+
+    def branch(self, option: str, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+        """The output of one branch, `[batch, time, width]`."""
+        return self.host.run_branch(self.branches[option], option, hidden, arguments)
+
+    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> tuple[torch.Tensor, None]:
+        """The gated sum of all branches.
+
+        Raises:
+            ValueError: a cache was handed in; `Morphable.instantiate` makes the model that generates.
+        """
+        if arguments.get("past_key_values") is not None:
+            raise ValueError("a morphable model has no cache; build the plan first and generate with the result")
+        output = self._mix(hidden_states, arguments)
+        if self.observer:
+            self.observer(self, hidden_states, arguments, output)
+        return output, None
+
+    def _mix(self, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+        if self.gates is None:
+            return self.branch(FULL, hidden, arguments)
+        options = list(self.branches)
+        if not torch.is_grad_enabled() and set(self.gates.tolist()) == {0.0, 1.0}:
+            return self.branch(options[int(self.gates.argmax())], hidden, arguments)
+        gates = self.gates.to(hidden.dtype)
+        outputs = [gates[place] * self.branch(option, hidden, arguments) for place, option in enumerate(options)]
+        return torch.stack(outputs).sum(0)
+
+
+class Morphable(nn.Module):
+    """A host with all its branches. The host's weights are frozen; only branches other than `full` can train."""
+
+    def __init__(self, model: PreTrainedModel, options: tuple[str, ...] = (FULL, LINEAR)):
+        """Give every layer of `model` (a host, all layers full) one untrained branch for each other option."""
+        super().__init__()
+        self.host = host_of(model.config)
+        self.options = options
+        self.model = model.requires_grad_(False).eval()
+        self.model.config.use_cache = False
+        for number, layer in enumerate(self.model.model.layers):
+            attention = getattr(layer, self.host.attention_name(FULL))
+            weight = next(attention.parameters())
+            branches = {FULL: attention}
+            for option in options:
+                if option != FULL:
+                    branch = self.host.make_branch(model.config, number, option)
+                    branches[option] = branch.to(weight.device, torch.float32)
+            setattr(layer, self.host.attention_name(FULL), MorphableLayer(self.host, branches))
+
+    @property
+    def layers(self) -> list[MorphableLayer]:
+        """The morphable layers, from the first to the last."""
+        return [getattr(layer, self.host.attention_name(FULL)) for layer in self.model.model.layers]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    def space(self, budget: Budget) -> Space:
+        """The space of plans, its cost in the budget's resource."""
+        if budget.resource != "kv":
+            return Space.of_layers(len(self.layers), self.options)
+        config = self.model.config
+        row = [float(self.host.cache_bytes(config, option, budget.context or 0)) for option in self.options]
+        space = Space.of_layers(len(self.layers), self.options)
+        return Space(space.groups, space.options, np.tile(row, (len(self.layers), 1)))
+
+    def forward(
+        self, input_ids: torch.Tensor, gates: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Last hidden states `[batch, time, width]` under `gates` `[groups, options]` (the teacher's without)."""
+        for number, layer in enumerate(self.layers):
+            layer.gates = None if gates is None else gates[number]
+        return self.model.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+    @contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
+        """Show every layer's forward to `observer`."""
+        for layer in self.layers:
+            layer.observer = observer
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.observer = None
+
+    def branch_parameters(self) -> list[list[nn.Parameter]]:
+        """The weights that alignment trains, one list a layer."""
+        return [
+            [weight for option, branch in layer.branches.items() if option != FULL for weight in branch.parameters()]
+            for layer in self.layers
+        ]
+
+    def branch_state(self) -> dict[str, torch.Tensor]:
+        """The weights of all branches but `full`, under names like `layers.3.linear.in_proj_z.weight`."""
+        return {
+            f"layers.{number}.{option}.{name}": weight
+            for number, layer in enumerate(self.layers)
+            for option, branch in layer.branches.items()
+            if option != FULL
+            for name, weight in branch.state_dict().items()
+        }
+
+    @torch.no_grad()
+    def load_branch_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Set the branches' weights.
+
+        Raises:
+            KeyError: a weight is missing.
+        """
+        for name, weight in self.branch_state().items():
+            weight.copy_(state[name])
+
+    @torch.no_grad()
+    def initialise(self, calibration: torch.Tensor) -> list[float]:
+        """Start every branch from its attention, on `calibration` `[batch, time]` tokens of text.
+
+        Returns the relative error of each layer's branch, `|M(h) - A(h)|^2 / |A(h)|^2`, right afterwards.
+        """
+        errors = []
+
+        def start(layer: MorphableLayer, hidden: torch.Tensor, arguments: dict[str, Any], output: torch.Tensor) -> None:
+            for option, branch in layer.branches.items():
+                if option != FULL:
+                    self.host.initialise(branch, layer.branches[FULL], hidden, arguments)
+                    errors.append(relative_error(layer.branch(option, hidden, arguments), output).item())
+
+        with self.observed(start):
+            self(calibration)
+        return errors
+
+    @torch.no_grad()
+    def instantiate(self, plan: Plan) -> PreTrainedModel:
+        """The plan as a plain model of the host's class, with weights of its own.
+
+        Raises:
+            UserError: the plan is about another model, or an option that this host cannot hold.
+        """
+        self.space(Budget("layers", 1)).one_hot(plan)
+        chosen = list(plan.assignments.values())
+        state = {name: weight for name, weight in self.model.state_dict().items() if ".branches." not in name}
+        dtype = next(iter(state.values())).dtype
+        for number, (layer, option) in enumerate(zip(self.layers, chosen, strict=True)):
+            for name, weight in layer.branches[option].state_dict().items():
+                state[f"model.layers.{number}.{self.host.attention_name(option)}.{name}"] = weight
+        config = self.host.with_layer_types(self.model.config, chosen)
+        config.use_cache = True
+        state = {name: weight.detach().clone().to(dtype) for name, weight in state.items()}
+        model = empty_model(self.host, config, state).to(self.device)
+        model.generation_config = self.model.generation_config
+        return model.requires_grad_(True)
+
+
+def attach(model: PreTrainedModel, calibration: torch.Tensor) -> tuple[Morphable, list[float]]:
+    """A morphable model around a host, its branches started from the attention weights; and their relative errors."""
+    morphable = Morphable(model)
+    return morphable, morphable.initialise(calibration.to(morphable.device))
+
+
+def relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """`|output - target|^2 / |target|^2`, in float32: 1 is what a silent branch would have."""
+    target = target.float()
+    return (output.float() - target).square().sum() / target.square().sum()
+
+
+def build(morphable: Morphable, plan: Plan) -> PreTrainedModel:
+    """The plan as a plain model of the host's class; see `Morphable.instantiate`."""
+    return morphable.instantiate(plan)

@@ -1,0 +1,65 @@
+"""Checkpoints on disk: models with the teacher's tokenizer beside them, and the run's final result."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from flashmorph.errors import UserError
+from flashmorph.files import atomic_path, write_json
+from flashmorph.plan import Plan
+from flashmorph.recipe import Recipe
+
+_TRAVELS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+def save_model(model: PreTrainedModel, folder: Path, origin: Path) -> None:
+    """Save `model` in the dtype of the checkpoint in `origin`, with its tokenizer, template and generation settings.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    dtype = AutoConfig.from_pretrained(origin).dtype or torch.float32
+    with atomic_path(folder) as temporary:
+        model.to(dtype).save_pretrained(temporary)
+        for pattern in _TRAVELS:
+            for path in origin.glob(pattern):
+                shutil.copy2(path, temporary / path.name)
+
+
+def publish(folder: Path, model: Path, plan: Plan, results: dict[str, Any], recipe: Recipe, card: str) -> None:
+    """Make `folder` itself the checkpoint in `model`, with plan, results, recipe and card beside it.
+
+    Each file is replaced whole; what an earlier run published stays in its stage's folder.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    for path in sorted((model / "model").iterdir()):
+        with atomic_path(folder / path.name) as temporary:
+            shutil.copy2(path, temporary)
+    plan.save(folder / "plan.json")
+    write_json(folder / "results.json", results)
+    for name, text in (("recipe.yaml", recipe.to_yaml()), ("README.md", card)):
+        with atomic_path(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def claim_empty(folder: Path) -> None:
+    """Refuse a place that holds anything.
+
+    Raises:
+        UserError: it is a file, or a folder with something in it.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} already holds something; give a folder that is new or empty")

@@ -1,0 +1,148 @@
+"""Everything that a run can be told, in one validated file. Two recipes are shipped: `demo` and `default`."""
+
+import difflib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flashmorph.corpus import DEMO
+from flashmorph.errors import UserError
+from flashmorph.evaluation import EvaluateSettings
+from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES
+from flashmorph.selection.objective import SearchSettings
+from flashmorph.stages import AlignSettings, DistillSettings, ExtendSettings
+from flashmorph.tasks import STYLES, TaskSettings
+
+SHIPPED = ("demo", "default")
+
+
+class DataSettings(BaseModel):
+    """Where text comes from: `demo`, a file, a folder, or the name of a dataset, which is streamed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    source: str = DEMO
+    config: str | None = None
+    column: str = "text"
+    max_passes: int | None = Field(4, gt=0, description="how often a stage may repeat the text; null: any number")
+
+
+class SelectSettings(BaseModel):
+    """How layers are chosen. `settings` are the strategy's own (`flashmorph select --help`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    strategy: str = DEFAULT_STRATEGY
+    settings: dict[str, Any] = Field(default_factory=dict)
+    search: SearchSettings = Field(default_factory=SearchSettings)
+
+
+class Recipe(BaseModel):
+    """One run of `flashmorph morph`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    budget: str = "25%"
+    seed: int = 0
+    bf16: Literal["auto"] | bool = "auto"
+    baseline: Literal["uniform"] | None = None
+    style: Literal["lines", "prose"] = "prose"
+    tasks: dict[str, TaskSettings]
+    data: DataSettings = Field(default_factory=DataSettings)
+    calibration_rows: int = Field(8, gt=0, description="rows that branches are started from")
+    align: AlignSettings = Field(default_factory=AlignSettings)
+    select: SelectSettings = Field(default_factory=SelectSettings)
+    distill: DistillSettings = Field(default_factory=DistillSettings)
+    extend: ExtendSettings | None = Field(default_factory=ExtendSettings)
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_recipe(source: str | Path, changes: dict[str, Any] | None = None) -> Recipe:
+    """Read a shipped recipe by name or a YAML file, then apply `changes` (`{"align.tokens": 1000}`).
+
+    Raises:
+        UserError: no such recipe, no YAML, an unknown key (the nearest known one is named) or a bad value.
+    """
+    if str(source) in SHIPPED:
+        text, name = (files("flashmorph") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8"), str(source)
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise UserError(f"there is no recipe {str(source)!r}: give {' or '.join(SHIPPED)}, or a YAML file")
+        text, name = path.read_text(encoding="utf-8"), str(path)
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {name} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {name} must be a mapping of settings, such as `budget: 25%`")
+    for key, value in (changes or {}).items():
+        _set(values, key, value)
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"recipe {name}: {_sentence(error)}") from error
+    if recipe.select.strategy not in STRATEGIES:
+        raise UserError(unknown("strategy", recipe.select.strategy, STRATEGIES))
+    if not recipe.tasks:
+        raise UserError(f"recipe {name} needs at least one task")
+    assert recipe.style in STYLES
+    return recipe
+
+
+def parse_changes(settings: list[str]) -> dict[str, Any]:
+    """Read `key=value` pairs; values are YAML.
+
+    Raises:
+        UserError: one has no `=`, or its value is no YAML.
+    """
+    changes = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {setting!r} must be key=value, for example --set align.tokens=1000000")
+        try:
+            changes[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {setting!r}: the value is not valid YAML") from error
+    return changes
+
+
+def unknown(kind: str, name: str, known: Any) -> str:
+    """One sentence about an unknown name, with the nearest known one."""
+    near = difflib.get_close_matches(name, list(known), 1, 0.4)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(str, known))}"
+    return f"unknown {kind} {name!r}; {hint}"
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set {key}: {parent!r} is not a group of settings")
+    values[last] = value
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first problem in words; an unknown key is told with the nearest known name."""
+    problem = error.errors()[0]
+    place = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        model: Any = Recipe
+        for part in place[:-1]:
+            model = _model_of(model, part)
+        return unknown("setting", ".".join(place), [".".join([*place[:-1], name]) for name in model.model_fields])
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(place)}: {message[0].lower()}{message[1:]} (got {problem['input']!r})"
+
+
+def _model_of(model: Any, name: str) -> Any:
+    """The settings class behind one field."""
+    annotation = model.model_fields[name].annotation
+    options = getattr(annotation, "__args__", (annotation,))
+    return next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))

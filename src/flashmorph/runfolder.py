@@ -1,0 +1,118 @@
+"""The folder of a run: one folder a stage, named by the digest of its settings and inputs, never changed once done.
+
+A stage works in `stages/<name>-<digest>.partial` and is renamed when it is finished, so a folder without that ending is
+whole. The same digest means the same result: such a stage is not run again, also if it stands in another run's folder.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+import flashmorph
+from flashmorph.errors import UserError
+from flashmorph.files import read_json, write_json
+
+MARKER = "flashmorph.json"
+_STAGES = "stages"
+_PARTIAL = ".partial"
+_RECORD = "stage.json"
+
+
+def digest_of(value: Any) -> str:
+    """Twelve digits that stand for a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage's result: its folder, digest and record (settings, inputs, seconds, figures)."""
+
+    name: str
+    digest: str
+    folder: Path
+    record: dict[str, Any] = field(default_factory=dict)
+    reused: bool = False
+
+
+class RunFolder:
+    """`path`, with earlier runs in `others` whose finished stages may be used."""
+
+    def __init__(self, path: Path, others: tuple[Path, ...] = ()):
+        """Claim the folder.
+
+        Raises:
+            UserError: it holds something else, cannot be written, another run is at work in it, or one of `others` is
+                no run.
+        """
+        self.path = path
+        for other in others:
+            if not (other / _STAGES).is_dir():
+                raise UserError(f"{other} is no run of flashmorph's: it has no folder {_STAGES!r}")
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file; give a folder that is new, empty or a run of flashmorph's")
+        if path.is_dir() and any(path.iterdir()) and not (path / MARKER).is_file():
+            raise UserError(f"{path} holds something else; give a folder that is new, empty or a run of flashmorph's")
+        self._places = [place / _STAGES for place in (path, *others)]
+        write_json(path / MARKER, {"made_by": "flashmorph", "version": flashmorph.__version__})
+        try:
+            (path / _STAGES).mkdir(exist_ok=True)
+            (path / "data").mkdir(exist_ok=True)
+            self._lock = FileLock(path / ".lock", timeout=0)
+            self._lock.acquire()
+        except Timeout as error:
+            raise UserError(f"another run is at work in {path}: wait for it, or give another --output") from error
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+    @property
+    def data(self) -> Path:
+        """Where tokenised rows are kept."""
+        return self.path / "data"
+
+    def find(self, name: str, settings: Any, inputs: list[str]) -> Stage | None:
+        """The finished stage with these settings and inputs, here or in another run."""
+        digest = digest_of([name, settings, inputs])
+        for place in self._places:
+            folder = place / f"{name}-{digest}"
+            if folder.is_dir():
+                return Stage(name, digest, folder, read_json(folder / _RECORD), reused=True)
+        return None
+
+    def earlier(self, name: str) -> list[Path]:
+        """Finished folders of this stage with any settings."""
+        return sorted(path for path in self._places[0].glob(f"{name}-*") if not path.name.endswith(_PARTIAL))
+
+    def run(self, name: str, settings: Any, inputs: list[str], work: Callable[[Path], dict[str, Any] | None]) -> Stage:
+        """Do `work(folder)` unless it is done already, and keep what it returns in the stage's record.
+
+        Interrupted work finds its own files in `folder` again.
+        """
+        if done := self.find(name, settings, inputs):
+            return done
+        digest = digest_of([name, settings, inputs])
+        final = self._places[0] / f"{name}-{digest}"
+        partial = final.with_name(final.name + _PARTIAL)
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            started = time.perf_counter()
+            spent = read_json(partial / "spent.json") if (partial / "spent.json").exists() else 0.0
+            try:
+                figures = work(partial) or {}
+            finally:
+                seconds = spent + time.perf_counter() - started
+                write_json(partial / "spent.json", seconds)
+            record = {"stage": name, "digest": digest, "settings": settings, "inputs": inputs, "seconds": seconds}
+            write_json(partial / _RECORD, {**record, **figures})
+            shutil.rmtree(partial / "checkpoints", ignore_errors=True)
+            os.replace(partial, final)
+        except OSError as error:
+            raise UserError(f"cannot write {partial}: {error.strerror or error}") from error
+        return Stage(name, digest, final, read_json(final / _RECORD))

@@ -1,0 +1,68 @@
+"""What a person sees: a line a stage, a progress bar with loss and time left, one table and the plan at the end."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from flashmorph.pipeline import Results
+from flashmorph.progress import Report
+from flashmorph.runfolder import Stage
+
+
+class RichScreen:
+    """Draws on a terminal; in a pipe only the finished lines remain."""
+
+    def __init__(self, console: Console):
+        self.console = console
+
+    @contextmanager
+    def stage(self, name: str, about: str) -> Iterator[Report]:
+        """A bar that disappears when the stage ends."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            bar = progress.add_task(f"{name:<10} {about}", total=None, figures="")
+
+            def report(done: int, total: int, **figures: float) -> None:
+                shown = " ".join(f"{label} {value:.3f}" for label, value in figures.items())
+                progress.update(bar, completed=done, total=total, figures=shown)
+
+            yield report
+
+    def done(self, stage: Stage, about: str, figures: str) -> None:
+        """One line: what, how it came out, how long it took."""
+        time = "done before" if stage.reused else f"{stage.record['seconds']:.0f} s"
+        self.console.print(f"[bold]{stage.name:<10}[/] {about} · {figures} · {time}", highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """A line."""
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def show(self, results: Results) -> None:
+        """The closing table and the strip of layers."""
+        table = Table(title="recall: greedy generation, exact match; with 95 % intervals", title_justify="left")
+        table.add_column("model", no_wrap=True)
+        first = next(iter(results.scores.values()))
+        for name in ("recall", *first.right, "perplexity", "cache @128K"):
+            table.add_column(name, justify="right")
+        for name, score in results.scores.items():
+            figures = score.to_dict()
+            low, high = figures["recall_interval"]
+            tasks = [f"{100 * task['recall']:.0f} %" for task in figures["recall_by_task"].values()]
+            recall = f"{100 * score.recall:.1f} % ({100 * low:.0f}-{100 * high:.0f})"
+            cache = f"{score.cache_bytes['131072'] / 2**20:.1f} MiB"
+            table.add_row(name.replace("_", " "), recall, *tasks, f"{score.perplexity:.3f}", cache)
+        self.console.print(table)
+        kept = ", ".join(map(str, results.plan.full_layers))
+        self.say(
+            f"\n{results.plan.strip()}   ■ full □ linear: layers {kept} of {len(results.plan.assignments)} stay full"
+        )

@@ -1,0 +1,57 @@
+"""Gates with the budget inside the optimisation: perturbed top-K with straight-through gradients.
+
+Every step draws Gumbel noise on the logits, runs the *hard* plan of `Space.best` (so the search sees what will be
+built, and rounding loses nothing), and sends the gradient of the hard gates back to the logits, projected onto the
+budget's plane. The noise falls as the search settles. There is no penalty to tune.
+"""
+
+import numpy as np
+import torch
+
+from flashmorph.plan import Budget, Space
+from flashmorph.selection.descend import Schedule, descend
+from flashmorph.selection.strategy import Objective, Selection
+
+
+def budgeted_gates(
+    space: Space,
+    budget: Budget,
+    objective: Objective,
+    seed: int,
+    steps: int = 150,
+    learning_rate: float = 0.1,
+    final_learning_rate: float = 0.1,
+    noise: float = 1.0,
+    final_noise: float = 0.2,
+) -> Selection:
+    """Learn logits `[groups, options]` under the budget; the plan is the best one by the final logits.
+
+    Raises:
+        UserError: see `Space.limit`.
+    """
+    space.limit(budget)
+    rng = np.random.default_rng(seed)
+    draws = rng.gumbel(size=(steps, *space.cost.shape))
+    logits = torch.zeros(space.cost.shape)
+
+    def hard_gates(logits: torch.Tensor, step: int) -> torch.Tensor:
+        scale = noise + (final_noise - noise) * step / max(1, steps - 1)
+        plan = space.best(logits.detach().numpy() + scale * draws[step], budget)
+        hard = torch.tensor(space.one_hot(plan), dtype=logits.dtype)
+        return hard + _project(logits, space) - _project(logits, space).detach()
+
+    schedule = Schedule(steps, learning_rate, final_learning_rate)
+    trace = descend(objective, logits, hard_gates, schedule, loss="answers")
+    scores = logits.numpy()
+    return Selection(space.best(scores, budget), scores, trace, objective.cost)
+
+
+def _project(logits: torch.Tensor, space: Space) -> torch.Tensor:
+    """Logits without the directions that no plan of this budget can move in.
+
+    Rows are centred (a group's gates add up to 1) and the component along the cost is taken out (the budget is spent).
+    """
+    centred = logits - logits.mean(1, keepdim=True)
+    cost = torch.tensor(space.cost, dtype=logits.dtype)
+    cost = cost - cost.mean(1, keepdim=True)
+    return centred - cost * (centred * cost).sum() / (cost * cost).sum()

@@ -1,0 +1,47 @@
+"""FlashMorph's gates as published (arXiv 2606.30562, section 3): one scalar a layer, pulled down by an L1 penalty.
+
+Each layer's output is `alpha * full + (1 - alpha) * other`; alpha starts at 1 and is kept in [0, 1]. The loss is the
+distance of the answer tokens' hidden states to the teacher's plus `penalty * sum(alpha)`; the K largest stay full.
+
+The paper leaves open how alpha is kept in its range (here: clamped after each step, as in DuoAttention), the optimiser
+(Adam) and the reduction of the norm (the objective's, mean over the width by default).
+"""
+
+import torch
+
+from flashmorph.errors import UserError
+from flashmorph.plan import Budget, Space
+from flashmorph.selection.descend import Schedule, descend
+from flashmorph.selection.strategy import Objective, Selection, group_scores
+
+
+def gates(
+    space: Space,
+    budget: Budget,
+    objective: Objective,
+    seed: int,
+    steps: int = 150,
+    penalty: float = 0.1,
+    learning_rate: float = 2e-2,
+    final_learning_rate: float = 2e-3,
+) -> Selection:
+    """Learn the gates, then keep the largest. `penalty` is the paper's lambda; ties go to the lower layer.
+
+    Raises:
+        UserError: the space has more than two options, or the budget leaves no choice.
+    """
+    space.limit(budget)
+    if len(space.options) != 2:
+        raise UserError(f"strategy gates chooses between two options; this space has {', '.join(space.options)}")
+    alpha = torch.ones(len(space.groups))
+    trace = descend(
+        objective,
+        alpha,
+        to_gates=lambda alpha, step: torch.stack([alpha, 1 - alpha], 1),
+        schedule=Schedule(steps, learning_rate, final_learning_rate),
+        loss="hidden",
+        regulariser=lambda alpha: penalty * alpha.sum(),
+        after_step=lambda alpha: alpha.clamp_(0, 1),
+    )
+    scores = group_scores(space, alpha.tolist(), space.options[0])
+    return Selection(space.best(scores, budget), scores, trace, objective.cost)

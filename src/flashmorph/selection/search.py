@@ -1,0 +1,48 @@
+"""Run one strategy and sign its plan."""
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+from flashmorph.errors import UserError
+from flashmorph.morphable import Morphable
+from flashmorph.plan import Budget
+from flashmorph.selection import STRATEGIES
+from flashmorph.selection.strategy import Objective, Selection
+
+_GIVEN = ("space", "budget", "objective", "seed")
+
+
+def select(
+    morphable: Morphable,
+    budget: Budget | str,
+    strategy: str,
+    objective: Objective,
+    seed: int = 0,
+    **settings: Any,
+) -> Selection:
+    """Choose the layers of `morphable` that stay full.
+
+    Raises:
+        UserError: an unknown strategy or setting, or a budget that leaves no choice.
+    """
+    if strategy not in STRATEGIES:
+        raise UserError(f"unknown strategy {strategy!r}; there are {', '.join(STRATEGIES)}")
+    check_settings(strategy, settings)
+    budget = Budget.parse(budget) if isinstance(budget, str) else budget
+    found = STRATEGIES[strategy](morphable.space(budget), budget, objective, seed, **settings)
+    plan = replace(found.plan, strategy=strategy, seed=seed, scores=found.scores.tolist())
+    return replace(found, plan=plan)
+
+
+def check_settings(strategy: str, settings: dict[str, Any]) -> None:
+    """Refuse settings that the strategy does not have.
+
+    Raises:
+        UserError: names the setting and those that there are.
+    """
+    known = [name for name in inspect.signature(STRATEGIES[strategy]).parameters if name not in _GIVEN]
+    for name in settings:
+        if name not in known:
+            there_are = f"it has {', '.join(known)}" if known else "it has none"
+            raise UserError(f"strategy {strategy} has no setting {name!r}; {there_are}")

@@ -1,0 +1,85 @@
+"""What a strategy is given and what it returns. A strategy never sees a model.
+
+def my_strategy(space, budget, objective, seed, **settings) -> Selection
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from flashmorph.plan import Plan, Space
+
+
+@dataclass
+class Cost:
+    """What a search spent: tokens through the morphable model, estimated FLOPs and seconds."""
+
+    tokens_forward: int = 0
+    tokens_backward: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, float]:
+        """The JSON form."""
+        return asdict(self)
+
+
+class Objective(Protocol):
+    """The loss of gates and plans, as a strategy sees it.
+
+    `num_questions` is the size of the search-validation split, `cost` counts what was spent so far.
+    """
+
+    num_questions: int
+    cost: Cost
+
+    def gradient(self, gates: torch.Tensor, step: int, loss: str) -> tuple[float, torch.Tensor]:
+        """Loss of `gates` `[groups, options]` on the search-train batch number `step`, and its gradient in them.
+
+        `loss` is `answers` (cross-entropy of the answer tokens) or `hidden` (the published distance of hidden states
+        at the answer tokens to the teacher's). Equal on every rank.
+        """
+        ...
+
+    def evaluate(self, plan: Plan, questions: Sequence[int] | None = None) -> np.ndarray:
+        """Mean answer cross-entropy of `plan` on each of the search-validation `questions` (all by default)."""
+        ...
+
+    def restore(self, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[dict]) -> int:
+        """Fill in the state that an interrupted search kept, and return the step to go on with (0 for a new one)."""
+        ...
+
+    def keep(self, step: int, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[dict]) -> None:
+        """Keep the state after `step` steps, so that an interrupted search can go on."""
+        ...
+
+    def progress(self, done: int, total: int, **figures: float) -> None:
+        """Tell the user how far the search is."""
+        ...
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The result of a search.
+
+    `scores` is `[groups, options]`, what the plan was cut from; `trace` keeps what a plot needs (gates over steps, or
+    the losses of the plans tried); `cost` is what was spent.
+    """
+
+    plan: Plan
+    scores: np.ndarray
+    trace: list[dict[str, Any]] = field(default_factory=list)
+    cost: Cost = field(default_factory=Cost)
+
+
+Strategy = Callable[..., Selection]
+
+
+def group_scores(space: Space, values: Sequence[float], option: str = "full") -> np.ndarray:
+    """Scores `[groups, options]` from one value a group: what `option` is worth there, every other option 0."""
+    scores = np.zeros(space.cost.shape)
+    scores[:, space.options.index(option)] = values
+    return scores

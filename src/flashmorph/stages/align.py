@@ -1,0 +1,106 @@
+"""Alignment: every linear branch learns to give its own attention's output, on the teacher's own hidden states.
+
+The layers are independent: layer l's input comes from the teacher's forward, not from the branches below it. The loss
+is the sum over layers of `|M(h) - A(h)|^2 / |A(h)|^2` (stage 1 of FlashMorph and HALO, there without the division).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import TrainerCallback
+
+from flashmorph.corpus import Rows
+from flashmorph.morphable import Morphable, MorphableLayer, relative_error
+from flashmorph.plan import FULL
+from flashmorph.progress import Report, silent
+from flashmorph.stages.training import TrainSettings, train
+
+
+class AlignSettings(TrainSettings):
+    """The published budget: 320M tokens at length 512, learning rate 1e-3 to 1e-5."""
+
+    tokens: int = 320_000_000
+    length: int = 512
+    batch_tokens: int = 16_384
+    learning_rate: float = 1e-3
+
+
+class AlignmentLoss(nn.Module):
+    """Teacher forward with every branch's error beside it.
+
+    Memory is a layer's input and output for each layer, and one branch at a time: each error is checkpointed, and
+    neither input nor target carries a gradient, so nothing flows from layer to layer.
+    """
+
+    def __init__(self, morphable: Morphable):
+        super().__init__()
+        self.morphable = morphable
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The summed loss for `input_ids` `[batch, time]`, and each layer's part `[layers]`, detached."""
+        errors: list[torch.Tensor] = []
+
+        def compare(layer: MorphableLayer, hidden: torch.Tensor, arguments: dict[str, Any], output: torch.Tensor):
+            for option in layer.branches:
+                if option != FULL:
+                    errors.append(
+                        checkpoint(
+                            _error, layer, option, hidden.detach(), arguments, output.detach(), use_reentrant=False
+                        )
+                    )
+
+        with self.morphable.observed(compare):
+            self.morphable(input_ids)
+        return {"loss": torch.stack(errors).sum(), "errors": torch.stack(errors).detach()}
+
+
+def _error(
+    layer: MorphableLayer, option: str, hidden: torch.Tensor, arguments: dict[str, Any], target: torch.Tensor
+) -> torch.Tensor:
+    return relative_error(layer.branch(option, hidden, arguments), target)
+
+
+class _ClipEachBranch(TrainerCallback):
+    """One branch with a large gradient must not slow down all others."""
+
+    def __init__(self, morphable: Morphable, largest: float):
+        self._branches, self._largest = morphable.branch_parameters(), largest
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for weights in self._branches:
+            nn.utils.clip_grad_norm_(weights, self._largest)
+
+
+def align(
+    morphable: Morphable,
+    rows: Rows,
+    settings: AlignSettings,
+    folder: Path,
+    seed: int = 0,
+    bf16: bool = False,
+    report: Report = silent,
+) -> None:
+    """Train the branches of `morphable` in place; all else stays as it is.
+
+    Interrupted work goes on from the last whole checkpoint in `folder`.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
+    for weights in morphable.branch_parameters():
+        for weight in weights:
+            weight.requires_grad_(True)
+    clip = _ClipEachBranch(morphable, settings.max_grad_norm)
+    train(AlignmentLoss(morphable), rows, settings, folder, seed, bf16, report, [clip], clip=False)
+    for weights in morphable.branch_parameters():
+        for weight in weights:
+            weight.requires_grad_(False)
+
+
+@torch.no_grad()
+def alignment_errors(morphable: Morphable, input_ids: torch.Tensor) -> list[float]:
+    """Relative error of each layer's branch on `input_ids` `[batch, time]`: below 1 is better than a silent branch."""
+    return AlignmentLoss(morphable)(input_ids.to(morphable.device))["errors"].tolist()

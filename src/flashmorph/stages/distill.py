@@ -1,0 +1,64 @@
+"""Distillation: the hybrid learns the teacher's distribution of next tokens on text (forward KL on all tokens)."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from flashmorph.corpus import Rows
+from flashmorph.errors import UserError
+from flashmorph.losses import forward_kl
+from flashmorph.progress import Report, silent
+from flashmorph.stages.training import TrainSettings, train
+
+
+class DistillSettings(TrainSettings):
+    """The published budget: 1B tokens at length 512, learning rate 1e-4 to 1e-5."""
+
+    tokens: int = 1_000_000_000
+    length: int = 512
+    batch_tokens: int = 49_152
+    learning_rate: float = 1e-4
+
+
+class DistillationLoss(nn.Module):
+    """Mean forward KL of student to teacher; the logits of both exist a chunk of tokens at a time."""
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel):
+        super().__init__()
+        self.student = student
+        self._teacher = (teacher,)
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The loss for `input_ids` `[batch, time]`."""
+        (teacher,) = self._teacher
+        with torch.no_grad():
+            target = teacher.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        found = self.student.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return {"loss": forward_kl(found, self.student.lm_head, target, teacher.lm_head)}
+
+
+def distill(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    rows: Rows,
+    settings: DistillSettings,
+    folder: Path,
+    seed: int = 0,
+    bf16: bool = False,
+    report: Report = silent,
+) -> None:
+    """Train all weights of `student` in place towards `teacher`.
+
+    Interrupted work goes on from the last whole checkpoint in `folder`.
+
+    Raises:
+        UserError: the vocabularies differ, or the loss is not finite.
+    """
+    sizes = student.config.vocab_size, teacher.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise UserError(f"the student has {sizes[0]:,} tokens in its vocabulary and the teacher {sizes[1]:,}")
+    student.requires_grad_(True).train()
+    train(DistillationLoss(student, teacher.eval()), rows, settings, folder, seed, bf16, report)
+    student.eval()

@@ -1,0 +1,55 @@
+"""Extension: next-token training at a longer context than the one distilled at."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from flashmorph.corpus import Rows
+from flashmorph.losses import next_token_loss
+from flashmorph.progress import Report, silent
+from flashmorph.stages.training import TrainSettings, train
+
+
+class ExtendSettings(TrainSettings):
+    """The published budget: 1B tokens at length 16K, constant learning rate 1e-5."""
+
+    tokens: int = 1_000_000_000
+    length: int = 16_384
+    batch_tokens: int = 2_097_152
+    learning_rate: float = 1e-5
+
+
+class NextTokenLoss(nn.Module):
+    """Mean next-token cross-entropy; logits exist a chunk of tokens at a time."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.student = model
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The loss for `input_ids` `[batch, time]`."""
+        hidden = self.student.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return {"loss": next_token_loss(hidden, self.student.lm_head, input_ids)}
+
+
+def extend(
+    model: PreTrainedModel,
+    rows: Rows,
+    settings: ExtendSettings,
+    folder: Path,
+    seed: int = 0,
+    bf16: bool = False,
+    report: Report = silent,
+) -> None:
+    """Train all weights of `model` in place on rows longer than before.
+
+    Interrupted work goes on from the last whole checkpoint in `folder`.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
+    model.requires_grad_(True).train()
+    train(NextTokenLoss(model), rows, settings, folder, seed, bf16, report)
+    model.eval()

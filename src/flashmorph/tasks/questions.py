@@ -1,0 +1,59 @@
+"""Reproducible questions: the same seed, split and number always give the same one."""
+
+import random
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from flashmorph.tasks.hops import hops
+from flashmorph.tasks.layout import Example, Layout
+from flashmorph.tasks.many_keys import many_keys
+from flashmorph.tasks.many_values import many_values
+from flashmorph.tasks.problem import Task
+from flashmorph.tasks.style import Style
+from flashmorph.tasks.words import names
+
+TASKS: dict[str, Task] = {"many_keys": many_keys, "many_values": many_values, "hops": hops}
+
+
+class TaskSettings(BaseModel):
+    """One task and what it is called with: `{task: many_keys, num_keys: 8}`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    task: Annotated[str, Field(description=f"one of {', '.join(TASKS)}")]
+
+    @model_validator(mode="after")
+    def _known(self) -> "TaskSettings":
+        if self.task not in TASKS:
+            raise ValueError(f"task {self.task!r} is unknown; there are {', '.join(TASKS)}")
+        known = TASKS[self.task].__annotations__.keys() - {"rng", "style", "names", "return"}
+        for name in self.settings:
+            if name not in known:
+                raise ValueError(f"task {self.task} has no setting {name!r}; it has {', '.join(sorted(known))}")
+        return self
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the task is called with."""
+        return dict(self.model_extra or {})
+
+
+def make_example(
+    task: TaskSettings,
+    layout: Layout,
+    style: Style,
+    split: str,
+    length: int,
+    seed: int,
+    number: int,
+    depths: Sequence[float] | None = None,
+) -> Example:
+    """Question `number` of `task`, `length` tokens long.
+
+    Raises:
+        UserError: the task does not fit into `length`, or asks for more names than the split has.
+    """
+    rng = random.Random(f"{seed} {split} {task.model_dump_json()} {length} {number}")
+    problem = TASKS[task.task](rng, style, names(split), **task.settings)
+    return layout.lay_out(problem, length, rng, depths)

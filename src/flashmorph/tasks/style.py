@@ -1,0 +1,46 @@
+"""How a fact, a link and a question are written. The tasks themselves know no wording."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Style:
+    """Templates over `{key}`, `{value}` and `{target}`.
+
+    `answer` begins where the model takes over; `stop` is what must follow a complete answer, so that `48213` does not
+    pass for `482139`. `value_digits` is the number of digits of a value.
+    """
+
+    fact: str
+    link: str
+    question: str
+    many_question: str
+    answer: str
+    separator: str
+    stop: str
+    value_digits: int
+
+
+STYLES = {
+    "lines": Style(
+        fact="@ {key}:{value}\n",
+        link="@ {key}: {target}\n",
+        question="? {key}:",
+        many_question="? {key}:",
+        answer="{value}",
+        separator=",",
+        stop="\n",
+        value_digits=6,
+    ),
+    "prose": Style(
+        fact="The secret number of the {key} is {value}.\n",
+        link="The secret number of the {key} is the same as the secret number of the {target}.\n",
+        question="\nQuestion: What is the secret number of the {key}?\nAnswer: The secret number of the {key} is",
+        many_question="\nQuestion: What are all the secret numbers of the {key}, in the order of the text?\n"
+        "Answer: The secret numbers of the {key} are",
+        answer=" {value}",
+        separator=",",
+        stop=".",
+        value_digits=6,
+    ),
+}

@@ -1,0 +1,153 @@
+"""Open a teacher: an embedded one, a local folder or a model of the hub. Refuse what cannot be a teacher."""
+
+import hashlib
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from flashmorph.errors import UserError
+from flashmorph.hosts import host_for
+
+EMBEDDED = ("tiny",)
+_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A checkpoint on disk. `digest` covers its configuration and weights; `revision` is the hub's commit, if any."""
+
+    name: str
+    folder: Path
+    digest: str
+    revision: str
+    note: str = ""
+
+    def load(self, dtype: torch.dtype | str) -> PreTrainedModel:
+        """The model, in `dtype`.
+
+        Raises:
+            UserError: a checkpoint that is damaged, incomplete or not of a supported kind.
+        """
+        return load_model(self.folder, dtype)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, or None where the folder has none.
+
+        Raises:
+            UserError: it has more tokens than the model has embeddings.
+        """
+        return load_tokenizer(self.folder)
+
+
+def open_teacher(name: str) -> Teacher:
+    """Find a teacher by name and check that it has an exact host, before any weight is read.
+
+    Raises:
+        UserError: nothing there, no weights, or no exact host.
+    """
+    folder, revision, note = locate(name)
+    host_for(load_config(folder))
+    return Teacher(name, folder, _digest(folder), revision, note)
+
+
+def locate(name: str) -> tuple[Path, str, str]:
+    """Folder, revision and a note for the user: a local folder, an embedded teacher or a model of the hub.
+
+    Raises:
+        UserError: there is nothing of that name.
+    """
+    path = Path(name)
+    if path.is_dir():
+        embedded = f"{name!r} is a folder here: it is used instead of the embedded teacher of that name"
+        return path, "", embedded if name in EMBEDDED else ""
+    if name in EMBEDDED:
+        return Path(str(files("flashmorph") / "assets" / name)), "", ""
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"there is no folder {name!r}: give a folder with config.json and safetensors, or a hub name")
+    folder = _download(name)
+    return folder, folder.name, ""
+
+
+def load_config(folder: Path):
+    """The configuration in `folder`.
+
+    Raises:
+        UserError: none there, not readable, of an unknown kind, or quantised.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json: it is no Hugging Face checkpoint")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be read: {_first_line(error)}") from error
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"{folder} is quantised; give the checkpoint it was made from")
+    return config
+
+
+def load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The causal language model in `folder`, on the CPU.
+
+    Raises:
+        UserError: weights are missing, damaged, or do not fit the configuration.
+    """
+    if not list(folder.glob("*.safetensors")):
+        pickled = " (only pickled ones, which are not read: convert them)" if list(folder.glob("*.bin")) else ""
+        raise UserError(f"{folder} has no safetensors weights{pickled}")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:
+        raise UserError(f"the weights in {folder} cannot be read, are they complete? {_first_line(error)}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(f"{folder} lacks {len(missing)} weights, {missing[0]} first: the checkpoint is incomplete")
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in `folder`, or None where there is none.
+
+    Raises:
+        UserError: it is damaged, or has more tokens than the model has embeddings.
+    """
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise UserError(f"the tokenizer in {folder} cannot be read: {_first_line(error)}") from error
+    size = load_config(folder).vocab_size
+    if len(tokenizer) > size:
+        raise UserError(f"the tokenizer in {folder} has {len(tokenizer):,} tokens and the model only {size:,}")
+    return tokenizer
+
+
+def _download(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_FILES)))
+    except Exception as error:
+        embedded = ", ".join(EMBEDDED)
+        raise UserError(
+            f"there is no teacher {name!r}: it is no folder here, not embedded ({embedded}), and the hub says: "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def _digest(folder: Path) -> str:
+    """Of the configuration, the weights and the tokenizer, so that a changed file is a new teacher."""
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("tokenizer*.json")]):
+        digest.update(path.name.encode())
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
