@@ -21,7 +21,7 @@ from flashmorph.devices import use_bf16
 from flashmorph.errors import UserError
 from flashmorph.evaluation import Score, evaluate, recall_difference
 from flashmorph.files import read_json, write_json
-from flashmorph.hosts import host_of
+from flashmorph.hosts import cache_bytes
 from flashmorph.morphable import Morphable, attach, build
 from flashmorph.move import transplant
 from flashmorph.plan import Budget, Plan, Space
@@ -390,13 +390,7 @@ def open_questions(recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokenize
 
 def cache_of(model: PreTrainedModel) -> dict[str, int]:
     """Bytes of cache of one sequence, by context length."""
-    host = host_of(model.config)
-    words = {word: option for option, word in host.options.items()}
-    options = [words[word] for word in model.config.layer_types]
-    return {
-        str(context): sum(host.cache_bytes(model.config, option, context) for option in options)
-        for context in CACHE_CONTEXTS
-    }
+    return {str(context): cache_bytes(model.config, context) for context in CACHE_CONTEXTS}
 
 
 def open_stage(run: Run, stage: Stage) -> PreTrainedModel:

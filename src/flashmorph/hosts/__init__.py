@@ -38,4 +38,17 @@ def host_of(config: PreTrainedConfig) -> Host:
     raise UserError(f"{config.model_type!r} is no host of flashmorph's; run `flashmorph transplant` first")
 
 
-__all__ = ["HOSTS", "LINEAR", "Host", "host_for", "host_of"]
+def cache_bytes(config: PreTrainedConfig, context: int) -> int:
+    """Bytes of cache of one sequence of `context` tokens, of a host's model or of a teacher's.
+
+    Raises:
+        UserError: the configuration is neither.
+    """
+    if any(config.model_type in host.teachers for host in HOSTS):
+        config = host_for(config).host_config(config)
+    host = host_of(config)
+    options = {word: option for option, word in host.options.items()}
+    return sum(host.cache_bytes(config, options[word], context) for word in config.layer_types)
+
+
+__all__ = ["HOSTS", "LINEAR", "Host", "cache_bytes", "host_for", "host_of"]
