@@ -4,6 +4,7 @@ Each row comes with a loss weight per token and a label per token (the next toke
 """
 
 import random
+import re
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,7 @@ class Curriculum:
         self._rng = random.Random(seed)
         self._tokenizer = tokenizer
         self._cache: dict[str, list[int]] = {}
-        self._train_names = names("train")
+        self._train_names = training_names(tokenizer)
         self._all_names = tuple(word for split in ("train", "validation", "referee", "test") for word in names(split))
         documents = list(Corpus().documents("train", seed))
         self._text = [tokenizer(text, verbose=False).input_ids + [tokenizer.eos_token_id] for text in documents]
@@ -110,11 +111,15 @@ class Curriculum:
                 row.add(piece[1:], COPY_WEIGHT, part=4)
         return row
 
-    def _filler(self, share: float) -> list[int]:
-        """Some text lines, or none: `share` of the gaps between facts get any."""
-        if self._rng.random() >= share:
+    def _filler(self, share: float, room: int) -> list[int]:
+        """Some text lines, or none: `share` of the places get any, at most `room` tokens."""
+        if self._rng.random() >= share or room <= 0:
             return []
-        return [token for _ in range(self._rng.randint(1, 3)) for token in self._rng.choice(self._lines)][:60]
+        filler: list[int] = []
+        wanted = self._rng.randint(1, room)
+        while len(filler) < wanted:
+            filler += self._rng.choice(self._lines)
+        return filler[: wanted - 1] + self._encode("\n")
 
     def _make_facts(self, length: int) -> Row:
         """Up to 32 keys with values, most asked for, in half of the rows with the questions in between."""
@@ -124,8 +129,10 @@ class Curriculum:
         between = rng.random() < 0.5
         waiting: list[tuple[list[int], list[int]]] = []
         keys = two_word_keys(rng, self._train_names, number)
+        spare = max(0, length - 18 * number)
+        row.add(self._filler(share, spare // 2), 0.0)
         for count, key in enumerate(keys, 1):
-            row.add(self._filler(share), 0.0)
+            row.add(self._filler(share, spare // number), 0.0)
             name, value = self._encode(f" {key}:"), self._value()
             row.add(self._encode("@") + name + value + self._encode("\n"), 0.0)
             waiting.append((name, value))
@@ -144,9 +151,11 @@ class Curriculum:
         rng.shuffle(turns)
         waiting: list[tuple[list[int], list[int]]] = []
         seen: set[int] = set()
+        spare = max(0, length - 20 * chains)
+        row.add(self._filler(share, spare // 2), 0.0)
         for chain in turns:
             root, name, value = pairs[chain]
-            row.add(self._filler(share), 0.0)
+            row.add(self._filler(share, spare // (2 * chains)), 0.0)
             if chain not in seen:
                 seen.add(chain)
                 row.add(self._encode("@") + self._encode(f" {root}:") + value + self._encode("\n"), 0.0)
@@ -164,8 +173,7 @@ class Curriculum:
         for name, value in waiting:
             self._ask(questions, name, value, weights)
         gap = length - len(row.ids) - len(questions.ids)
-        if gap > 0 and share:
-            row.add(self._text_piece(self._rng.randint(0, gap)), 0.0)
+        row.add(self._filler(share, gap), 0.0)
         for number, token in enumerate(questions.ids):
             row.add([token], questions.weights[number], questions.part[number])
         if len(row.ids) < length:
@@ -178,6 +186,17 @@ class Curriculum:
         row.add(value[:1], first, part)
         row.add(value[1:], rest, 1)
         row.add(self._encode("\n"), TEXT_WEIGHT)
+
+
+def training_names(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Every word or piece of a word that is one token after a space, but for those that other splits ask about.
+
+    The more names a teacher learns its tasks on, the better it does them on names that it has only seen copied.
+    """
+    held_out = {word for split in ("validation", "referee", "test") for word in names(split)}
+    words = (tokenizer.decode([token]) for token in range(len(tokenizer)))
+    pieces = sorted(word[1:] for word in words if re.fullmatch(r" [A-Za-z]{2,}", word))
+    return tuple(piece for piece in pieces if piece not in held_out)
 
 
 def window_mask(length: int, window: int | None) -> torch.Tensor:

@@ -29,8 +29,8 @@ from flashmorph.corpus import Corpus
 PARTS = {1: "answer", 2: "hop", 3: "link", 4: "copy"}
 MIXTURES = (
     {"text": 0.10, "copy": 0.25, "facts": 0.45, "hops": 0.20},
-    {"text": 0.15, "copy": 0.10, "facts": 0.30, "hops": 0.45},
-    {"text": 0.25, "copy": 0.03, "facts": 0.32, "hops": 0.40},
+    {"text": 0.13, "copy": 0.12, "facts": 0.30, "hops": 0.45},
+    {"text": 0.23, "copy": 0.09, "facts": 0.30, "hops": 0.38},
 )
 """The data of each stage of the curriculum, one for each length in `lengths`."""
 

@@ -12,6 +12,8 @@ import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import flashmorph.assets as assets
+from flashmorph.morphable import Morphable, attach
+from flashmorph.move import transplant
 
 SHAPE = {
     "hidden_size": 32,
@@ -55,6 +57,13 @@ def random_qwen3(seed: int = 0, **changes) -> Qwen3ForCausalLM:
             else:
                 weight.mul_(3)
     return model
+
+
+def small_morphable(seed: int = 0, **changes) -> Morphable:
+    """A random teacher in its host, with branches started on random tokens."""
+    model, _ = transplant(random_qwen3(seed, **changes))
+    tokens = torch.randint(model.config.vocab_size, (4, 48), generator=torch.Generator().manual_seed(seed))
+    return attach(model, tokens)[0]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

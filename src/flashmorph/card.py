@@ -63,7 +63,5 @@ beside this file.
 def _row(name: str, score) -> str:
     low, high = score.to_dict()["recall_interval"]
     cache = score.cache_bytes["131072"] / 2**20
-    return (
-        f"| {_NAMES[name]} | {100 * score.recall:.1f} % | {100 * low:.1f}-{100 * high:.1f} % | {score.perplexity:.3f} | "
-        f"{cache:,.1f} MiB |"
-    )
+    figures = f"{100 * score.recall:.1f} % | {100 * low:.1f}-{100 * high:.1f} % | {score.perplexity:.3f}"
+    return f"| {_NAMES[name]} | {figures} | {cache:,.1f} MiB |"

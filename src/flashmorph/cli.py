@@ -140,7 +140,7 @@ def transplant(teacher: TeacherArgument, output: OutputOption, device: DeviceOpt
     source = open_teacher(teacher)
     source.tokenizer()
     with _err.status(f"moving {teacher}"):
-        model, proof = move(source.load(torch.float32).to(pick_device(device)))
+        model, proof = move(source.load(torch.float32, pick_device(device)))
         if output.is_dir():
             output.rmdir()
         save_model(model, output, source.folder)

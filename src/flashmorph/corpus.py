@@ -1,17 +1,21 @@
 """Text: where it comes from, its four disjoint splits, and rows of tokens packed from it."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from flashmorph.errors import UserError
 from flashmorph.files import atomic_path
+from flashmorph.progress import Report, silent
 from flashmorph.tasks.words import SPLITS
 
 DEMO = "demo"
@@ -84,10 +88,10 @@ class Corpus:
         path = Path(self.source)
         if path.exists():
             paths = sorted(file for file in path.rglob("*") if _reader(file)) if path.is_dir() else [path]
-            if not paths or not _reader(paths[0]):
+            reader = _reader(paths[0]) if paths else None
+            if not reader:
                 raise UserError(f"{path} holds no text: give files that end in {', '.join(_READERS)}")
-            reader = _reader(paths[0])
-            options = {"sample_by": "document"} if reader == "text" else {}
+            options: dict[str, Any] = {"sample_by": "document"} if reader == "text" else {}
             names = [str(file) for file in paths if _reader(file) == reader]
             return datasets.load_dataset(reader, data_files=names, split="train", streaming=True, **options)
         try:
@@ -105,7 +109,7 @@ def _reader(path: Path) -> str | None:
     return _READERS.get(suffixes[-1]) if suffixes and path.is_file() else None
 
 
-class Rows(Sequence):
+class Rows(Dataset[dict[str, list[int]]]):
     """Rows of token ids `[rows, length]`, mapped from a file and read as they are needed."""
 
     def __init__(self, path: Path):
@@ -127,45 +131,58 @@ def pack(
     seed: int,
     path: Path,
     max_passes: int | None = 4,
-    progress: Callable[[int, int], None] | None = None,
+    report: Report = silent,
+    others: Sequence[list[int]] = (),
 ) -> Rows:
     """Tokenise documents of `split`, join them end to end and cut rows of `length` tokens into the file `path`.
 
-    The rows are on disk before training starts: any step can be resumed at without reading the text again. An existing
-    file is taken as it is.
+    `others` are rows of that length that stand among those of text at regular intervals. The rows are on disk before
+    training starts: any step can be resumed at without reading the text again. An existing file is taken as it is.
 
     Raises:
         UserError: the text would have to be repeated more than `max_passes` times (None: as often as it takes).
     """
     if not path.exists():
         with atomic_path(path) as temporary:
-            _write_rows(corpus, tokenizer, split, (rows, length), seed, temporary, max_passes, progress)
+            ids = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint32, shape=(rows, length))
+            is_other = np.diff(np.arange(rows + 1) * len(others) // rows) > 0
+            for row, other in zip(np.flatnonzero(is_other), others, strict=True):
+                ids[row] = other
+            text = _text_tokens(corpus, tokenizer, split, (rows - len(others)) * length, seed, max_passes, report)
+            for row in np.flatnonzero(~is_other):
+                ids[row] = list(islice(text, length))
+            ids.flush()
+            del ids
     return Rows(path)
 
 
-def _write_rows(corpus, tokenizer, split, shape, seed, path, max_passes, progress) -> None:
-    rows, length = shape
-    ids = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint32, shape=shape)
-    flat, place, passes = ids.reshape(-1), 0, 0
+def _text_tokens(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    needed: int,
+    seed: int,
+    max_passes: int | None,
+    report: Report,
+) -> Iterator[int]:
+    """`needed` tokens of running text, documents apart by the end-of-text token, the text repeated where it must be."""
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    while place < flat.size:
+    made, passes = 0, 0
+    while made < needed:
         if max_passes is not None and passes == max_passes:
             raise UserError(
-                f"{corpus.source} is too small: {place // max(1, passes):,} tokens for the split {split!r}, and "
-                f"{flat.size:,} are needed, which is more than {max_passes} times; give more --data, fewer tokens, "
-                "or --allow-repeat"
+                f"{corpus.source} is too small: it has about {made // passes:,} tokens for the split {split!r} and "
+                f"{needed:,} are needed, more than {max_passes} times that; give more --data, fewer tokens, or "
+                "--allow-repeat"
             )
-        before = place
+        before = made
         for text in corpus.documents(split, seed + passes):
             tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids + separator
-            tokens = tokens[: flat.size - place]
-            flat[place : place + len(tokens)] = tokens
-            place += len(tokens)
-            if progress:
-                progress(place // length, rows)
-            if place == flat.size:
+            yield from tokens
+            made += len(tokens)
+            report(min(made, needed), needed)
+            if made >= needed:
                 break
-        if place == before:
+        if made == before:
             raise UserError(f"{corpus.source} has no text for the split {split!r}: it needs more documents")
         passes += 1
-    ids.flush()

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +25,7 @@ def open_model(name: str, device: torch.device) -> tuple[PreTrainedModel, PreTra
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise UserError(f"{name} has no tokenizer")
-    return load_model(folder, torch.float32 if device.type == "cpu" else "auto").to(device), tokenizer
+    return load_model(folder, torch.float32 if device.type == "cpu" else "auto", device), tokenizer
 
 
 def score_model(name: str, recipe: Recipe, device: torch.device) -> Score:
@@ -56,7 +57,7 @@ def continue_prompt(name: str, prompt: str, max_new_tokens: int, device: torch.d
     if not ids.numel():
         raise UserError("the prompt is empty; give some text to go on from")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    made = model.generate(
+    made = cast(Any, model).generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad
     )
-    return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+    return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))

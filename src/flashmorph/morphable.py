@@ -184,7 +184,7 @@ class Morphable(nn.Module):
         config = self.host.with_layer_types(self.model.config, chosen)
         config.use_cache = True
         state = {name: weight.detach().clone().to(dtype) for name, weight in state.items()}
-        model = empty_model(self.host, config, state).to(self.device)
+        model = empty_model(self.host, config, state)
         model.generation_config = self.model.generation_config
         return model.requires_grad_(True)
 

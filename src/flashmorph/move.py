@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from accelerate import init_empty_weights
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flashmorph.errors import UserError
@@ -44,6 +45,7 @@ def empty_model(host: Host, config: PreTrainedConfig, state: dict[str, torch.Ten
         state = {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
+    nn.Module.to(model, next(iter(state.values())).device)
     return model.eval()
 
 
@@ -65,7 +67,6 @@ def transplant(teacher: PreTrainedModel) -> tuple[PreTrainedModel, Proof]:
     config = host.host_config(teacher.config)
     model = empty_model(host, config, {name: weight.clone() for name, weight in host.host_state(teacher).items()})
     model.generation_config = teacher.generation_config
-    model = model.to(teacher.device)
     proof = prove(teacher, model)
     if not proof.difference <= proof.tolerance:
         raise UserError(

@@ -5,7 +5,7 @@ library's own.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,11 +29,11 @@ from flashmorph.progress import Report
 from flashmorph.publish import publish, save_model
 from flashmorph.recipe import Recipe
 from flashmorph.runfolder import RunFolder, Stage, digest_of
-from flashmorph.selection.objective import MorphableObjective
+from flashmorph.selection.objective import MorphableObjective, SearchSettings
 from flashmorph.selection.search import check_settings, select
 from flashmorph.selection.uniform import uniform
 from flashmorph.stages import TrainSettings, align, alignment_errors, distill, extend
-from flashmorph.tasks import STYLES, Example, Haystack, Layout, make_example
+from flashmorph.tasks import STYLES, Example, Haystack, Layout, TaskSettings, make_example
 from flashmorph.teacher import Teacher, load_config, load_model
 
 STAGES = ("transplant", "align", "select", "build", "distill", "extend", "evaluate")
@@ -92,11 +92,14 @@ class Run:
         self, name: str, about: str, settings: Any, inputs: list[str], work: Callable[[Path, Report], dict | None]
     ) -> Stage:
         """Run one stage, or find that it is done, and show it."""
-        if not self.folder.find(name, settings, inputs) and (earlier := self.folder.earlier(name)):
-            self.screen.say(f"{name}: settings or inputs differ from {earlier[-1].name}, which stays; running it again")
+        label = f"{name} {about.split()[0]}" if name == "evaluate" or about.startswith("uniform") else name
+        before = self.folder.last(label)
+        if before and not self.folder.find(name, settings, inputs):
+            self.screen.say(f"{label}: settings or inputs differ from {before}, which stays; running it again")
         set_seed(self.recipe.seed)
         with self.screen.stage(name, about) as report:
             stage = self.folder.run(name, settings, inputs, lambda folder: work(folder, report))
+        self.folder.remember(label, stage)
         self.screen.done(stage, about, stage.record.get("summary", ""))
         return stage
 
@@ -232,7 +235,7 @@ def run_transplant(run: Run) -> Stage:
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
         report(0, 3)
-        teacher = run.teacher.load(torch.float32).to(run.device)
+        teacher = run.teacher.load(torch.float32, run.device)
         report(1, 3)
         model, proof = transplant(teacher)
         report(2, 3)
@@ -248,12 +251,12 @@ def run_align(run: Run, host: Stage) -> Stage:
     settings = run.recipe.align
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
-        rows = packed_rows(run, "train", settings.length, settings.rows, "align", report)
+        rows = training_rows(run, settings, "align", report)
         morphable, start = attach(open_host(run, host), calibration(run, rows))
         align(morphable, rows, settings, folder, run.recipe.seed, run.bf16, report)
         errors = alignment_errors(morphable, calibration(run, rows))
         save_file(morphable.branch_state(), folder / "branches.safetensors")
-        summary = f"relative error a layer {_span(start)} at the start, {_span(errors)} now"
+        summary = f"relative error by layer {_listed(start)} at the start, {_listed(errors)} now"
         tokens = settings.steps * settings.batch_rows * settings.length
         return {"errors_at_start": start, "errors": errors, "tokens": tokens, "summary": summary}
 
@@ -267,22 +270,7 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
         morphable = open_morphable(run, host, branches)
-        style = STYLES[recipe.style]
-        layouts = {
-            split: Layout(run.tokenizer, style, Haystack(run.corpus.pool(split, recipe.seed)))
-            for split in ("train", "validation")
-        }
-        objective = MorphableObjective(
-            morphable,
-            layouts,
-            style,
-            list(recipe.tasks.values()),
-            chosen.search,
-            folder,
-            recipe.seed,
-            run.bf16,
-            report,
-        )
+        objective = open_objective(run, morphable, folder, report)
         found = select(morphable, recipe.budget, chosen.strategy, objective, recipe.seed, **chosen.settings)
         replace(found.plan, teacher=run.teacher.name, revision=run.teacher.revision).save(folder / "plan.json")
         write_json(folder / "trace.json", found.trace)
@@ -292,12 +280,25 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
     wanted = {
         "budget": recipe.budget,
         "select": chosen.model_dump(mode="json"),
-        "tasks": {name: task.model_dump(mode="json") for name, task in recipe.tasks.items()},
+        "tasks": _plain(recipe.tasks.values()),
         "style": recipe.style,
         **_common(run),
     }
     stage = run.stage("select", f"{chosen.strategy}, budget {recipe.budget}", wanted, [branches.digest], work)
     return Plan.load(stage.folder / "plan.json")
+
+
+def open_objective(
+    run: Run, morphable: Morphable, folder: Path, report: Report, search: SearchSettings | None = None
+) -> MorphableObjective:
+    """What the recipe's search asks of the model; its state and evaluated plans are kept in `folder`."""
+    recipe, style = run.recipe, STYLES[run.recipe.style]
+    layouts = {
+        split: Layout(run.tokenizer, style, Haystack(run.corpus.pool(split, recipe.seed)))
+        for split in ("train", "validation")
+    }
+    tasks, search = list(recipe.tasks.values()), search or recipe.select.search
+    return MorphableObjective(morphable, layouts, style, tasks, search, folder, recipe.seed, run.bf16, report)
 
 
 def uniform_plan(run: Run, host: Stage, plan: Plan) -> Plan:
@@ -325,7 +326,7 @@ def run_distill(run: Run, host: Stage, built: Stage, label: str) -> Stage:
     settings = run.recipe.distill
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
-        rows = packed_rows(run, "train", settings.length, settings.rows, "distill", report)
+        rows = training_rows(run, settings, "distill", report)
         student, teacher = open_stage(run, built), open_host(run, host)
         distill(student, teacher, rows, settings, folder, run.recipe.seed, run.bf16, report)
         save_model(student, folder / "model", built.folder / "model")
@@ -341,7 +342,7 @@ def run_extend(run: Run, distilled: Stage, label: str) -> Stage:
     assert settings
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
-        rows = packed_rows(run, "train", settings.length, settings.rows, "extend", report)
+        rows = training_rows(run, settings, "extend", report)
         model = open_stage(run, distilled)
         extend(model, rows, settings, folder, run.recipe.seed, run.bf16, report)
         save_model(model, folder / "model", distilled.folder / "model")
@@ -358,7 +359,7 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
     def work(folder: Path, report: Report) -> dict[str, Any]:
         loaded = open_stage(run, model)
         questions = open_questions(recipe, run.corpus, run.tokenizer)
-        held_out = packed_rows(run, "test", settings.length, settings.perplexity_tokens // settings.length, "test")
+        held_out = held_out_rows(run)
         score = evaluate(loaded, run.tokenizer, questions, held_out, settings, cache_of(loaded), report)
         write_json(folder / "right.json", score.right)
         summary = f"recall {100 * score.recall:.1f} %, perplexity {score.perplexity:.2f}"
@@ -366,7 +367,7 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
 
     wanted = {
         "evaluate": settings.model_dump(mode="json"),
-        "tasks": {name: task.model_dump(mode="json") for name, task in recipe.tasks.items()},
+        "tasks": _plain(recipe.tasks.values()),
         "style": recipe.style,
         **_common(run),
     }
@@ -395,7 +396,7 @@ def cache_of(model: PreTrainedModel) -> dict[str, int]:
 
 def open_stage(run: Run, stage: Stage) -> PreTrainedModel:
     """The model that a stage saved, in float32 on CPUs and in its own dtype where training casts by itself."""
-    return load_model(stage.folder / "model", torch.float32).to(run.device)
+    return load_model(stage.folder / "model", torch.float32, run.device)
 
 
 def open_host(run: Run, host: Stage) -> PreTrainedModel:
@@ -410,12 +411,33 @@ def open_morphable(run: Run, host: Stage, branches: Stage) -> Morphable:
     return morphable
 
 
-def packed_rows(run: Run, split: str, length: int, rows: int, stage: str, report: Report | None = None) -> Rows:
-    """Rows for one stage, tokenised once into the run's data folder."""
-    wanted = [run.recipe.data.model_dump(mode="json"), run.teacher.digest, split, length, rows, run.recipe.seed, stage]
-    max_passes = None if split == "test" else run.recipe.data.max_passes
-    path = run.folder.data / f"{stage}-{digest_of(wanted)}.npy"
-    return pack(run.corpus, run.tokenizer, split, length, rows, run.recipe.seed, path, max_passes, report)
+def training_rows(run: Run, settings: TrainSettings, stage: str, report: Report) -> Rows:
+    """Rows for one stage, tokenised once into the run's data folder: text, and retrieval questions where asked for."""
+    recipe = run.recipe
+    questions = round(settings.retrieval_share * settings.rows)
+    tasks = list(recipe.tasks.values()) if questions else []
+    wanted = {"train": [settings.length, settings.rows], **_common(run), "questions": [questions, recipe.style]}
+    path = run.folder.data / f"{stage}-{digest_of([run.teacher.digest, wanted, _plain(tasks)])}.npy"
+    rows: list[list[int]] = []
+    if questions and not path.exists():
+        layout = Layout(run.tokenizer, STYLES[recipe.style], Haystack(run.corpus.pool("train", recipe.seed)))
+        for number in range(questions):
+            task = tasks[number % len(tasks)]
+            style, length = STYLES[recipe.style], settings.length
+            rows.append(make_example(task, layout, style, "train", length, recipe.seed, number).input_ids)
+            report(number + 1, questions)
+    passes = recipe.data.max_passes
+    return pack(
+        run.corpus, run.tokenizer, "train", settings.length, settings.rows, recipe.seed, path, passes, report, rows
+    )
+
+
+def held_out_rows(run: Run) -> Rows:
+    """Rows of the test split, for perplexity."""
+    settings = run.recipe.evaluate
+    rows = max(1, settings.perplexity_tokens // settings.length)
+    path = run.folder.data / f"test-{digest_of([run.teacher.digest, settings.length, rows, _common(run)])}.npy"
+    return pack(run.corpus, run.tokenizer, "test", settings.length, rows, run.recipe.seed, path, None)
 
 
 def calibration(run: Run, rows: Rows) -> torch.Tensor:
@@ -431,12 +453,19 @@ def _common(run: Run) -> dict[str, Any]:
     return {"data": run.recipe.data.model_dump(mode="json"), "seed": run.recipe.seed, "bf16": run.bf16}
 
 
-def _training(run: Run, settings: Any) -> dict[str, Any]:
-    return {"train": settings.model_dump(mode="json"), **_common(run)}
+def _training(run: Run, settings: TrainSettings) -> dict[str, Any]:
+    wanted = {"train": settings.model_dump(mode="json"), **_common(run)}
+    if settings.retrieval_share:
+        wanted |= {"tasks": _plain(run.recipe.tasks.values()), "style": run.recipe.style}
+    return wanted
 
 
-def _span(values: list[float]) -> str:
-    return f"{min(values):.2f}-{max(values):.2f}"
+def _plain(tasks: Iterable[TaskSettings]) -> list[dict[str, Any]]:
+    return [task.model_dump(mode="json") for task in tasks]
+
+
+def _listed(values: list[float]) -> str:
+    return " ".join(f"{value:.2f}".removeprefix("0") for value in values)
 
 
 def _last_loss(folder: Path, name: str) -> str:

@@ -6,7 +6,7 @@ from typing import Protocol
 class Report(Protocol):
     """Called with the steps done, all steps, and the figures worth showing, such as `loss`."""
 
-    def __call__(self, done: int, total: int, **figures: float) -> None:
+    def __call__(self, done: int, total: int, /, **figures: float) -> None:
         """Show the progress."""
         ...
 

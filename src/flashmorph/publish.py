@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from flashmorph.errors import UserError
@@ -31,7 +32,8 @@ def save_model(model: PreTrainedModel, folder: Path, origin: Path) -> None:
     """
     dtype = AutoConfig.from_pretrained(origin).dtype or torch.float32
     with atomic_path(folder) as temporary:
-        model.to(dtype).save_pretrained(temporary)
+        nn.Module.to(model, dtype)
+        model.save_pretrained(temporary)
         for pattern in _TRAVELS:
             for path in origin.glob(pattern):
                 shutil.copy2(path, temporary / path.name)

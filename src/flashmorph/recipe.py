@@ -26,7 +26,7 @@ class DataSettings(BaseModel):
     source: str = DEMO
     config: str | None = None
     column: str = "text"
-    max_passes: int | None = Field(4, gt=0, description="how often a stage may repeat the text; null: any number")
+    max_passes: int | None = Field(default=4, gt=0, description="how often a stage may repeat the text")
 
 
 class SelectSettings(BaseModel):
@@ -35,7 +35,7 @@ class SelectSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     strategy: str = DEFAULT_STRATEGY
     settings: dict[str, Any] = Field(default_factory=dict)
-    search: SearchSettings = Field(default_factory=SearchSettings)
+    search: SearchSettings = SearchSettings()
 
 
 class Recipe(BaseModel):
@@ -48,13 +48,13 @@ class Recipe(BaseModel):
     baseline: Literal["uniform"] | None = None
     style: Literal["lines", "prose"] = "prose"
     tasks: dict[str, TaskSettings]
-    data: DataSettings = Field(default_factory=DataSettings)
-    calibration_rows: int = Field(8, gt=0, description="rows that branches are started from")
-    align: AlignSettings = Field(default_factory=AlignSettings)
-    select: SelectSettings = Field(default_factory=SelectSettings)
-    distill: DistillSettings = Field(default_factory=DistillSettings)
-    extend: ExtendSettings | None = Field(default_factory=ExtendSettings)
-    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+    data: DataSettings = DataSettings()
+    calibration_rows: int = Field(default=8, gt=0, description="rows that branches are started from")
+    align: AlignSettings = AlignSettings()
+    select: SelectSettings = SelectSettings()
+    distill: DistillSettings = DistillSettings()
+    extend: ExtendSettings | None = ExtendSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out."""

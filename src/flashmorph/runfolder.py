@@ -61,7 +61,8 @@ class RunFolder:
         if path.is_dir() and any(path.iterdir()) and not (path / MARKER).is_file():
             raise UserError(f"{path} holds something else; give a folder that is new, empty or a run of flashmorph's")
         self._places = [place / _STAGES for place in (path, *others)]
-        write_json(path / MARKER, {"made_by": "flashmorph", "version": flashmorph.__version__})
+        if not (path / MARKER).is_file():
+            write_json(path / MARKER, {"made_by": "flashmorph", "version": flashmorph.__version__, "last": {}})
         try:
             (path / _STAGES).mkdir(exist_ok=True)
             (path / "data").mkdir(exist_ok=True)
@@ -86,9 +87,15 @@ class RunFolder:
                 return Stage(name, digest, folder, read_json(folder / _RECORD), reused=True)
         return None
 
-    def earlier(self, name: str) -> list[Path]:
-        """Finished folders of this stage with any settings."""
-        return sorted(path for path in self._places[0].glob(f"{name}-*") if not path.name.endswith(_PARTIAL))
+    def last(self, label: str) -> str | None:
+        """The folder that the last run used for what it called `label`."""
+        return read_json(self.path / MARKER)["last"].get(label)
+
+    def remember(self, label: str, stage: Stage) -> None:
+        """Note which folder this run uses for `label`."""
+        marker = read_json(self.path / MARKER)
+        marker["last"][label] = stage.folder.name
+        write_json(self.path / MARKER, marker)
 
     def run(self, name: str, settings: Any, inputs: list[str], work: Callable[[Path], dict[str, Any] | None]) -> Stage:
         """Do `work(folder)` unless it is done already, and keep what it returns in the stage's record.

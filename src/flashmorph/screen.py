@@ -29,7 +29,7 @@ class RichScreen:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             bar = progress.add_task(f"{name:<10} {about}", total=None, figures="")
 
             def report(done: int, total: int, **figures: float) -> None:
@@ -49,19 +49,24 @@ class RichScreen:
 
     def show(self, results: Results) -> None:
         """The closing table and the strip of layers."""
-        table = Table(title="recall: greedy generation, exact match; with 95 % intervals", title_justify="left")
-        table.add_column("model", no_wrap=True)
+        overview = Table(title="recall: greedy generation, exact match of the whole answer", title_justify="left")
+        for name in ("model", "recall", "95 %", "perplexity", "cache at 128K"):
+            overview.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
         first = next(iter(results.scores.values()))
-        for name in ("recall", *first.right, "perplexity", "cache @128K"):
-            table.add_column(name, justify="right")
+        by_task = Table(title="recall by task", title_justify="left")
+        for name in ("model", *first.right):
+            by_task.add_column(name, justify="left" if name == "model" else "right")
         for name, score in results.scores.items():
             figures = score.to_dict()
             low, high = figures["recall_interval"]
-            tasks = [f"{100 * task['recall']:.0f} %" for task in figures["recall_by_task"].values()]
-            recall = f"{100 * score.recall:.1f} % ({100 * low:.0f}-{100 * high:.0f})"
-            cache = f"{score.cache_bytes['131072'] / 2**20:.1f} MiB"
-            table.add_row(name.replace("_", " "), recall, *tasks, f"{score.perplexity:.3f}", cache)
-        self.console.print(table)
+            cache = f"{score.cache_bytes['131072'] / 2**20:,.1f} MiB"
+            label = name.replace("_", " ")
+            interval = f"{100 * low:.1f}-{100 * high:.1f}"
+            overview.add_row(label, f"{100 * score.recall:.1f} %", interval, f"{score.perplexity:.3f}", cache)
+            tasks = figures["recall_by_task"].values()
+            by_task.add_row(label, *(f"{100 * task['recall']:.0f} %" for task in tasks))
+        self.console.print(overview)
+        self.console.print(by_task)
         kept = ", ".join(map(str, results.plan.full_layers))
         self.say(
             f"\n{results.plan.strip()}   ■ full □ linear: layers {kept} of {len(results.plan.assignments)} stay full"

@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -26,13 +27,13 @@ class Teacher:
     revision: str
     note: str = ""
 
-    def load(self, dtype: torch.dtype | str) -> PreTrainedModel:
-        """The model, in `dtype`.
+    def load(self, dtype: torch.dtype | str, device: torch.device | None = None) -> PreTrainedModel:
+        """The model, in `dtype` on `device`.
 
         Raises:
             UserError: a checkpoint that is damaged, incomplete or not of a supported kind.
         """
-        return load_model(self.folder, dtype)
+        return load_model(self.folder, dtype, device)
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer, or None where the folder has none.
@@ -89,8 +90,8 @@ def load_config(folder: Path):
     return config
 
 
-def load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The causal language model in `folder`, on the CPU.
+def load_model(folder: Path, dtype: torch.dtype | str, device: torch.device | None = None) -> PreTrainedModel:
+    """The causal language model in `folder`, on `device` (the CPU by default).
 
     Raises:
         UserError: weights are missing, damaged, or do not fit the configuration.
@@ -99,15 +100,16 @@ def load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
         pickled = " (only pickled ones, which are not read: convert them)" if list(folder.glob("*.bin")) else ""
         raise UserError(f"{folder} has no safetensors weights{pickled}")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        opened: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
+        model, info = opened
     except Exception as error:
         raise UserError(f"the weights in {folder} cannot be read, are they complete? {_first_line(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"{folder} lacks {len(missing)} weights, {missing[0]} first: the checkpoint is incomplete")
-    return model.eval()
+    return model.eval().to(device or "cpu")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

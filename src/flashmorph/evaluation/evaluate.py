@@ -20,10 +20,10 @@ class EvaluateSettings(BaseModel):
     """What is asked, and of how long a context."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    questions: int = Field(200, gt=0, description="questions a task")
-    length: int = Field(4096, gt=1, description="context length in tokens")
-    perplexity_tokens: int = Field(262_144, gt=1, description="held-out tokens that perplexity is measured on")
-    batch_tokens: int = Field(32_768, gt=0, description="tokens run at once")
+    questions: int = Field(default=200, gt=0, description="questions a task")
+    length: int = Field(default=4096, gt=1, description="context length in tokens")
+    perplexity_tokens: int = Field(default=262_144, gt=1, description="held-out tokens that perplexity is measured on")
+    batch_tokens: int = Field(default=32_768, gt=0, description="tokens run at once")
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,14 @@ def evaluate(
     total = sum(map(len, questions.values())) + len(rows)
     done = 0
     right = {}
+
+    def report_all(step: int, steps: int, **figures: float) -> None:
+        report(done + step, total, **figures)
+
     for task, examples in questions.items():
-        right[task] = answers_right(
-            model, tokenizer, examples, settings.batch_tokens, lambda step, _, start=done: report(start + step, total)
-        )
+        right[task] = answers_right(model, tokenizer, examples, settings.batch_tokens, report_all)
         done += len(examples)
-    losses = text_losses(model, rows, settings.batch_tokens, lambda step, _: report(done + step, total))
+    losses = text_losses(model, rows, settings.batch_tokens, report_all)
     return Score(right, perplexity(losses), cache_bytes or {})
 
 

@@ -1,6 +1,7 @@
 """Recall: greedy generation with the cache, exact match of the whole answer. Never a likelihood."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,7 +45,7 @@ def _answer_batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ba
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     answer_tokens = max(len(example.input_ids) - example.prompt_tokens for example in batch)
-    generated = model.generate(
+    generated = cast(Any, model).generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
         max_new_tokens=answer_tokens + _MARGIN_TOKENS,
@@ -53,7 +54,7 @@ def _answer_batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ba
         pad_token_id=pad,
     )
     return [
-        is_right(tokenizer.decode(row[width:], skip_special_tokens=True), example)
+        is_right(str(tokenizer.decode(row[width:], skip_special_tokens=True)), example)
         for row, example in zip(generated, batch, strict=True)
     ]
 

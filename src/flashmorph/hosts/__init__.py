@@ -33,7 +33,7 @@ def host_of(config: PreTrainedConfig) -> Host:
         UserError: it is no host's.
     """
     for host in HOSTS:
-        if config.model_type == host.model_class.config_class.model_type:
+        if config.model_type == host.model_type:
             return host
     raise UserError(f"{config.model_type!r} is no host of flashmorph's; run `flashmorph transplant` first")
 

@@ -20,6 +20,8 @@ class Host(Protocol):
     teachers: tuple[str, ...]
     options: Mapping[str, str]
     serves: str
+    model_class: type[PreTrainedModel]
+    model_type: str
 
     def check(self, config: PreTrainedConfig) -> None:
         """Refuse a teacher that has no exact counterpart here.
@@ -49,15 +51,11 @@ class Host(Protocol):
         """An untrained mixer of this option for one layer."""
         ...
 
-    def run_branch(
-        self, branch: nn.Module, option: str, hidden: torch.Tensor, arguments: dict[str, Any]
-    ) -> torch.Tensor:
+    def run_branch(self, branch: Any, option: str, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
         """The mixer's output `[batch, time, width]`, given what the decoder layer passes to its attention."""
         ...
 
-    def initialise(
-        self, branch: nn.Module, attention: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any]
-    ) -> None:
+    def initialise(self, branch: Any, attention: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
         """Start a linear branch from the attention's weights and from its input `[batch, time, width]`."""
         ...
 

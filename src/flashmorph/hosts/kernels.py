@@ -30,7 +30,7 @@ def implementation_in_use(module_name: str, function: str) -> str:
     decorated = getattr(decorated, "decorated", decorated)
     for cell in getattr(decorated, "__closure__", None) or ():
         if callable(cell.cell_contents) and cell.cell_contents is not decorated.__wrapped__:
-            return inspect.getmodule(cell.cell_contents).__name__
+            return cell.cell_contents.__module__
     return "PyTorch reference"
 
 
@@ -48,6 +48,5 @@ def _dispatching(decorated: Callable) -> Callable:
             )
         return reference(tensor, *args, **{name: value for name, value in kwargs.items() if name in known})
 
-    choose.dispatches_by_device = True
-    choose.decorated = decorated
+    choose.__dict__.update(dispatches_by_device=True, decorated=decorated)
     return choose

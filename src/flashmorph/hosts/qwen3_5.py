@@ -6,13 +6,14 @@ a doubled output projection takes it back. Its norms multiply by 1 + w: the teac
 
 import copy
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
-from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5Attention, Qwen3_5GatedDeltaNet
 
 from flashmorph.errors import UserError
 from flashmorph.hosts.host import LINEAR
@@ -49,10 +50,11 @@ class Qwen35Host:
     """Qwen3 (dense) in `Qwen3_5ForCausalLM` (`qwen3_5_text`)."""
 
     name = "Qwen3_5ForCausalLM"
-    teachers = ("qwen3",)
-    options = {FULL: "full_attention", LINEAR: "linear_attention"}
+    teachers: tuple[str, ...] = ("qwen3",)
+    options: Mapping[str, str] = {FULL: "full_attention", LINEAR: "linear_attention"}
     serves = "transformers, vLLM, llama.cpp; SGLang only for plans with a full layer at regular intervals"
-    model_class = Qwen3_5ForCausalLM
+    model_class: type[PreTrainedModel] = Qwen3_5ForCausalLM
+    model_type = "qwen3_5_text"
 
     def check(self, config: PreTrainedConfig) -> None:
         """Refuse sliding layers, rope types that Qwen3.5 does not compute, and activations other than SiLU."""
@@ -122,17 +124,16 @@ class Qwen35Host:
 
     def make_branch(self, config: PreTrainedConfig, layer: int, option: str) -> nn.Module:
         """transformers' own Gated DeltaNet."""
-        return Qwen3_5GatedDeltaNet(self.with_layer_types(config, [option] * config.num_hidden_layers), layer)
+        config = self.with_layer_types(config, [option] * config.num_hidden_layers)
+        return Qwen3_5GatedDeltaNet(cast(Any, config), layer)
 
-    def run_branch(
-        self, branch: nn.Module, option: str, hidden: torch.Tensor, arguments: dict[str, Any]
-    ) -> torch.Tensor:
+    def run_branch(self, branch: Any, option: str, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
         """Attention gets everything its decoder layer passes; Gated DeltaNet only the hidden states."""
         return branch(hidden_states=hidden, **arguments)[0] if option == FULL else branch(hidden_states=hidden)
 
     @torch.no_grad()
     def initialise(
-        self, branch: nn.Module, attention: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any]
+        self, branch: Qwen3_5GatedDeltaNet, attention: Qwen3_5Attention, hidden: torch.Tensor, arguments: dict[str, Any]
     ) -> None:
         """Gated DeltaNet that starts as the linear form of this attention.
 
@@ -172,7 +173,7 @@ class Qwen35Host:
 
     def cache_bytes(self, config: PreTrainedConfig, option: str, context: int) -> int:
         """Keys and values; or the convolution's inputs and the recurrent state, which is kept in float32."""
-        width = torch.empty(0, dtype=config.dtype).element_size()
+        width = torch.empty(0, dtype=cast(torch.dtype, config.dtype)).element_size()
         if option == FULL:
             return 2 * config.num_key_value_heads * config.head_dim * context * width
         keys = config.linear_num_key_heads * config.linear_key_head_dim
@@ -191,7 +192,7 @@ def _softplus_inverse(value: torch.Tensor) -> torch.Tensor:
     return value + torch.log(-torch.expm1(-value))
 
 
-def _mean_distance(attention: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+def _mean_distance(attention: Qwen3_5Attention, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
     """Mean distance in tokens that each head looks back, `[heads]`, at least one token."""
     implementation = attention.config._attn_implementation
     time = hidden.shape[1]
@@ -206,7 +207,7 @@ def _mean_distance(attention: nn.Module, hidden: torch.Tensor, arguments: dict[s
     return (weights * distance).sum(-1).mean((0, 2)).clamp_min(1.0)
 
 
-def _fit_head_scales(branch: nn.Module, hidden: torch.Tensor, target: torch.Tensor) -> None:
+def _fit_head_scales(branch: Qwen3_5GatedDeltaNet, hidden: torch.Tensor, target: torch.Tensor) -> None:
     """Least squares: one factor a head, so that the heads' outputs add up to `target` `[batch, time, width]`."""
     inputs = []
     handle = branch.out_proj.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))

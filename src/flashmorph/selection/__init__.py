@@ -3,16 +3,36 @@
 A new strategy is one file with one function and one line in `STRATEGIES`; its summary line is what `--help` shows.
 """
 
+from flashmorph.selection.add_one import add_one
+from flashmorph.selection.blocks import first, last, middle
 from flashmorph.selection.budgeted_gates import budgeted_gates
+from flashmorph.selection.drop_one import drop_one
+from flashmorph.selection.exhaustive import exhaustive
 from flashmorph.selection.gates import gates
+from flashmorph.selection.greedy_backward import greedy_backward
 from flashmorph.selection.greedy_forward import greedy_forward
+from flashmorph.selection.halo import halo
+from flashmorph.selection.l0 import l0
+from flashmorph.selection.nll import nll
+from flashmorph.selection.race import race
 from flashmorph.selection.strategy import Cost, Objective, Selection, Strategy
 from flashmorph.selection.uniform import uniform
 
 STRATEGIES: dict[str, Strategy] = {
+    "add-one": add_one,
     "budgeted-gates": budgeted_gates,
+    "drop-one": drop_one,
+    "exhaustive": exhaustive,
+    "first": first,
     "gates": gates,
+    "greedy-backward": greedy_backward,
     "greedy-forward": greedy_forward,
+    "halo": halo,
+    "l0": l0,
+    "last": last,
+    "middle": middle,
+    "nll": nll,
+    "race": race,
     "uniform": uniform,
 }
 DEFAULT_STRATEGY = "budgeted-gates"

@@ -10,6 +10,7 @@ import torch
 
 from flashmorph.plan import Budget, Space
 from flashmorph.selection.descend import Schedule, descend
+from flashmorph.selection.measure import count_layers
 from flashmorph.selection.strategy import Objective, Selection
 
 
@@ -23,20 +24,28 @@ def budgeted_gates(
     final_learning_rate: float = 0.1,
     noise: float = 1.0,
     final_noise: float = 0.2,
+    random_budget: bool = False,
 ) -> Selection:
     """Learn logits `[groups, options]` under the budget; the plan is the best one by the final logits.
 
+    With `random_budget` each step spends its own number of layers, drawn from 1 to L - 1, so that the logits do not
+    depend on `budget` and one search serves every count.
+
     Raises:
-        UserError: see `Space.limit`.
+        UserError: see `Space.limit`; or `random_budget` where the budget is not a count of layers.
     """
     space.limit(budget)
     rng = np.random.default_rng(seed)
     draws = rng.gumbel(size=(steps, *space.cost.shape))
+    budgets = [budget] * steps
+    if random_budget:
+        count_layers(space, budget, "budgeted-gates with random_budget")
+        budgets = [Budget("layers", int(kept)) for kept in rng.integers(1, len(space.groups), size=steps)]
     logits = torch.zeros(space.cost.shape)
 
     def hard_gates(logits: torch.Tensor, step: int) -> torch.Tensor:
         scale = noise + (final_noise - noise) * step / max(1, steps - 1)
-        plan = space.best(logits.detach().numpy() + scale * draws[step], budget)
+        plan = space.best(logits.detach().numpy() + scale * draws[step], budgets[step])
         hard = torch.tensor(space.one_hot(plan), dtype=logits.dtype)
         return hard + _project(logits, space) - _project(logits, space).detach()
 

@@ -30,7 +30,7 @@ def descend(
     schedule: Schedule,
     loss: str,
     regulariser: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    after_step: Callable[[torch.Tensor], None] | None = None,
+    after_step: Callable[[torch.Tensor], object] | None = None,
 ) -> list[dict]:
     """Train `logits` in place and return the trace, one entry a step.
 
@@ -54,7 +54,8 @@ def descend(
         value, gradient = objective.gradient(gates.detach(), step, loss)
         if not np.isfinite(value) or not torch.isfinite(gradient).all():
             raise UserError(
-                f"the {loss} loss of the gates is not finite at step {step}: look at the teacher's and the branches' weights"
+                f"the {loss} loss of the gates is not finite at step {step}: look at the teacher's and the branches' "
+                "weights"
             )
         optimizer.zero_grad()
         penalty = regulariser(logits) if regulariser else logits.sum() * 0

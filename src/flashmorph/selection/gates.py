@@ -9,9 +9,9 @@ The paper leaves open how alpha is kept in its range (here: clamped after each s
 
 import torch
 
-from flashmorph.errors import UserError
 from flashmorph.plan import Budget, Space
 from flashmorph.selection.descend import Schedule, descend
+from flashmorph.selection.measure import check_two_options
 from flashmorph.selection.strategy import Objective, Selection, group_scores
 
 
@@ -31,8 +31,7 @@ def gates(
         UserError: the space has more than two options, or the budget leaves no choice.
     """
     space.limit(budget)
-    if len(space.options) != 2:
-        raise UserError(f"strategy gates chooses between two options; this space has {', '.join(space.options)}")
+    check_two_options(space, "gates")
     alpha = torch.ones(len(space.groups))
     trace = descend(
         objective,

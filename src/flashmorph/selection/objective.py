@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from flashmorph.errors import UserError
 from flashmorph.files import read_json, write_json
 from flashmorph.losses import token_losses
 from flashmorph.morphable import Morphable
@@ -29,10 +30,10 @@ class SearchSettings(BaseModel):
     """The data of a search. `length` is the context in tokens; a range draws a length for each step."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    length: int | tuple[int, int] = Field((1024, 16384), description="context in tokens, or [shortest, longest]")
-    batch_tokens: int = Field(16_384, gt=0, description="tokens in a step")
-    micro_batch_tokens: int = Field(16_384, gt=0, description="tokens at once on one device")
-    questions: int = Field(64, gt=0, description="questions of the search-validation split, over all tasks")
+    length: int | tuple[int, int] = Field(default=(1024, 16384), description="context, or [shortest, longest]")
+    batch_tokens: int = Field(default=16_384, gt=0, description="tokens in a step")
+    micro_batch_tokens: int = Field(default=16_384, gt=0, description="tokens at once on one device")
+    questions: int = Field(default=64, gt=0, description="questions of the search-validation split, over all tasks")
 
     @property
     def longest(self) -> int:
@@ -57,11 +58,23 @@ class MorphableObjective:
         seed: int = 0,
         bf16: bool = False,
         report: Report = silent,
+        text_rows: torch.Tensor | None = None,
     ):
-        """`layouts` has one for the split `train` and one for `validation`; `folder` keeps the search's state."""
+        """`layouts` has one for the split `train` and one for `validation`; `folder` keeps the search's state.
+
+        `text_rows` `[rows, length]` are token ids of validation text, for the strategies that weigh text too.
+
+        Raises:
+            UserError: `text_rows` has no token to predict.
+        """
+        if text_rows is not None and (text_rows.ndim != 2 or not len(text_rows) or text_rows.shape[1] < 2):
+            raise UserError(
+                f"text_rows must be [rows, length] with at least one row of two tokens; got {list(text_rows.shape)}"
+            )
         self._morphable, self._layouts, self._style, self._tasks = morphable, layouts, style, list(tasks)
         self._settings, self._folder, self._seed, self._bf16, self._report = settings, folder, seed, bf16, report
         self._space_options = morphable.options
+        self._text_rows = text_rows
         self.num_questions = settings.questions
         self.cost = Cost()
         self._started = time.perf_counter()
@@ -90,22 +103,42 @@ class MorphableObjective:
     def evaluate(self, plan: Plan, questions: Sequence[int] | None = None) -> np.ndarray:
         """Mean answer cross-entropy of each question; plans evaluated before are read from disk."""
         wanted = list(range(self.num_questions) if questions is None else questions)
-        key = hashlib.sha256(json.dumps(plan.assignments).encode()).hexdigest()[:16]
-        path = self._folder / "evaluations" / f"{key}.json"
+        path = self._kept(plan, "json")
         known = {int(number): loss for number, loss in read_json(path)["losses"].items()} if path.exists() else {}
         missing = [number for number in wanted if number not in known]
         if missing:
-            space_row = {option: place for place, option in enumerate(self._space_options)}
-            gates = torch.zeros(len(plan.assignments), len(space_row), device=self._morphable.device)
-            for place, option in enumerate(plan.assignments.values()):
-                gates[place, space_row[option]] = 1.0
-            rows = self._validation()
+            gates, rows = self._hard_gates(plan), self._validation()
             for part in self._micro_batches([(number, rows[number]) for number in missing]):
                 with self._autocast():
                     losses = self._question_losses(gates, [example for _, example in part])
                 known.update({number: loss for (number, _), loss in zip(part, losses.tolist(), strict=True)})
             write_json(path, {"assignments": plan.assignments, "losses": {str(n): known[n] for n in sorted(known)}})
         return np.array([known[number] for number in wanted])
+
+    @torch.no_grad()
+    def text_loss(self, plan: Plan) -> float:
+        """Mean next-token cross-entropy on `text_rows`, in nats; plans evaluated before are read from disk.
+
+        Raises:
+            UserError: there are no `text_rows`.
+        """
+        if self._text_rows is None:
+            raise UserError("this strategy weighs text too: give the objective validation text, `text_rows`")
+        path = self._kept(plan, "text.json")
+        if path.exists():
+            return read_json(path)["text_loss"]
+        gates, head = self._hard_gates(plan), self._morphable.model.lm_head
+        total = 0.0
+        rows = max(1, self._settings.micro_batch_tokens // self._text_rows.shape[1])
+        for part in self._text_rows.split(rows):
+            ids = part.to(self._morphable.device)
+            with self._autocast():
+                hidden = self._morphable(ids, gates)[:, :-1]
+                total += token_losses(hidden.flatten(0, 1), head, ids[:, 1:].flatten()).double().sum().item()
+            self._count(ids, forward=1, backward=0, run="one branch")
+        loss = total / self._text_rows[:, 1:].numel()
+        write_json(path, {"assignments": plan.assignments, "text_loss": loss})
+        return loss
 
     def restore(self, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[dict]) -> int:
         """Read the state of an interrupted search, if there is one."""
@@ -133,6 +166,17 @@ class MorphableObjective:
         """Pass the progress on."""
         self.cost.seconds = time.perf_counter() - self._started
         self._report(done, total, **figures)
+
+    def _kept(self, plan: Plan, suffix: str) -> Path:
+        """Where the losses of `plan` are kept."""
+        key = hashlib.sha256(json.dumps(plan.assignments).encode()).hexdigest()[:16]
+        return self._folder / "evaluations" / f"{key}.{suffix}"
+
+    def _hard_gates(self, plan: Plan) -> torch.Tensor:
+        """The plan as gates `[groups, options]` of zeros and ones, in the order of the model's branches."""
+        chosen = torch.tensor([self._space_options.index(option) for option in plan.assignments.values()])
+        gates = torch.nn.functional.one_hot(chosen, len(self._space_options)).float()
+        return gates.to(self._morphable.device)
 
     def _answer_loss(self, gates: torch.Tensor, batch: Sequence[Example]) -> torch.Tensor:
         ids, marks = self._tensors(batch)

@@ -48,6 +48,14 @@ class Objective(Protocol):
         """Mean answer cross-entropy of `plan` on each of the search-validation `questions` (all by default)."""
         ...
 
+    def text_loss(self, plan: Plan) -> float:
+        """Mean next-token cross-entropy of `plan`, in nats, on the text of the search-validation split.
+
+        Raises:
+            UserError: the objective was made without text.
+        """
+        ...
+
     def restore(self, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[dict]) -> int:
         """Fill in the state that an interrupted search kept, and return the step to go on with (0 for a new one)."""
         ...

@@ -1,7 +1,5 @@
 """Every n-th layer full, as hybrid models are usually laid out (Qwen3-Next: the last of each four)."""
 
-import numpy as np
-
 from flashmorph.plan import Budget, Space
 from flashmorph.selection.strategy import Objective, Selection, group_scores
 
@@ -18,7 +16,7 @@ def uniform(
         ValueError: `offset` is beyond the smallest group.
     """
     layers = len(space.groups)
-    kept = len(space.best(group_scores(space, np.zeros(layers)), budget).full_groups)
+    kept = len(space.best(group_scores(space, [0.0] * layers), budget).full_groups)
     edges = [round(layers * place / kept) for place in range(kept + 1)]
     smallest = min(stop - start for start, stop in zip(edges, edges[1:], strict=False))
     if offset is not None and not 0 <= offset < smallest:

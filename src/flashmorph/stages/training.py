@@ -28,12 +28,13 @@ class TrainSettings(BaseModel):
     tokens: int = Field(gt=0, description="tokens to train on, in all")
     length: int = Field(gt=1, description="tokens in a row")
     batch_tokens: int = Field(gt=0, description="tokens in a step, over all devices")
-    micro_batch_tokens: int | None = Field(None, gt=0, description="tokens at once on one device; all by default")
+    micro_batch_tokens: int | None = Field(default=None, gt=0, description="tokens at once on one device")
+    retrieval_share: float = Field(default=0.0, ge=0, le=1, description="share of rows that are retrieval questions")
     learning_rate: float = Field(gt=0)
-    final_learning_rate: float = Field(1e-5, ge=0)
-    warmup_steps: int = Field(50, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    checkpoint_steps: int = Field(500, gt=0, description="steps between two checkpoints")
+    final_learning_rate: float = Field(default=1e-5, ge=0)
+    warmup_steps: int = Field(default=50, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    checkpoint_steps: int = Field(default=500, gt=0, description="steps between two checkpoints")
 
     @property
     def steps(self) -> int:
@@ -60,13 +61,18 @@ class StageTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or "")
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(trainable_state(self.model), folder / _WEIGHTS)
+        save_file(trainable_state(_module(self.model)), folder / _WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         state = load_file(Path(resume_from_checkpoint) / _WEIGHTS)
         with torch.no_grad():
-            for name, weight in trainable_state(self.model).items():
+            for name, weight in trainable_state(_module(self.model)).items():
                 weight.copy_(state[name])
+
+
+def _module(model: Any) -> nn.Module:
+    assert isinstance(model, nn.Module)
+    return model
 
 
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -149,7 +155,7 @@ class _Keeper(TrainerCallback):
         self._log.write_text("".join(line + "\n" for line in kept))
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / FINISHED).touch()
+        (Path(args.output_dir or "") / f"checkpoint-{state.global_step}" / FINISHED).touch()
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" not in logs:

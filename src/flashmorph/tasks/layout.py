@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -40,11 +41,11 @@ class Layout:
         self._style = style
         self._haystack = haystack
         bos = tokenizer.bos_token_id
-        self._start = [bos] if bos is not None and tokenizer("").input_ids[:1] == [bos] else []
+        self._start: list[int] = [int(bos)] if isinstance(bos, int) and tokenizer("").input_ids[:1] == [bos] else []
 
     def encode(self, text: str) -> list[int]:
         """Tokens of `text` without special tokens."""
-        return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return cast(list[int], self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def lay_out(
         self, problem: Problem, length: int, rng: random.Random, depths: Sequence[float] | None = None

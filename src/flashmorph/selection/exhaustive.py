@@ -1,0 +1,40 @@
+"""Exhaustive search: every plan of the budget. The truth on the search's own questions, where layers are few."""
+
+import math
+from itertools import combinations
+
+import numpy as np
+
+from flashmorph.errors import UserError
+from flashmorph.plan import Budget, Space
+from flashmorph.selection.measure import count_layers, first_questions, mean_losses
+from flashmorph.selection.strategy import Objective, Selection
+
+
+def exhaustive(
+    space: Space,
+    budget: Budget,
+    objective: Objective,
+    seed: int,
+    max_plans: int = 1_000,
+    num_questions: int | None = None,
+) -> Selection:
+    """Evaluate every plan on the first `num_questions` of the search-validation split and take the best.
+
+    The scores are the best plan itself, as ones and zeros; every plan's loss is in the trace.
+
+    Raises:
+        UserError: the budget is not a count of layers or leaves no choice, or there are more than `max_plans` plans.
+    """
+    kept = count_layers(space, budget, "exhaustive")
+    count = math.comb(len(space.groups), kept)
+    if count > max_plans:
+        raise UserError(
+            f"strategy exhaustive would evaluate {count:,} plans ({kept} of {len(space.groups)} layers) and max_plans "
+            f"is {max_plans:,}: give max_plans {count}, another budget, or a strategy such as greedy-forward"
+        )
+    plans = [space.plan(full, budget) for full in combinations(space.groups, kept)]
+    trace: list[dict] = []
+    losses = mean_losses(objective, plans, first_questions(objective, num_questions), trace, total=count)
+    scores = space.one_hot(plans[int(np.argmin(losses))])
+    return Selection(space.best(scores, budget), scores, trace, objective.cost)

@@ -1,0 +1,66 @@
+"""HALO's ratio (arXiv 2601.22156, layer selection): keep layers that recall needs and general ability does not.
+
+One layer of the full model is switched at a time. Layer i scores `(max R - R_i) / (max C - C_i)`, R the recall and C
+the general score of that variant, the maxima over the variants (not the full model, as in the authors' code).
+
+The paper takes accuracies: R the mean of FDA, SWDE and SQuAD, C of commonsense tasks. Stand-ins are used here: R is
+`exp(-mean answer loss)` and C is `exp(-text loss)`, the geometric mean probability of an answer's and of a text's
+token; both lie in (0, 1] as accuracies do.
+"""
+
+import math
+from collections.abc import Sequence
+
+from flashmorph.errors import UserError
+from flashmorph.plan import FULL, Budget, Space
+from flashmorph.selection.measure import check_two_options, first_questions, mean_losses
+from flashmorph.selection.single_layer import single_layer_plans
+from flashmorph.selection.strategy import Objective, Selection, group_scores
+
+_CAP = 50.0
+_EPSILON = 1e-10
+
+
+def halo_scores(general: Sequence[float], recall: Sequence[float]) -> list[float]:
+    """HALO's score of each layer, from the general score and the recall `[layers]` of its single-layer variant.
+
+    The layer with the highest general score divides by next to nothing and so reaches the cap of 50, unless its recall
+    is the highest too: the published rule has it so.
+
+    Raises:
+        UserError: the two are empty, or not equally many.
+    """
+    if not general or len(general) != len(recall):
+        raise UserError(
+            f"HALO's scores need one general score and one recall a layer; got {len(general)} and {len(recall)}"
+        )
+    best_general, best_recall = max(general), max(recall)
+    return [
+        min(_CAP, (best_recall - recalled) / (best_general - able + _EPSILON))
+        for able, recalled in zip(general, recall, strict=True)
+    ]
+
+
+def halo(space: Space, budget: Budget, objective: Objective, seed: int, num_questions: int | None = None) -> Selection:
+    """Switch one layer of the full model, and keep the layers that cost much recall for little text loss.
+
+    Recall is taken from the first `num_questions` of the search-validation split, the general score from its text.
+    Equal scores (the cap) go to the lower layer.
+
+    Raises:
+        UserError: more than two options, a budget that leaves no choice, or an objective without text.
+    """
+    check_two_options(space, "halo")
+    space.limit(budget)
+    _, variants = single_layer_plans(space, budget, "switch")
+    questions = first_questions(objective, num_questions)
+    trace: list[dict] = []
+    text_losses = []
+    for plan in variants:
+        text_losses.append(objective.text_loss(plan))
+        trace.append({"full": plan.full_groups, "text_loss": text_losses[-1]})
+        objective.progress(len(trace), 2 * len(variants), text_loss=text_losses[-1])
+    losses = mean_losses(objective, variants, questions, trace, total=2 * len(variants))
+    values = halo_scores([math.exp(-loss) for loss in text_losses], [math.exp(-loss) for loss in losses])
+    scores = group_scores(space, values, FULL)
+    return Selection(space.best(scores, budget), scores, trace, objective.cost)

@@ -1,0 +1,84 @@
+"""Hard-concrete masks under an augmented Lagrangian on their count: ConSA's form (arXiv 2606.18056).
+
+A layer's gate is a hard-concrete variable (Louizos et al., arXiv 1712.01312): a logistic sample around `log_alpha`,
+stretched to (gamma, zeta) and cut to [0, 1], so that it is exactly 0 or 1 with positive probability. The expected
+number of open gates is differentiable; with its excess e over the budget, `multiplier * e + quadratic * e^2 / L` is
+descended by the gates and ascended by the two multipliers, until the budget is spent by itself.
+
+ConSA trains the model's weights beside the masks. Here they are frozen, and the loss is the answers'. What was at hand
+of the paper names neither the optimiser nor its rates nor the start: Adam for masks and multipliers alike, at
+budgeted-gates' rate, and gates that start nearly open. Half-open gates can stay where two layers share one task.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from flashmorph.plan import Budget, Space
+from flashmorph.selection.descend import Schedule, descend
+from flashmorph.selection.measure import count_layers
+from flashmorph.selection.strategy import Objective, Selection, group_scores
+
+_BETA, _GAMMA, _ZETA = 2 / 3, -0.1, 1.1
+_OPEN_AT_START = 0.9
+_SMALLEST = 1e-6
+
+
+def l0(
+    space: Space,
+    budget: Budget,
+    objective: Objective,
+    seed: int,
+    steps: int = 150,
+    learning_rate: float = 0.1,
+    final_learning_rate: float = 0.01,
+) -> Selection:
+    """Learn the masks, then keep the layers with the largest `log_alpha`.
+
+    The masks start nearly all open, so that layers which help only together are still together when the Lagrangian
+    starts to close them. In the trace, `logits` holds `log_alpha` of each layer and then the two multipliers.
+
+    Raises:
+        UserError: the budget is not a count of layers, or leaves no choice.
+    """
+    kept = count_layers(space, budget, "l0")
+    layers = len(space.groups)
+    uniforms = np.random.default_rng(seed).uniform(_SMALLEST, 1 - _SMALLEST, size=(steps, layers))
+    noise = torch.tensor(np.log(uniforms) - np.log1p(-uniforms), dtype=torch.float32)
+    start = math.log(_OPEN_AT_START / (1 - _OPEN_AT_START)) + _open_offset()
+    # The loop trains and keeps one tensor; with the multipliers in it, a killed search finds them again.
+    masks_and_multipliers = torch.tensor([start] * layers + [0.0, 0.0])
+
+    def to_gates(state: torch.Tensor, step: int) -> torch.Tensor:
+        full = hard_concrete(state[:layers], noise[step])
+        return torch.stack([full, 1 - full], 1)
+
+    def lagrangian(state: torch.Tensor) -> torch.Tensor:
+        multiplier, quadratic = state[layers:]
+        excess = open_probability(state[:layers]).sum() - kept
+        # Over L, the square pushes a single gate as hard in a deep model as in a shallow one.
+        square = excess.square() / layers
+        descended = multiplier.detach() * excess + quadratic.detach() * square
+        ascended = multiplier * excess.detach() + quadratic * square.detach()
+        return descended - ascended
+
+    schedule = Schedule(steps, learning_rate, final_learning_rate)
+    trace = descend(objective, masks_and_multipliers, to_gates, schedule, loss="answers", regulariser=lagrangian)
+    scores = group_scores(space, masks_and_multipliers[:layers].tolist(), space.options[0])
+    return Selection(space.best(scores, budget), scores, trace, objective.cost)
+
+
+def hard_concrete(log_alpha: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Gates `[groups]` in [0, 1] from `log_alpha` `[groups]` and logistic `noise` `[groups]` (equations 10 and 11)."""
+    stretched = torch.sigmoid((noise + log_alpha) / _BETA) * (_ZETA - _GAMMA) + _GAMMA
+    return stretched.clamp(0, 1)
+
+
+def open_probability(log_alpha: torch.Tensor) -> torch.Tensor:
+    """The probability `[groups]` that a gate is above 0 (equation 12)."""
+    return torch.sigmoid(log_alpha - _open_offset())
+
+
+def _open_offset() -> float:
+    return _BETA * math.log(-_GAMMA / _ZETA)

@@ -1,0 +1,55 @@
+"""What strategies that go from plan to plan share: their checks, the questions they ask, and the losses of plans."""
+
+from collections.abc import Sequence
+
+from flashmorph.errors import UserError
+from flashmorph.plan import Budget, Plan, Space
+from flashmorph.selection.strategy import Objective
+
+
+def check_two_options(space: Space, strategy: str) -> None:
+    """Refuse a space in which a layer that is not full could be more than one thing.
+
+    Raises:
+        UserError: names the options.
+    """
+    if len(space.options) != 2:
+        raise UserError(f"strategy {strategy} chooses between two options; this space has {', '.join(space.options)}")
+
+
+def count_layers(space: Space, budget: Budget, strategy: str) -> int:
+    """How many layers a plan of this budget keeps full, for a strategy that spends it a whole layer at a time.
+
+    Raises:
+        UserError: the budget is not a count of layers or leaves no choice, or the space has more than two options.
+    """
+    if budget.resource not in ("layers", "share"):
+        raise UserError(f"strategy {strategy} counts layers; budget {budget} does not (give 7 or 25%)")
+    check_two_options(space, strategy)
+    return int(space.limit(budget))
+
+
+def first_questions(objective: Objective, num_questions: int | None) -> range:
+    """The first `num_questions` of the search-validation split, or all of them (None, or more than there are).
+
+    Raises:
+        UserError: `num_questions` is below 1.
+    """
+    if num_questions is not None and num_questions < 1:
+        raise UserError(f"num_questions must be at least 1; got {num_questions}")
+    return range(min(num_questions or objective.num_questions, objective.num_questions))
+
+
+def mean_losses(
+    objective: Objective, plans: Sequence[Plan], questions: Sequence[int], trace: list[dict], total: int
+) -> list[float]:
+    """Mean answer loss in nats of each of `plans` over `questions`.
+
+    Every plan becomes one entry of `trace`; `total` is how many entries there will be when the search ends.
+    """
+    losses = []
+    for plan in plans:
+        losses.append(float(objective.evaluate(plan, questions).mean()))
+        trace.append({"full": plan.full_groups, "loss": losses[-1]})
+        objective.progress(len(trace), total, loss=min(losses))
+    return losses

@@ -1,0 +1,122 @@
+"""Greedy forward by racing: few questions for every candidate, more only for those that may still be the best.
+
+In each step all candidates answer the same few questions, then twice as many, and so on. After each round those leave
+whose paired difference to the best one lies above 0 with confidence, and from the second round on the worse half too;
+the candidates that see the last question are compared as greedy forward compares them. (Racing with intervals: Maron
+and Moore, "Hoeffding Races", NeurIPS 1993; successive halving: Jamieson and Talwalkar, arXiv 1502.07943.)
+"""
+
+import math
+
+import numpy as np
+import torch
+from scipy.stats import t as student_t
+
+from flashmorph.errors import UserError
+from flashmorph.plan import FULL, Budget, Plan, Space
+from flashmorph.selection.measure import count_layers, first_questions
+from flashmorph.selection.strategy import Objective, Selection, group_scores
+
+
+def race(
+    space: Space,
+    budget: Budget,
+    objective: Objective,
+    seed: int,
+    num_questions: int | None = None,
+    start_questions: int = 8,
+    confidence: float = 0.95,
+    swaps: bool = True,
+    first_by_gradient: bool = False,
+) -> Selection:
+    """Greedy forward's plan for a fraction of its questions, forward passes only; then one-swap neighbours are tried.
+
+    Races run over the first `num_questions` of the search-validation split, from `start_questions` on doubling. A
+    candidate leaves when the paired t-interval of that `confidence` around its mean difference to the best lies above
+    0: the more the candidates differ, the fewer questions it takes. With `swaps` the plan found runs once against all
+    plans that exchange one of its layers, and gives way to one that is better on all questions. With
+    `first_by_gradient` only the better half of the layers runs in each step (always more than the budget's), in the
+    order of the answers' loss gradient where no layer is full; a swap can still bring in the others.
+
+    A layer's score is the order of choice: K for the first, 1 for the last, 0 for a layer that was not chosen. In the
+    trace, `questions` is how many stand behind a loss.
+
+    Raises:
+        UserError: the budget is not a count of layers or leaves no choice, or a setting is out of its range.
+    """
+    kept = count_layers(space, budget, "race")
+    if start_questions < 2:
+        raise UserError(f"start_questions must be at least 2, an interval needs them; got {start_questions}")
+    if not 0 < confidence < 1:
+        raise UserError(f"confidence must lie between 0 and 1, for example 0.95; got {confidence}")
+    questions = len(first_questions(objective, num_questions))
+    entrants = _by_gradient(space, budget, objective, kept) if first_by_gradient else list(space.groups)
+    track = _Track(objective, questions, start_questions, confidence)
+    chosen: list[str] = []
+    for place in range(kept):
+        candidates = [group for group in entrants if group not in chosen]
+        winner, loss = track.run([space.plan([*chosen, group], budget) for group in candidates])
+        chosen.append(candidates[winner])
+        objective.progress(place + 1, kept + swaps, loss=loss)
+    if swaps:
+        others = [group for group in space.groups if group not in chosen]
+        neighbours = [[*chosen[:place], other, *chosen[place + 1 :]] for place in range(kept) for other in others]
+        choices = [chosen, *neighbours]
+        winner, loss = track.run([space.plan(full, budget) for full in choices], defended=True)
+        chosen = choices[winner]
+        objective.progress(kept + 1, kept + 1, loss=loss)
+    order = [float(kept - chosen.index(group)) if group in chosen else 0.0 for group in space.groups]
+    scores = group_scores(space, order, FULL)
+    return Selection(space.best(scores, budget), scores, track.trace, objective.cost)
+
+
+class _Track:
+    """Where plans race: the same questions and the same rule for every race."""
+
+    def __init__(self, objective: Objective, questions: int, start: int, confidence: float):
+        self.trace: list[dict] = []
+        self._objective, self._questions, self._start, self._confidence = objective, questions, start, confidence
+
+    def run(self, plans: list[Plan], defended: bool = False) -> tuple[int, float]:
+        """The place of the winner and its mean loss in nats.
+
+        A `defended` first plan leaves by its interval only, never with the worse half.
+        """
+        losses = {place: np.empty(0) for place in range(len(plans))}
+        running, asked = list(losses), 0
+        while True:
+            is_first_round = not asked
+            until = min(self._questions, max(self._start, 2 * asked))
+            for place in running:
+                new = self._objective.evaluate(plans[place], range(asked, until))
+                losses[place] = np.concatenate([losses[place], new])
+                mean = float(losses[place].mean())
+                self.trace.append({"full": plans[place].full_groups, "loss": mean, "questions": until})
+            asked = until
+            running.sort(key=lambda place: losses[place].mean())
+            best, *rest = running
+            if asked < self._questions:
+                half = len(running) if is_first_round else max(2, math.ceil(len(running) / 2))
+                stay = set(running[:half]) | ({0} if defended else set())
+                rest = [place for place in rest if place in stay]
+                rest = [place for place in rest if not _worse(losses[place] - losses[best], self._confidence)]
+            if not rest or asked == self._questions:
+                return best, float(losses[best].mean())
+            running = [best, *rest]
+
+
+def _worse(differences: np.ndarray, confidence: float) -> bool:
+    """Whether the two-sided t-interval of the mean of `differences` lies above 0."""
+    error = differences.std(ddof=1) / math.sqrt(len(differences))
+    quantile = student_t.ppf((1 + confidence) / 2, len(differences) - 1)
+    return bool(differences.mean() > quantile * error)
+
+
+def _by_gradient(space: Space, budget: Budget, objective: Objective, kept: int) -> list[str]:
+    """The better half of the groups, those first whose opening lowers the loss fastest where nothing is full."""
+    gates = torch.tensor(space.one_hot(space.plan([], budget)), dtype=torch.float32)
+    _, gradient = objective.gradient(gates, 0, "answers")
+    full = space.options.index(FULL)
+    slope = gradient[:, full] - gradient[:, 1 - full]
+    order = torch.argsort(slope, stable=True).tolist()
+    return [space.groups[place] for place in order[: max(kept + 1, math.ceil(len(order) / 2))]]
