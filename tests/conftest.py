@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+import yaml
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import flashmorph.assets as assets
@@ -34,7 +35,7 @@ FEW_STEPS = {
     "calibration_rows": 2,
     "align": {"tokens": 512, "length": 64, "batch_tokens": 128, "learning_rate": 0.001, "checkpoint_steps": 1},
     "select": {
-        "settings": {"steps": 4},
+        "settings": {"steps": 12},
         "search": {"length": 96, "batch_tokens": 192, "micro_batch_tokens": 96, "questions": 4},
     },
     "distill": {"tokens": 512, "length": 64, "batch_tokens": 128, "learning_rate": 0.001, "checkpoint_steps": 1},
@@ -69,6 +70,27 @@ def small_morphable(seed: int = 0, **changes) -> Morphable:
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """The embedded teacher's tokenizer."""
     return PreTrainedTokenizerFast.from_pretrained(Path(assets.__path__[0]) / "tiny")
+
+
+def run_command(*arguments: object) -> int:
+    """Run a command in this process; its exit code."""
+    from flashmorph.cli import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["flashmorph", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="session")
+def recipe_file(tmp_path_factory) -> Path:
+    """The recipe of a few steps, as a file."""
+    path = tmp_path_factory.mktemp("recipes") / "few_steps.yaml"
+    path.write_text(yaml.safe_dump(FEW_STEPS))
+    return path
 
 
 @pytest.fixture(scope="session")

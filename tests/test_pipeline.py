@@ -1,40 +1,32 @@
 """The whole path on a random two-layer teacher, in a few steps."""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from conftest import FEW_STEPS
+from conftest import FEW_STEPS, run_command
+from safetensors.torch import load_file
 
-from flashmorph.cli import main
-
-
-def run(*arguments: object) -> int:
-    """Run a command in this process; its exit code."""
-    sys.argv = ["flashmorph", *map(str, arguments)]
-    try:
-        main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+import flashmorph
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("recipes") / "few_steps.yaml"
-    path.write_text(yaml.safe_dump(FEW_STEPS))
-    return path
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, teacher_folder, recipe) -> Path:
+def finished(tmp_path_factory, teacher_folder, recipe_file) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "out"
-    assert run("morph", teacher_folder, "--recipe", recipe, "--output", folder) == 0
+    assert run_command("morph", teacher_folder, "--recipe", recipe_file, "--output", folder) == 0
     return folder
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_whole_path_leaves_a_stock_checkpoint_with_its_evidence(finished):
@@ -46,5 +38,136 @@ def test_the_whole_path_leaves_a_stock_checkpoint_with_its_evidence(finished):
         low, high = results[name]["recall_interval"]
         assert 0 <= low <= results[name]["recall"] <= high <= 1
         assert results[name]["perplexity"] > 1
+        assert set(results[name]["recall_by_task"]) == set(FEW_STEPS["tasks"])
     assert results["hybrid"]["cache_bytes"]["131072"] < results["teacher"]["cache_bytes"]["131072"]
-    assert {"plan.json", "recipe.yaml", "README.md", "tokenizer.json"} <= {path.name for path in finished.iterdir()}
+    low, high = results["recall_hybrid_minus_uniform"]["interval"]
+    assert low <= results["recall_hybrid_minus_uniform"]["difference"] <= high
+    assert all(stage["seconds"] > 0 for stage in results["stages"])
+    names = {path.name for path in finished.iterdir()}
+    assert {"plan.json", "recipe.yaml", "README.md", "tokenizer.json", "generation_config.json"} <= names
+    card = (finished / "README.md").read_text()
+    assert "Qwen3_5ForCausalLM" in card and f"{100 * results['hybrid']['recall']:.1f} %" in card
+
+
+def test_the_result_opens_without_flashmorph_and_computes_the_same(finished, tmp_path):
+    script = """
+import sys
+sys.modules["flashmorph"] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+ids = tokenizer("@ file class:482139 and some text", return_tensors="pt").input_ids
+with torch.no_grad():
+    torch.save([ids, model(ids).logits, model.generate(ids, max_new_tokens=8, do_sample=False)], sys.argv[2])
+try:
+    import flashmorph
+except ImportError:
+    print("no flashmorph here")
+"""
+    command = [sys.executable, "-c", script, str(finished), str(tmp_path / "there.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "no flashmorph here" in done.stdout
+    ids, logits, generated = torch.load(tmp_path / "there.pt")
+    from flashmorph.teacher import load_model
+
+    model = load_model(finished, torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, logits)
+        row = ids
+        for _ in range(8):
+            row = torch.cat([row, model(row, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(row[:, : generated.shape[1]], generated)
+
+
+def test_the_same_command_again_finds_everything_done(finished, teacher_folder, recipe_file, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.glob("stages/*/*")}
+    assert run_command("morph", teacher_folder, "--recipe", recipe_file, "--output", finished, "--json") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == json.loads((finished / "results.json").read_text())
+    assert printed.err.count("done before") == len(list(finished.glob("stages/*/stage.json")))
+    assert {path: path.stat().st_mtime_ns for path in finished.glob("stages/*/*")} == before
+
+
+def test_a_changed_setting_makes_new_folders_beside_the_old_and_says_so(
+    finished, teacher_folder, recipe_file, tmp_path, capsys
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    stages = {path.name for path in copy.glob("stages/*")}
+    changed = ("--set", "distill.learning_rate=0.002")
+    assert run_command("morph", teacher_folder, "--recipe", recipe_file, "--output", copy, *changed) == 0
+    printed = capsys.readouterr().out
+    assert "distill: settings or inputs differ from distill-" in printed and "align: settings" not in printed
+    after = {path.name for path in copy.glob("stages/*")}
+    assert stages < after and not [name for name in after - stages if name.startswith(("align", "select", "build"))]
+    assert not same_weights(finished, copy)
+
+
+def test_the_same_seed_gives_the_same_plan_and_weights(finished, teacher_folder, recipe_file, tmp_path):
+    again = tmp_path / "again"
+    assert run_command("morph", teacher_folder, "--recipe", recipe_file, "--output", again) == 0
+    assert (again / "plan.json").read_text() == (finished / "plan.json").read_text()
+    assert same_weights(finished, again)
+
+
+@pytest.mark.parametrize("stage, state", [("align", "checkpoints/*/finished"), ("select", "search_state.json")])
+def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
+    finished, teacher_folder, recipe_file, tmp_path, stage, state
+):
+    output = tmp_path / "killed"
+    command = [sys.executable, "-m", "flashmorph", "morph", str(teacher_folder)]
+    command += ["--recipe", str(recipe_file), "--output", str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(output.glob(f"stages/{stage}-*/{state}")):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (output / "config.json").exists()
+    assert subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode == 0
+    assert same_weights(finished, output)
+
+
+def test_layers_by_hand_with_another_runs_alignment(finished, teacher_folder, recipe_file, tmp_path, capsys):
+    output = tmp_path / "by_hand"
+    options = ("--recipe", recipe_file, "--output", output, "--from", finished, "--layers", "1")
+    assert run_command("build", teacher_folder, *options) == 0
+    printed = capsys.readouterr().out
+    assert "□■" in printed and printed.count("done before") >= 2
+    model = Path(printed.split("checkpoint: ")[1].strip())
+    assert json.loads((model / "config.json").read_text())["layer_types"] == ["linear_attention", "full_attention"]
+
+
+def test_select_alone_writes_a_plan_that_morph_takes(finished, teacher_folder, recipe_file, tmp_path, capsys):
+    plan = tmp_path / "plan.json"
+    options = ("--from", finished, "--budget", "1", "--strategy", "greedy-forward", "--output", plan)
+    assert run_command("select", teacher_folder, "--set", "select.settings={}", *options) == 0
+    loaded = flashmorph.Plan.load(plan)
+    assert loaded.strategy == "greedy-forward" and len(loaded.full_groups) == 1
+    output = tmp_path / "planned"
+    options = ("--recipe", recipe_file, "--output", output, "--from", finished, "--plan", plan)
+    assert run_command("distill", teacher_folder, *options) == 0
+    model = Path(capsys.readouterr().out.split("checkpoint: ")[1].strip())
+    types = json.loads((model / "config.json").read_text())["layer_types"]
+    assert types.index("full_attention") == loaded.full_layers[0] and (model / "model.safetensors").is_file()
+
+
+def test_dry_run_spends_nothing(teacher_folder, recipe_file, tmp_path, capsys):
+    output = tmp_path / "nothing"
+    assert run_command("morph", teacher_folder, "--recipe", recipe_file, "--output", output, "--dry-run") == 0
+    assert not output.exists()
+    printed = capsys.readouterr().out
+    assert all(stage in printed for stage in ("transplant", "align", "select", "distill", "extend", "evaluate"))
+
+
+def test_generate_and_evaluate_side_by_side(finished, teacher_folder, recipe_file, capsys):
+    assert run_command("generate", teacher_folder, finished, "--prompt", "@ file", "--max-new-tokens", 3) == 0
+    printed = capsys.readouterr().out
+    assert str(teacher_folder.name) in printed.replace("\n", "") and printed.count("─") > 4
+    assert run_command("evaluate", teacher_folder, finished, "--recipe", recipe_file, "--json") == 0
+    figures = json.loads(capsys.readouterr().out)
+    expected = json.loads((finished / "results.json").read_text())
+    for model, name in ((teacher_folder, "teacher"), (finished, "hybrid")):
+        assert figures[str(model)]["perplexity"] == pytest.approx(expected[name]["perplexity"], rel=1e-4)
+        assert figures[str(model)]["cache_bytes"] == expected[name]["cache_bytes"]

@@ -135,7 +135,7 @@ def check(teacher: Teacher, recipe: Recipe) -> None:
     """
     config = load_config(teacher.folder)
     budget = Budget.parse(recipe.budget)
-    if budget.resource in ("layers", "share"):
+    if budget.resource != "kv":
         Space.of_layers(config.num_hidden_layers).limit(budget)
     check_settings(recipe.select.strategy, recipe.select.settings)
     longest = max(recipe.select.search.longest, recipe.evaluate.length)

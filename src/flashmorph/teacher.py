@@ -52,6 +52,7 @@ def open_teacher(name: str) -> Teacher:
     """
     folder, revision, note = locate(name)
     host_for(load_config(folder))
+    require_safetensors(folder)
     return Teacher(name, folder, _digest(folder), revision, note)
 
 
@@ -96,9 +97,7 @@ def load_model(folder: Path, dtype: torch.dtype | str, device: torch.device | No
     Raises:
         UserError: weights are missing, damaged, or do not fit the configuration.
     """
-    if not list(folder.glob("*.safetensors")):
-        pickled = " (only pickled ones, which are not read: convert them)" if list(folder.glob("*.bin")) else ""
-        raise UserError(f"{folder} has no safetensors weights{pickled}")
+    require_safetensors(folder)
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True
@@ -110,6 +109,17 @@ def load_model(folder: Path, dtype: torch.dtype | str, device: torch.device | No
         missing = sorted(info["missing_keys"])
         raise UserError(f"{folder} lacks {len(missing)} weights, {missing[0]} first: the checkpoint is incomplete")
     return model.eval().to(device or "cpu")
+
+
+def require_safetensors(folder: Path) -> None:
+    """Refuse a folder without weights in safetensors.
+
+    Raises:
+        UserError: there are none, or only pickled ones.
+    """
+    if not list(folder.glob("*.safetensors")):
+        pickled = " (only pickled ones, which are not read: convert them)" if list(folder.glob("*.bin")) else ""
+        raise UserError(f"{folder} has no safetensors weights{pickled}")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

@@ -6,8 +6,8 @@ number of open gates is differentiable; with its excess e over the budget, `mult
 descended by the gates and ascended by the two multipliers, until the budget is spent by itself.
 
 ConSA trains the model's weights beside the masks. Here they are frozen, and the loss is the answers'. What was at hand
-of the paper names neither the optimiser nor its rates nor the start: Adam for masks and multipliers alike, at
-budgeted-gates' rate, and gates that start nearly open. Half-open gates can stay where two layers share one task.
+of the paper names neither the optimiser nor its rates nor the start: here Adam moves masks and multipliers alike, and
+the gates start nearly open. Where two layers share one task, both can stay half open and push out a third.
 """
 
 import math
@@ -31,8 +31,8 @@ def l0(
     objective: Objective,
     seed: int,
     steps: int = 150,
-    learning_rate: float = 0.1,
-    final_learning_rate: float = 0.01,
+    learning_rate: float = 0.05,
+    final_learning_rate: float = 0.05,
 ) -> Selection:
     """Learn the masks, then keep the layers with the largest `log_alpha`.
 

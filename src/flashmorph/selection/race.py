@@ -34,7 +34,7 @@ def race(
     Races run over the first `num_questions` of the search-validation split, from `start_questions` on doubling. A
     candidate leaves when the paired t-interval of that `confidence` around its mean difference to the best lies above
     0: the more the candidates differ, the fewer questions it takes. With `swaps` the plan found runs once against all
-    plans that exchange one of its layers, and gives way to one that is better on all questions. With
+    plans that exchange one of its layers; only such an interval or the mean over all questions can beat it. With
     `first_by_gradient` only the better half of the layers runs in each step (always more than the budget's), in the
     order of the answers' loss gradient where no layer is full; a swap can still bring in the others.
 

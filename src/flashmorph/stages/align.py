@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
@@ -22,10 +23,10 @@ from flashmorph.stages.training import TrainSettings, train
 class AlignSettings(TrainSettings):
     """The published budget: 320M tokens at length 512, learning rate 1e-3 to 1e-5."""
 
-    tokens: int = 320_000_000
-    length: int = 512
-    batch_tokens: int = 16_384
-    learning_rate: float = 1e-3
+    tokens: PositiveInt = 320_000_000
+    length: PositiveInt = 512
+    batch_tokens: PositiveInt = 16_384
+    learning_rate: PositiveFloat = 1e-3
 
 
 class AlignmentLoss(nn.Module):

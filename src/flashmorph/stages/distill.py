@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,10 +17,10 @@ from flashmorph.stages.training import TrainSettings, train
 class DistillSettings(TrainSettings):
     """The published budget: 1B tokens at length 512, learning rate 1e-4 to 1e-5."""
 
-    tokens: int = 1_000_000_000
-    length: int = 512
-    batch_tokens: int = 49_152
-    learning_rate: float = 1e-4
+    tokens: PositiveInt = 1_000_000_000
+    length: PositiveInt = 512
+    batch_tokens: PositiveInt = 49_152
+    learning_rate: PositiveFloat = 1e-4
 
 
 class DistillationLoss(nn.Module):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -15,10 +16,10 @@ from flashmorph.stages.training import TrainSettings, train
 class ExtendSettings(TrainSettings):
     """The published budget: 1B tokens at length 16K, constant learning rate 1e-5."""
 
-    tokens: int = 1_000_000_000
-    length: int = 16_384
-    batch_tokens: int = 2_097_152
-    learning_rate: float = 1e-5
+    tokens: PositiveInt = 1_000_000_000
+    length: PositiveInt = 16_384
+    batch_tokens: PositiveInt = 2_097_152
+    learning_rate: PositiveFloat = 1e-5
 
 
 class NextTokenLoss(nn.Module):
