@@ -1,0 +1,61 @@
+# Every target sets up what it needs, on a fresh machine too; the second call finds it done.
+
+# The interpreter that the environment is made with (3.11 or newer), and where the environment is.
+PYTHON ?= python3
+VENV ?= .venv
+# --system-site-packages: use the torch (or anything else) that PYTHON has already.
+VENV_OPTIONS ?=
+# An index of PyTorch builds to look at as well, for example PyTorch's own for CPUs.
+TORCH_INDEX ?=
+# Passed on to flashmorph (demo) or to pytest (test, test-gpu).
+ARGS ?=
+
+INSTALLED := $(VENV)/.installed
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-gpu lint install clean clean-venv
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "options: PYTHON=python3.12  VENV=folder  VENV_OPTIONS=--system-site-packages  TORCH_INDEX=url  ARGS='-k name'"
+
+demo: $(INSTALLED) ## morph the embedded teacher into runs/demo (minutes, no GPU needed); again: go on or show it
+	$(BIN)/flashmorph morph tiny --recipe demo --output runs/demo $(ARGS)
+
+# One thread a worker: workers that share cores with each other's threads are several times slower.
+test: $(INSTALLED) ## run the tests that need neither a GPU nor the network
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not network" $(ARGS)
+
+test-gpu: $(INSTALLED) ## run the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(INSTALLED) ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+install: $(INSTALLED) ## only set up the environment
+
+clean: ## remove caches and built packages; environment and runs stay
+	rm -rf .pytest_cache .ruff_cache build dist
+	find src tests teachers examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-venv: ## remove the environment
+	rm -rf $(VENV)
+
+# torch is installed only where there is none. Its constraint then names the version that is there, so that the second
+# step leaves a user's own build alone.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PIP) --version >/dev/null 2>&1 || { \
+		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo 'flashmorph needs Python 3.11 or newer: name one, for example PYTHON=python3.12' >&2; exit 1; }; \
+		$(PYTHON) -m venv $(VENV_OPTIONS) $(VENV); }
+	$(BIN)/python -c 'import torch' 2>/dev/null || \
+		$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	@{ grep -v '^torch==' constraints.txt; $(BIN)/python -c \
+		'from importlib.metadata import version; print("torch==" + version("torch"))'; } > $(VENV)/constraints.txt
+	$(PIP) install -c $(VENV)/constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,192 @@
+"""Linear mixers run where their tensors are: PyTorch's reference on a CPU, whatever kernel packages are installed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers.models.qwen3_5.modeling_qwen3_5 as modelling
+from conftest import small_morphable
+
+from flashmorph.environment import describe
+from flashmorph.hosts.kernels import dispatch_by_device, implementation_in_use
+from flashmorph.hosts.qwen3_5 import KERNELS, MODELLING
+from flashmorph.plan import Budget
+
+
+def arguments(name: str) -> dict[str, torch.Tensor]:
+    """Small random inputs of a kernel function, its first tensor first."""
+    if name.startswith("causal_conv1d"):
+        state = {"conv_state": torch.randn(2, 6, 4)} if name.endswith("update") else {}
+        time = 1 if name.endswith("update") else 70
+        return {"hidden_states": torch.randn(2, 6, time), **state, "weight": torch.randn(6, 4)}
+    time = 5 if "recurrent" in name else 70
+    heads = {part: torch.randn(2, time, 3, 8) for part in ("query", "key", "value")}
+    return {**heads, "g": -torch.rand(2, time, 3), "beta": torch.rand(2, time, 3)}
+
+
+def call(name: str, values: dict[str, torch.Tensor], **settings):
+    first, *rest = (value.clone() for value in values.values())
+    return getattr(modelling, name)(first, *rest, **settings)
+
+
+def tensors(result) -> list[torch.Tensor]:
+    return [part for part in (result if isinstance(result, tuple) else (result,)) if part is not None]
+
+
+@pytest.mark.parametrize("packed", ["cu_seqlens", "seq_idx"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_packed_sequences_on_a_cpu_are_refused(name, packed):
+    values = arguments(name)
+    assert all(torch.isfinite(part).all() for part in tensors(call(name, values, **{packed: None})))
+    with pytest.raises(ValueError, match="packed sequences.*cpu"):
+        call(name, values, **{packed: torch.tensor([0, 3, 70], dtype=torch.int32)})
+
+
+def test_packed_sequences_are_refused_by_a_whole_model():
+    morphable = small_morphable(0)
+    budget = Budget("layers", 1)
+    model = morphable.instantiate(morphable.space(budget).plan(["layers.0"], budget))
+    ids = torch.randint(97, (1, 12))
+    assert torch.isfinite(model(input_ids=ids).logits).all()
+    with pytest.raises(ValueError, match="packed sequences"):
+        model(input_ids=ids, seq_idx=torch.tensor([[0] * 5 + [1] * 7], dtype=torch.int32))
+    with pytest.raises(ValueError, match="packed sequences"):
+        model(input_ids=ids, cu_seq_lens_q=torch.tensor([0, 5, 12], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_results_on_a_cpu_are_those_of_the_reference(name):
+    values = arguments(name)
+    settings = {"activation": "silu"} if "conv" in name else {"use_qk_l2norm_in_kernel": True}
+    reference = getattr(modelling, name).__wrapped__
+    expected = tensors(reference(*(value.clone() for value in values.values()), **settings))
+    found = tensors(call(name, values, **settings))
+    assert len(found) == len(expected) >= 1
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_the_recurrence_is_the_gated_delta_rule():
+    """Both forms against the formula: decay the state, correct the value stored under the key, read with the query."""
+    values = arguments("torch_chunk_gated_delta_rule")
+    query, key = (F.normalize(values[name].double(), dim=-1) for name in ("query", "key"))
+    value, decay, beta = values["value"].double(), values["g"].double().exp(), values["beta"].double()
+    state, outputs = torch.zeros(2, 3, 8, 8, dtype=torch.float64), []
+    for time in range(70):
+        state = state * decay[:, time, :, None, None]
+        stored = torch.einsum("bhkv,bhk->bhv", state, key[:, time])
+        change = beta[:, time, :, None] * (value[:, time] - stored)
+        state = state + torch.einsum("bhk,bhv->bhkv", key[:, time], change)
+        outputs.append(torch.einsum("bhkv,bhk->bhv", state, query[:, time]) / 8**0.5)
+    for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+        found, last = call(name, values, use_qk_l2norm_in_kernel=True, output_final_state=True)
+        torch.testing.assert_close(found.double(), torch.stack(outputs, 1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(last.double(), state, rtol=1e-4, atol=1e-5)
+
+
+def test_dispatching_twice_changes_nothing():
+    before = [getattr(modelling, name) for name in KERNELS]
+    dispatch_by_device(MODELLING, KERNELS)
+    assert [getattr(modelling, name) for name in KERNELS] == before
+    assert all(function.__name__ == name for function, name in zip(before, KERNELS, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_the_environment_says_what_runs_and_why():
+    facts = describe()
+    assert facts["device"] != "cuda"
+    assert all(facts[name].startswith("PyTorch reference") and "CUDA" in facts[name] for name in KERNELS)
+    assert facts["torch"] == torch.__version__
+    assert facts["flashmorph"]
+
+
+FAKE_KERNEL = """
+def {name}(*args, **kwargs):
+    raise RuntimeError("0 active drivers ([]). There should only be one.")
+"""
+
+SCRIPT = """
+import sys
+
+import torch
+import transformers.models.qwen3_5.modeling_qwen3_5 as modelling
+
+sys.path.insert(0, sys.argv[1])
+tensor = torch.randn(1, 5, 2, 4)
+for call in (
+    lambda: modelling.torch_chunk_gated_delta_rule(tensor, tensor, tensor, g=-tensor[..., 0], beta=tensor[..., 0]),
+    lambda: modelling.torch_recurrent_gated_delta_rule(tensor, tensor, tensor, g=-tensor[..., 0], beta=tensor[..., 0]),
+    lambda: modelling.causal_conv1d_fn(tensor[0], tensor[0, 0]),
+    lambda: modelling.causal_conv1d_update(tensor[0], tensor[0], tensor[0, 0]),
+):
+    try:
+        call()
+    except RuntimeError as error:
+        assert "0 active drivers" in str(error), error
+    else:
+        raise AssertionError("transformers did not pick the fake kernels, so this shows nothing")
+
+from conftest import small_morphable
+
+from flashmorph.environment import describe
+from flashmorph.hosts.kernels import implementation_in_use
+from flashmorph.hosts.qwen3_5 import KERNELS, MODELLING
+from flashmorph.plan import Budget
+
+morphable = small_morphable(0)
+budget = Budget("layers", 1)
+model = morphable.instantiate(morphable.space(budget).plan(["layers.0"], budget))
+ids = torch.randint(97, (2, 9))
+model(input_ids=ids, labels=ids).loss.backward()
+made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, pad_token_id=0)
+assert made.shape == (2, 13), made.shape
+facts = describe()
+for name in KERNELS:
+    print(name, implementation_in_use(MODELLING, name), facts[name], sep="|")
+print("version", facts["flash-linear-attention"], sep="|")
+"""
+
+
+@pytest.fixture
+def machine_with_kernels(tmp_path) -> Path:
+    """Packages that import like flash-linear-attention and causal-conv1d, and whose kernels cannot run."""
+    rules = tmp_path / "fla" / "ops" / "gated_delta_rule"
+    rules.mkdir(parents=True)
+    names = ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule")
+    rules.joinpath("__init__.py").write_text("".join(FAKE_KERNEL.format(name=name) for name in names))
+    for folder in (tmp_path / "fla", tmp_path / "fla" / "ops"):
+        folder.joinpath("__init__.py").touch()
+    convolution = tmp_path / "causal_conv1d"
+    convolution.mkdir()
+    names = ("causal_conv1d_fn", "causal_conv1d_update")
+    convolution.joinpath("__init__.py").write_text("".join(FAKE_KERNEL.format(name=name) for name in names))
+    metadata = tmp_path / "flash_linear_attention-0.6.9.dist-info"
+    metadata.mkdir()
+    metadata.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: flash-linear-attention\nVersion: 0.6.9\n")
+    return tmp_path
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_installed_kernels_that_cannot_run_here_are_not_run(machine_with_kernels):
+    paths = os.pathsep.join([str(machine_with_kernels), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(Path(__file__).parent)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("|") for line in done.stdout.splitlines() if "|" in line]
+    used = {name: (module, fact) for name, module, fact in lines[:-1]}
+    assert set(used) == set(KERNELS)
+    for name, (module, fact) in used.items():
+        assert module == ("causal_conv1d" if "conv" in name else "fla.ops.gated_delta_rule")
+        assert fact.startswith("PyTorch reference") and "cpu" in fact
+    assert lines[-1] == ["version", "0.6.9"]
+
+
+def test_the_implementation_in_use_is_named():
+    installed = {name: implementation_in_use(MODELLING, name) for name in KERNELS}
+    for name, module in installed.items():
+        assert module == "PyTorch reference" or module.split(".")[0] in ("fla", "causal_conv1d"), (name, module)

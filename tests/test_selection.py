@@ -1,0 +1,459 @@
+"""What every strategy finds, on made-up loss surfaces whose best plans are known; and the objective on a real model."""
+
+import copy
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_qwen3, tiny_tokenizer
+
+from flashmorph.errors import UserError
+from flashmorph.morphable import Morphable, build
+from flashmorph.move import transplant
+from flashmorph.plan import Budget, Plan, Space
+from flashmorph.selection import STRATEGIES, Cost, Selection
+from flashmorph.selection.halo import halo_scores
+from flashmorph.selection.l0 import hard_concrete, open_probability
+from flashmorph.selection.objective import MorphableObjective, SearchSettings
+from flashmorph.selection.strategy import group_scores
+from flashmorph.tasks import STYLES, Haystack, Layout, TaskSettings
+
+LAYERS = 8
+WEIGHTS = (0.2, 3.0, 0.1, 2.0, 0.05, 1.0, 0.4, 0.3)
+
+
+def additive(full: torch.Tensor) -> torch.Tensor:
+    return full @ torch.tensor(WEIGHTS)
+
+
+def redundant_pair(full: torch.Tensor) -> torch.Tensor:
+    """Layers 1 and 4 do the same thing, worth more than anything else."""
+    either = 1 - (1 - full[:, 1]) * (1 - full[:, 4])
+    return 3 * either + full[:, 6] + 0.5 * full[:, 2]
+
+
+def chain_of_three(full: torch.Tensor) -> torch.Tensor:
+    """Layers 1, 3 and 6 help only all together; 0, 5 and 7 help a little alone."""
+    return 5 * full[:, 1] * full[:, 3] * full[:, 6] + 0.3 * full[:, 0] + 0.1 * full[:, 5] + 0.2 * full[:, 7]
+
+
+class Surface:
+    """An objective whose loss is 6 nats minus `help` `[questions, layers] -> [questions]`, different a question.
+
+    Each question weighs every layer in its own way and has a difficulty of its own. The hidden states' distance is made
+    up by a gate that helps as the square of its distance to 1 falls.
+    """
+
+    def __init__(
+        self, help: Callable, layers: int = LAYERS, num_questions: int = 40, noise: float = 0.1, seed: int = 0
+    ):
+        rng = np.random.default_rng(seed)
+        self.help, self.noise, self.seed, self.num_questions = help, noise, seed, num_questions
+        self.cost, self.asked, self.state, self.stop_after = Cost(), 0, None, math.inf
+        self._weights = self._draw(rng, num_questions, layers)
+        self._difficulty = rng.exponential(size=num_questions)
+
+    def gradient(self, gates: torch.Tensor, step: int, loss: str) -> tuple[float, torch.Tensor]:
+        gates = gates.clone().requires_grad_(True)
+        full = gates[:, 0] if loss == "answers" else 1 - (1 - gates[:, 0]) ** 2
+        weights = self._draw(np.random.default_rng([self.seed, step]), 4, len(gates))
+        value = (6 - self.help(full * weights)).mean()
+        value.backward()
+        assert gates.grad is not None
+        return value.item(), gates.grad
+
+    def evaluate(self, plan: Plan, questions=None) -> np.ndarray:
+        chosen = list(range(self.num_questions) if questions is None else questions)
+        self.asked += len(chosen)
+        full = self._full(plan)
+        return (6 - self.help(full * self._weights[chosen])).numpy() + self._difficulty[chosen]
+
+    def text_loss(self, plan: Plan) -> float:
+        """Text needs layer 1 most of all, and every other layer a little."""
+        switched = 1 - self._full(plan)
+        return 2 + 0.01 * switched.sum().item() + 0.3 * switched[1].item()
+
+    def restore(self, logits, optimizer, trace) -> int:
+        if self.state is None:
+            return 0
+        step, kept, adam, entries = self.state
+        with torch.no_grad():
+            logits.copy_(kept)
+        optimizer.state[logits] = copy.deepcopy(adam)
+        trace[:] = copy.deepcopy(entries)
+        return step
+
+    def keep(self, step, logits, optimizer, trace) -> None:
+        self.state = (step, logits.detach().clone(), copy.deepcopy(optimizer.state[logits]), copy.deepcopy(trace))
+        if step >= self.stop_after:
+            raise KeyboardInterrupt
+
+    def progress(self, done, total, **figures) -> None:
+        assert 0 < done <= total
+
+    def _draw(self, rng: np.random.Generator, questions: int, layers: int) -> torch.Tensor:
+        return torch.tensor(1 + self.noise * rng.standard_normal((questions, layers)), dtype=torch.float32)
+
+    @staticmethod
+    def _full(plan: Plan) -> torch.Tensor:
+        return torch.tensor([float(option == "full") for option in plan.assignments.values()])
+
+
+def search(strategy: str, objective: Surface, kept: int, seed: int = 0, layers: int = LAYERS, **settings) -> Selection:
+    return STRATEGIES[strategy](Space.of_layers(layers), Budget("layers", kept), objective, seed, **settings)
+
+
+def layers_of(strategy: str, help: Callable, kept: int, **settings) -> list[int]:
+    return search(strategy, Surface(help), kept, **settings).plan.full_layers
+
+
+COUNTING = ["exhaustive", "greedy-backward", "greedy-forward", "l0", "race"]
+DESCENDING = ["budgeted-gates", "gates", "l0"]
+EVALUATING = ["add-one", "drop-one", "exhaustive", "greedy-backward", "greedy-forward", "nll", "race"]
+
+
+@pytest.mark.parametrize("strategy", EVALUATING)
+@pytest.mark.parametrize(("kept", "best"), [(1, [1]), (2, [1, 3]), (3, [1, 3, 5])])
+def test_the_best_plan_of_an_additive_surface_is_found_by_evaluation(strategy, kept, best):
+    assert layers_of(strategy, additive, kept) == best
+
+
+@pytest.mark.parametrize("strategy", DESCENDING)
+def test_the_best_plan_of_an_additive_surface_is_found_by_descent(strategy):
+    # Too low a penalty leaves the gates of all large layers at 1, where nothing tells them apart.
+    settings = {"penalty": 0.5} if strategy == "gates" else {}
+    assert layers_of(strategy, additive, 2, **settings) == [1, 3]
+
+
+@pytest.mark.parametrize("strategy", ["budgeted-gates", "exhaustive", "greedy-backward", "greedy-forward", "race"])
+def test_of_a_redundant_pair_one_layer_is_kept(strategy):
+    settings = {"steps": 60} if strategy in DESCENDING else {}
+    assert layers_of(strategy, redundant_pair, 1, **settings) in ([1], [4])
+    assert layers_of(strategy, redundant_pair, 2, **settings) in ([1, 6], [4, 6])
+
+
+def test_drop_one_misses_a_redundant_pair_and_add_one_keeps_both():
+    assert layers_of("drop-one", redundant_pair, 2) == [2, 6]
+    assert layers_of("add-one", redundant_pair, 2) == [1, 4]
+
+
+@pytest.mark.parametrize("strategy", ["drop-one", "exhaustive", "greedy-backward", "l0"])
+def test_a_chain_is_found_from_the_full_side(strategy):
+    assert layers_of(strategy, chain_of_three, 3) == [1, 3, 6]
+
+
+def test_random_budgets_find_the_chain_whatever_the_budget():
+    selections = [
+        search("budgeted-gates", Surface(chain_of_three), kept, steps=100, random_budget=True) for kept in (3, 5)
+    ]
+    assert selections[0].plan.full_layers == [1, 3, 6]
+    assert set(selections[1].plan.full_layers) > {1, 3, 6}
+    np.testing.assert_array_equal(selections[0].scores, selections[1].scores)
+
+
+@pytest.mark.parametrize("strategy", ["greedy-forward", "race", "add-one"])
+def test_a_chain_is_invisible_from_the_empty_side(strategy):
+    selection = search(strategy, Surface(chain_of_three), 3)
+    assert selection.plan.full_layers == [0, 5, 7]
+    losses = {tuple(entry["full"]): entry["loss"] for entry in selection.trace if len(entry["full"]) == 1}
+    assert losses["layers.1",] == losses["layers.3",] == losses["layers.6",] > losses["layers.5",]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "layers"),
+    [("first", [0, 1, 2]), ("last", [5, 6, 7]), ("middle", [2, 3, 4]), ("uniform", [2, 4, 7])],
+)
+def test_fixed_layouts(strategy, layers):
+    assert STRATEGIES[strategy](Space.of_layers(LAYERS), Budget("layers", 3), None, 0).plan.full_layers == layers
+    cache = Space(Space.of_layers(LAYERS).groups, ("full", "linear"), np.tile([100.0, 10.0], (LAYERS, 1)))
+    plan = STRATEGIES[strategy](cache, Budget("kv", 380, 1024), None, 0).plan
+    assert plan.full_layers == layers
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_same_seed_finds_the_same(strategy):
+    settings = {"steps": 10} if strategy in DESCENDING else {}
+    first, second = (search(strategy, Surface(additive), 2, seed=3, **settings) for _ in range(2))
+    assert first.plan == second.plan
+    assert first.trace == second.trace
+    np.testing.assert_array_equal(first.scores, second.scores)
+
+
+@pytest.mark.parametrize("strategy", ["budgeted-gates", "l0"])
+def test_another_seed_searches_differently(strategy):
+    first, second = (search(strategy, Surface(additive), 2, seed=seed, steps=5) for seed in (0, 1))
+    assert first.trace != second.trace
+
+
+@pytest.mark.parametrize("strategy", DESCENDING)
+def test_a_killed_search_goes_on_where_it_stopped(strategy):
+    whole = search(strategy, Surface(additive), 2, steps=12)
+    killed = Surface(additive)
+    killed.stop_after = 7
+    with pytest.raises(KeyboardInterrupt):
+        search(strategy, killed, 2, steps=12)
+    killed.stop_after = math.inf
+    resumed = search(strategy, killed, 2, steps=12)
+    np.testing.assert_array_equal(resumed.scores, whole.scores)
+    assert resumed.trace == whole.trace
+
+
+@pytest.mark.parametrize("strategy", ["add-one", "drop-one", "halo", "nll"])
+def test_one_search_of_single_layers_serves_every_budget(strategy):
+    few, many = (search(strategy, Surface(additive), kept) for kept in (1, 5))
+    np.testing.assert_array_equal(few.scores, many.scores)
+
+
+def test_scores_of_single_layers_are_differences_to_the_base():
+    quiet = Surface(additive, noise=0)
+    for strategy in ("add-one", "drop-one"):
+        np.testing.assert_allclose(search(strategy, quiet, 2).scores[:, 0], WEIGHTS, atol=1e-6)
+
+
+def test_nll_measures_what_add_one_and_drop_one_measure():
+    for direction, strategy in (("restore", "add-one"), ("switch", "drop-one")):
+        selection = search("nll", Surface(redundant_pair), 2, direction=direction)
+        same = search(strategy, Surface(redundant_pair), 2)
+        assert selection.plan == same.plan
+        assert selection.trace == same.trace
+
+
+def test_halo_scores_by_hand():
+    # Best general .9 (the second layer, which divides by 1e-10), best recall .8 (the first layer).
+    scores = halo_scores([0.5, 0.9, 0.8, 0.89], [0.8, 0.7, 0.4, 0.2])
+    np.testing.assert_allclose(scores, [0.0, 50.0, 0.4 / 0.1, 50.0], rtol=1e-6)
+    assert halo_scores([0.9], [0.3]) == [0.0]
+    with pytest.raises(UserError, match="one general score and one recall a layer; got 2 and 1"):
+        halo_scores([0.9, 0.8], [0.3])
+    with pytest.raises(UserError, match="got 0 and 0"):
+        halo_scores([], [])
+
+
+def test_halo_keeps_what_recall_needs_and_text_does_not():
+    surface = Surface(additive, noise=0)
+    selection = search("halo", surface, 2)
+    # Layer 1 matters most to recall but also to text; among the others text loses the same by each, so all reach the
+    # highest general score and the cap, save layer 4, whose recall is the highest.
+    values = selection.scores[:, 0]
+    assert values[4] == 0
+    assert 0 < values[1] < 50
+    assert (np.delete(values, [1, 4]) == 50).all()
+    assert {"full", "text_loss"} == set(selection.trace[0])
+    assert {"full", "loss"} == set(selection.trace[-1])
+
+
+def test_halo_always_keeps_the_layer_that_text_can_best_spare():
+    """The published rule's artefact: that layer's ratio has next to nothing below the line."""
+    surface = Surface(additive, noise=0)
+    surface.text_loss = lambda plan: 2 + 0.1 * (1 - surface._full(plan))[1:].sum().item()
+    assert search("halo", surface, 3).plan.full_layers == [0, 1, 3]
+
+
+RACE_WEIGHTS = torch.tensor(3 * 0.7 ** np.random.default_rng(0).permutation(12), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("settings", [{}, {"first_by_gradient": True}])
+def test_race_finds_greedy_forwards_plan_with_a_fifth_of_its_questions(seed, settings):
+    greedy, racing = (Surface(lambda full: full @ RACE_WEIGHTS, 12, 200, 0.5, seed) for _ in range(2))
+    plan = search("greedy-forward", greedy, 3, layers=12).plan
+    assert search("race", racing, 3, layers=12, **settings).plan == plan
+    assert racing.asked <= greedy.asked / 5
+
+
+def test_race_asks_least_where_candidates_enter_by_their_gradient():
+    asked = []
+    for by_gradient in (False, True):
+        surface = Surface(additive)
+        search("race", surface, 2, swaps=False, first_by_gradient=by_gradient)
+        asked.append(surface.asked)
+    assert asked[1] < asked[0]
+
+
+def test_race_decides_on_all_questions_where_nothing_tells_candidates_apart():
+    surface = Surface(lambda full: 0 * full.sum(1), noise=0)
+    selection = search("race", surface, 2)
+    assert selection.plan.full_layers == [0, 1]
+    assert max(entry["questions"] for entry in selection.trace) == surface.num_questions
+
+
+def test_race_mends_a_plan_by_one_swap():
+    """Layer 0 looks best alone, but 1 and 2 together are better than it with any other."""
+
+    def help(full: torch.Tensor) -> torch.Tensor:
+        return 1.5 * full[:, 0] + full[:, 1] + full[:, 2] + 2 * full[:, 1] * full[:, 2] - full[:, 0] * full[:, 1]
+
+    assert layers_of("race", help, 2, swaps=False) == layers_of("greedy-forward", help, 2) == [0, 2]
+    assert layers_of("race", help, 2) == layers_of("exhaustive", help, 2) == [1, 2]
+
+
+def test_race_works_with_a_single_question():
+    assert layers_of("race", additive, 2, num_questions=1) == [1, 3]
+
+
+def test_exhaustive_evaluates_every_plan_and_takes_the_best():
+    selection = search("exhaustive", Surface(redundant_pair), 2)
+    losses = {tuple(entry["full"]): entry["loss"] for entry in selection.trace}
+    assert len(losses) == math.comb(LAYERS, 2)
+    assert losses[tuple(selection.plan.full_groups)] == min(losses.values())
+
+
+def test_exhaustive_tells_how_many_plans_there_are():
+    with pytest.raises(UserError) as error:
+        search("exhaustive", Surface(additive, layers=28), 7, layers=28)
+    assert "1,184,040 plans (7 of 28 layers)" in str(error.value)
+    assert "give max_plans 1184040" in str(error.value)
+    assert layers_of("exhaustive", additive, 2, max_plans=28) == [1, 3]
+
+
+def test_greedy_strategies_evaluate_each_candidate_once():
+    forward, backward = Surface(additive), Surface(additive)
+    assert len(search("greedy-forward", forward, 3, num_questions=10).trace) == 8 + 7 + 6
+    assert len(search("greedy-backward", backward, 3, num_questions=10).trace) == 8 + 7 + 6 + 5 + 4
+    assert (forward.asked, backward.asked) == (210, 300)
+
+
+def test_greedy_scores_tell_the_order_of_choice():
+    forward = search("greedy-forward", Surface(additive), 3).scores[:, 0]
+    backward = search("greedy-backward", Surface(additive), 3).scores[:, 0]
+    assert forward.tolist() == [0, 3, 0, 2, 0, 1, 0, 0]
+    assert backward.tolist() == [2, 5, 1, 5, 0, 5, 4, 3]
+
+
+def test_hard_concrete_gates_close_as_often_as_their_probability_says():
+    log_alpha = torch.tensor([-3.0, -1.6, 0.0, 2.0])
+    uniform = torch.rand(20_000, 4, generator=torch.Generator().manual_seed(0)).clamp(1e-6, 1 - 1e-6)
+    gates = hard_concrete(log_alpha, torch.logit(uniform))
+    assert gates.min() == 0 and gates.max() == 1
+    torch.testing.assert_close((gates > 0).float().mean(0), open_probability(log_alpha), atol=0.01, rtol=0)
+
+
+def test_l0_comes_to_spend_the_budget_by_itself():
+    selection = search("l0", Surface(additive), 2, steps=200)
+    opened = open_probability(torch.tensor(selection.trace[-1]["logits"][:LAYERS])).sum().item()
+    assert opened == pytest.approx(2, abs=0.25)
+
+
+@pytest.mark.parametrize("strategy", COUNTING)
+def test_strategies_that_count_layers_refuse_bytes(strategy):
+    with pytest.raises(UserError, match=rf"strategy {strategy} counts layers; budget kv=.* does not \(give 7 or 25%\)"):
+        STRATEGIES[strategy](Space.of_layers(LAYERS), Budget.parse("kv=1MiB@1024"), Surface(additive), 0)
+
+
+def test_random_budgets_refuse_bytes():
+    cache = Space(Space.of_layers(LAYERS).groups, ("full", "linear"), np.tile([100.0, 10.0], (LAYERS, 1)))
+    with pytest.raises(UserError, match="budgeted-gates with random_budget counts layers"):
+        STRATEGIES["budgeted-gates"](cache, Budget("kv", 300, 1024), Surface(additive), 0, random_budget=True)
+
+
+@pytest.mark.parametrize("strategy", [*COUNTING, "add-one", "drop-one", "gates", "halo", "nll"])
+def test_strategies_of_two_options_refuse_a_third(strategy):
+    space = Space.of_layers(LAYERS, ("full", "linear", "sliding"))
+    with pytest.raises(UserError, match=f"strategy {strategy} chooses between two options; .* full, linear, sliding"):
+        STRATEGIES[strategy](space, Budget("layers", 2), Surface(additive), 0)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_budget_without_a_choice_is_refused_before_anything_is_spent(strategy):
+    surface = Surface(additive)
+    with pytest.raises(UserError, match="keeps everything full"):
+        search(strategy, surface, LAYERS)
+    assert surface.asked == 0
+
+
+@pytest.mark.parametrize(
+    ("strategy", "settings", "sentence"),
+    [
+        ("nll", {"direction": "up"}, "direction must be restore or switch; got 'up'"),
+        ("greedy-forward", {"num_questions": 0}, "num_questions must be at least 1; got 0"),
+        ("race", {"start_questions": 1}, "start_questions must be at least 2"),
+        ("race", {"confidence": 1.0}, "confidence must lie between 0 and 1, for example 0.95; got 1.0"),
+    ],
+)
+def test_a_setting_out_of_range_is_told_in_a_sentence(strategy, settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        search(strategy, Surface(additive), 2, **settings)
+
+
+@pytest.fixture(scope="module")
+def morphable() -> Morphable:
+    model, _ = transplant(random_qwen3(vocab_size=len(tiny_tokenizer())))
+    return Morphable(model)
+
+
+def objective_on(morphable: Morphable, folder, text_rows: torch.Tensor | None = None, micro_batch_tokens: int = 96):
+    layout = Layout(tiny_tokenizer(), STYLES["lines"], Haystack.repeated())
+    return MorphableObjective(
+        morphable,
+        {"train": layout, "validation": layout},
+        STYLES["lines"],
+        [TaskSettings.model_validate({"task": "many_keys", "num_keys": 1})],
+        SearchSettings(length=96, batch_tokens=96, micro_batch_tokens=micro_batch_tokens, questions=5),
+        folder,
+        text_rows=text_rows,
+    )
+
+
+@torch.no_grad()
+def test_the_losses_of_a_plan_are_those_of_the_model_built_from_it(morphable, tmp_path):
+    rows = torch.randint(97, (3, 40), generator=torch.Generator().manual_seed(1))
+    objective = objective_on(morphable, tmp_path, rows)
+    plan = morphable.space(Budget("layers", 1)).plan(["layers.1"], Budget("layers", 1))
+    model = build(morphable, plan)
+    logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
+    expected = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
+    assert objective.text_loss(plan) == pytest.approx(expected, rel=1e-4)
+    losses = objective.evaluate(plan)
+    for number, example in enumerate(objective._validation()):
+        ids = torch.tensor([example.input_ids])
+        marked = torch.tensor(example.is_answer)[1:]
+        found = F.cross_entropy(model(input_ids=ids, use_cache=False).logits[0, :-1][marked], ids[0, 1:][marked])
+        assert losses[number] == pytest.approx(found.item(), rel=1e-3)
+
+
+def test_evaluations_are_counted_once_and_then_read_from_disk(morphable, tmp_path):
+    rows = torch.randint(97, (3, 40), generator=torch.Generator().manual_seed(1))
+    objective = objective_on(morphable, tmp_path, rows)
+    plan = morphable.space(Budget("layers", 1)).plan(["layers.0"], Budget("layers", 1))
+    text_loss = objective.text_loss(plan)
+    assert objective.cost.tokens_forward == rows.numel()
+    assert objective.cost.flops > 0
+    some = objective.evaluate(plan, [3, 1])
+    every = objective.evaluate(plan)
+    assert some.tolist() == [every[3], every[1]]
+    assert objective.cost.tokens_forward == rows.numel() + 5 * 96
+    again = objective_on(morphable, tmp_path, rows)
+    assert (again.text_loss(plan), again.evaluate(plan).tolist()) == (text_loss, every.tolist())
+    assert again.cost.tokens_forward == 0
+    whole = objective_on(morphable, tmp_path / "other", rows, micro_batch_tokens=4096)
+    assert whole.text_loss(plan) == pytest.approx(text_loss, rel=1e-5)
+
+
+def test_a_strategy_that_weighs_text_asks_for_it(morphable, tmp_path):
+    with pytest.raises(
+        UserError, match="this strategy weighs text too: give the objective validation text, `text_rows`"
+    ):
+        STRATEGIES["halo"](
+            morphable.space(Budget("layers", 1)), Budget("layers", 1), objective_on(morphable, tmp_path), 0
+        )
+    with pytest.raises(UserError, match=r"text_rows must be \[rows, length\].*got \[7\]"):
+        objective_on(morphable, tmp_path, torch.zeros(7, dtype=torch.long))
+
+
+def test_every_strategy_runs_on_a_model(morphable, tmp_path):
+    rows = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(1))
+    space, budget = morphable.space(Budget("layers", 1)), Budget("layers", 1)
+    for name, strategy in STRATEGIES.items():
+        settings = {"steps": 2} if name in DESCENDING else {}
+        objective = objective_on(morphable, tmp_path / (name if name in DESCENDING else "plans"), rows)
+        selection = strategy(space, budget, objective, 0, **settings)
+        assert len(selection.plan.full_layers) == 1
+        assert np.isfinite(selection.scores).all()
+        assert selection.plan == space.best(selection.scores, budget)
+
+
+def test_group_scores_fill_one_option():
+    assert group_scores(Space.of_layers(2), [3.0, 4.0]).tolist() == [[3, 0], [4, 0]]
