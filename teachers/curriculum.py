@@ -44,7 +44,9 @@ class Row:
 class Curriculum:
     """Makes rows of any length; the mixture of kinds is the caller's."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int, restated_share: float = 0.0):
+        """`restated_share` of the copies are facts and links, restated, over the names of all splits."""
+        self._restated_share = restated_share
         self._rng = random.Random(seed)
         self._tokenizer = tokenizer
         self._cache: dict[str, list[int]] = {}
@@ -91,6 +93,8 @@ class Curriculum:
     def _make_copy(self, length: int) -> Row:
         """A random string of names, numbers and signs, and again: the second time it can be predicted."""
         rng, row = self._rng, Row([], [], [], [])
+        if rng.random() < self._restated_share:
+            return self._restated(length)
         while len(row.ids) < length:
             piece: list[int] = []
             for _ in range(rng.randint(4, max(5, min(40, length // 4)))):
@@ -109,6 +113,31 @@ class Curriculum:
             else:
                 row.add(piece[:1], 0.0)
                 row.add(piece[1:], COPY_WEIGHT, part=4)
+        return row
+
+    def _restated(self, length: int) -> Row:
+        """Facts and links over all names, one word or two, and later the same lines again in another order."""
+        rng, row = self._rng, Row([], [], [], [])
+        share = rng.choice((0.0, 0.5, 1.0))
+        number = rng.randint(2, max(2, min(16, length // 24)))
+        spare = max(0, length - 18 * number)
+        keys = rng.sample(self._all_names, number)
+        lines = []
+        for place, key in enumerate(keys):
+            name = self._encode(f" {key}" if rng.random() < 0.5 else f" {key} {rng.choice(self._all_names)}")
+            if place and rng.random() < 0.3:
+                value = self._encode(f" {rng.choice(keys[:place])}")
+            else:
+                value = self._value()
+            lines.append((self._encode("@") + name + self._encode(":"), value + self._encode("\n")))
+            row.add(self._filler(share, spare // number), 0.0)
+            row.add(lines[-1][0] + lines[-1][1], 0.0)
+        rng.shuffle(lines)
+        for name, value in lines:
+            row.add(name, 0.0)
+            row.add(value, COPY_WEIGHT, part=4)
+        if len(row.ids) < length:
+            row.add(self._text_piece(length - len(row.ids)), TEXT_WEIGHT)
         return row
 
     def _filler(self, share: float, room: int) -> list[int]:

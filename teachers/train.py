@@ -1,6 +1,7 @@
 """Train an embedded teacher from its settings file and write it as a Hugging Face folder.
 
-    python teachers/train.py teachers/tiny.yaml --output src/flashmorph/assets/tiny
+    python teachers/train.py teachers/tiny.yaml --output tiny-first
+    python teachers/train.py teachers/tiny_second.yaml --start tiny-first --output src/flashmorph/assets/tiny
 
 Minutes on two cores without a GPU. The recipe: matrices by Muon, the rest by AdamW; lengths grow as answers become
 right; until `windows_until` of the steps only the `retrieval_layers` attend fully, the others to a short window, which
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.optimization import get_wsd_schedule
 
 from bpe import train_tokenizer
@@ -27,12 +28,6 @@ from curriculum import Curriculum, window_mask
 from flashmorph.corpus import Corpus
 
 PARTS = {1: "answer", 2: "hop", 3: "link", 4: "copy"}
-MIXTURES = (
-    {"text": 0.10, "copy": 0.25, "facts": 0.45, "hops": 0.20},
-    {"text": 0.13, "copy": 0.12, "facts": 0.30, "hops": 0.45},
-    {"text": 0.23, "copy": 0.09, "facts": 0.30, "hops": 0.38},
-)
-"""The data of each stage of the curriculum, one for each length in `lengths`."""
 
 
 def main() -> None:
@@ -40,10 +35,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", type=Path)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="go on from this teacher's weights and tokenizer")
     arguments = parser.parse_args()
     settings = yaml.safe_load(arguments.settings.read_text())
     set_seed(settings["seed"])
-    tokenizer = train_tokenizer(Corpus().documents("train", 0), settings["lengths"][-1])
+    if arguments.start:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.start)
+    else:
+        tokenizer = train_tokenizer(Corpus().documents("train", 0), settings["lengths"][-1])
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         max_position_embeddings=settings["lengths"][-1],
@@ -55,8 +54,10 @@ def main() -> None:
         **settings["model"],
     )
     model = Qwen3ForCausalLM(config)
+    if arguments.start:
+        model.load_state_dict(Qwen3ForCausalLM.from_pretrained(arguments.start, dtype=torch.float32).state_dict())
     print(f"{model.num_parameters():,} parameters", flush=True)
-    log = train(model, Curriculum(tokenizer, settings["seed"]), settings)
+    log = train(model, Curriculum(tokenizer, settings["seed"], settings["restated_share"]), settings)
     model.config.layer_types = ["full_attention"] * config.num_hidden_layers
     model.to(torch.bfloat16).save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
@@ -78,7 +79,7 @@ def train(model: Qwen3ForCausalLM, curriculum: Curriculum, settings: dict) -> li
     start = time.perf_counter()
     for step in range(steps):
         length = settings["lengths"][stage]
-        batch = curriculum.batch(MIXTURES[stage], settings["batch_tokens"] // length, length)
+        batch = curriculum.batch(settings["mixtures"][stage], settings["batch_tokens"] // length, length)
         masks, types = attention_pattern(step, stage, length, settings, rng, model.config.num_hidden_layers)
         model.config.layer_types = types
         with accelerator.autocast():

@@ -71,6 +71,11 @@ def test_held_out_splits_are_small_and_none_is_empty():
     assert all(0.03 < counts[split] / 4000 < 0.07 for split in SPLITS if split != "train")
 
 
+def test_a_text_stays_in_its_split_in_every_version_and_process():
+    known = {"train": "text 0", "test": "text 6", "referee": "text 12", "validation": "text 19"}
+    assert {split_of(text): text for text in known.values()} == known
+
+
 def test_the_split_does_not_depend_on_seed_or_order(corpus, tmp_path):
     turned = Corpus(str(write_jsonl(tmp_path / "turned.jsonl", TEXTS[::-1])))
     for split in SPLITS:

@@ -195,6 +195,11 @@ def test_no_name_belongs_to_two_splits():
         names("dev")
 
 
+def test_a_name_stays_in_its_split_in_every_version_and_process():
+    first = {"train": "get", "validation": "node", "referee": "not", "test": "frame"}
+    assert {split: names(split)[0] for split in SPLITS} == first
+
+
 def test_keys_come_from_the_words_of_their_split(settings):
     style = STYLES["lines"]
     for split in SPLITS:

@@ -32,7 +32,21 @@ _HOMES = {
     "select": "selection.search",
     "transplant": "move",
 }
-__all__ = ["__version__", *_HOMES]
+__all__ = [
+    "Budget",
+    "Plan",
+    "Space",
+    "UserError",
+    "__version__",
+    "align",
+    "attach",
+    "build",
+    "distill",
+    "extend",
+    "morph",
+    "select",
+    "transplant",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from flashmorph.errors import UserError
 
@@ -174,7 +175,23 @@ def align(
     pipeline.run_align(run, pipeline.run_transplant(run))
 
 
-@app.command()
+class _ListsStrategies(TyperCommand):
+    """A command whose help ends with every strategy; only then are they imported."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        import inspect
+
+        from flashmorph.selection import STRATEGIES
+
+        modules = {name: inspect.getmodule(strategy) for name, strategy in STRATEGIES.items()}
+        lines = {name: (module.__doc__ or "").split("\n\n")[0] for name, module in modules.items() if module}
+        self.epilog = "Strategies:\n\n" + "\n\n".join(
+            f"- `{name}`: {' '.join(line.split())}" for name, line in lines.items()
+        )
+        super().format_help(ctx, formatter)
+
+
+@app.command(cls=_ListsStrategies)
 def select(
     teacher: TeacherArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="The plan, a JSON file.")],

@@ -29,6 +29,7 @@ from flashmorph.progress import Report
 from flashmorph.publish import publish, save_model
 from flashmorph.recipe import Recipe
 from flashmorph.runfolder import RunFolder, Stage, digest_of
+from flashmorph.selection import NEED_TEXT
 from flashmorph.selection.objective import MorphableObjective, SearchSettings
 from flashmorph.selection.search import check_settings, select
 from flashmorph.selection.uniform import uniform
@@ -38,6 +39,7 @@ from flashmorph.teacher import Teacher, load_config, load_model
 
 STAGES = ("transplant", "align", "select", "build", "distill", "extend", "evaluate")
 CACHE_CONTEXTS = (512, 8192, 131072)
+SEARCH_TEXT_TOKENS = 16_384
 
 
 class Screen(Protocol):
@@ -298,7 +300,11 @@ def open_objective(
         for split in ("train", "validation")
     }
     tasks, search = list(recipe.tasks.values()), search or recipe.select.search
-    return MorphableObjective(morphable, layouts, style, tasks, search, folder, recipe.seed, run.bf16, report)
+    text = None
+    if recipe.select.strategy in NEED_TEXT:
+        rows = held_out_rows(run, "validation", search.longest, max(1, SEARCH_TEXT_TOKENS // search.longest))
+        text = torch.tensor([rows[row]["input_ids"] for row in range(len(rows))])
+    return MorphableObjective(morphable, layouts, style, tasks, search, folder, recipe.seed, run.bf16, report, text)
 
 
 def uniform_plan(run: Run, host: Stage, plan: Plan) -> Plan:
@@ -359,7 +365,8 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
     def work(folder: Path, report: Report) -> dict[str, Any]:
         loaded = open_stage(run, model)
         questions = open_questions(recipe, run.corpus, run.tokenizer)
-        held_out = held_out_rows(run)
+        rows = max(1, settings.perplexity_tokens // settings.length)
+        held_out = held_out_rows(run, "test", settings.length, rows)
         score = evaluate(loaded, run.tokenizer, questions, held_out, settings, cache_of(loaded), report)
         write_json(folder / "right.json", score.right)
         summary = f"recall {100 * score.recall:.1f} %, perplexity {score.perplexity:.2f}"
@@ -432,12 +439,10 @@ def training_rows(run: Run, settings: TrainSettings, stage: str, report: Report)
     )
 
 
-def held_out_rows(run: Run) -> Rows:
-    """Rows of the test split, for perplexity."""
-    settings = run.recipe.evaluate
-    rows = max(1, settings.perplexity_tokens // settings.length)
-    path = run.folder.data / f"test-{digest_of([run.teacher.digest, settings.length, rows, _common(run)])}.npy"
-    return pack(run.corpus, run.tokenizer, "test", settings.length, rows, run.recipe.seed, path, None)
+def held_out_rows(run: Run, split: str, length: int, rows: int) -> Rows:
+    """Text that no stage trains on, repeated where there is too little of it."""
+    path = run.folder.data / f"{split}-{digest_of([run.teacher.digest, length, rows, _common(run)])}.npy"
+    return pack(run.corpus, run.tokenizer, split, length, rows, run.recipe.seed, path, None)
 
 
 def calibration(run: Run, rows: Rows) -> torch.Tensor:

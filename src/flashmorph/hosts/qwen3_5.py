@@ -41,7 +41,7 @@ _READERS = {
 }
 _CONVOLUTION = 4
 _FLOAT32_BYTES = 4
-_TAP = 0.5
+_TAP = 0.1
 _GATE = 2.0
 _RIDGE = 1e-2
 

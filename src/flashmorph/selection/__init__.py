@@ -35,6 +35,8 @@ STRATEGIES: dict[str, Strategy] = {
     "race": race,
     "uniform": uniform,
 }
+NEED_TEXT = ("halo",)
+"""Strategies that weigh the loss on text as well (`Objective.text_loss`)."""
 DEFAULT_STRATEGY = "budgeted-gates"
 
 __all__ = ["DEFAULT_STRATEGY", "STRATEGIES", "Cost", "Objective", "Selection", "Strategy"]

@@ -70,13 +70,13 @@ def l0(
 
 
 def hard_concrete(log_alpha: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Gates `[groups]` in [0, 1] from `log_alpha` `[groups]` and logistic `noise` `[groups]` (equations 10 and 11)."""
+    """Gates `[groups]` in [0, 1] from `log_alpha` `[groups]` and logistic `noise` `[groups]`."""
     stretched = torch.sigmoid((noise + log_alpha) / _BETA) * (_ZETA - _GAMMA) + _GAMMA
     return stretched.clamp(0, 1)
 
 
 def open_probability(log_alpha: torch.Tensor) -> torch.Tensor:
-    """The probability `[groups]` that a gate is above 0 (equation 12)."""
+    """The probability `[groups]` that a gate is above 0, as Louizos et al. count it."""
     return torch.sigmoid(log_alpha - _open_offset())
 
 
