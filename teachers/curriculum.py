@@ -44,13 +44,18 @@ class Row:
 class Curriculum:
     """Makes rows of any length; the mixture of kinds is the caller's."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int, restated_share: float = 0.0):
-        """`restated_share` of the copies are facts and links, restated, over the names of all splits."""
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, seed: int, restated_share: float = 0.0, any_token: bool = False
+    ):
+        """`restated_share` of the copies are facts and links, restated, over the names of all splits.
+
+        With `any_token`, tasks are about every token that has a letter (see `training_names`).
+        """
         self._restated_share = restated_share
         self._rng = random.Random(seed)
         self._tokenizer = tokenizer
         self._cache: dict[str, list[int]] = {}
-        self._train_names = training_names(tokenizer)
+        self._train_names = training_names(tokenizer, any_token)
         self._all_names = tuple(word for split in ("train", "validation", "referee", "test") for word in names(split))
         documents = list(Corpus().documents("train", seed))
         self._text = [tokenizer(text, verbose=False).input_ids + [tokenizer.eos_token_id] for text in documents]
@@ -217,15 +222,17 @@ class Curriculum:
         row.add(self._encode("\n"), TEXT_WEIGHT)
 
 
-def training_names(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Every word or piece of a word that is one token after a space, but for those that other splits ask about.
+def training_names(tokenizer: PreTrainedTokenizerBase, any_token: bool) -> tuple[str, ...]:
+    """What training tasks are about: words or pieces of words that are one token after a space, or any such token.
 
-    The more names a teacher learns its tasks on, the better it does them on names that it has only seen copied.
+    None of them is a name of another split. The more names a teacher learns its tasks on, the better it does them on
+    names that it has only seen copied.
     """
     held_out = {word for split in ("validation", "referee", "test") for word in names(split)}
-    words = (tokenizer.decode([token]) for token in range(len(tokenizer)))
-    pieces = sorted(word[1:] for word in words if re.fullmatch(r" [A-Za-z]{2,}", word))
-    return tuple(piece for piece in pieces if piece not in held_out)
+    tokens = (tokenizer.decode([token]) for token in range(len(tokenizer)))
+    pattern = r" ?[A-Za-z_.()\[\]'\"=,]*[A-Za-z][A-Za-z_.()\[\]'\"=,]*" if any_token else r" [A-Za-z]{2,}"
+    found = sorted(token for token in tokens if re.fullmatch(pattern, token))
+    return tuple(token.removeprefix(" ") for token in found if token.strip() not in held_out)
 
 
 def window_mask(length: int, window: int | None) -> torch.Tensor:

@@ -297,17 +297,6 @@ def test_a_padded_batch_generates_what_each_row_generates_alone(morphable, layer
         assert together[row].tolist() == alone[0, -4:].tolist()
 
 
-@pytest.mark.parametrize("layers", [[0, 1, 2], [0]], ids=str)
-def test_padding_on_the_left_changes_nothing_in_the_morphable_model(morphable, layers):
-    ids, mask = some_tokens(2, 40), torch.ones(2, 40, dtype=torch.long)
-    ids[1, :9], mask[1, :9] = 5, 0
-    gates = gates_of(morphable, layers)
-    with torch.no_grad():
-        found = morphable(ids, gates, attention_mask=mask)
-        assert close(found[0], morphable(ids[:1], gates)[0])
-        assert close(found[1, 9:], morphable(ids[1:, 9:], gates)[0])
-
-
 def test_a_cache_handed_to_a_morphable_model_is_refused(morphable):
     with pytest.raises(ValueError, match="no cache"):
         morphable.model(input_ids=some_tokens(), past_key_values=DynamicCache(config=morphable.model.config))

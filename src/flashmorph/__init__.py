@@ -11,7 +11,16 @@ As a library:
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flashmorph.errors import UserError
+    from flashmorph.morphable import attach, build
+    from flashmorph.move import transplant
+    from flashmorph.pipeline import morph
+    from flashmorph.plan import Budget, Plan, Space
+    from flashmorph.selection.search import select
+    from flashmorph.stages import align, distill, extend
 
 try:
     __version__ = version("flashmorph")

@@ -1,5 +1,6 @@
 """Text: where it comes from, its four disjoint splits, and rows of tokens packed from it."""
 
+import glob
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -56,13 +57,26 @@ class Corpus:
         """
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
-        stream = self._open().shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-        for row in stream:
+        for row in self._rows(seed):
             if self.column not in row:
                 raise UserError(f"{self.source} has no column {self.column!r}; it has {', '.join(map(repr, row))}")
             text = row[self.column]
+            if text is not None and not isinstance(text, str):
+                raise UserError(f"{self.source}: column {self.column!r} holds {text!r}, which is no text")
             if text and split_of(text) == split:
                 yield text
+
+    def _rows(self, seed: int) -> Iterator[dict[str, Any]]:
+        """The rows of one pass; whatever a reader stumbles over becomes one sentence."""
+        try:
+            yield from self._open().shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+        except UserError:
+            raise
+        except StopIteration as error:
+            raise UserError(f"{self.source} is empty") from error
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{self.source} cannot be read: {reason}") from error
 
     def pool(self, split: str, seed: int, characters: int = _POOL_CHARACTERS) -> list[str]:
         """Documents of `split` up to about `characters` characters: what haystacks are made of.
@@ -91,8 +105,10 @@ class Corpus:
             reader = _reader(paths[0]) if paths else None
             if not reader:
                 raise UserError(f"{path} holds no text: give files that end in {', '.join(_READERS)}")
+            if any(_reader(file) != reader for file in paths):
+                raise UserError(f"{path} holds files of several kinds, such as {paths[0].name}: give one kind")
             options: dict[str, Any] = {"sample_by": "document"} if reader == "text" else {}
-            names = [str(file) for file in paths if _reader(file) == reader]
+            names = [glob.escape(str(file)) for file in paths if _reader(file) == reader]
             return datasets.load_dataset(reader, data_files=names, split="train", streaming=True, **options)
         try:
             return datasets.load_dataset(self.source, self.config, split="train", streaming=True)

@@ -81,7 +81,7 @@ class Morphable(nn.Module):
             for option in options:
                 if option != FULL:
                     branch = self.host.make_branch(model.config, number, option)
-                    branches[option] = branch.to(weight.device, torch.float32)
+                    branches[option] = branch.to(weight.device, torch.float32).requires_grad_(False)
             setattr(layer, self.host.attention_name(FULL), MorphableLayer(self.host, branches))
 
     @property
@@ -103,13 +103,14 @@ class Morphable(nn.Module):
         space = Space.of_layers(len(self.layers), self.options)
         return Space(space.groups, space.options, np.tile(row, (len(self.layers), 1)))
 
-    def forward(
-        self, input_ids: torch.Tensor, gates: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Last hidden states `[batch, time, width]` under `gates` `[groups, options]` (the teacher's without)."""
+    def forward(self, input_ids: torch.Tensor, gates: torch.Tensor | None = None) -> torch.Tensor:
+        """Last hidden states `[batch, time, width]` under `gates` `[groups, options]` (the teacher's without).
+
+        Rows are of equal length and without padding.
+        """
         for number, layer in enumerate(self.layers):
             layer.gates = None if gates is None else gates[number]
-        return self.model.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return self.model.model(input_ids=input_ids, use_cache=False).last_hidden_state
 
     @contextmanager
     def observed(self, observer: Observer) -> Iterator[None]:
@@ -174,8 +175,9 @@ class Morphable(nn.Module):
         Raises:
             UserError: the plan is about another model, or an option that this host cannot hold.
         """
-        self.space(Budget("layers", 1)).one_hot(plan)
-        chosen = list(plan.assignments.values())
+        space = self.space(Budget("layers", 1))
+        space.one_hot(plan)
+        chosen = [plan.assignments[group] for group in space.groups]
         state = {name: weight for name, weight in self.model.state_dict().items() if ".branches." not in name}
         dtype = next(iter(state.values())).dtype
         for number, (layer, option) in enumerate(zip(self.layers, chosen, strict=True)):

@@ -81,11 +81,12 @@ def prove(teacher: PreTrainedModel, model: PreTrainedModel) -> Proof:
     """Compare logits on random tokens; the tolerance follows the teacher's own rounding noise."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(teacher.config.vocab_size, (PROBE_ROWS, PROBE_TOKENS), generator=generator).to(teacher.device)
+    training = teacher.training
     teacher = teacher.eval()
     expected = teacher(input_ids=ids, use_cache=False).logits
     difference = (model(input_ids=ids, use_cache=False).logits - expected).abs().max().item()
     exact = teacher.double()(input_ids=ids, use_cache=False).logits
-    teacher.float()
+    teacher.float().train(training)
     noise = (expected - exact).abs().max().item()
     largest = expected.abs().max().item()
     return Proof(difference, largest, noise, max(RELATIVE_TOLERANCE * largest, NOISE_FACTOR * noise))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from flashmorph.errors import UserError
 from flashmorph.files import read_json, write_json
@@ -62,9 +61,14 @@ class Budget:
         if self.resource == "layers":
             return str(int(self.limit))
         if self.resource == "kv":
-            return f"kv={self.limit:g}B@{self.context}"
-        percent = f"{100 * self.limit:g}%"
+            return f"kv={_decimal(self.limit)}B@{self.context}"
+        percent = f"{_decimal(100 * self.limit)}%"
         return percent if self.resource == "share" else f"loss={percent}"
+
+
+def _decimal(value: float) -> str:
+    """All digits that matter, without an exponent: `Budget.parse` reads them again."""
+    return np.format_float_positional(round(value, 12), trim="-")
 
 
 @dataclass(frozen=True)
@@ -121,8 +125,8 @@ class Space:
     def best(self, scores: np.ndarray, budget: Budget) -> "Plan":
         """The plan of the largest summed score under the budget: the only place where scores become a plan.
 
-        Exact: a multiple-choice knapsack by `scipy.optimize.milp`, and top-K (ties to the lower layer) where there are
-        two options at the same cost everywhere. A count of layers is spent exactly, bytes at most.
+        Exact: a multiple-choice knapsack (`_knapsack`), and top-K (ties to the lower layer) where there are two options
+        at the same cost everywhere. A count of layers is spent exactly, bytes at most.
 
         Raises:
             UserError: see `limit`.
@@ -139,20 +143,10 @@ class Space:
             order = np.argsort(scores[:, 1] - scores[:, 0], kind="stable")
             first = set(order[:kept] if exact else [g for g in order[:kept] if scores[g, 0] >= scores[g, 1]])
             return self._plan([0 if group in first else 1 for group in range(len(self.groups))], budget)
-        one_each = np.kron(np.eye(len(self.groups)), np.ones(len(self.options)))
-        found = milp(
-            -scores.ravel() / (np.abs(scores).max() or 1.0),
-            integrality=np.ones(scores.size),
-            bounds=Bounds(0, 1),
-            constraints=[
-                LinearConstraint(one_each, 1, 1),
-                LinearConstraint(self.cost.ravel()[None], limit if exact else -np.inf, limit),
-            ],
-            options={"mip_rel_gap": 0.0},
-        )
-        if found.x is None:
-            raise UserError(f"no plan spends exactly {self._amount(limit)}: {found.message}")
-        return self._plan(found.x.reshape(scores.shape).argmax(1), budget)
+        chosen = _knapsack(scores, self.cost, limit, exact)
+        if chosen is None:
+            raise UserError(f"no plan spends exactly {self._amount(limit)}")
+        return self._plan(chosen, budget)
 
     def _plan(self, chosen: Sequence[int], budget: Budget) -> "Plan":
         """The plan with option number `chosen[g]` for group g."""
@@ -191,6 +185,34 @@ class Space:
         return f"{cost:.0f} layers" if counted else f"{cost:,.0f} bytes"
 
 
+def _knapsack(scores: np.ndarray, cost: np.ndarray, limit: float, exact: bool) -> list[int] | None:
+    """One option a row, with the largest summed score at a cost of `limit` (or at most `limit`); None: there is none.
+
+    Row by row, all partial plans are kept for which no other is both cheaper and better. Ties go to what has more of
+    the first options in the lower rows.
+    """
+    totals, values, kept = np.zeros(1), np.zeros(1), []
+    cheapest = np.append(np.cumsum(cost.min(1)[::-1])[::-1][1:], 0.0)
+    for row in range(len(cost)):
+        total, value = (totals[:, None] + cost[row]).ravel(), (values[:, None] + scores[row]).ravel()
+        fits = np.flatnonzero(total + cheapest[row] <= limit)
+        fits = fits[np.lexsort((fits, -value[fits], total[fits]))]
+        if exact:
+            keep = np.append(True, np.diff(total[fits]) > 0)
+        else:
+            keep = np.append(True, value[fits][1:] > np.maximum.accumulate(value[fits])[:-1])
+        kept.append(fits[keep[: len(fits)]])
+        totals, values = total[kept[-1]], value[kept[-1]]
+    allowed = np.flatnonzero(totals == limit) if exact else np.arange(len(totals))
+    if not len(allowed):
+        return None
+    place, chosen = allowed[values[allowed].argmax()], []
+    for fits in reversed(kept):
+        place, option = divmod(fits[place], cost.shape[1])
+        chosen.append(int(option))
+    return chosen[::-1]
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which option each group gets, and where the choice came from.
@@ -206,6 +228,11 @@ class Plan:
     teacher: str = ""
     revision: str = ""
     scores: list[list[float]] = field(default_factory=list, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "assignments", dict(sorted(self.assignments.items(), key=lambda item: _place(item[0])))
+        )
 
     @property
     def full_groups(self) -> list[str]:
@@ -258,3 +285,8 @@ class Plan:
             )
         except KeyError as error:
             raise UserError(f"{path} is no plan: it lacks {error}") from error
+
+
+def _place(group: str) -> list[tuple[int, str]]:
+    """Sorts addresses by their numbers: `layers.2` before `layers.10`."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in group.split(".")]

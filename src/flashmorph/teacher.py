@@ -108,6 +108,7 @@ def load_model(folder: Path, dtype: torch.dtype | str, device: torch.device | No
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"{folder} lacks {len(missing)} weights, {missing[0]} first: the checkpoint is incomplete")
+    model.config.dtype = AutoConfig.from_pretrained(folder).dtype
     return model.eval().to(device or "cpu")
 
 

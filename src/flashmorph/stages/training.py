@@ -100,7 +100,8 @@ def train(
     """
     device = next(model.parameters()).device
     micro_rows = max(1, (settings.micro_batch_tokens or settings.batch_tokens) // settings.length)
-    accumulation = math.ceil(settings.batch_rows / micro_rows)
+    parts = [parts for parts in range(1, settings.batch_rows + 1) if settings.batch_rows % parts == 0]
+    accumulation = next(number for number in parts if settings.batch_rows // number <= micro_rows)
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=settings.steps,
@@ -134,7 +135,11 @@ def train(
         callbacks=[*callbacks, _Keeper(folder, report)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    checkpoint = last_checkpoint(folder)
+    if checkpoint and int(checkpoint.rsplit("-", 1)[1]) >= settings.steps:
+        trainer._load_from_checkpoint(checkpoint)
+        return
+    trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -160,7 +165,7 @@ class _Keeper(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" not in logs:
             return
-        if not math.isfinite(logs["loss"]):
+        if not math.isfinite(logs["loss"]) or not math.isfinite(logs["grad_norm"]):
             raise UserError(
                 f"the loss is {logs['loss']} at step {state.global_step}; the last good checkpoint is kept: lower "
                 "learning_rate and run again"

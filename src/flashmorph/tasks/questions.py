@@ -31,6 +31,8 @@ class TaskSettings(BaseModel):
         for name in self.settings:
             if name not in known:
                 raise ValueError(f"task {self.task} has no setting {name!r}; it has {', '.join(sorted(known))}")
+            if type(self.settings[name]) is not int:
+                raise ValueError(f"{name} must be a whole number; got {self.settings[name]!r}")
         return self
 
     @property
