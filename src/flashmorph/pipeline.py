@@ -7,7 +7,7 @@ library's own.
 import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,6 +67,7 @@ class Run:
     folder: RunFolder
     device: torch.device
     screen: Screen
+    done: dict[str, Stage] = field(default_factory=dict)
 
     @property
     def corpus(self) -> Corpus:
@@ -102,6 +103,7 @@ class Run:
         with self.screen.stage(name, about) as report:
             stage = self.folder.run(name, settings, inputs, lambda folder: work(folder, report))
         self.folder.remember(label, stage)
+        self.done[stage.digest] = stage
         self.screen.done(stage, about, stage.record.get("summary", ""))
         return stage
 
@@ -208,18 +210,15 @@ def morph(run: Run, plan: Plan | None = None) -> Results:
     host = run_transplant(run)
     branches = run_align(run, host)
     plan = plan or run_select(run, host, branches)
-    stages = [host, branches]
     hybrid = finish(run, host, branches, plan, "")
-    stages += list(hybrid.values())
     models = {"teacher": host, "hybrid_undistilled": hybrid["build"], "hybrid": hybrid["extend"]}
     if hybrid["extend"].name == "extend":
         models["hybrid_before_extend"] = hybrid["distill"]
     if run.recipe.baseline == "uniform":
         other = finish(run, host, branches, uniform_plan(run, host, plan), "uniform ")
-        stages += [stage for stage in other.values() if stage.digest not in {known.digest for known in stages}]
         models |= {"uniform_undistilled": other["build"], "uniform": other["extend"]}
     scores = {name: run_evaluate(run, name, stage) for name, stage in models.items()}
-    results = Results(plan, scores, stages)
+    results = Results(plan, scores, list(run.done.values()))
     publish(run.folder.path, hybrid["extend"].folder, plan, results.to_dict(), run.recipe, model_card(run, results))
     return results
 
