@@ -1,6 +1,6 @@
 """Morph a teacher in Python, stage by stage: what `flashmorph morph` does, without its resuming and its evidence.
 
-A few steps show the way in seconds; 300 give a hybrid that answers:
+A few steps show the way in seconds; the default takes minutes:
 
     python examples/morph_in_python.py runs/by_hand --steps 20
 """

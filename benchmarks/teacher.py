@@ -1,0 +1,39 @@
+"""How well does an embedded teacher retrieve? 200 questions a task on held-out names, values and text, by generation.
+
+    python benchmarks/teacher.py --teacher tiny
+
+Writes `benchmarks/results/teacher.json`.
+"""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from flashmorph.devices import pick_device
+from flashmorph.files import write_json
+from flashmorph.judge import score_model
+from flashmorph.recipe import load_recipe
+from flashmorph.teacher import open_teacher
+
+QUESTIONS = 200
+
+
+def main() -> None:
+    """Score, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default="tiny")
+    arguments = parser.parse_args()
+    recipe = load_recipe("demo", {"evaluate.questions": QUESTIONS})
+    figures = score_model(arguments.teacher, recipe, pick_device()).to_dict()
+    command = f"python benchmarks/teacher.py --teacher {arguments.teacher}"
+    digest = open_teacher(arguments.teacher).digest
+    write_json(Path("benchmarks/results/teacher.json"), {"command": command, "teacher": digest, **figures})
+    for task, value in figures["recall_by_task"].items():
+        low, high = value["interval"]
+        Console().print(f"{task:<14} {100 * value['recall']:.1f} % ({100 * low:.1f}-{100 * high:.1f})")
+    Console().print(f"perplexity     {figures['perplexity']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
