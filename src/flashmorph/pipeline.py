@@ -401,7 +401,7 @@ def cache_of(model: PreTrainedModel) -> dict[str, int]:
 
 
 def open_stage(run: Run, stage: Stage) -> PreTrainedModel:
-    """The model that a stage saved, in float32 on CPUs and in its own dtype where training casts by itself."""
+    """The model that a stage saved, in float32: training keeps its master weights in it and casts by itself."""
     return load_model(stage.folder / "model", torch.float32, run.device)
 
 

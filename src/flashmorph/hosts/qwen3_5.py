@@ -208,15 +208,19 @@ def _mean_distance(attention: Qwen3_5Attention, hidden: torch.Tensor, arguments:
 
 
 def _fit_head_scales(branch: Qwen3_5GatedDeltaNet, hidden: torch.Tensor, target: torch.Tensor) -> None:
-    """Least squares: one factor a head, so that the heads' outputs add up to `target` `[batch, time, width]`."""
+    """Least squares: one factor a head, so that the heads' outputs add up to `target` `[batch, time, width]`.
+
+    The normal equations come from products of width by width, so the heads' outputs never exist side by side.
+    """
     inputs = []
     handle = branch.out_proj.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     branch(hidden_states=hidden)
     handle.remove()
-    heads = inputs[0].unflatten(-1, (branch.num_v_heads, -1))
-    weight = branch.out_proj.weight.unflatten(1, (branch.num_v_heads, -1))
-    outputs = torch.einsum("bthd,whd->hbtw", heads, weight).flatten(1).double()
-    gram = outputs @ outputs.T
+    mixed, weight = inputs[0].flatten(0, -2).double(), branch.out_proj.weight
+    products = (mixed.T @ mixed) * (weight.T @ weight)
+    size = (branch.num_v_heads, branch.head_v_dim)
+    gram = products.unflatten(1, size).sum(2).unflatten(0, size).sum(1)
     gram += 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    scales = torch.linalg.solve(gram, outputs @ target.flatten().double())
-    weight.mul_(scales.to(weight.dtype)[:, None])
+    towards = (mixed.T @ target.flatten(0, -2).double() * weight.T).sum(1).unflatten(0, size).sum(1)
+    scales = torch.linalg.solve(gram, towards)
+    weight.mul_(scales.to(weight.dtype).repeat_interleave(branch.head_v_dim))
