@@ -98,7 +98,7 @@ class Curriculum:
     def _make_copy(self, length: int) -> Row:
         """A random string of names, numbers and signs, and again: the second time it can be predicted."""
         rng, row = self._rng, Row([], [], [], [])
-        if rng.random() < self._restated_share:
+        if self._restated_share and rng.random() < self._restated_share:
             return self._restated(length)
         while len(row.ids) < length:
             piece: list[int] = []
