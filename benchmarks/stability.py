@@ -18,12 +18,15 @@ from rich.console import Console
 from rich.table import Table
 
 from flashmorph import pipeline
+from flashmorph.cli.options import quiet
 from flashmorph.devices import pick_device
 from flashmorph.evaluation import answers_right, paired_interval, share_interval
 from flashmorph.files import write_json
 from flashmorph.plan import Budget, Plan, Space
 from flashmorph.progress import silent
 from flashmorph.recipe import Recipe, load_recipe
+from flashmorph.run import Run
+from flashmorph.rundata import open_questions
 from flashmorph.runfolder import RunFolder
 from flashmorph.screen import RichScreen
 from flashmorph.selection.uniform import uniform
@@ -42,10 +45,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/stability.json"))
     arguments = parser.parse_args()
     console = Console()
+    quiet()
     recipe = load_recipe(arguments.run / "recipe.yaml")
-    run = pipeline.Run(
-        open_teacher(arguments.teacher), recipe, RunFolder(arguments.run), pick_device(), RichScreen(console)
-    )
+    run = Run(open_teacher(arguments.teacher), recipe, RunFolder(arguments.run), pick_device(), RichScreen(console))
     host = pipeline.run_transplant(run)
     branches = pipeline.run_align(run, host)
     plans = [select_with(run, host, branches, seed) for seed in range(arguments.seeds)]
@@ -67,19 +69,19 @@ def main() -> None:
     show(console, results)
 
 
-def select_with(run: pipeline.Run, host, branches, seed: int) -> Plan:
+def select_with(run: Run, host, branches, seed: int) -> Plan:
     """The plan of the recipe's strategy with another seed, its search kept in the run's folder."""
     values = {**json.loads(run.recipe.model_dump_json()), "seed": seed}
-    other = pipeline.Run(run.teacher, Recipe.model_validate(values), run.folder, run.device, run.screen)
+    other = Run(run.teacher, Recipe.model_validate(values), run.folder, run.device, run.screen)
     return pipeline.run_select(other, host, branches)
 
 
-def compare_with_swaps(run: pipeline.Run, host, branches, plan: Plan, questions: int) -> list[dict]:
+def compare_with_swaps(run: Run, host, branches, plan: Plan, questions: int) -> list[dict]:
     """Loss of each one-swap neighbour minus the plan's, with paired intervals; below 0 the neighbour is better."""
     morphable = pipeline.open_morphable(run, host, branches)
     search = run.recipe.select.search.model_copy(update={"questions": questions})
     values = {**json.loads(run.recipe.model_dump_json()), "seed": CHECK_SEED}
-    check = pipeline.Run(run.teacher, Recipe.model_validate(values), run.folder, run.device, run.screen)
+    check = Run(run.teacher, Recipe.model_validate(values), run.folder, run.device, run.screen)
     swaps = []
     with tempfile.TemporaryDirectory() as folder:
         objective = pipeline.open_objective(check, morphable, Path(folder), silent, search)
@@ -103,7 +105,7 @@ def one_swap_neighbours(plan: Plan) -> list[Plan]:
     ]
 
 
-def recall_of_offsets(run: pipeline.Run, host, branches, plan: Plan) -> list[dict]:
+def recall_of_offsets(run: Run, host, branches, plan: Plan) -> list[dict]:
     """Recall before distillation of the plan and of the uniform layout at each of its offsets."""
     morphable = pipeline.open_morphable(run, host, branches)
     budget = Budget("layers", len(plan.full_groups))
@@ -111,7 +113,7 @@ def recall_of_offsets(run: pipeline.Run, host, branches, plan: Plan) -> list[dic
     layouts = {"selected": plan}
     for offset in range(len(space.groups) // len(plan.full_groups)):
         layouts[f"uniform, offset {offset}"] = uniform(space, budget, None, 0, offset).plan
-    questions = pipeline.open_questions(run.recipe, run.corpus, run.tokenizer)
+    questions = open_questions(run.recipe, run.corpus, run.tokenizer)
     rows = []
     for name, layout in layouts.items():
         model = morphable.instantiate(layout)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from flashmorph.cli.options import quiet
 from flashmorph.devices import pick_device
 from flashmorph.files import write_json
 from flashmorph.judge import score_model
@@ -24,6 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="tiny")
     arguments = parser.parse_args()
+    quiet()
     recipe = load_recipe("demo", {"evaluate.questions": QUESTIONS})
     figures = score_model(arguments.teacher, recipe, pick_device()).to_dict()
     command = f"python benchmarks/teacher.py --teacher {arguments.teacher}"

@@ -44,18 +44,16 @@ class Row:
 class Curriculum:
     """Makes rows of any length; the mixture of kinds is the caller's."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, seed: int, restated_share: float = 0.0, any_token: bool = False
-    ):
-        """`restated_share` of the copies are facts and links, restated, over the names of all splits.
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int, key_words: int = 0):
+        """The two-word keys of a row share between 8 and `key_words` words, drawn for each row; with 0, all words.
 
-        With `any_token`, tasks are about every token that has a letter (see `training_names`).
+        With few words most keys of a row have a word in common, so that both words must be read.
         """
-        self._restated_share = restated_share
+        self._key_words = key_words
         self._rng = random.Random(seed)
         self._tokenizer = tokenizer
         self._cache: dict[str, list[int]] = {}
-        self._train_names = training_names(tokenizer, any_token)
+        self._train_names = training_names(tokenizer)
         self._all_names = tuple(word for split in ("train", "validation", "referee", "test") for word in names(split))
         documents = list(Corpus().documents("train", seed))
         self._text = [tokenizer(text, verbose=False).input_ids + [tokenizer.eos_token_id] for text in documents]
@@ -98,8 +96,6 @@ class Curriculum:
     def _make_copy(self, length: int) -> Row:
         """A random string of names, numbers and signs, and again: the second time it can be predicted."""
         rng, row = self._rng, Row([], [], [], [])
-        if self._restated_share and rng.random() < self._restated_share:
-            return self._restated(length)
         while len(row.ids) < length:
             piece: list[int] = []
             for _ in range(rng.randint(4, max(5, min(40, length // 4)))):
@@ -120,31 +116,6 @@ class Curriculum:
                 row.add(piece[1:], COPY_WEIGHT, part=4)
         return row
 
-    def _restated(self, length: int) -> Row:
-        """Facts and links over all names, one word or two, and later the same lines again in another order."""
-        rng, row = self._rng, Row([], [], [], [])
-        share = rng.choice((0.0, 0.5, 1.0))
-        number = rng.randint(2, max(2, min(16, length // 24)))
-        spare = max(0, length - 18 * number)
-        keys = rng.sample(self._all_names, number)
-        lines = []
-        for place, key in enumerate(keys):
-            name = self._encode(f" {key}" if rng.random() < 0.5 else f" {key} {rng.choice(self._all_names)}")
-            if place and rng.random() < 0.3:
-                value = self._encode(f" {rng.choice(keys[:place])}")
-            else:
-                value = self._value()
-            lines.append((self._encode("@") + name + self._encode(":"), value + self._encode("\n")))
-            row.add(self._filler(share, spare // number), 0.0)
-            row.add(lines[-1][0] + lines[-1][1], 0.0)
-        rng.shuffle(lines)
-        for name, value in lines:
-            row.add(name, 0.0)
-            row.add(value, COPY_WEIGHT, part=4)
-        if len(row.ids) < length:
-            row.add(self._text_piece(length - len(row.ids)), TEXT_WEIGHT)
-        return row
-
     def _filler(self, share: float, room: int) -> list[int]:
         """Some text lines, or none: `share` of the places get any, at most `room` tokens."""
         if self._rng.random() >= share or room <= 0:
@@ -155,6 +126,11 @@ class Curriculum:
             filler += self._rng.choice(self._lines)
         return filler[: wanted - 1] + self._encode("\n")
 
+    def _words_of_keys(self) -> tuple[str, ...]:
+        if not self._key_words:
+            return self._train_names
+        return tuple(self._rng.sample(self._train_names, self._rng.randint(8, self._key_words)))
+
     def _make_facts(self, length: int) -> Row:
         """Up to 32 keys with values, most asked for, in half of the rows with the questions in between."""
         rng, row = self._rng, Row([], [], [], [])
@@ -162,7 +138,7 @@ class Curriculum:
         number = rng.randint(1, max(1, min(32, length // 18)))
         between = rng.random() < 0.5
         waiting: list[tuple[list[int], list[int]]] = []
-        keys = two_word_keys(rng, self._train_names, number)
+        keys = two_word_keys(rng, self._words_of_keys(), number)
         spare = max(0, length - 18 * number)
         row.add(self._filler(share, spare // 2), 0.0)
         for count, key in enumerate(keys, 1):
@@ -222,17 +198,16 @@ class Curriculum:
         row.add(self._encode("\n"), TEXT_WEIGHT)
 
 
-def training_names(tokenizer: PreTrainedTokenizerBase, any_token: bool) -> tuple[str, ...]:
-    """What training tasks are about: words or pieces of words that are one token after a space, or any such token.
+def training_names(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """What training tasks are about: every word or piece of a word that is one token after a space.
 
     None of them is a name of another split. The more names a teacher learns its tasks on, the better it does them on
     names that it has only seen copied.
     """
     held_out = {word for split in ("validation", "referee", "test") for word in names(split)}
-    tokens = (tokenizer.decode([token]) for token in range(len(tokenizer)))
-    pattern = r" ?[A-Za-z_.()\[\]'\"=,]*[A-Za-z][A-Za-z_.()\[\]'\"=,]*" if any_token else r" [A-Za-z]{2,}"
-    found = sorted(token for token in tokens if re.fullmatch(pattern, token))
-    return tuple(token.removeprefix(" ") for token in found if token.strip() not in held_out)
+    words = (tokenizer.decode([token]) for token in range(len(tokenizer)))
+    pieces = sorted(word[1:] for word in words if re.fullmatch(r" [A-Za-z]{2,}", word))
+    return tuple(piece for piece in pieces if piece not in held_out)
 
 
 def window_mask(length: int, window: int | None) -> torch.Tensor:

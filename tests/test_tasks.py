@@ -10,7 +10,10 @@ from conftest import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from flashmorph.corpus import Corpus
 from flashmorph.errors import UserError
+from flashmorph.recipe import load_recipe
+from flashmorph.rundata import open_questions
 from flashmorph.tasks import SPLITS, STYLES, TASKS, Haystack, Layout, TaskSettings, make_example, names
 from flashmorph.tasks.haystack import REPEATED
 
@@ -200,6 +203,11 @@ def test_a_name_stays_in_its_split_in_every_version_and_process():
     assert {split: names(split)[0] for split in SPLITS} == first
 
 
+def test_a_name_is_one_token_of_the_embedded_teacher():
+    tokenizer = tiny_tokenizer()
+    assert [word for split in SPLITS for word in names(split) if len(tokenizer(f" {word}").input_ids) != 1] == []
+
+
 def test_keys_come_from_the_words_of_their_split(settings):
     style = STYLES["lines"]
     for split in SPLITS:
@@ -308,6 +316,15 @@ def test_an_unknown_task_or_setting_is_refused_with_what_there_is(settings, name
 def test_numbers_out_of_range_are_refused(settings, problem):
     with pytest.raises(UserError, match=problem):
         problem_of(TaskSettings(**settings), STYLES["lines"])
+
+
+def test_a_recipe_can_ask_for_the_repeated_haystack():
+    recipe = load_recipe("demo", {"data.haystack": "repeated", "evaluate.questions": 1})
+    questions = open_questions(recipe, Corpus(), tiny_tokenizer())
+    text = tiny_tokenizer().decode(questions["one_key"][0].input_ids)
+    assert text.count(REPEATED) > 5
+    lines = {line for line in text.splitlines() if line[:1] not in ("@", "?")}
+    assert all(line + "\n" == REPEATED or REPEATED.endswith(line + "\n") for line in lines)
 
 
 def test_a_haystack_is_endless_and_made_of_its_documents():

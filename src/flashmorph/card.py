@@ -1,14 +1,8 @@
 """The model card of a finished run."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from flashmorph.hosts import host_for
+from flashmorph.run import Results, Run
 from flashmorph.teacher import EMBEDDED, load_config
-
-if TYPE_CHECKING:
-    from flashmorph.pipeline import Results, Run
 
 _NAMES = {
     "teacher": "teacher",

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flashmorph.corpus import Corpus, pack
 from flashmorph.errors import UserError
 from flashmorph.evaluation import Score, evaluate
-from flashmorph.pipeline import cache_of, open_questions
+from flashmorph.hosts import cache_by_context
 from flashmorph.recipe import Recipe
+from flashmorph.rundata import open_questions
 from flashmorph.teacher import load_model, load_tokenizer, locate
 
 
@@ -42,7 +43,7 @@ def score_model(name: str, recipe: Recipe, device: torch.device) -> Score:
         path = Path(folder) / "rows.npy"
         held_out = pack(corpus, tokenizer, "test", settings.length, rows, recipe.seed, path, None)
         questions = open_questions(recipe, corpus, tokenizer)
-        return evaluate(model, tokenizer, questions, held_out, settings, cache_of(model))
+        return evaluate(model, tokenizer, questions, held_out, settings, cache_by_context(model.config))
 
 
 @torch.no_grad()

@@ -20,12 +20,16 @@ SHIPPED = ("demo", "default")
 
 
 class DataSettings(BaseModel):
-    """Where text comes from: `demo`, a file, a folder, or the name of a dataset, which is streamed."""
+    """Where text comes from: `demo`, a file, a folder, or the name of a dataset, which is streamed.
+
+    `haystack` is what facts are hidden in: that text, or one sentence over and over (RULER's NIAH-S1).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     source: str = DEMO
     config: str | None = None
     column: str = "text"
+    haystack: Literal["text", "repeated"] = "text"
     max_passes: int | None = Field(default=4, gt=0, description="how often a stage may repeat the text")
 
 

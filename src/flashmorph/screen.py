@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from flashmorph.pipeline import Results
 from flashmorph.progress import Report
+from flashmorph.run import Results
 from flashmorph.runfolder import Stage
 
 

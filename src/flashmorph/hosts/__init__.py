@@ -10,6 +10,8 @@ from flashmorph.hosts.host import LINEAR, Host
 from flashmorph.hosts.qwen3_5 import Qwen35Host
 
 HOSTS: tuple[Host, ...] = (Qwen35Host(),)
+CACHE_CONTEXTS = (512, 8192, 131072)
+"""Context lengths in tokens at which results give the size of the cache."""
 
 
 def host_for(config: PreTrainedConfig) -> Host:
@@ -51,4 +53,9 @@ def cache_bytes(config: PreTrainedConfig, context: int) -> int:
     return sum(host.cache_bytes(config, options[word], context) for word in config.layer_types)
 
 
-__all__ = ["HOSTS", "LINEAR", "Host", "cache_bytes", "host_for", "host_of"]
+def cache_by_context(config: PreTrainedConfig) -> dict[str, int]:
+    """`cache_bytes` at each of `CACHE_CONTEXTS`, the context as text, as it stands in results.json."""
+    return {str(context): cache_bytes(config, context) for context in CACHE_CONTEXTS}
+
+
+__all__ = ["HOSTS", "LINEAR", "Host", "cache_by_context", "cache_bytes", "host_for", "host_of"]

@@ -1,0 +1,86 @@
+"""The commands that look at finished models and at the machine."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flashmorph.cli.app import app
+from flashmorph.cli.options import ERR, OUT, DataOption, DeviceOption, JsonOption, Options, SetOption, quiet, recipe_of
+
+
+@app.command()
+def evaluate(
+    models: Annotated[
+        list[str], typer.Argument(help="Folders that flashmorph wrote, or teachers.", metavar="MODEL...")
+    ],
+    recipe: Annotated[str, typer.Option(help="Whose tasks and lengths: `demo`, `default` or a YAML file.")] = "demo",
+    data: DataOption = None,
+    changes: SetOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Recall by generation and perplexity of models, side by side on the same questions.
+
+    Example: `flashmorph evaluate tiny runs/demo --recipe demo --set evaluate.questions=200`
+    """
+    from flashmorph.devices import pick_device
+    from flashmorph.judge import score_model
+
+    quiet()
+    settings = recipe_of(Options("", Path(), recipe, None, changes, data))
+    figures = {}
+    for model in models:
+        with ERR.status(f"evaluating {model}"):
+            figures[model] = score_model(model, settings, pick_device(device)).to_dict()
+        if not as_json:
+            score = figures[model]
+            tasks = ", ".join(
+                f"{task} {100 * value['recall']:.0f} %" for task, value in score["recall_by_task"].items()
+            )
+            OUT.print(
+                f"{model}: recall {100 * score['recall']:.1f} % ({tasks}), perplexity {score['perplexity']:.3f}",
+                highlight=False,
+                soft_wrap=True,
+            )
+    if as_json:
+        print(json.dumps(figures, indent=2))
+
+
+@app.command()
+def generate(
+    models: Annotated[list[str], typer.Argument(help="Folders or teachers.", metavar="MODEL...")],
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
+    device: DeviceOption = "auto",
+) -> None:
+    """Continue a prompt with several models, side by side (greedy, with the cache).
+
+    Example: `flashmorph generate tiny runs/demo --prompt "@ file class:482139"`
+    """
+    from flashmorph.devices import pick_device
+    from flashmorph.judge import continue_prompt
+
+    quiet()
+    for model in models:
+        text = continue_prompt(model, prompt, max_new_tokens, pick_device(device))
+        OUT.rule(model, align="left")
+        OUT.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def env(as_json: JsonOption = False) -> None:
+    """Versions, devices, and which kernels will be used and why. Add its output to a bug report.
+
+    Example: `flashmorph env`
+    """
+    from flashmorph.environment import describe
+
+    quiet()
+    facts = describe()
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        OUT.print(f"{name:<24} {value}", highlight=False, soft_wrap=True)

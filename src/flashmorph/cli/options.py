@@ -1,0 +1,104 @@
+"""What the commands share: their options, and the run that the options make."""
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+OUT, ERR = Console(), Console(stderr=True)
+
+TeacherArgument = Annotated[
+    str, typer.Argument(help="`tiny`, a local folder, or a model on the hub.", metavar="TEACHER")
+]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; continues what is there.")]
+RecipeOption = Annotated[
+    str | None, typer.Option(help="`demo`, `default` or a YAML file. Default: `demo` for `tiny`, else `default`.")
+]
+BudgetOption = Annotated[
+    str | None, typer.Option(help="What may stay full: `7`, `25%` or `kv=64MiB@32768`. Default: the recipe's.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Change one setting of the recipe: `align.tokens=1000000`.")
+]
+DataOption = Annotated[
+    str | None, typer.Option(help="Text to train on: a file, a folder, or a dataset on the hub (streamed).")
+]
+FromOption = Annotated[list[Path] | None, typer.Option("--from", help="Another run whose finished stages may be used.")]
+RepeatOption = Annotated[bool, typer.Option("--allow-repeat", help="Let stages repeat the text more than 4 times.")]
+StrategyOption = Annotated[str | None, typer.Option(help="How layers are chosen.")]
+PlanOption = Annotated[Path | None, typer.Option(help="Build this plan instead of selecting one.")]
+LayersOption = Annotated[str | None, typer.Option(help="Keep these layers full instead of selecting: `1,2,6`.")]
+DeviceOption = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `mps`.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the results as JSON on stdout, and nothing else there.")
+]
+
+
+@dataclass
+class Options:
+    """What every command that works on a run is given."""
+
+    teacher: str
+    output: Path
+    recipe: str | None = None
+    budget: str | None = None
+    changes: list[str] | None = None
+    data: str | None = None
+    others: list[Path] | None = None
+    allow_repeat: bool = False
+    strategy: str | None = None
+    baseline: str | None = None
+    device: str = "auto"
+    json: bool = False
+
+
+def quiet() -> None:
+    """No library's own notices and bars between ours."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.simplefilter("ignore")
+    for name in ("accelerate", "datasets", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def recipe_of(options: Options) -> Any:
+    """The recipe that a command's options make."""
+    from flashmorph.recipe import load_recipe, parse_changes
+    from flashmorph.teacher import EMBEDDED
+
+    changes = parse_changes(options.changes or [])
+    given = {"budget": options.budget, "select.strategy": options.strategy, "baseline": options.baseline}
+    changes |= {key: value for key, value in given.items() if value is not None}
+    if options.data:
+        changes |= {"data.source": options.data, "data.config": None}
+    if options.allow_repeat:
+        changes["data.max_passes"] = None
+    return load_recipe(options.recipe or ("demo" if options.teacher in EMBEDDED else "default"), changes)
+
+
+def open_run(options: Options) -> Any:
+    """The run: recipe, teacher, device and folder, checked in this order, so that bad input harms nothing."""
+    from flashmorph.devices import pick_device
+    from flashmorph.outlook import check
+    from flashmorph.run import Run
+    from flashmorph.runfolder import RunFolder
+    from flashmorph.screen import RichScreen
+    from flashmorph.teacher import open_teacher
+
+    quiet()
+    screen = RichScreen(ERR if options.json else OUT)
+    recipe = recipe_of(options)
+    teacher = open_teacher(options.teacher)
+    if teacher.note:
+        screen.say(teacher.note)
+    device = pick_device(options.device)
+    check(teacher, recipe)
+    return Run(teacher, recipe, RunFolder(options.output, tuple(options.others or [])), device, screen)

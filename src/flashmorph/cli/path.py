@@ -1,0 +1,206 @@
+"""The commands of the path: `morph`, and each of its stages."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flashmorph.cli.app import app
+from flashmorph.cli.options import (
+    ERR,
+    OUT,
+    BudgetOption,
+    DataOption,
+    DeviceOption,
+    FromOption,
+    JsonOption,
+    LayersOption,
+    Options,
+    OutputOption,
+    PlanOption,
+    RecipeOption,
+    RepeatOption,
+    SetOption,
+    StrategyOption,
+    TeacherArgument,
+    open_run,
+    quiet,
+    recipe_of,
+)
+
+
+@app.command()
+def morph(
+    teacher: TeacherArgument,
+    output: OutputOption,
+    recipe: RecipeOption = None,
+    budget: BudgetOption = None,
+    strategy: StrategyOption = None,
+    plan: PlanOption = None,
+    layers: LayersOption = None,
+    baseline: Annotated[str | None, typer.Option(help="`uniform`: train the uniform layout as well.")] = None,
+    data: DataOption = None,
+    allow_repeat: RepeatOption = False,
+    others: FromOption = None,
+    changes: SetOption = None,
+    device: DeviceOption = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print stages, tokens and data; spend nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """From a teacher to a hybrid checkpoint with its evidence: every stage, one after the other.
+
+    The same command again continues where it stopped. Nothing that is finished is run again or overwritten.
+
+    Example: `flashmorph morph Qwen/Qwen3-1.7B --budget 7 --output qwen3-1.7b-hybrid`
+    """
+    options = Options(
+        teacher, output, recipe, budget, changes, data, others, allow_repeat, strategy, baseline, device, as_json
+    )
+    if dry_run:
+        _dry_run(options)
+        return
+    from flashmorph import pipeline
+    from flashmorph.given import given_plan
+
+    run = open_run(options)
+    results = pipeline.morph(run, given_plan(run, plan, layers))
+    if as_json:
+        print(json.dumps(results.to_dict(), indent=2))
+        return
+    run.screen.show(results)
+    for name in ("recall_hybrid_undistilled_minus_uniform", "recall_hybrid_minus_uniform"):
+        if difference := results.to_dict().get(name):
+            low, high = difference["interval"]
+            about = "before distillation" if "undistilled" in name else "after"
+            OUT.print(
+                f"recall minus uniform's {about}: {100 * difference['difference']:+.1f} points "
+                f"({100 * low:+.1f} to {100 * high:+.1f})",
+                highlight=False,
+            )
+    OUT.print(f"written: {output} (open it with AutoModelForCausalLM.from_pretrained)", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def transplant(teacher: TeacherArgument, output: OutputOption, device: DeviceOption = "auto") -> None:
+    """Move a teacher into its host, all layers full, with the same logits; nothing else.
+
+    Works without a tokenizer. OUTPUT must be new or empty.
+
+    Example: `flashmorph transplant Qwen/Qwen3-0.6B --output qwen3-as-host`
+    """
+    import torch
+
+    from flashmorph.devices import pick_device
+    from flashmorph.move import transplant as move
+    from flashmorph.publish import claim_empty, save_model
+    from flashmorph.teacher import open_teacher
+
+    quiet()
+    claim_empty(output)
+    source = open_teacher(teacher)
+    source.tokenizer()
+    with ERR.status(f"moving {teacher}"):
+        model, proof = move(source.load(torch.float32, pick_device(device)))
+        if output.is_dir():
+            output.rmdir()
+        save_model(model, output, source.folder)
+    OUT.print(
+        f"{output}: {type(model).__name__}, all {model.config.num_hidden_layers} layers full; logits differ by at most "
+        f"{proof.difference:.1e} ({proof.tolerance:.1e} is allowed)",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def align(
+    teacher: TeacherArgument,
+    output: OutputOption,
+    recipe: RecipeOption = None,
+    data: DataOption = None,
+    allow_repeat: RepeatOption = False,
+    others: FromOption = None,
+    changes: SetOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train a linear branch beside every attention (after `transplant`); it serves every plan.
+
+    Example: `flashmorph align tiny --output runs/tiny`
+    """
+    from flashmorph import pipeline
+
+    options = Options(teacher, output, recipe, None, changes, data, others, allow_repeat, device=device)
+    run = open_run(options)
+    pipeline.run_align(run, pipeline.run_transplant(run))
+
+
+def _dry_run(options: Options) -> None:
+    """Stages, tokens and data of a run that is not started."""
+    from rich.table import Table
+
+    from flashmorph.outlook import check, outlook
+    from flashmorph.teacher import open_teacher
+
+    quiet()
+    recipe = recipe_of(options)
+    teacher = open_teacher(options.teacher)
+    check(teacher, recipe)
+    rows = outlook(teacher, recipe)
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table(title=f"{options.teacher} -> {options.output}", title_justify="left")
+    for column in ("stage", "tokens", "length", "data"):
+        table.add_column(column, justify="left" if column in ("stage", "data") else "right")
+    for row in rows:
+        table.add_row(
+            row["stage"], f"{row['tokens']:,}" if row["tokens"] else "", str(row["length"] or ""), row["data"]
+        )
+    OUT.print(table)
+
+
+def _finish_until(last: str, options: Options, plan: Path | None, layers: str | None) -> None:
+    """The path up to `build`, `distill` or `extend` for a plan that is given, or selected first."""
+    from flashmorph import pipeline
+    from flashmorph.given import given_plan
+
+    run = open_run(options)
+    host = pipeline.run_transplant(run)
+    branches = pipeline.run_align(run, host)
+    chosen = given_plan(run, plan, layers) or pipeline.run_select(run, host, branches)
+    stage = pipeline.run_build(run, host, branches, chosen, "")
+    if last != "build":
+        stage = pipeline.run_distill(run, host, stage, "")
+    if last == "extend" and run.recipe.extend:
+        stage = pipeline.run_extend(run, stage, "")
+    OUT.print(f"checkpoint: {stage.folder / 'model'}", highlight=False, soft_wrap=True)
+
+
+def _stage_command(last: str, text: str) -> None:
+    """Register `build`, `distill` or `extend`: the same options, another last stage."""
+
+    def command(
+        teacher: TeacherArgument,
+        output: OutputOption,
+        recipe: RecipeOption = None,
+        budget: BudgetOption = None,
+        strategy: StrategyOption = None,
+        plan: PlanOption = None,
+        layers: LayersOption = None,
+        data: DataOption = None,
+        allow_repeat: RepeatOption = False,
+        others: FromOption = None,
+        changes: SetOption = None,
+        device: DeviceOption = "auto",
+    ) -> None:
+        options = Options(teacher, output, recipe, budget, changes, data, others, allow_repeat, strategy, device=device)
+        _finish_until(last, options, plan, layers)
+
+    command.__doc__ = f"{text}\n\nExample: `flashmorph {last} tiny --output runs/tiny --layers 2,5`"
+    app.command(last)(command)
+
+
+_stage_command("build", "Write a plan as a plain checkpoint, before any distillation.")
+_stage_command("distill", "Build a plan and train it towards the teacher's distribution.")
+_stage_command("extend", "Build a plan, distil it and train it at a longer context.")

@@ -1,0 +1,108 @@
+"""One run: what goes in, where it goes, what shows it, and what it found."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from flashmorph.corpus import Corpus
+from flashmorph.devices import use_bf16
+from flashmorph.errors import UserError
+from flashmorph.evaluation import Score, recall_difference
+from flashmorph.plan import Plan
+from flashmorph.progress import Report
+from flashmorph.recipe import Recipe
+from flashmorph.runfolder import RunFolder, Stage
+from flashmorph.teacher import Teacher
+
+
+class Screen(Protocol):
+    """What a person sees of a run."""
+
+    def stage(self, name: str, about: str) -> AbstractContextManager[Report]:
+        """A stage at work: its progress goes to the report."""
+        ...
+
+    def done(self, stage: Stage, about: str, figures: str) -> None:
+        """A stage that is finished, or was already."""
+        ...
+
+    def say(self, text: str) -> None:
+        """A line."""
+        ...
+
+
+@dataclass
+class Run:
+    """One `flashmorph morph`: what goes in, where it goes, and what shows it."""
+
+    teacher: Teacher
+    recipe: Recipe
+    folder: RunFolder
+    device: torch.device
+    screen: Screen
+    done: dict[str, Stage] = field(default_factory=dict)
+
+    @property
+    def corpus(self) -> Corpus:
+        """The recipe's text."""
+        return Corpus(self.recipe.data.source, self.recipe.data.config, self.recipe.data.column)
+
+    @property
+    def bf16(self) -> bool:
+        """Whether matrices are multiplied in bfloat16."""
+        return use_bf16(self.device) if self.recipe.bf16 == "auto" else self.recipe.bf16
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The teacher's tokenizer.
+
+        Raises:
+            UserError: it has none.
+        """
+        tokenizer = self.teacher.tokenizer()
+        if tokenizer is None:
+            raise UserError(f"{self.teacher.folder} has no tokenizer: only `flashmorph transplant` works without one")
+        return tokenizer
+
+    def stage(
+        self, name: str, about: str, settings: Any, inputs: list[str], work: Callable[[Path, Report], dict | None]
+    ) -> Stage:
+        """Run one stage, or find that it is done, and show it."""
+        label = f"{name} {about.split()[0]}" if name == "evaluate" or about.startswith("uniform") else name
+        before = self.folder.last(label)
+        if before and not self.folder.find(name, settings, inputs):
+            self.screen.say(f"{label}: settings or inputs differ from {before}, which stays; running it again")
+        set_seed(self.recipe.seed)
+        with self.screen.stage(name, about) as report:
+            stage = self.folder.run(name, settings, inputs, lambda folder: work(folder, report))
+        self.folder.remember(label, stage)
+        self.done[stage.digest] = stage
+        self.screen.done(stage, about, stage.record.get("summary", ""))
+        return stage
+
+
+@dataclass
+class Results:
+    """What `morph` found: scores by model, and the stages that made them."""
+
+    plan: Plan
+    scores: dict[str, Score]
+    stages: list[Stage]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, `results.json`."""
+        values: dict[str, Any] = {name: score.to_dict() for name, score in self.scores.items()}
+        if "uniform" in self.scores:
+            for after in ("", "_undistilled"):
+                difference = recall_difference(self.scores[f"hybrid{after}"], self.scores[f"uniform{after}"])
+                values[f"recall_hybrid{after}_minus_uniform"] = difference
+        values["layers"] = {"plan": self.plan.strip(), "full": self.plan.full_layers, "budget": str(self.plan.budget)}
+        values["stages"] = [
+            {name: stage.record.get(name) for name in ("stage", "digest", "seconds", "tokens")} for stage in self.stages
+        ]
+        return values

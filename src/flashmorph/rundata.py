@@ -1,0 +1,85 @@
+"""The rows and questions of a run: tokenised once into its data folder, the splits kept apart."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from flashmorph.corpus import Corpus, Rows, pack
+from flashmorph.progress import Report
+from flashmorph.recipe import Recipe
+from flashmorph.run import Run
+from flashmorph.runfolder import digest_of
+from flashmorph.stages import TrainSettings
+from flashmorph.tasks import STYLES, Example, Haystack, Layout, TaskSettings, make_example
+
+
+def open_layout(recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, split: str) -> Layout:
+    """What lays problems out in the recipe's text of one split."""
+    repeated = recipe.data.haystack == "repeated"
+    haystack = Haystack.repeated() if repeated else Haystack(corpus.pool(split, recipe.seed))
+    return Layout(tokenizer, STYLES[recipe.style], haystack)
+
+
+def open_questions(recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> dict[str, Sequence[Example]]:
+    """The recipe's questions of the test split, by task."""
+    style, settings = STYLES[recipe.style], recipe.evaluate
+    layout = open_layout(recipe, corpus, tokenizer, "test")
+    return {
+        name: [
+            make_example(task, layout, style, "test", settings.length, recipe.seed, number)
+            for number in range(settings.questions)
+        ]
+        for name, task in recipe.tasks.items()
+    }
+
+
+def training_rows(run: Run, settings: TrainSettings, stage: str, report: Report) -> Rows:
+    """Rows for one stage, tokenised once into the run's data folder: text, and retrieval questions where asked for."""
+    recipe = run.recipe
+    questions = round(settings.retrieval_share * settings.rows)
+    tasks = list(recipe.tasks.values()) if questions else []
+    wanted = {"train": [settings.length, settings.rows], **common_settings(run), "questions": [questions, recipe.style]}
+    path = run.folder.data / f"{stage}-{digest_of([run.teacher.digest, wanted, plain(tasks)])}.npy"
+    rows: list[list[int]] = []
+    if questions and not path.exists():
+        layout = open_layout(recipe, run.corpus, run.tokenizer, "train")
+        for number in range(questions):
+            task = tasks[number % len(tasks)]
+            style, length = STYLES[recipe.style], settings.length
+            rows.append(make_example(task, layout, style, "train", length, recipe.seed, number).input_ids)
+            report(number + 1, questions)
+    passes = recipe.data.max_passes
+    return pack(
+        run.corpus, run.tokenizer, "train", settings.length, settings.rows, recipe.seed, path, passes, report, rows
+    )
+
+
+def held_out_rows(run: Run, split: str, length: int, rows: int) -> Rows:
+    """Text that no stage trains on, repeated where there is too little of it."""
+    path = run.folder.data / f"{split}-{digest_of([run.teacher.digest, length, rows, common_settings(run)])}.npy"
+    return pack(run.corpus, run.tokenizer, split, length, rows, run.recipe.seed, path, None)
+
+
+def calibration(run: Run, rows: Rows) -> torch.Tensor:
+    """The rows that branches are started from, `[rows, length]`."""
+    return torch.tensor([rows[row]["input_ids"] for row in range(min(run.recipe.calibration_rows, len(rows)))])
+
+
+def common_settings(run: Run) -> dict[str, Any]:
+    """What the digest of every stage with data depends on."""
+    return {"data": run.recipe.data.model_dump(mode="json"), "seed": run.recipe.seed, "bf16": run.bf16}
+
+
+def training_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
+    """What the digest of a stage that trains depends on."""
+    wanted = {"train": settings.model_dump(mode="json"), **common_settings(run)}
+    if settings.retrieval_share:
+        wanted |= {"tasks": plain(run.recipe.tasks.values()), "style": run.recipe.style}
+    return wanted
+
+
+def plain(tasks: Iterable[TaskSettings]) -> list[dict[str, Any]]:
+    """Tasks as JSON values."""
+    return [task.model_dump(mode="json") for task in tasks]
