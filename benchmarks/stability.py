@@ -82,14 +82,14 @@ def compare_with_swaps(run: Run, host, branches, plan: Plan, questions: int) -> 
     search = run.recipe.select.search.model_copy(update={"questions": questions})
     values = {**json.loads(run.recipe.model_dump_json()), "seed": CHECK_SEED}
     check = Run(run.teacher, Recipe.model_validate(values), run.folder, run.device, run.screen)
-    swaps = []
     with tempfile.TemporaryDirectory() as folder:
         objective = pipeline.open_objective(check, morphable, Path(folder), silent, search)
-        own = objective.evaluate(plan)
-        for neighbour in one_swap_neighbours(plan):
-            losses = objective.evaluate(neighbour)
-            interval = paired_interval([losses], [own])
-            swaps.append({"plan": neighbour.strip(), "difference": float(np.mean(losses - own)), "interval": interval})
+        neighbours = one_swap_neighbours(plan)
+        own, *others = objective.evaluate([plan, *neighbours])
+    swaps = []
+    for neighbour, losses in zip(neighbours, others, strict=True):
+        interval = paired_interval([losses], [own])
+        swaps.append({"plan": neighbour.strip(), "difference": float(np.mean(losses - own)), "interval": interval})
     return sorted(swaps, key=lambda swap: swap["difference"])
 
 

@@ -13,7 +13,8 @@ import torch
 import flashmorph
 from flashmorph.corpus import Corpus, pack
 from flashmorph.publish import save_model
-from flashmorph.selection.objective import MorphableObjective, SearchSettings
+from flashmorph.selection.objective import MorphableObjective
+from flashmorph.selection.searchdata import SearchData, SearchSettings
 from flashmorph.stages import AlignSettings
 from flashmorph.tasks import STYLES, Haystack, Layout, TaskSettings
 from flashmorph.teacher import open_teacher
@@ -38,8 +39,8 @@ flashmorph.align(morphable, rows, settings, options.folder / "align")
 
 layouts = {split: Layout(tokenizer, style, Haystack(corpus.pool(split, seed=0))) for split in ("train", "validation")}
 tasks = [TaskSettings(task="many_keys", num_keys=8), TaskSettings(task="hops", num_chains=4)]
-search = SearchSettings(length=256, batch_tokens=1024)
-objective = MorphableObjective(morphable, layouts, style, tasks, search, options.folder / "select")
+data = SearchData(layouts, style, tasks, SearchSettings(length=256, batch_tokens=1024))
+objective = MorphableObjective(morphable, data, options.folder / "select")
 selection = flashmorph.select(morphable, options.budget, "budgeted-gates", objective, steps=options.steps)
 
 save_model(flashmorph.build(morphable, selection.plan), options.folder / "hybrid", teacher.folder)

@@ -17,7 +17,6 @@ from flashmorph.tasks.problem import one_word_keys, random_value, two_word_keys
 STYLE = STYLES["lines"]
 TEXT_WEIGHT, ANSWER_WEIGHT, HOP_WEIGHT, COPY_WEIGHT, LINK_WEIGHT = 1.0, 4.0, 8.0, 2.0, 6.0
 FACT_WEIGHTS = ((ANSWER_WEIGHT, 1), ANSWER_WEIGHT)
-HOP_WEIGHTS = ((HOP_WEIGHT, 2), ANSWER_WEIGHT)
 KINDS = ("text", "copy", "facts", "hops")
 
 
@@ -44,11 +43,13 @@ class Row:
 class Curriculum:
     """Makes rows of any length; the mixture of kinds is the caller's."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int, key_words: int = 0):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int, key_words: int, hop_rest_weight: float):
         """The two-word keys of a row share between 8 and `key_words` words, drawn for each row; with 0, all words.
 
-        With few words most keys of a row have a word in common, so that both words must be read.
+        With few words most keys of a row have a word in common, so that both words must be read. `hop_rest_weight` is
+        the loss weight of what follows the first token of a two-hop answer.
         """
+        self._hop_weights = ((HOP_WEIGHT, 2), hop_rest_weight)
         self._key_words = key_words
         self._rng = random.Random(seed)
         self._tokenizer = tokenizer
@@ -174,7 +175,7 @@ class Curriculum:
                 row.add(self._encode("\n"), LINK_WEIGHT, part=3)
                 row.labels[-1] = value[0]
                 waiting.append((self._encode(f" {name}:"), value))
-        return self._finish(row, waiting, length, share, HOP_WEIGHTS)
+        return self._finish(row, waiting, length, share, self._hop_weights)
 
     def _finish(self, row: Row, waiting: list, length: int, share: float, weights: tuple) -> Row:
         """Ask what is still open in random order, then fill the row with text before it, or after it."""

@@ -5,8 +5,9 @@
 
 Minutes on two cores without a GPU. The recipe: matrices by Muon, the rest by AdamW; lengths grow as answers become
 right; until `windows_until` of the steps only the `retrieval_layers` attend fully, the others to a short window, which
-makes retrieval emerge early and puts it into known layers (a *planted* teacher). Without windows (`retrieval_layers`
-empty) it is a *natural* one.
+makes retrieval emerge early and puts it into known layers (a *planted* teacher). Where `retrieval_layers` is empty, any
+layer is local in `local_share` of the steps, so that layers learn to stand in for each other (a *redundant* teacher);
+with a share of 0 it is a *natural* one.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def main() -> None:
     if arguments.start:
         model.load_state_dict(Qwen3ForCausalLM.from_pretrained(arguments.start, dtype=torch.float32).state_dict())
     print(f"{model.num_parameters():,} parameters", flush=True)
-    curriculum = Curriculum(tokenizer, settings["seed"], settings["key_words"])
+    curriculum = Curriculum(tokenizer, settings["seed"], settings["key_words"], settings["hop_rest_weight"])
     log = train(model, curriculum, settings)
     model.config.layer_types = ["full_attention"] * config.num_hidden_layers
     model.to(torch.bfloat16).save_pretrained(arguments.output)
@@ -94,7 +95,7 @@ def train(model: Qwen3ForCausalLM, curriculum: Curriculum, settings: dict) -> li
             optimizer.zero_grad()
         track(right, logits, batch)
         if stage + 1 < len(settings["lengths"]) and (
-            learned(right, stage) or step > settings["leave_by"][stage] * steps
+            learned(right, stage, settings["mixtures"][stage]) or step > settings["leave_by"][stage] * steps
         ):
             stage += 1
             right.clear()
@@ -112,10 +113,12 @@ def train(model: Qwen3ForCausalLM, curriculum: Curriculum, settings: dict) -> li
     return log
 
 
-def learned(right: dict[str, float], stage: int) -> bool:
+def learned(right: dict[str, float], stage: int, mixture: dict[str, float]) -> bool:
     """Whether the answers of a stage are right often enough to go on; two hops are asked for from the second on."""
-    enough = right.get("answer", 0) > 0.9 and right.get("link", 0) > 0.87
-    return enough and (stage == 0 or right.get("hop", 0) > 0.8)
+    enough = right.get("answer", 0) > 0.9
+    if mixture["hops"]:
+        enough = enough and right.get("link", 0) > 0.87 and (stage == 0 or right.get("hop", 0) > 0.8)
+    return enough
 
 
 def make_optimizers(model: Qwen3ForCausalLM, settings: dict) -> list[torch.optim.Optimizer]:
@@ -133,9 +136,11 @@ def attention_pattern(
     step: int, stage: int, length: int, settings: dict, rng: random.Random, num_layers: int
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Masks by layer type, and the type of every layer in this step."""
-    full = list(settings["retrieval_layers"])
-    if not full or step > settings["windows_until"] * settings["steps"]:
-        full = list(range(num_layers))
+    full, every = list(settings["retrieval_layers"]), list(range(num_layers))
+    if step > settings["windows_until"] * settings["steps"]:
+        full = every
+    elif not full:
+        full = [layer for layer in every if rng.random() >= settings["local_share"]]
     elif stage + 1 < len(settings["lengths"]) and rng.random() < settings["one_layer_share"]:
         full.remove(rng.choice(full))
     types = ["full_attention" if layer in full else "sliding_attention" for layer in range(num_layers)]

@@ -1,6 +1,7 @@
 """What every strategy finds, on made-up loss surfaces whose best plans are known; and the objective on a real model."""
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 
@@ -10,18 +11,23 @@ import torch
 import torch.nn.functional as F
 from conftest import random_qwen3, tiny_tokenizer
 
+from flashmorph.corpus import Rows
 from flashmorph.errors import UserError
 from flashmorph.morphable import Morphable, build
 from flashmorph.move import transplant
 from flashmorph.plan import Budget, Plan, Space
 from flashmorph.selection import STRATEGIES, Cost, Selection
+from flashmorph.selection.distilling import Distiller
 from flashmorph.selection.halo import halo_scores
 from flashmorph.selection.l0 import hard_concrete, open_probability
-from flashmorph.selection.objective import MorphableObjective, SearchSettings
-from flashmorph.selection.strategy import group_scores
+from flashmorph.selection.objective import MorphableObjective
+from flashmorph.selection.searchdata import SearchData, SearchSettings
+from flashmorph.selection.strategy import Distilled, group_scores
+from flashmorph.stages import DistillSettings
 from flashmorph.tasks import STYLES, Haystack, Layout, TaskSettings
 
 LAYERS = 8
+COUNTING = [name for name in STRATEGIES if name != "tolerance"]
 WEIGHTS = (0.2, 3.0, 0.1, 2.0, 0.05, 1.0, 0.4, 0.3)
 
 
@@ -53,10 +59,13 @@ class Surface:
         rng = np.random.default_rng(seed)
         self.help, self.noise, self.seed, self.num_questions = help, noise, seed, num_questions
         self.cost, self.asked, self.state, self.stop_after = Cost(), 0, None, math.inf
+        self.distilled: list = []
         self._weights = self._draw(rng, num_questions, layers)
         self._difficulty = rng.exponential(size=num_questions)
 
-    def gradient(self, gates: torch.Tensor, step: int, loss: str) -> tuple[float, torch.Tensor]:
+    def gradient(
+        self, gates: torch.Tensor, step: int, loss: str, data: str = "questions"
+    ) -> tuple[float, torch.Tensor]:
         gates = gates.clone().requires_grad_(True)
         full = gates[:, 0] if loss == "answers" else 1 - (1 - gates[:, 0]) ** 2
         weights = self._draw(np.random.default_rng([self.seed, step]), 4, len(gates))
@@ -65,11 +74,18 @@ class Surface:
         assert gates.grad is not None
         return value.item(), gates.grad
 
-    def evaluate(self, plan: Plan, questions=None) -> np.ndarray:
+    def evaluate(self, plans, questions=None, report=None) -> np.ndarray:
         chosen = list(range(self.num_questions) if questions is None else questions)
-        self.asked += len(chosen)
-        full = self._full(plan)
-        return (6 - self.help(full * self._weights[chosen])).numpy() + self._difficulty[chosen]
+        self.asked += len(plans) * len(chosen)
+        helps = torch.stack([self.help(self._full(plan) * self._weights[chosen]) for plan in plans])
+        return (6 - helps).numpy() + self._difficulty[chosen]
+
+    def distill(self, path, steps) -> Distilled:
+        """Training makes up for what a layer is worth, all but a share that falls with the steps."""
+        lost = 6 - self.help(self._full(path[-1])[None])[0].item()
+        added = lost - 6 + self.help(torch.ones(1, len(path[-1].assignments)))[0].item()
+        self.distilled.append([plan.full_layers for plan in path])
+        return Distilled(lost / steps, 2 + 0.02 * added, np.full(self.num_questions, lost / steps))
 
     def text_loss(self, plan: Plan) -> float:
         """Text needs layer 1 most of all, and every other layer a little."""
@@ -173,7 +189,7 @@ def test_fixed_layouts(strategy, layers):
     assert plan.full_layers == layers
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", COUNTING)
 def test_the_same_seed_finds_the_same(strategy):
     settings = {"steps": 10} if strategy in DESCENDING else {}
     first, second = (search(strategy, Surface(additive), 2, seed=3, **settings) for _ in range(2))
@@ -356,7 +372,7 @@ def test_strategies_of_two_options_refuse_a_third(strategy):
         STRATEGIES[strategy](space, Budget("layers", 2), Surface(additive), 0)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", COUNTING)
 def test_a_budget_without_a_choice_is_refused_before_anything_is_spent(strategy):
     surface = Surface(additive)
     with pytest.raises(UserError, match="keeps everything full"):
@@ -386,15 +402,23 @@ def morphable() -> Morphable:
 
 def objective_on(morphable: Morphable, folder, text_rows: torch.Tensor | None = None, micro_batch_tokens: int = 96):
     layout = Layout(tiny_tokenizer(), STYLES["lines"], Haystack.repeated())
-    return MorphableObjective(
-        morphable,
-        {"train": layout, "validation": layout},
-        STYLES["lines"],
-        [TaskSettings.model_validate({"task": "many_keys", "num_keys": 1})],
-        SearchSettings(length=96, batch_tokens=96, micro_batch_tokens=micro_batch_tokens, questions=5),
-        folder,
-        text_rows=text_rows,
-    )
+    tasks = [TaskSettings.model_validate({"task": "many_keys", "num_keys": 1})]
+    search = SearchSettings(length=96, batch_tokens=96, micro_batch_tokens=micro_batch_tokens, questions=5)
+    data = SearchData({"train": layout, "validation": layout}, STYLES["lines"], tasks, search)
+    return MorphableObjective(morphable, data, folder, text_rows=text_rows, distiller=distiller(morphable, folder))
+
+
+def distiller(morphable: Morphable, folder) -> Distiller:
+    """Trains on rows of random tokens."""
+
+    def make_rows(settings: DistillSettings) -> Rows:
+        path = folder / "rows.npy"
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(path, np.random.default_rng(0).integers(97, size=(settings.rows, settings.length)).astype(np.int32))
+        return Rows(path)
+
+    settings = DistillSettings(tokens=128, length=32, batch_tokens=64, learning_rate=1e-3)
+    return Distiller(morphable, make_rows, settings, folder / "distilled")
 
 
 @torch.no_grad()
@@ -406,28 +430,29 @@ def test_the_losses_of_a_plan_are_those_of_the_model_built_from_it(morphable, tm
     logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
     expected = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
     assert objective.text_loss(plan) == pytest.approx(expected, rel=1e-4)
-    losses = objective.evaluate(plan)
-    for number, example in enumerate(objective._validation()):
+    (losses,) = objective.evaluate([plan])
+    for number, example in enumerate(objective._data.questions()):
         ids = torch.tensor([example.input_ids])
         marked = torch.tensor(example.is_answer)[1:]
         found = F.cross_entropy(model(input_ids=ids, use_cache=False).logits[0, :-1][marked], ids[0, 1:][marked])
         assert losses[number] == pytest.approx(found.item(), rel=1e-3)
 
 
-def test_evaluations_are_counted_once_and_then_read_from_disk(morphable, tmp_path):
+def test_evaluations_are_run_once_then_read_from_disk_and_counted_by_every_search(morphable, tmp_path):
     rows = torch.randint(97, (3, 40), generator=torch.Generator().manual_seed(1))
     objective = objective_on(morphable, tmp_path, rows)
     plan = morphable.space(Budget("layers", 1)).plan(["layers.0"], Budget("layers", 1))
     text_loss = objective.text_loss(plan)
     assert objective.cost.tokens_forward == rows.numel()
     assert objective.cost.flops > 0
-    some = objective.evaluate(plan, [3, 1])
-    every = objective.evaluate(plan)
+    (some,) = objective.evaluate([plan], [3, 1])
+    (every,) = objective.evaluate([plan])
     assert some.tolist() == [every[3], every[1]]
     assert objective.cost.tokens_forward == rows.numel() + 5 * 96
     again = objective_on(morphable, tmp_path, rows)
-    assert (again.text_loss(plan), again.evaluate(plan).tolist()) == (text_loss, every.tolist())
-    assert again.cost.tokens_forward == 0
+    assert (again.text_loss(plan), again.evaluate([plan])[0].tolist()) == (text_loss, every.tolist())
+    assert again.cost.tokens_forward == objective.cost.tokens_forward
+    assert again.cost.flops == objective.cost.flops
     whole = objective_on(morphable, tmp_path / "other", rows, micro_batch_tokens=4096)
     assert whole.text_loss(plan) == pytest.approx(text_loss, rel=1e-5)
 
@@ -443,11 +468,99 @@ def test_a_strategy_that_weighs_text_asks_for_it(morphable, tmp_path):
         objective_on(morphable, tmp_path, torch.zeros(7, dtype=torch.long))
 
 
+@torch.no_grad()
+def test_plans_run_together_share_what_they_have_in_common(tmp_path):
+    model, _ = transplant(random_qwen3(vocab_size=len(tiny_tokenizer()), num_hidden_layers=4))
+    morphable = Morphable(model)
+    morphable.initialise(torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(2)))
+    space, budget = morphable.space(Budget("layers", 2)), Budget("layers", 2)
+    plans = [space.plan(full, budget) for full in itertools.combinations(space.groups, 2)]
+    plans.append(plans[2])
+    together, alone = (objective_on(morphable, tmp_path / name) for name in ("together", "alone"))
+    losses = together.evaluate(plans)
+    assert losses.shape == (7, 5)
+    expected = np.concatenate([alone.evaluate([plan]) for plan in plans])
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert np.ptp(losses[:6].mean(1)) > 1e-4
+    # 0011, 0101, 0110, 1001, 1010, 1100 and 0110 again: 4 + 3 + 2 + 1 + 4 + 2 + 3 of 4 layers.
+    tokens = 5 * 96
+    assert together.cost.tokens_forward == pytest.approx(tokens * 19 / 4)
+    assert alone.cost.tokens_forward == tokens * 6
+
+
+def test_a_path_of_plans_is_trained_once_and_goes_on_from_its_last_weights(morphable, tmp_path):
+    rows = torch.randint(97, (3, 40), generator=torch.Generator().manual_seed(1))
+    space = morphable.space(Budget("layers", 1))
+    every, one = (space.plan(full, Budget("layers", 1)) for full in (space.groups, ["layers.1"]))
+    objective = objective_on(morphable, tmp_path, rows)
+    first = objective.distill([one], 3)
+    assert objective.text_loss(one) != first.text_loss
+    assert np.isfinite([first.kl, first.text_loss, *first.losses]).all()
+    spent = objective.cost.flops
+    again = objective_on(morphable, tmp_path, rows)
+    assert again.distill([one], 3).losses.tolist() == first.losses.tolist()
+    assert again.cost.flops < spent
+    path = objective_on(morphable, tmp_path / "path", rows).distill([every, one], 3)
+    assert path.text_loss != first.text_loss
+    resumed = objective_on(morphable, tmp_path / "resumed", rows)
+    resumed.distill([every], 3)
+    assert objective_on(morphable, tmp_path / "resumed", rows).distill([every, one], 3).kl == path.kl
+
+
+def test_a_search_that_cannot_train_says_so(morphable, tmp_path):
+    rows = torch.zeros(1, 40, dtype=torch.long)
+    layout = Layout(tiny_tokenizer(), STYLES["lines"], Haystack.repeated())
+    data = SearchData(
+        {"train": layout, "validation": layout}, STYLES["lines"], [TaskSettings(task="hops")], SearchSettings(length=96)
+    )
+    space, budget = morphable.space(Budget("layers", 1)), Budget("layers", 1)
+    with pytest.raises(UserError, match="give the objective a distiller"):
+        STRATEGIES["kl"](space, budget, MorphableObjective(morphable, data, tmp_path, text_rows=rows), 0)
+
+
+def test_gates_on_text_see_every_token(morphable, tmp_path):
+    objective = objective_on(morphable, tmp_path)
+    gates = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    value, gradient = objective.gradient(gates, 0, "hidden", "text")
+    assert value == 0 and gradient.isfinite().all()
+    half = torch.full((2, 2), 0.5)
+    text, questions = (objective.gradient(half, 0, "hidden", data)[0] for data in ("text", "questions"))
+    assert text > 0 and text != questions
+    space, budget = morphable.space(Budget("layers", 1)), Budget("layers", 1)
+    with pytest.raises(UserError, match="data must be questions or text; got 'both'"):
+        STRATEGIES["gates"](space, budget, objective, 0, data="both")
+
+
+def test_kl_ranks_by_what_is_left_after_the_steps():
+    surface = Surface(additive, noise=0)
+    selection = search("kl", surface, 2, steps=4)
+    assert selection.plan.full_layers == [1, 3]
+    assert surface.distilled == [[[layer]] for layer in range(LAYERS)]
+    assert selection.scores[1, 0] == pytest.approx(-(6 - WEIGHTS[1]) / 4)
+
+
+def test_tolerance_switches_until_the_loss_is_spent():
+    space = Space.of_layers(LAYERS)
+    budgets = [Budget.parse("loss=6%"), Budget.parse("loss=9%")]
+    few, many = (STRATEGIES["tolerance"](space, budget, Surface(additive, noise=0), 0) for budget in budgets)
+    assert (few.plan.full_layers, many.plan.full_layers) == ([1, 5, 7], [1])
+    assert str(few.plan.budget) == "loss=6%"
+    kept = [entry["layer"] for entry in few.trace if entry["kept"]]
+    assert len(kept) == LAYERS - len(few.plan.full_layers)
+    assert all(entry["perplexity_ratio"] <= 1.06 for entry in few.trace if entry["kept"])
+    assert all(entry["perplexity_ratio"] > 1.06 for entry in few.trace if not entry["kept"])
+    with pytest.raises(UserError, match="no layer can be switched within it; the mildest switch gave"):
+        STRATEGIES["tolerance"](space, Budget.parse("loss=0.01%"), Surface(additive), 0)
+    with pytest.raises(UserError, match="give loss=1%, not 2"):
+        search("tolerance", Surface(additive), 2)
+
+
 def test_every_strategy_runs_on_a_model(morphable, tmp_path):
     rows = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(1))
     space, budget = morphable.space(Budget("layers", 1)), Budget("layers", 1)
-    for name, strategy in STRATEGIES.items():
-        settings = {"steps": 2} if name in DESCENDING else {}
+    for name in COUNTING:
+        strategy = STRATEGIES[name]
+        settings = {"steps": 2} if name in (*DESCENDING, "kl") else {}
         objective = objective_on(morphable, tmp_path / (name if name in DESCENDING else "plans"), rows)
         selection = strategy(space, budget, objective, 0, **settings)
         assert len(selection.plan.full_layers) == 1

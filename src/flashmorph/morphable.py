@@ -112,6 +112,38 @@ class Morphable(nn.Module):
             layer.gates = None if gates is None else gates[number]
         return self.model.model(input_ids=input_ids, use_cache=False).last_hidden_state
 
+    @torch.no_grad()
+    def each_plan(self, input_ids: torch.Tensor, gates: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """For every plan in `gates` `[plans, groups, options]`, hard ones: its place and its last hidden states.
+
+        What two plans have in common from the first layer up is computed once: plans are run in the order of their
+        assignments, each from the first layer on that differs from the plan before. One hidden state is kept for each
+        depth at which plans part. The order of the results is that of the runs.
+        """
+        order = run_order(gates)
+        decoder, layers = self.model.model, self.layers
+        every = decoder.layers
+        kept: dict[int, torch.Tensor] = {}
+        for turn, (place, start) in enumerate(order):
+            for number, layer in enumerate(layers):
+                layer.gates = gates[place, number]
+            stops = {later for _, later in order[turn + 1 :] if later > start}
+            hooks = [
+                every[stop].register_forward_pre_hook(
+                    lambda module, inputs, stop=stop: kept.__setitem__(stop, inputs[0])
+                )
+                for stop in stops
+            ]
+            try:
+                if start:
+                    decoder.layers = nn.ModuleList([_Resume(kept[start]), *every[start:]])
+                hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+            finally:
+                decoder.layers = every
+                for hook in hooks:
+                    hook.remove()
+            yield place, hidden
+
     @contextmanager
     def observed(self, observer: Observer) -> Iterator[None]:
         """Show every layer's forward to `observer`."""
@@ -189,6 +221,36 @@ class Morphable(nn.Module):
         model = empty_model(self.host, config, state)
         model.generation_config = self.model.generation_config
         return model.requires_grad_(True)
+
+
+class _Resume(nn.Module):
+    """Stands for the layers below one that a run starts with: gives what they gave before."""
+
+    def __init__(self, hidden: torch.Tensor):
+        super().__init__()
+        self._hidden = hidden
+
+    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        return self._hidden
+
+
+def run_order(gates: torch.Tensor) -> list[tuple[int, int]]:
+    """(place, first layer to run) of each hard plan in `gates` `[plans, groups, options]`, neighbours together.
+
+    A plan that equals the one before starts with the last layer, so that something is run.
+    """
+    chosen = [tuple(row) for row in gates.argmax(-1).tolist()]
+    order: list[tuple[int, int]] = []
+    before: tuple[int, ...] | None = None
+    for place in sorted(range(len(chosen)), key=chosen.__getitem__):
+        plan = chosen[place]
+        start = 0
+        if before is not None:
+            differing = [layer for layer in range(len(plan)) if plan[layer] != before[layer]]
+            start = differing[0] if differing else len(plan) - 1
+        order.append((place, start))
+        before = plan
+    return order
 
 
 def attach(model: PreTrainedModel, calibration: torch.Tensor) -> tuple[Morphable, list[float]]:

@@ -19,9 +19,12 @@ def check(teacher: Teacher, recipe: Recipe) -> None:
     """
     config = load_config(teacher.folder)
     budget = Budget.parse(recipe.budget)
-    if budget.resource != "kv":
+    strategy = recipe.select.strategy
+    if strategy == "tolerance" and budget.resource != "loss":
+        raise UserError(f"strategy tolerance finds the number of full layers itself: give loss=1%, not {budget}")
+    if budget.resource not in ("kv", "loss") or strategy != "tolerance" and budget.resource == "loss":
         Space.of_layers(config.num_hidden_layers).limit(budget)
-    check_settings(recipe.select.strategy, recipe.select.settings)
+    check_settings(strategy, recipe.select.settings)
     longest = max(recipe.select.search.longest, recipe.evaluate.length)
     if longest > config.max_position_embeddings:
         raise UserError(

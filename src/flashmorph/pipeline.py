@@ -14,32 +14,34 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from flashmorph.card import model_card
+from flashmorph.corpus import Rows
 from flashmorph.evaluation import Score, evaluate
 from flashmorph.files import read_json, write_json
 from flashmorph.hosts import cache_by_context
 from flashmorph.morphable import Morphable, attach, build
 from flashmorph.move import transplant
 from flashmorph.plan import Budget, Plan
-from flashmorph.progress import Report
+from flashmorph.progress import Report, silent
 from flashmorph.publish import publish, save_model
 from flashmorph.run import Results, Run
 from flashmorph.rundata import (
     calibration,
     common_settings,
     held_out_rows,
-    open_layout,
     open_questions,
     plain,
+    search_data,
     training_rows,
     training_settings,
 )
 from flashmorph.runfolder import Stage
-from flashmorph.selection import NEED_TEXT
-from flashmorph.selection.objective import MorphableObjective, SearchSettings
+from flashmorph.selection import NEED_TEXT, NEED_TRAINING
+from flashmorph.selection.distilling import Distiller
+from flashmorph.selection.objective import MorphableObjective
 from flashmorph.selection.search import select
+from flashmorph.selection.searchdata import SearchSettings
 from flashmorph.selection.uniform import uniform
-from flashmorph.stages import align, alignment_errors, distill, extend
-from flashmorph.tasks import STYLES
+from flashmorph.stages import DistillSettings, align, alignment_errors, distill, extend
 from flashmorph.teacher import load_model
 
 SEARCH_TEXT_TOKENS = 16_384
@@ -131,6 +133,8 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
         "style": recipe.style,
         **common_settings(run),
     }
+    if chosen.strategy in NEED_TRAINING:
+        wanted["distill"] = recipe.distill.model_dump(mode="json")
     stage = run.stage("select", f"{chosen.strategy}, budget {recipe.budget}", wanted, [branches.digest], work)
     return Plan.load(stage.folder / "plan.json")
 
@@ -139,14 +143,19 @@ def open_objective(
     run: Run, morphable: Morphable, folder: Path, report: Report, search: SearchSettings | None = None
 ) -> MorphableObjective:
     """What the recipe's search asks of the model; its state and evaluated plans are kept in `folder`."""
-    recipe, style = run.recipe, STYLES[run.recipe.style]
-    layouts = {split: open_layout(recipe, run.corpus, run.tokenizer, split) for split in ("train", "validation")}
-    tasks, search = list(recipe.tasks.values()), search or recipe.select.search
-    text = None
-    if recipe.select.strategy in NEED_TEXT:
+    recipe, search = run.recipe, search or run.recipe.select.search
+    strategy, text, distiller = recipe.select.strategy, None, None
+    if strategy in NEED_TEXT:
         rows = held_out_rows(run, "validation", search.longest, max(1, SEARCH_TEXT_TOKENS // search.longest))
         text = torch.tensor([rows[row]["input_ids"] for row in range(len(rows))])
-    return MorphableObjective(morphable, layouts, style, tasks, search, folder, recipe.seed, run.bf16, report, text)
+    if strategy in NEED_TRAINING:
+
+        def make_rows(settings: DistillSettings) -> Rows:
+            return training_rows(run, settings, "distill", silent)
+
+        distiller = Distiller(morphable, make_rows, recipe.distill, folder / "distilled", recipe.seed, run.bf16)
+    data = search_data(run, "validation", search)
+    return MorphableObjective(morphable, data, folder, run.bf16, report, text, distiller)
 
 
 def uniform_plan(run: Run, host: Stage, plan: Plan) -> Plan:

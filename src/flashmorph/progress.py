@@ -6,10 +6,10 @@ from typing import Protocol
 class Report(Protocol):
     """Called with the steps done, all steps, and the figures worth showing, such as `loss`."""
 
-    def __call__(self, done: int, total: int, /, **figures: float) -> None:
+    def __call__(self, done: float, total: float, /, **figures: float) -> None:
         """Show the progress."""
         ...
 
 
-def silent(done: int, total: int, **figures: float) -> None:
+def silent(done: float, total: float, **figures: float) -> None:
     """Shows nothing."""

@@ -12,7 +12,7 @@ from flashmorph.corpus import DEMO
 from flashmorph.errors import UserError
 from flashmorph.evaluation import EvaluateSettings
 from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES
-from flashmorph.selection.objective import SearchSettings
+from flashmorph.selection.searchdata import SearchSettings
 from flashmorph.stages import AlignSettings, DistillSettings, ExtendSettings
 from flashmorph.tasks import STYLES, TaskSettings
 

@@ -11,6 +11,7 @@ from flashmorph.progress import Report
 from flashmorph.recipe import Recipe
 from flashmorph.run import Run
 from flashmorph.runfolder import digest_of
+from flashmorph.selection.searchdata import SearchData, SearchSettings
 from flashmorph.stages import TrainSettings
 from flashmorph.tasks import STYLES, Example, Haystack, Layout, TaskSettings, make_example
 
@@ -33,6 +34,13 @@ def open_questions(recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokenize
         ]
         for name, task in recipe.tasks.items()
     }
+
+
+def search_data(run: Run, judging: str, search: SearchSettings) -> SearchData:
+    """The data of a search: batches of the split `train`, questions of the split `judging`."""
+    recipe = run.recipe
+    layouts = {split: open_layout(recipe, run.corpus, run.tokenizer, split) for split in ("train", judging)}
+    return SearchData(layouts, STYLES[recipe.style], list(recipe.tasks.values()), search, recipe.seed)
 
 
 def training_rows(run: Run, settings: TrainSettings, stage: str, report: Report) -> Rows:

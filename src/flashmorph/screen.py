@@ -32,7 +32,7 @@ class RichScreen:
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             bar = progress.add_task(f"{name:<10} {about}", total=None, figures="")
 
-            def report(done: int, total: int, **figures: float) -> None:
+            def report(done: float, total: float, **figures: float) -> None:
                 shown = " ".join(f"{label} {value:.3f}" for label, value in figures.items())
                 progress.update(bar, completed=done, total=total, figures=shown)
 

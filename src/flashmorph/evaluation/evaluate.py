@@ -68,7 +68,7 @@ def evaluate(
     done = 0
     right = {}
 
-    def report_all(step: int, steps: int, **figures: float) -> None:
+    def report_all(step: float, steps: float, **figures: float) -> None:
         report(done + step, total, **figures)
 
     for task, examples in questions.items():

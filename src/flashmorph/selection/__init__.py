@@ -12,10 +12,12 @@ from flashmorph.selection.gates import gates
 from flashmorph.selection.greedy_backward import greedy_backward
 from flashmorph.selection.greedy_forward import greedy_forward
 from flashmorph.selection.halo import halo
+from flashmorph.selection.kl import kl
 from flashmorph.selection.l0 import l0
 from flashmorph.selection.nll import nll
 from flashmorph.selection.race import race
 from flashmorph.selection.strategy import Cost, Objective, Selection, Strategy
+from flashmorph.selection.tolerance import tolerance
 from flashmorph.selection.uniform import uniform
 
 STRATEGIES: dict[str, Strategy] = {
@@ -28,15 +30,19 @@ STRATEGIES: dict[str, Strategy] = {
     "greedy-backward": greedy_backward,
     "greedy-forward": greedy_forward,
     "halo": halo,
+    "kl": kl,
     "l0": l0,
     "last": last,
     "middle": middle,
     "nll": nll,
     "race": race,
+    "tolerance": tolerance,
     "uniform": uniform,
 }
-NEED_TEXT = ("halo",)
-"""Strategies that weigh the loss on text as well (`Objective.text_loss`)."""
+NEED_TEXT = ("halo", "kl", "tolerance")
+"""Strategies that look at the loss on text as well."""
+NEED_TRAINING = ("kl", "tolerance")
+"""Strategies that train weights (`Objective.distill`)."""
 DEFAULT_STRATEGY = "budgeted-gates"
 
-__all__ = ["DEFAULT_STRATEGY", "STRATEGIES", "Cost", "Objective", "Selection", "Strategy"]
+__all__ = ["DEFAULT_STRATEGY", "NEED_TEXT", "NEED_TRAINING", "STRATEGIES", "Cost", "Objective", "Selection", "Strategy"]

@@ -29,14 +29,16 @@ def descend(
     to_gates: Callable[[torch.Tensor, int], torch.Tensor],
     schedule: Schedule,
     loss: str,
+    data: str = "questions",
     regulariser: Callable[[torch.Tensor], torch.Tensor] | None = None,
     after_step: Callable[[torch.Tensor], object] | None = None,
 ) -> list[dict]:
     """Train `logits` in place and return the trace, one entry a step.
 
-    `to_gates(logits, step)` gives the gates `[groups, options]` that the model runs with (differentiable);
-    `regulariser(logits)` is added to the loss; `after_step(logits)` may project (in place, without gradient). Gradients
-    are not clipped: a gate's size of step is Adam's.
+    `loss` and `data` are what `Objective.gradient` is asked for. `to_gates(logits, step)` gives the gates
+    `[groups, options]` that the model runs with (differentiable); `regulariser(logits)` is added to the loss;
+    `after_step(logits)` may project (in place, without gradient). Gradients are not clipped: a gate's size of step is
+    Adam's.
 
     The loop keeps its state with the objective, which makes a killed search go on where it stopped.
 
@@ -51,7 +53,7 @@ def descend(
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step)
         gates = to_gates(logits, step)
-        value, gradient = objective.gradient(gates.detach(), step, loss)
+        value, gradient = objective.gradient(gates.detach(), step, loss, data)
         if not np.isfinite(value) or not torch.isfinite(gradient).all():
             raise UserError(
                 f"the {loss} loss of the gates is not finite at step {step}: look at the teacher's and the branches' "

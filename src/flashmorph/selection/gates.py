@@ -7,12 +7,17 @@ The paper leaves open how alpha is kept in its range (here: clamped after each s
 (Adam) and the reduction of the norm (the objective's, mean over the width by default).
 """
 
+from typing import Literal, get_args
+
 import torch
 
+from flashmorph.errors import UserError
 from flashmorph.plan import Budget, Space
 from flashmorph.selection.descend import Schedule, descend
 from flashmorph.selection.measure import check_two_options
 from flashmorph.selection.strategy import Objective, Selection, group_scores
+
+Data = Literal["questions", "text"]
 
 
 def gates(
@@ -24,12 +29,17 @@ def gates(
     penalty: float = 0.1,
     learning_rate: float = 2e-2,
     final_learning_rate: float = 2e-3,
+    data: Data = "questions",
 ) -> Selection:
     """Learn the gates, then keep the largest. `penalty` is the paper's lambda; ties go to the lower layer.
 
+    `data` `text` aligns on all tokens of text instead of the answers to questions (the paper's ablation).
+
     Raises:
-        UserError: the space has more than two options, or the budget leaves no choice.
+        UserError: the space has more than two options, the budget leaves no choice, or `data` is none of the two.
     """
+    if data not in get_args(Data):
+        raise UserError(f"data must be {' or '.join(get_args(Data))}; got {data!r}")
     space.limit(budget)
     check_two_options(space, "gates")
     alpha = torch.ones(len(space.groups))
@@ -39,6 +49,7 @@ def gates(
         to_gates=lambda alpha, step: torch.stack([alpha, 1 - alpha], 1),
         schedule=Schedule(steps, learning_rate, final_learning_rate),
         loss="hidden",
+        data=data,
         regulariser=lambda alpha: penalty * alpha.sum(),
         after_step=lambda alpha: alpha.clamp_(0, 1),
     )

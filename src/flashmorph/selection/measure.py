@@ -47,9 +47,12 @@ def mean_losses(
 
     Every plan becomes one entry of `trace`; `total` is how many entries there will be when the search ends.
     """
-    losses = []
-    for plan in plans:
-        losses.append(float(objective.evaluate(plan, questions).mean()))
-        trace.append({"full": plan.full_groups, "loss": losses[-1]})
-        objective.progress(len(trace), total, loss=min(losses))
+    before = len(trace)
+
+    def report(share: float) -> None:
+        objective.progress(before + share * len(plans), total)
+
+    losses = objective.evaluate(plans, questions, report).mean(1).tolist()
+    trace += [{"full": plan.full_groups, "loss": loss} for plan, loss in zip(plans, losses, strict=True)]
+    objective.progress(len(trace), total, loss=min(losses))
     return losses

@@ -1,44 +1,31 @@
 """The objective of a search on a morphable model: the only part of selection that sees a model.
 
-It makes the batches, runs the model, counts what was spent, and keeps every evaluated plan and the state of the search
-on disk, so that an interrupted search goes on where it stopped.
+It runs the model on the batches of `searchdata.py`, counts what was spent, and keeps every evaluated plan and the state
+of the search on disk, so that an interrupted search goes on where it stopped.
 """
 
 import hashlib
 import json
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 
 from flashmorph.errors import UserError
 from flashmorph.files import read_json, write_json
 from flashmorph.losses import token_losses
-from flashmorph.morphable import Morphable
+from flashmorph.morphable import Morphable, run_order
 from flashmorph.plan import Plan
 from flashmorph.progress import Report, silent
-from flashmorph.selection.strategy import Cost
-from flashmorph.tasks import Example, Layout, Style, TaskSettings, make_example
+from flashmorph.selection.distilling import Distiller
+from flashmorph.selection.meter import Meter
+from flashmorph.selection.searchdata import SearchData
+from flashmorph.selection.strategy import Cost, Distilled
+from flashmorph.tasks import Example
 
 _STATE_EVERY = 10
-
-
-class SearchSettings(BaseModel):
-    """The data of a search. `length` is the context in tokens; a range draws a length for each step."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    length: int | tuple[int, int] = Field(default=(1024, 16384), description="context, or [shortest, longest]")
-    batch_tokens: int = Field(default=16_384, gt=0, description="tokens in a step")
-    micro_batch_tokens: int = Field(default=16_384, gt=0, description="tokens at once on one device")
-    questions: int = Field(default=64, gt=0, description="questions of the search-validation split, over all tasks")
-
-    @property
-    def longest(self) -> int:
-        """The longest context."""
-        return self.length if isinstance(self.length, int) else self.length[1]
 
 
 class MorphableObjective:
@@ -50,19 +37,18 @@ class MorphableObjective:
     def __init__(
         self,
         morphable: Morphable,
-        layouts: dict[str, Layout],
-        style: Style,
-        tasks: Sequence[TaskSettings],
-        settings: SearchSettings,
+        data: SearchData,
         folder: Path,
-        seed: int = 0,
         bf16: bool = False,
         report: Report = silent,
         text_rows: torch.Tensor | None = None,
+        distiller: Distiller | None = None,
+        evaluations: Path | None = None,
     ):
-        """`layouts` has one for the split `train` and one for `validation`; `folder` keeps the search's state.
+        """`folder` keeps the search's state, `evaluations` the losses of plans (by default a folder inside it).
 
-        `text_rows` `[rows, length]` are token ids of validation text, for the strategies that weigh text too.
+        `text_rows` `[rows, length]` are token ids of validation text, for the strategies that weigh text too; the
+        `distiller` is for those that train weights.
 
         Raises:
             UserError: `text_rows` has no token to predict.
@@ -71,27 +57,27 @@ class MorphableObjective:
             raise UserError(
                 f"text_rows must be [rows, length] with at least one row of two tokens; got {list(text_rows.shape)}"
             )
-        self._morphable, self._layouts, self._style, self._tasks = morphable, layouts, style, list(tasks)
-        self._settings, self._folder, self._seed, self._bf16, self._report = settings, folder, seed, bf16, report
-        self._space_options = morphable.options
-        self._text_rows = text_rows
-        self.num_questions = settings.questions
-        self.cost = Cost()
-        self._started = time.perf_counter()
-        self._questions: list[Example] | None = None
-        config = morphable.model.config
-        branches = sum(weight.numel() for weights in morphable.branch_parameters() for weight in weights)
-        every = sum(weight.numel() for weight in morphable.model.model.layers.parameters())
-        self._weights_run = {"all branches": every, "one branch": every - branches}
-        self._attention_width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+        self._morphable, self._data, self._folder, self._bf16, self._report = morphable, data, folder, bf16, report
+        self._text_rows, self._distiller = text_rows, distiller
+        self._evaluations = evaluations or folder / "evaluations"
+        self._meter = Meter(morphable)
+        self._asked: set[tuple[str, int]] = set()
+        self.num_questions = data.settings.questions
 
-    def gradient(self, gates: torch.Tensor, step: int, loss: str) -> tuple[float, torch.Tensor]:
+    @property
+    def cost(self) -> Cost:
+        """What was spent so far. An evaluation that is read from disk counts as if it were run here."""
+        return self._meter.look()
+
+    def gradient(
+        self, gates: torch.Tensor, step: int, loss: str, data: str = "questions"
+    ) -> tuple[float, torch.Tensor]:
         """Loss and gradient on the search-train batch number `step`; see `Objective`."""
         losses = {"answers": self._answer_loss, "hidden": self._hidden_loss}
         gates = gates.to(self._morphable.device).requires_grad_(True)
-        batch = self._batch(step)
+        batch = self._data.batch(step) if data == "questions" else self._data.text_batch(step)
         value = 0.0
-        for part in self._micro_batches(batch):
+        for part in self._data.micro_batches(batch):
             with self._autocast():
                 share = losses[loss](gates, part) * (len(part) / len(batch))
             share.backward()
@@ -99,21 +85,36 @@ class MorphableObjective:
         assert gates.grad is not None
         return value, gates.grad.cpu()
 
-    @torch.no_grad()
-    def evaluate(self, plan: Plan, questions: Sequence[int] | None = None) -> np.ndarray:
-        """Mean answer cross-entropy of each question; plans evaluated before are read from disk."""
+    def evaluate(
+        self,
+        plans: Sequence[Plan],
+        questions: Sequence[int] | None = None,
+        report: Callable[[float], None] | None = None,
+    ) -> np.ndarray:
+        """Mean answer cross-entropy `[plans, questions]`; losses known before are read from disk.
+
+        What plans have in common from the first layer up is computed once (`Morphable.each_plan`).
+        """
         wanted = list(range(self.num_questions) if questions is None else questions)
-        path = self._kept(plan, "json")
-        known = {int(number): loss for number, loss in read_json(path)["losses"].items()} if path.exists() else {}
-        missing = [number for number in wanted if number not in known]
-        if missing:
-            gates, rows = self._hard_gates(plan), self._validation()
-            for part in self._micro_batches([(number, rows[number]) for number in missing]):
-                with self._autocast():
-                    losses = self._question_losses(gates, [example for _, example in part])
-                known.update({number: loss for (number, _), loss in zip(part, losses.tolist(), strict=True)})
-            write_json(path, {"assignments": plan.assignments, "losses": {str(n): known[n] for n in sorted(known)}})
-        return np.array([known[number] for number in wanted])
+        keys = [self._key(plan.assignments) for plan in plans]
+        known = [self._read_losses(key) for key in keys]
+        parts = self._data.micro_batches(wanted)
+        for number, part in enumerate(parts, 1):
+            self._count_plans(plans, keys, part)
+            missing = [place for place in range(len(plans)) if not known[place].keys() >= set(part)]
+            if missing:
+                rows = [self._data.questions()[question] for question in part]
+                for place, losses in self._run_plans([plans[place] for place in missing], rows):
+                    known[missing[place]].update(zip(part, losses.tolist(), strict=True))
+                for place in missing:
+                    losses = {str(question): known[place][question] for question in sorted(known[place])}
+                    write_json(
+                        self._evaluations / f"{keys[place]}.json",
+                        {"assignments": plans[place].assignments, "losses": losses},
+                    )
+            if report:
+                report(number / len(parts))
+        return np.array([[losses[question] for question in wanted] for losses in known])
 
     @torch.no_grad()
     def text_loss(self, plan: Plan) -> float:
@@ -122,23 +123,51 @@ class MorphableObjective:
         Raises:
             UserError: there are no `text_rows`.
         """
-        if self._text_rows is None:
-            raise UserError("this strategy weighs text too: give the objective validation text, `text_rows`")
-        path = self._kept(plan, "text.json")
+        key = self._key(plan.assignments)
+        rows = self._text()
+        if (key, -1) not in self._asked:
+            self._asked.add((key, -1))
+            self._meter.count(rows)
+        path = self._evaluations / f"{key}.text.json"
         if path.exists():
             return read_json(path)["text_loss"]
-        gates, head = self._hard_gates(plan), self._morphable.model.lm_head
-        total = 0.0
-        rows = max(1, self._settings.micro_batch_tokens // self._text_rows.shape[1])
-        for part in self._text_rows.split(rows):
-            ids = part.to(self._morphable.device)
-            with self._autocast():
-                hidden = self._morphable(ids, gates)[:, :-1]
-                total += token_losses(hidden.flatten(0, 1), head, ids[:, 1:].flatten()).double().sum().item()
-            self._count(ids, forward=1, backward=0, run="one branch")
-        loss = total / self._text_rows[:, 1:].numel()
+        gates = self._hard_gates([plan])[0]
+        loss = self._mean_text_loss(lambda ids: self._morphable(ids, gates), self._morphable.model.lm_head)
         write_json(path, {"assignments": plan.assignments, "text_loss": loss})
         return loss
+
+    def distill(self, path: Sequence[Plan], steps: int) -> Distilled:
+        """What the last plan of `path` can do when each plan in turn has been distilled for `steps` steps.
+
+        Raises:
+            UserError: the objective was made without a distiller, or without text.
+        """
+        if self._distiller is None:
+            raise UserError("this strategy trains weights: give the objective a distiller")
+        about = [plan.assignments for plan in path]
+        settings = self._distiller.settings_for(steps)
+        # Every plan of the path is counted once, by whichever call came first.
+        for length in range(1, len(path) + 1):
+            counted = (self._key(about[:length]), -2 - steps)
+            if counted not in self._asked:
+                self._asked.add(counted)
+                tokens = torch.empty(settings.steps * settings.batch_rows, settings.length, device="meta")
+                self._meter.count(tokens, forward=2, backward=1, weights=1)
+        kept = self._evaluations / f"{self._key([about, settings.model_dump(mode='json')])}.distilled.json"
+        if not kept.exists():
+            model, kl = self._distiller.run(path, steps)
+            head = model.lm_head
+            with torch.no_grad():
+                text = self._mean_text_loss(lambda ids: model.model(ids, use_cache=False).last_hidden_state, head)
+                losses = []
+                for part in self._data.micro_batches(self._data.questions()):
+                    ids, marks = self._tensors(part)
+                    with self._autocast():
+                        hidden = model.model(ids, use_cache=False).last_hidden_state
+                        losses += _question_losses(hidden, head, ids, marks).tolist()
+            write_json(kept, {"path": about, "steps": steps, "kl": kl, "text_loss": text, "losses": losses})
+        found = read_json(kept)
+        return Distilled(found["kl"], found["text_loss"], np.array(found["losses"]))
 
     def restore(self, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[dict]) -> int:
         """Read the state of an interrupted search, if there is one."""
@@ -148,41 +177,68 @@ class MorphableObjective:
         state = read_json(path)
         with torch.no_grad():
             logits.copy_(torch.tensor(state["logits"]))
-        optimizer.state[logits] = {name: torch.tensor(value) for name, value in state["adam"].items()}
+        optimizer.state[logits] = {name: torch.tensor(value) for name, value in state["optimizer"].items()}
         trace[:] = state["trace"]
-        self.cost = Cost(**state["cost"])
-        self._started = time.perf_counter() - self.cost.seconds
+        self._meter.resume(Cost(**state["cost"]))
         return state["step"]
 
     def keep(self, step: int, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[dict]) -> None:
         """Write the state every few steps, atomically."""
-        self.cost.seconds = time.perf_counter() - self._started
         if step % _STATE_EVERY == 0:
-            adam = {name: value.tolist() for name, value in optimizer.state[logits].items()}
-            state = {"step": step, "logits": logits.tolist(), "adam": adam, "trace": trace}
+            kept = {name: value.tolist() for name, value in optimizer.state[logits].items()}
+            state = {"step": step, "logits": logits.tolist(), "optimizer": kept, "trace": trace}
             write_json(self._folder / "search_state.json", {**state, "cost": self.cost.to_dict()})
 
-    def progress(self, done: int, total: int, **figures: float) -> None:
+    def progress(self, done: float, total: float, **figures: float) -> None:
         """Pass the progress on."""
-        self.cost.seconds = time.perf_counter() - self._started
         self._report(done, total, **figures)
 
-    def _kept(self, plan: Plan, suffix: str) -> Path:
-        """Where the losses of `plan` are kept."""
-        key = hashlib.sha256(json.dumps(plan.assignments).encode()).hexdigest()[:16]
-        return self._folder / "evaluations" / f"{key}.{suffix}"
+    def _text(self) -> torch.Tensor:
+        if self._text_rows is None:
+            raise UserError("this strategy weighs text too: give the objective validation text, `text_rows`")
+        return self._text_rows
 
-    def _hard_gates(self, plan: Plan) -> torch.Tensor:
-        """The plan as gates `[groups, options]` of zeros and ones, in the order of the model's branches."""
-        chosen = torch.tensor([self._space_options.index(option) for option in plan.assignments.values()])
-        gates = torch.nn.functional.one_hot(chosen, len(self._space_options)).float()
-        return gates.to(self._morphable.device)
+    @staticmethod
+    def _key(about: Any) -> str:
+        """What the losses of a plan, or of a path of plans, are kept under."""
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
+    def _read_losses(self, key: str) -> dict[int, float]:
+        path = self._evaluations / f"{key}.json"
+        return {int(number): loss for number, loss in read_json(path)["losses"].items()} if path.exists() else {}
+
+    def _hard_gates(self, plans: Sequence[Plan]) -> torch.Tensor:
+        """Plans as gates `[plans, groups, options]` of zeros and ones, in the order of the model's branches."""
+        options = self._morphable.options
+        chosen = torch.tensor([[options.index(option) for option in plan.assignments.values()] for plan in plans])
+        return torch.nn.functional.one_hot(chosen, len(options)).float().to(self._morphable.device)
+
+    def _run_plans(self, plans: Sequence[Plan], rows: Sequence[Example]) -> Iterator[tuple[int, torch.Tensor]]:
+        """(place, loss of each row) of every plan, in the order in which they are run."""
+        ids, marks = self._tensors(rows)
+        with self._autocast(), torch.no_grad():
+            for place, hidden in self._morphable.each_plan(ids, self._hard_gates(plans)):
+                yield place, _question_losses(hidden, self._morphable.model.lm_head, ids, marks)
+
+    def _count_plans(self, plans: Sequence[Plan], keys: Sequence[str], questions: Sequence[int]) -> None:
+        """Count the runs that this search asks for and has not asked for before, what they share once."""
+        new: dict[tuple[int, ...], int] = {}
+        for question in questions:
+            places = tuple(place for place, key in enumerate(keys) if (key, question) not in self._asked)
+            if places:
+                new[places] = new.get(places, 0) + 1
+        self._asked.update((key, question) for key in keys for question in questions)
+        for places, rows in new.items():
+            gates = self._hard_gates([plans[place] for place in places])
+            layers = gates.shape[1]
+            runs = sum(layers - start for _, start in run_order(gates)) / layers
+            self._meter.count(torch.empty(rows, self._data.settings.longest, device="meta"), forward=runs)
 
     def _answer_loss(self, gates: torch.Tensor, batch: Sequence[Example]) -> torch.Tensor:
         ids, marks = self._tensors(batch)
         hidden = self._morphable(ids, gates)[:, :-1][marks[:, 1:]]
+        self._meter.count(ids, forward=1, backward=1, every_branch=True)
         logits = self._morphable.model.lm_head(hidden).float()
-        self._count(ids, forward=1, backward=1)
         return torch.nn.functional.cross_entropy(logits, ids[:, 1:][marks[:, 1:]])
 
     def _hidden_loss(self, gates: torch.Tensor, batch: Sequence[Example]) -> torch.Tensor:
@@ -198,42 +254,20 @@ class MorphableObjective:
                 self._morphable(ids)
             teacher, outputs[:] = list(outputs), []
             self._morphable(ids, gates)
-        self._count(ids, forward=1, backward=0, run="one branch")
-        self._count(ids, forward=1, backward=1)
+        self._meter.count(ids)
+        self._meter.count(ids, forward=1, backward=1, every_branch=True)
         pairs = zip(outputs, teacher, strict=True)
         return torch.stack([(mixed.float() - full.float()).square().mean() for mixed, full in pairs]).mean()
 
-    def _question_losses(self, gates: torch.Tensor, batch: Sequence[Example]) -> torch.Tensor:
-        """Mean cross-entropy of each row's answer tokens, `[rows]`."""
-        ids, marks = self._tensors(batch)
-        marks = marks[:, 1:]
-        hidden = self._morphable(ids, gates)[:, :-1][marks]
-        losses = torch.zeros(marks.shape, device=ids.device)
-        losses[marks] = token_losses(hidden, self._morphable.model.lm_head, ids[:, 1:][marks])
-        self._count(ids, forward=1, backward=0, run="one branch")
-        return losses.sum(1) / marks.sum(1)
-
-    def _batch(self, step: int) -> list[Example]:
-        """The rows of one search-train step, of one length, tasks in turn."""
-        length = self._settings.length
-        if not isinstance(length, int):
-            length = int(np.random.default_rng([self._seed, step]).integers(length[0], length[1] + 1))
-        rows = max(1, self._settings.batch_tokens // length)
-        return [self._example("train", length, step * rows + row) for row in range(rows)]
-
-    def _validation(self) -> list[Example]:
-        if self._questions is None:
-            length = self._settings.longest
-            self._questions = [self._example("validation", length, number) for number in range(self.num_questions)]
-        return self._questions
-
-    def _example(self, split: str, length: int, number: int) -> Example:
-        task = self._tasks[number % len(self._tasks)]
-        return make_example(task, self._layouts[split], self._style, split, length, self._seed, number)
-
-    def _micro_batches(self, batch: list) -> list[list]:
-        rows = max(1, self._settings.micro_batch_tokens // self._settings.longest)
-        return [batch[start : start + rows] for start in range(0, len(batch), rows)]
+    def _mean_text_loss(self, run: Callable[[torch.Tensor], torch.Tensor], head: torch.nn.Linear) -> float:
+        """Mean next-token loss on the text rows of what `run(ids)` gives as last hidden states."""
+        rows, total = self._text(), 0.0
+        for part in rows.split(max(1, self._data.settings.micro_batch_tokens // rows.shape[1])):
+            ids = part.to(self._morphable.device)
+            with self._autocast():
+                hidden = run(ids)[:, :-1]
+                total += token_losses(hidden.flatten(0, 1), head, ids[:, 1:].flatten()).double().sum().item()
+        return total / rows[:, 1:].numel()
 
     def _tensors(self, batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and answer marks, `[rows, length]`."""
@@ -244,12 +278,12 @@ class MorphableObjective:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._morphable.device.type, torch.bfloat16, enabled=self._bf16)
 
-    def _count(self, ids: torch.Tensor, forward: int, backward: int, run: str = "all branches") -> None:
-        """Tokens, and FLOPs: two for each weight and token, forward and backward (activations only) alike.
 
-        Attention adds its causal half of `4 * time * width` a token and layer.
-        """
-        self.cost.tokens_forward += forward * ids.numel()
-        self.cost.tokens_backward += backward * ids.numel()
-        per_token = 2 * self._weights_run[run] + 2 * ids.shape[1] * self._attention_width
-        self.cost.flops += (forward + backward) * ids.numel() * per_token
+def _question_losses(
+    hidden: torch.Tensor, head: torch.nn.Linear, ids: torch.Tensor, marks: torch.Tensor
+) -> torch.Tensor:
+    """Mean answer cross-entropy of each row, `[rows]`, from last hidden states `[rows, time, width]`."""
+    marks = marks[:, 1:]
+    losses = token_losses(hidden[:, :-1][marks], head, ids[:, 1:][marks])
+    row = marks.nonzero()[:, 0]
+    return torch.zeros(len(ids), device=losses.device).index_add_(0, row, losses.float()) / marks.sum(1)

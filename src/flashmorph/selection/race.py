@@ -87,9 +87,9 @@ class _Track:
         while True:
             is_first_round = not asked
             until = min(self._questions, max(self._start, 2 * asked))
-            for place in running:
-                new = self._objective.evaluate(plans[place], range(asked, until))
-                losses[place] = np.concatenate([losses[place], new])
+            new = self._objective.evaluate([plans[place] for place in running], range(asked, until))
+            for place, more in zip(running, new, strict=True):
+                losses[place] = np.concatenate([losses[place], more])
                 mean = float(losses[place].mean())
                 self.trace.append({"full": plans[place].full_groups, "loss": mean, "questions": until})
             asked = until

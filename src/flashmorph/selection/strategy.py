@@ -27,25 +27,51 @@ class Cost:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Distilled:
+    """A plan after a short distillation: `kl` to the teacher in nats a token (mean of the last quarter of the steps),
+    `text_loss` in nats a token, and the answer loss of each question, `[questions]`."""
+
+    kl: float
+    text_loss: float
+    losses: np.ndarray
+
+
 class Objective(Protocol):
     """The loss of gates and plans, as a strategy sees it.
 
-    `num_questions` is the size of the search-validation split, `cost` counts what was spent so far.
+    `num_questions` is the size of the search-validation split.
     """
 
     num_questions: int
-    cost: Cost
 
-    def gradient(self, gates: torch.Tensor, step: int, loss: str) -> tuple[float, torch.Tensor]:
+    @property
+    def cost(self) -> Cost:
+        """What was spent so far."""
+        ...
+
+    def gradient(
+        self, gates: torch.Tensor, step: int, loss: str, data: str = "questions"
+    ) -> tuple[float, torch.Tensor]:
         """Loss of `gates` `[groups, options]` on the search-train batch number `step`, and its gradient in them.
 
         `loss` is `answers` (cross-entropy of the answer tokens) or `hidden` (the published distance of hidden states
-        at the answer tokens to the teacher's). Equal on every rank.
+        at the answer tokens to the teacher's). With `data` `text` the batch is text alone, and every token counts as
+        an answer. Equal on every rank.
         """
         ...
 
-    def evaluate(self, plan: Plan, questions: Sequence[int] | None = None) -> np.ndarray:
-        """Mean answer cross-entropy of `plan` on each of the search-validation `questions` (all by default)."""
+    def evaluate(
+        self,
+        plans: Sequence[Plan],
+        questions: Sequence[int] | None = None,
+        report: Callable[[float], None] | None = None,
+    ) -> np.ndarray:
+        """Mean answer cross-entropy `[plans, questions]` of plans on search-validation `questions` (all by default).
+
+        Plans are cheapest together: what they have in common from the first layer up is computed once. `report` is
+        told which share is done.
+        """
         ...
 
     def text_loss(self, plan: Plan) -> float:
@@ -53,6 +79,14 @@ class Objective(Protocol):
 
         Raises:
             UserError: the objective was made without text.
+        """
+        ...
+
+    def distill(self, path: Sequence[Plan], steps: int) -> Distilled:
+        """What the last plan of `path` can do when each plan in turn has been distilled for `steps` steps.
+
+        Raises:
+            UserError: the objective cannot train.
         """
         ...
 
@@ -64,7 +98,7 @@ class Objective(Protocol):
         """Keep the state after `step` steps, so that an interrupted search can go on."""
         ...
 
-    def progress(self, done: int, total: int, **figures: float) -> None:
+    def progress(self, done: float, total: float, **figures: float) -> None:
         """Tell the user how far the search is."""
         ...
 

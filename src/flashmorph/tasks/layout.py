@@ -74,6 +74,11 @@ class Layout:
             stop=self._style.stop,
         )
 
+    def plain(self, length: int, rng: random.Random) -> Example:
+        """`length` tokens of the haystack alone; every token but the first counts as an answer."""
+        ids = self._start + [token for line in self._fill(length - len(self._start), rng) for token in line]
+        return Example(ids, [False] + [True] * (length - 1), prompt_tokens=1, answer="", stop="")
+
     def _questions(self, problem: Problem) -> tuple[list[int], list[bool], int]:
         """Tokens of all questions, which of them are answers, and where the last answer begins."""
         ids: list[int] = []

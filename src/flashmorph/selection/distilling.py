@@ -1,0 +1,90 @@
+"""Short distillations inside a search, for the strategies that train weights."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from flashmorph.corpus import Rows
+from flashmorph.morphable import Morphable
+from flashmorph.plan import FULL, Budget, Plan
+from flashmorph.runfolder import digest_of
+from flashmorph.stages import DistillSettings, distill
+
+
+class Distiller:
+    """Trains plans one after the other, each from the weights of the one before.
+
+    A layer that a plan switches starts from its aligned branch. The weights of the last path, and of the path without
+    its last plan, are kept in `folder`, so that the next plan goes on from them.
+    """
+
+    def __init__(
+        self,
+        morphable: Morphable,
+        make_rows: Callable[[DistillSettings], Rows],
+        settings: DistillSettings,
+        folder: Path,
+        seed: int = 0,
+        bf16: bool = False,
+    ):
+        """`settings` are those of the `distill` stage; its tokens give way to the number of steps asked for."""
+        self._morphable, self._make_rows, self._settings = morphable, make_rows, settings
+        self._folder, self._seed, self._bf16 = folder, seed, bf16
+        self._teacher: PreTrainedModel | None = None
+
+    def settings_for(self, steps: int) -> DistillSettings:
+        """The settings of a distillation of `steps` steps."""
+        return self._settings.model_copy(update={"tokens": steps * self._settings.batch_tokens})
+
+    def run(self, path: Sequence[Plan], steps: int) -> tuple[PreTrainedModel, float]:
+        """The last plan's model after the whole path, and its KL: the mean of the last quarter of its steps."""
+        weights = self._place(path, steps)
+        if (weights / "model.safetensors").exists():
+            model = self._morphable.instantiate(path[-1])
+            model.load_state_dict(load_file(weights / "model.safetensors"), strict=False)
+            return model.eval(), json.loads((weights / "kl.json").read_text())
+        model = self._start(path, steps)
+        settings = self.settings_for(steps)
+        distill(model, self._full_model(), self._make_rows(settings), settings, weights, self._seed, self._bf16)
+        losses = [json.loads(line)["loss"] for line in (weights / "log.jsonl").read_text().splitlines()]
+        kl = float(np.mean(losses[-max(1, steps // 4) :]))
+        (weights / "kl.json").write_text(json.dumps(kl))
+        shutil.rmtree(weights / "checkpoints", ignore_errors=True)
+        trained = {name: weight.detach().contiguous().clone() for name, weight in model.named_parameters()}
+        save_file(trained, weights / "model.safetensors.part")
+        (weights / "model.safetensors.part").replace(weights / "model.safetensors")
+        kept = {weights.name, self._place(path[:-1], steps).name}
+        for other in self._folder.iterdir():
+            if other.name not in kept:
+                shutil.rmtree(other)
+        return model, kl
+
+    def _start(self, path: Sequence[Plan], steps: int) -> PreTrainedModel:
+        """The last plan with the weights that the path before it left, where a layer still has the same mixer."""
+        model = self._morphable.instantiate(path[-1])
+        if len(path) > 1:
+            before, _ = self.run(path[:-1], steps)
+            known = before.state_dict()
+            with torch.no_grad():
+                for name, weight in model.named_parameters():
+                    if name in known:
+                        weight.copy_(known[name])
+        return model
+
+    def _full_model(self) -> PreTrainedModel:
+        """The teacher, as a plain model."""
+        if self._teacher is None:
+            space = self._morphable.space(Budget("layers", 1))
+            self._teacher = self._morphable.instantiate(
+                Plan(dict.fromkeys(space.groups, FULL), Budget("layers", len(space.groups)))
+            ).requires_grad_(False)
+        return self._teacher
+
+    def _place(self, path: Sequence[Plan], steps: int) -> Path:
+        return self._folder / digest_of([steps, [plan.assignments for plan in path]])

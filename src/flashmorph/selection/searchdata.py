@@ -1,0 +1,78 @@
+"""The data of a search: batches to learn from and questions to judge by, each made from its number alone."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from flashmorph.tasks import Example, Layout, Style, TaskSettings, make_example
+
+
+class SearchSettings(BaseModel):
+    """The data of a search. `length` is the context in tokens; a range draws a length for each step."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    length: int | tuple[int, int] = Field(default=(1024, 16384), description="context, or [shortest, longest]")
+    batch_tokens: int = Field(default=16_384, gt=0, description="tokens in a step")
+    micro_batch_tokens: int = Field(default=16_384, gt=0, description="tokens at once on one device")
+    questions: int = Field(default=64, gt=0, description="questions of the search-validation split, over all tasks")
+
+    @property
+    def longest(self) -> int:
+        """The longest context."""
+        return self.length if isinstance(self.length, int) else self.length[1]
+
+
+class SearchData:
+    """Questions of the tasks in turn. `layouts` has one for the split `train` and one for the split that judges.
+
+    Searches judge by `validation`; only the referee judges by `referee`.
+    """
+
+    def __init__(
+        self,
+        layouts: dict[str, Layout],
+        style: Style,
+        tasks: Sequence[TaskSettings],
+        settings: SearchSettings,
+        seed: int = 0,
+    ):
+        self._layouts, self._style, self._tasks, self.settings, self._seed = layouts, style, list(tasks), settings, seed
+        (self._judging,) = set(layouts) - {"train"}
+        self._questions: list[Example] | None = None
+
+    def batch(self, step: int) -> list[Example]:
+        """The rows of one training step, of one length."""
+        length, rows = self._shape(step)
+        return [self._example("train", length, step * rows + row) for row in range(rows)]
+
+    def text_batch(self, step: int) -> list[Example]:
+        """The same, of text alone: every token counts as an answer."""
+        length, rows = self._shape(step)
+        rng = random.Random(f"{self._seed} text {step}")
+        return [self._layouts["train"].plain(length, rng) for _ in range(rows)]
+
+    def questions(self) -> list[Example]:
+        """The questions of the split that judges, all of the longest length."""
+        if self._questions is None:
+            numbers = range(self.settings.questions)
+            self._questions = [self._example(self._judging, self.settings.longest, number) for number in numbers]
+        return self._questions
+
+    def micro_batches(self, batch: Sequence[Any]) -> list[Sequence[Any]]:
+        """`batch` in pieces that are run at once."""
+        rows = max(1, self.settings.micro_batch_tokens // self.settings.longest)
+        return [batch[start : start + rows] for start in range(0, len(batch), rows)]
+
+    def _shape(self, step: int) -> tuple[int, int]:
+        """Length and number of the rows of a step."""
+        length = self.settings.length
+        if not isinstance(length, int):
+            length = int(np.random.default_rng([self._seed, step]).integers(length[0], length[1] + 1))
+        return length, max(1, self.settings.batch_tokens // length)
+
+    def _example(self, split: str, length: int, number: int) -> Example:
+        task = self._tasks[number % len(self._tasks)]
+        return make_example(task, self._layouts[split], self._style, split, length, self._seed, number)
