@@ -119,7 +119,7 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
         morphable = open_morphable(run, host, branches)
-        objective = open_objective(run, morphable, folder, report)
+        objective = open_objective(run, morphable, chosen.strategy, folder, report)
         found = select(morphable, recipe.budget, chosen.strategy, objective, recipe.seed, **chosen.settings)
         replace(found.plan, teacher=run.teacher.name, revision=run.teacher.revision).save(folder / "plan.json")
         write_json(folder / "trace.json", found.trace)
@@ -140,13 +140,23 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
 
 
 def open_objective(
-    run: Run, morphable: Morphable, folder: Path, report: Report, search: SearchSettings | None = None
+    run: Run,
+    morphable: Morphable,
+    strategy: str,
+    folder: Path,
+    report: Report,
+    search: SearchSettings | None = None,
+    judging: str = "validation",
+    evaluations: Path | None = None,
 ) -> MorphableObjective:
-    """What the recipe's search asks of the model; its state and evaluated plans are kept in `folder`."""
+    """What a search by `strategy` asks of the model, with what it needs: text, or short distillations.
+
+    Its state is kept in `folder`, evaluated plans in `evaluations`; `judging` is the split whose questions it sees.
+    """
     recipe, search = run.recipe, search or run.recipe.select.search
-    strategy, text, distiller = recipe.select.strategy, None, None
+    text, distiller = None, None
     if strategy in NEED_TEXT:
-        rows = held_out_rows(run, "validation", search.longest, max(1, SEARCH_TEXT_TOKENS // search.longest))
+        rows = held_out_rows(run, judging, search.longest, max(1, SEARCH_TEXT_TOKENS // search.longest))
         text = torch.tensor([rows[row]["input_ids"] for row in range(len(rows))])
     if strategy in NEED_TRAINING:
 
@@ -154,8 +164,8 @@ def open_objective(
             return training_rows(run, settings, "distill", silent)
 
         distiller = Distiller(morphable, make_rows, recipe.distill, folder / "distilled", recipe.seed, run.bf16)
-    data = search_data(run, "validation", search)
-    return MorphableObjective(morphable, data, folder, run.bf16, report, text, distiller)
+    data = search_data(run, judging, search)
+    return MorphableObjective(morphable, data, folder, run.bf16, report, text, distiller, evaluations)
 
 
 def uniform_plan(run: Run, host: Stage, plan: Plan) -> Plan:

@@ -23,14 +23,21 @@ def open_layout(recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokenizerBa
     return Layout(tokenizer, STYLES[recipe.style], haystack)
 
 
-def open_questions(recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> dict[str, Sequence[Example]]:
-    """The recipe's questions of the test split, by task."""
+def open_questions(
+    recipe: Recipe,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str = "test",
+    number: int | None = None,
+    length: int | None = None,
+) -> dict[str, Sequence[Example]]:
+    """The recipe's questions of one split, by task; as many and as long as its evaluation's unless told."""
     style, settings = STYLES[recipe.style], recipe.evaluate
-    layout = open_layout(recipe, corpus, tokenizer, "test")
+    layout, length = open_layout(recipe, corpus, tokenizer, split), length or settings.length
     return {
         name: [
-            make_example(task, layout, style, "test", settings.length, recipe.seed, number)
-            for number in range(settings.questions)
+            make_example(task, layout, style, split, length, recipe.seed, question)
+            for question in range(number or settings.questions)
         ]
         for name, task in recipe.tasks.items()
     }

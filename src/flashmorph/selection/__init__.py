@@ -43,6 +43,18 @@ NEED_TEXT = ("halo", "kl", "tolerance")
 """Strategies that look at the loss on text as well."""
 NEED_TRAINING = ("kl", "tolerance")
 """Strategies that train weights (`Objective.distill`)."""
+SERVE_EVERY_BUDGET = ("add-one", "drop-one", "first", "gates", "halo", "kl", "last", "middle", "nll")
+"""Strategies whose scores do not depend on the budget: one search is cut at every count."""
 DEFAULT_STRATEGY = "budgeted-gates"
 
-__all__ = ["DEFAULT_STRATEGY", "NEED_TEXT", "NEED_TRAINING", "STRATEGIES", "Cost", "Objective", "Selection", "Strategy"]
+__all__ = [
+    "DEFAULT_STRATEGY",
+    "NEED_TEXT",
+    "NEED_TRAINING",
+    "SERVE_EVERY_BUDGET",
+    "STRATEGIES",
+    "Cost",
+    "Objective",
+    "Selection",
+    "Strategy",
+]

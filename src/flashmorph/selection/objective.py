@@ -6,6 +6,7 @@ of the search on disk, so that an interrupted search goes on where it stopped.
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from flashmorph.selection.strategy import Cost, Distilled
 from flashmorph.tasks import Example
 
 _STATE_EVERY = 10
+_WRITE_SECONDS = 20
 
 
 class MorphableObjective:
@@ -99,21 +101,24 @@ class MorphableObjective:
         keys = [self._key(plan.assignments) for plan in plans]
         known = [self._read_losses(key) for key in keys]
         parts = self._data.micro_batches(wanted)
-        for number, part in enumerate(parts, 1):
-            self._count_plans(plans, keys, part)
-            missing = [place for place in range(len(plans)) if not known[place].keys() >= set(part)]
-            if missing:
-                rows = [self._data.questions()[question] for question in part]
-                for place, losses in self._run_plans([plans[place] for place in missing], rows):
-                    known[missing[place]].update(zip(part, losses.tolist(), strict=True))
-                for place in missing:
-                    losses = {str(question): known[place][question] for question in sorted(known[place])}
-                    write_json(
-                        self._evaluations / f"{keys[place]}.json",
-                        {"assignments": plans[place].assignments, "losses": losses},
-                    )
-            if report:
-                report(number / len(parts))
+        unwritten: set[int] = set()
+        written_at = time.perf_counter()
+        try:
+            for number, part in enumerate(parts, 1):
+                self._count_plans(plans, keys, part)
+                missing = [place for place in range(len(plans)) if not known[place].keys() >= set(part)]
+                if missing:
+                    rows = [self._data.questions()[question] for question in part]
+                    for place, losses in self._run_plans([plans[place] for place in missing], rows):
+                        known[missing[place]].update(zip(part, losses.tolist(), strict=True))
+                    unwritten.update(missing)
+                if report:
+                    report(number / len(parts))
+                if time.perf_counter() - written_at > _WRITE_SECONDS:
+                    self._write_losses(plans, keys, known, unwritten)
+                    written_at = time.perf_counter()
+        finally:
+            self._write_losses(plans, keys, known, unwritten)
         return np.array([[losses[question] for question in wanted] for losses in known])
 
     @torch.no_grad()
@@ -206,6 +211,16 @@ class MorphableObjective:
     def _read_losses(self, key: str) -> dict[int, float]:
         path = self._evaluations / f"{key}.json"
         return {int(number): loss for number, loss in read_json(path)["losses"].items()} if path.exists() else {}
+
+    def _write_losses(
+        self, plans: Sequence[Plan], keys: Sequence[str], known: Sequence[dict[int, float]], places: set[int]
+    ) -> None:
+        while places:
+            place = places.pop()
+            losses = {str(question): known[place][question] for question in sorted(known[place])}
+            write_json(
+                self._evaluations / f"{keys[place]}.json", {"assignments": plans[place].assignments, "losses": losses}
+            )
 
     def _hard_gates(self, plans: Sequence[Plan]) -> torch.Tensor:
         """Plans as gates `[plans, groups, options]` of zeros and ones, in the order of the model's branches."""

@@ -1,0 +1,123 @@
+"""The command that judges strategies."""
+
+import json
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from flashmorph.cli.app import app
+from flashmorph.cli.options import (
+    OUT,
+    DataOption,
+    DeviceOption,
+    FromOption,
+    JsonOption,
+    Options,
+    OutputOption,
+    RecipeOption,
+    SetOption,
+    TeacherArgument,
+    open_run,
+)
+from flashmorph.errors import UserError
+
+
+@app.command()
+def compare(
+    teacher: TeacherArgument,
+    output: OutputOption,
+    budgets: Annotated[str, typer.Option(help="Numbers of full layers, with commas.")] = "1,2,3",
+    strategies: Annotated[str, typer.Option(help="`all`, or names with commas.")] = "all",
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of every search.")] = 5,
+    spends: Annotated[str, typer.Option(help="Shares of a strategy's own steps or questions, with commas.")] = "1",
+    questions: Annotated[int, typer.Option(min=2, help="Questions of the referee's split, over all tasks.")] = 256,
+    recall_questions: Annotated[int, typer.Option(min=0, help="Generated answers a task for each plan found.")] = 25,
+    max_plans: Annotated[int, typer.Option(help="The most plans that are enumerated.")] = 2_000,
+    recipe: RecipeOption = None,
+    data: DataOption = None,
+    others: FromOption = None,
+    changes: SetOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Judge strategies by the truth: every plan of every budget, on questions that no search has seen.
+
+    For every strategy, budget and seed: the plan, its rank among all plans (1: cannot be told from the best), its
+    regret (mean loss minus the best plan's, before distillation), recall, and what the search cost. Finished cells are
+    kept, so the same command again goes on. Small teachers only: all plans are run.
+
+    Example: `flashmorph compare tiny --output runs/referee --from runs/demo --budgets 1,2,3 --seeds 5`
+    """
+    from flashmorph.files import write_json
+    from flashmorph.referee import CompareSettings
+    from flashmorph.referee.compare import check_strategies
+    from flashmorph.referee.compare import compare as judge
+    from flashmorph.referee.figures import draw_regret
+    from flashmorph.referee.summary import summarise
+
+    run = open_run(Options(teacher, output, recipe, None, changes, data, others, device=device, json=as_json))
+    try:
+        shares = tuple(float(share) for share in spends.split(","))
+    except ValueError as error:
+        raise UserError(f"--spends {spends!r} must be numbers with commas, for example 0.25,1") from error
+    settings = CompareSettings(
+        budgets=tuple(name.strip() for name in budgets.split(",")),
+        seeds=seeds,
+        spends=shares,
+        questions=questions,
+        recall_questions=recall_questions,
+        max_plans=max_plans,
+    )
+    if strategies != "all":
+        settings = settings.model_copy(update={"strategies": tuple(name.strip() for name in strategies.split(","))})
+    check_strategies(settings.strategies)
+    folder = output / "compare"
+    summary = summarise(*judge(run, settings, folder))
+    write_json(folder / "compare.json", summary)
+    draw_regret(summary, folder / "regret.png")
+    if as_json:
+        print(json.dumps(summary, indent=2))
+        return
+    for table in tables(summary):
+        OUT.print(table)
+    OUT.print(f"written: {folder / 'compare.json'} and regret.png", highlight=False, soft_wrap=True)
+
+
+def tables(summary: dict) -> list[Table]:
+    """One table a budget, the best strategies first. Figures are means over seeds; `agree` is how much of two seeds'
+    plans is the same (intersection over union)."""
+    made = []
+    for budget in dict.fromkeys(row["budget"] for row in summary["rows"]):
+        truth = summary["truths"].get(budget)
+        title = f"budget {budget}"
+        if truth:
+            title += (
+                f": {truth['plans']} plans, best {truth['best']} at {truth['best_loss']:.3f} nats "
+                f"(median {truth['median_loss']:.2f})"
+            )
+        table = Table(title=title, title_justify="left")
+        for column in ("strategy", "rank", "first", "regret", "recall", "agree", "tokens", "FLOPs", "plans"):
+            left = column in ("strategy", "plans")
+            table.add_column(column, justify="left" if left else "right", no_wrap=column != "plans")
+        rows = [row for row in summary["rows"] if row["budget"] == budget]
+        for row in sorted(rows, key=lambda row: (row["regret"] is None, row["regret"])):
+            spend = "" if row["spend"] == 1 else f" x {row['spend']:g}"
+            spread = f" ± {row['regret_spread']:.3f}" if row["regret_spread"] else ""
+            table.add_row(
+                row["strategy"] + spend,
+                _figure(row["rank"], "{:.1f}"),
+                _figure(row["first"], "{:.0%}"),
+                _figure(row["regret"], "{:.3f}") + spread,
+                _figure(row["recall"], "{:.0%}"),
+                _figure(row["agreement"], "{:.2f}"),
+                f"{row['tokens_forward'] + row['tokens_backward']:.1e}",
+                f"{row['flops']:.1e}",
+                " ".join(",".join(map(str, plan)) for plan in row["plans"]),
+            )
+        made.append(table)
+    return made
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)

@@ -1,0 +1,189 @@
+"""Run strategies over budgets and seeds, and let the referee judge every plan they find."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from flashmorph.errors import UserError
+from flashmorph.evaluation import answers_right
+from flashmorph.files import read_json, write_json
+from flashmorph.morphable import Morphable
+from flashmorph.pipeline import open_morphable, open_objective, run_align, run_transplant
+from flashmorph.plan import Budget, Plan
+from flashmorph.referee.cells import Cell, CellFile, cell_key
+from flashmorph.referee.truth import Truth, find_truths
+from flashmorph.run import Run
+from flashmorph.rundata import common_settings, open_questions, plain
+from flashmorph.runfolder import digest_of
+from flashmorph.selection import SERVE_EVERY_BUDGET, STRATEGIES, Selection
+from flashmorph.selection.search import select
+
+REFEREE_SEED = 1_000_003
+FIXED = ("first", "last", "middle", "uniform")
+TOLERANCE = "loss=1%"
+
+
+class CompareSettings(BaseModel):
+    """What is compared."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    budgets: tuple[str, ...] = ("1", "2", "3")
+    strategies: tuple[str, ...] = tuple(STRATEGIES)
+    seeds: int = Field(default=5, gt=0, description="seeds of the search: its data and its noise")
+    spends: tuple[float, ...] = (1.0,)
+    settings: dict[str, dict[str, Any]] = Field(default_factory=dict, description="a strategy's own settings")
+    questions: int = Field(default=256, gt=0, description="questions of the referee's split")
+    recall_questions: int = Field(default=25, ge=0, description="generated answers a task and plan; 0 for none")
+    max_plans: int = Field(default=2_000, gt=0, description="the most plans that are enumerated")
+
+
+def compare(run: Run, settings: CompareSettings, folder: Path) -> tuple[list[Cell], dict[str, Truth]]:
+    """All cells, and the truth about every budget. Cells are kept in `folder`, so that an interrupted run goes on.
+
+    Raises:
+        UserError: too many plans to enumerate, or a search that cannot run.
+    """
+    host = run_transplant(run)
+    branches = run_align(run, host)
+    morphable = open_morphable(run, host, branches)
+    work = run.folder.path / "compare"
+    about = {"tasks": plain(run.recipe.tasks.values()), "style": run.recipe.style, **common_settings(run)}
+    search = run.recipe.select.search.model_dump(mode="json")
+    context = digest_of([run.teacher.digest, branches.digest, about, search, settings.questions])
+    work = work / context
+    truths = enumerate_plans(run, morphable, settings, work / "referee")
+    cells = CellFile(folder / "cells.jsonl", context)
+    wanted = list(_wanted(settings))
+    with run.screen.stage("search", f"{len(wanted)} cells") as report:
+        for number, (strategy, seed, spend, budgets) in enumerate(wanted):
+            own = _settings(strategy, spend, settings, run.recipe.select.search.questions)
+            missing = [name for name in budgets if cell_key(strategy, name, seed, spend, own) not in cells.cells]
+            found: Selection | None = None
+            for name in missing:
+                if found is None or strategy not in SERVE_EVERY_BUDGET:
+                    found = _search(run, morphable, strategy, name, seed, own, work)
+                cell = _judge(run, morphable, found, strategy, name, seed, spend, own, truths.get(name), settings, work)
+                cells.add(cell)
+            report(number + 1, len(wanted))
+    return [cell for cell in cells.cells.values() if _asked_for(cell, wanted)], truths
+
+
+def enumerate_plans(run: Run, morphable: Morphable, settings: CompareSettings, work: Path) -> dict[str, Truth]:
+    """The truth about every budget, on the referee's split."""
+    search = run.recipe.select.search.model_copy(update={"questions": settings.questions})
+    with run.screen.stage("referee", "every plan") as report:
+        judge = replace(run, recipe=run.recipe.model_copy(update={"seed": REFEREE_SEED}))
+        objective = open_objective(judge, morphable, "", work, report, search, judging="referee")
+        budgets = [Budget.parse(name) for name in settings.budgets]
+        space = morphable.space(budgets[0])
+        return find_truths(space, budgets, objective, settings.max_plans, lambda share: report(share, 1))
+
+
+def _wanted(settings: CompareSettings):
+    """(strategy, seed, spend, budgets) of every search, the cheap ones first."""
+    order = sorted(settings.strategies, key=lambda name: (name not in FIXED, name not in SERVE_EVERY_BUDGET, name))
+    for strategy in order:
+        seeds = 1 if strategy in (*FIXED, "kl", "tolerance") else settings.seeds
+        spends = settings.spends if _knob(strategy) else (1.0,)
+        budgets = (TOLERANCE,) if strategy == "tolerance" else settings.budgets
+        yield from ((strategy, seed, spend, budgets) for seed in range(seeds) for spend in spends)
+
+
+def _asked_for(cell: Cell, wanted: Sequence[tuple]) -> bool:
+    return any(
+        (cell.strategy, cell.seed, cell.spend) == (strategy, seed, spend) and cell.budget in budgets
+        for strategy, seed, spend, budgets in wanted
+    )
+
+
+def _knob(strategy: str) -> str | None:
+    """The setting that says how much a strategy spends."""
+    known = inspect.signature(STRATEGIES[strategy]).parameters
+    return next((name for name in ("steps", "num_questions") if name in known), None)
+
+
+def _settings(strategy: str, spend: float, settings: CompareSettings, questions: int) -> dict[str, Any]:
+    """A strategy's own settings at a share of its spend."""
+    own, knob = dict(settings.settings.get(strategy, {})), _knob(strategy)
+    if knob and spend != 1:
+        whole = own.get(knob) or inspect.signature(STRATEGIES[strategy]).parameters[knob].default or questions
+        own[knob] = max(1, round(spend * whole))
+    return own
+
+
+def _search(
+    run: Run, morphable: Morphable, strategy: str, budget: str, seed: int, own: dict[str, Any], work: Path
+) -> Selection:
+    """One search, its evaluations shared with the others of the same seed."""
+    folder = work / f"{strategy}-{digest_of([budget, seed, own])}"
+    searcher = replace(run, recipe=run.recipe.model_copy(update={"seed": seed}))
+    with run.screen.stage("search", f"{strategy}, budget {budget}, seed {seed}") as report:
+        objective = open_objective(
+            searcher, morphable, strategy, folder, report, evaluations=work / f"validation-{seed}"
+        )
+        return select(morphable, budget, strategy, objective, seed, **own)
+
+
+def _judge(
+    run: Run,
+    morphable: Morphable,
+    found: Selection,
+    strategy: str,
+    name: str,
+    seed: int,
+    spend: float,
+    own: dict[str, Any],
+    truth: Truth | None,
+    settings: CompareSettings,
+    work: Path,
+) -> Cell:
+    """What the referee says of a search's plan for the budget `name`."""
+    plan = found.plan
+    if strategy in SERVE_EVERY_BUDGET:
+        budget = Budget.parse(name)
+        plan = morphable.space(budget).best(found.scores, budget)
+    return Cell(
+        strategy,
+        name,
+        seed,
+        spend,
+        own,
+        plan.full_layers,
+        loss=truth.loss(plan) if truth else None,
+        regret=truth.regret(plan) if truth else None,
+        rank=truth.rank(plan) if truth else None,
+        cost=found.cost.to_dict(),
+        recall=recall_of(run, morphable, plan, settings.recall_questions, work) if settings.recall_questions else None,
+        details={"trace": found.trace} if strategy == "tolerance" else {},
+    )
+
+
+def recall_of(run: Run, morphable: Morphable, plan: Plan, questions: int, work: Path) -> float:
+    """Recall of a plan before distillation, on generated answers to the referee's questions; kept on disk."""
+    path = work / "recall" / f"{digest_of([plan.assignments, questions])}.json"
+    if not path.exists():
+        recipe = run.recipe.model_copy(update={"seed": REFEREE_SEED})
+        length = recipe.select.search.longest
+        model = morphable.instantiate(plan)
+        by_task = open_questions(recipe, run.corpus, run.tokenizer, "referee", questions, length)
+        hits = [np.mean(answers_right(model, run.tokenizer, examples)) for examples in by_task.values()]
+        write_json(path, float(np.mean(hits)))
+    return read_json(path)
+
+
+def check_strategies(names: Sequence[str]) -> None:
+    """Refuse a strategy that there is not.
+
+    Raises:
+        UserError: names the nearest one.
+    """
+    from flashmorph.recipe import unknown
+
+    for name in names:
+        if name not in STRATEGIES:
+            raise UserError(unknown("strategy", name, STRATEGIES))

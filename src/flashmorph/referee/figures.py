@@ -1,0 +1,44 @@
+"""Pictures of a comparison."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from flashmorph.files import atomic_path
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+_FLOOR = 1e-4
+
+
+def draw_regret(summary: dict[str, Any], path: Path) -> None:
+    """Regret against search FLOPs, one panel a budget, one line a strategy over its spends; a PNG.
+
+    Strategies that search nothing stand at the left edge as horizontal lines.
+    """
+    budgets = list(summary["truths"])
+    figure, panels = plt.subplots(1, len(budgets), figsize=(5 * len(budgets), 4.5), squeeze=False, sharey=True)
+    strategies = sorted({row["strategy"] for row in summary["rows"]})
+    colours = {name: plt.get_cmap("tab20")(place % 20) for place, name in enumerate(strategies)}
+    for panel, budget in zip(panels[0], budgets, strict=True):
+        for name in strategies:
+            rows = [row for row in summary["rows"] if (row["strategy"], row["budget"]) == (name, budget)]
+            rows = sorted((row for row in rows if row["regret"] is not None), key=lambda row: row["flops"])
+            if not rows:
+                continue
+            regrets = [row["regret"] + _FLOOR for row in rows]
+            if rows[-1]["flops"] == 0:
+                panel.axhline(regrets[-1], color=colours[name], linestyle=":", linewidth=1, label=name)
+            else:
+                panel.plot([row["flops"] for row in rows], regrets, "o-", color=colours[name], markersize=4, label=name)
+        panel.set(xscale="log", yscale="log", xlabel="search FLOPs", title=f"budget {budget}")
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel(f"regret + {_FLOOR:g}, nats an answer token")
+    panels[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    plt.close(figure)

@@ -1,0 +1,63 @@
+"""Cells in figures: rank, regret, cost and agreement of each strategy, over seeds."""
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from flashmorph.referee.cells import Cell
+from flashmorph.referee.truth import Truth
+
+
+def summarise(cells: Sequence[Cell], truths: dict[str, Truth]) -> dict[str, Any]:
+    """compare.json: the truth about each budget, one row for each strategy, budget and spend, and every cell."""
+    groups: dict[tuple[str, str, float], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.budget, cell.strategy, cell.spend), []).append(cell)
+    return {
+        "truths": {name: _truth(truth) for name, truth in truths.items()},
+        "rows": [_row(*key, some, truths.get(key[0])) for key, some in sorted(groups.items())],
+        "cells": [{name: value for name, value in vars(cell).items() if name != "details"} for cell in cells],
+        "tolerance": [{"full": cell.full, **cell.details} for cell in cells if cell.details],
+    }
+
+
+def _truth(truth: Truth) -> dict[str, Any]:
+    means = truth.means
+    order = np.argsort(means)
+    return {
+        "plans": len(means),
+        "questions": truth.losses.shape[1],
+        "best": truth.best.full_layers,
+        "best_loss": float(means.min()),
+        "median_loss": float(np.median(means)),
+        "first": [truth.plans[place].full_layers for place in order if truth.rank(truth.plans[place]) == 1],
+    }
+
+
+def _row(budget: str, strategy: str, spend: float, cells: list[Cell], truth: Truth | None) -> dict[str, Any]:
+    known = [cell for cell in cells if cell.regret is not None and cell.rank is not None]
+    regrets = [cell.regret for cell in known if cell.regret is not None]
+    ranks = [cell.rank for cell in known if cell.rank is not None]
+    recalls = [cell.recall for cell in cells if cell.recall is not None]
+    pairs = list(combinations([set(cell.full) for cell in cells], 2))
+    return {
+        "budget": budget,
+        "strategy": strategy,
+        "spend": spend,
+        "seeds": len(cells),
+        "rank": _mean(ranks),
+        "worst_rank": max(ranks, default=None),
+        "first": _mean([rank == 1 for rank in ranks]),
+        "regret": _mean(regrets),
+        "regret_spread": float(np.std(regrets, ddof=1)) if len(regrets) > 1 else None,
+        "recall": _mean(recalls),
+        "agreement": _mean([len(one & other) / len(one | other) for one, other in pairs]),
+        **{name: _mean([cell.cost[name] for cell in cells]) for name in cells[0].cost},
+        "plans": sorted({tuple(cell.full) for cell in cells}),
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if len(values) else None

@@ -1,0 +1,91 @@
+"""The truth about one budget: the loss of every plan on every question of the referee's split."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from flashmorph.errors import UserError
+from flashmorph.plan import Budget, Plan, Space
+from flashmorph.selection.strategy import Objective
+
+RESAMPLES = 2_000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Truth:
+    """`losses` is `[plans, questions]`, in nats; `means` what it comes to for each plan."""
+
+    plans: tuple[Plan, ...]
+    losses: np.ndarray
+
+    @property
+    def means(self) -> np.ndarray:
+        """Mean loss of each plan."""
+        return self.losses.mean(1)
+
+    @property
+    def best(self) -> Plan:
+        """The plan of the lowest mean loss."""
+        return self.plans[int(self.means.argmin())]
+
+    def loss(self, plan: Plan) -> float:
+        """Mean loss of `plan`."""
+        return float(self.means[self._place(plan)])
+
+    def regret(self, plan: Plan) -> float:
+        """Mean loss of `plan` minus that of the best plan."""
+        return float(self.means[self._place(plan)] - self.means.min())
+
+    def rank(self, plan: Plan) -> int:
+        """1 where `plan` cannot be told from the best one, else 1 + the number of plans that are better.
+
+        Better means that the paired bootstrap's 95 % interval of the difference of mean losses lies below 0; questions
+        are drawn anew `RESAMPLES` times, the same ones for all plans.
+        """
+        questions = self.losses.shape[1]
+        draws = np.random.default_rng(0).multinomial(questions, np.full(questions, 1 / questions), size=RESAMPLES)
+        means = draws @ self.losses.T / questions
+        differences = means - means[:, [self._place(plan)]]
+        better = np.quantile(differences, (1 + CONFIDENCE) / 2, axis=0) < 0
+        return 1 + int(better.sum()) if better[int(self.means.argmin())] else 1
+
+    def _place(self, plan: Plan) -> int:
+        for place, other in enumerate(self.plans):
+            if other.assignments == plan.assignments:
+                return place
+        raise ValueError(f"{plan.strip()} is no plan of budget {self.plans[0].budget}")
+
+
+def find_truths(
+    space: Space,
+    budgets: Sequence[Budget],
+    objective: Objective,
+    max_plans: int,
+    report: Callable[[float], None] | None = None,
+) -> dict[str, Truth]:
+    """Evaluate every plan of every budget, all together; a truth for each budget by its name.
+
+    Raises:
+        UserError: there are more than `max_plans` plans.
+    """
+    kept = [int(space.limit(budget)) for budget in budgets]
+    count = sum(math.comb(len(space.groups), full) for full in kept)
+    if count > max_plans:
+        raise UserError(
+            f"the referee would evaluate {count:,} plans of {len(space.groups)} layers and max_plans is {max_plans:,}: "
+            "give smaller budgets, or more plans"
+        )
+    plans = [
+        tuple(space.plan(chosen, budget) for chosen in combinations(space.groups, full))
+        for budget, full in zip(budgets, kept, strict=True)
+    ]
+    losses = objective.evaluate([plan for some in plans for plan in some], report=report)
+    truths, start = {}, 0
+    for budget, some in zip(budgets, plans, strict=True):
+        truths[str(budget)] = Truth(some, losses[start : start + len(some)])
+        start += len(some)
+    return truths

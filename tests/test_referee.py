@@ -1,0 +1,111 @@
+"""The referee: the truth about every plan, cells that outlive an interruption, and what is said of them."""
+
+import json
+from itertools import combinations
+
+import numpy as np
+import pytest
+from conftest import run_command
+from test_selection import Surface, additive
+
+from flashmorph.errors import UserError
+from flashmorph.plan import Budget, Space
+from flashmorph.referee.cells import Cell, CellFile
+from flashmorph.referee.summary import summarise
+from flashmorph.referee.truth import Truth, find_truths
+
+
+def truth_of(means, questions: int = 200, noise: float = 0.0) -> Truth:
+    """Plans with one full layer each, whose losses share every question's difficulty."""
+    rng = np.random.default_rng(0)
+    space, budget = Space.of_layers(len(means)), Budget("layers", 1)
+    plans = tuple(space.plan([group], budget) for group in space.groups)
+    difficulty = rng.exponential(size=questions)
+    own = noise * rng.standard_normal((len(means), questions))
+    return Truth(plans, np.asarray(means)[:, None] + difficulty + own - own.mean(1, keepdims=True))
+
+
+def test_regret_is_the_distance_to_the_best_plan():
+    truth = truth_of([0.5, 0.2, 0.9])
+    assert truth.best.full_layers == [1]
+    assert [truth.regret(plan) for plan in truth.plans] == pytest.approx([0.3, 0, 0.7])
+    with pytest.raises(ValueError, match="is no plan of budget 1"):
+        truth.regret(Space.of_layers(3).plan(["layers.0", "layers.1"], Budget("layers", 2)))
+
+
+def test_a_plan_that_cannot_be_told_from_the_best_ranks_first():
+    truth = truth_of([0.5, 0.2, 0.21, 0.9], noise=0.2)
+    assert [truth.rank(plan) for plan in truth.plans] == [3, 1, 1, 4]
+    sharp = truth_of([0.5, 0.2, 0.21, 0.9], noise=0.001)
+    assert [sharp.rank(plan) for plan in sharp.plans] == [3, 1, 2, 4]
+
+
+def test_questions_are_paired():
+    """Difficulties differ far more between questions than plans do; paired, the plans are told apart."""
+    truth = truth_of([0.20, 0.22], noise=0.01)
+    assert truth.losses.std() > 0.5
+    assert [truth.rank(plan) for plan in truth.plans] == [1, 2]
+
+
+def test_every_plan_of_every_budget_is_evaluated():
+    space, budgets = Space.of_layers(8), [Budget("layers", kept) for kept in (1, 2)]
+    truths = find_truths(space, budgets, Surface(additive, noise=0), max_plans=100)
+    assert [plan.full_layers for plan in truths["2"].plans] == [list(pair) for pair in combinations(range(8), 2)]
+    assert truths["1"].best.full_layers == [1] and truths["2"].best.full_layers == [1, 3]
+    with pytest.raises(UserError, match="would evaluate 36 plans of 8 layers and max_plans is 35"):
+        find_truths(space, budgets, Surface(additive), max_plans=35)
+
+
+def cell(**changes) -> Cell:
+    values = {"strategy": "gates", "budget": "2", "seed": 0, "spend": 1.0, "settings": {}, "full": [1, 3]}
+    cost = {"tokens_forward": 10, "tokens_backward": 5, "flops": 2.0, "seconds": 1.0}
+    return Cell(**{**values, "loss": 0.5, "regret": 0.1, "rank": 2, "cost": cost, "recall": 0.9, **changes})
+
+
+def test_cells_outlive_an_interruption_and_those_of_another_context_are_dropped(tmp_path):
+    file = CellFile(tmp_path / "cells.jsonl", "one")
+    file.add(cell())
+    file.add(cell(seed=1))
+    file.add(cell(seed=1, full=[2, 3]))
+    again = CellFile(tmp_path / "cells.jsonl", "one")
+    assert [found.full for found in again.cells.values()] == [[1, 3], [2, 3]]
+    other = CellFile(tmp_path / "cells.jsonl", "other")
+    assert not other.cells
+    other.add(cell(seed=2))
+    assert [json.loads(line)["seed"] for line in (tmp_path / "cells.jsonl").read_text().splitlines()] == [2]
+    (tmp_path / "cells.jsonl").write_text("{\n")
+    with pytest.raises(UserError, match="line 1, is no cell of `compare`: remove that line"):
+        CellFile(tmp_path / "cells.jsonl", "one")
+
+
+def test_the_summary_is_a_mean_over_seeds():
+    cells = [cell(), cell(seed=1, full=[1, 2], regret=0.3, rank=1), cell(strategy="uniform", regret=None, rank=None)]
+    summary = summarise(cells, {})
+    row, uniform = summary["rows"]
+    assert (row["strategy"], row["seeds"], row["rank"], row["first"]) == ("gates", 2, 1.5, 0.5)
+    assert row["regret"] == pytest.approx(0.2) and row["regret_spread"] == pytest.approx(np.std([0.1, 0.3], ddof=1))
+    assert row["agreement"] == pytest.approx(1 / 3) and row["plans"] == [(1, 2), (1, 3)]
+    assert uniform["regret"] is None and uniform["agreement"] is None
+    json.dumps(summary)
+
+
+def test_compare_judges_strategies_and_goes_on(teacher_folder, recipe_file, tmp_path, capsys):
+    arguments = ["compare", teacher_folder, "--recipe", recipe_file, "--output", tmp_path / "run", "--budgets", "1"]
+    arguments += ["--questions", 6, "--recall-questions", 1, "--seeds", 2]
+    searched = ["--strategies", "uniform,greedy-forward,budgeted-gates,drop-one", "--set"]
+    assert run_command(*arguments, *searched, "select.settings={}") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "2 plans, best" in printed and "greedy-forward" in printed
+    made = (tmp_path / "run/compare/cells.jsonl").read_text()
+    assert len(made.splitlines()) == 1 + 2 + 2 + 2
+    summary = json.loads((tmp_path / "run/compare/compare.json").read_text())
+    assert all(row["regret"] >= 0 and row["rank"] >= 1 for row in summary["rows"])
+    assert {row["strategy"]: row["flops"] for row in summary["rows"]}["uniform"] == 0
+    assert (tmp_path / "run/compare/regret.png").read_bytes()[:4] == b"\x89PNG"
+    assert run_command(*arguments, *searched, "select.settings={}", "--json") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again == summary and (tmp_path / "run/compare/cells.jsonl").read_text() == made
+    assert run_command(*arguments, "--strategies", "greedy") == 2
+    assert "unknown strategy 'greedy'; did you mean 'greedy-" in capsys.readouterr().err
+    assert run_command(*arguments[:-2], "--seeds", 1, "--max-plans", 1) == 2
+    assert "would evaluate 2 plans" in capsys.readouterr().err
