@@ -17,6 +17,7 @@ from flashmorph.tasks.problem import one_word_keys, random_value, two_word_keys
 STYLE = STYLES["lines"]
 TEXT_WEIGHT, ANSWER_WEIGHT, HOP_WEIGHT, COPY_WEIGHT, LINK_WEIGHT = 1.0, 4.0, 8.0, 2.0, 6.0
 FACT_WEIGHTS = ((ANSWER_WEIGHT, 1), ANSWER_WEIGHT)
+HOP_WEIGHTS = ((HOP_WEIGHT, 2), ANSWER_WEIGHT)
 KINDS = ("text", "copy", "facts", "hops")
 
 
@@ -43,18 +44,12 @@ class Row:
 class Curriculum:
     """Makes rows of any length; the mixture of kinds is the caller's."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, seed: int, key_words: int, hop_rest_weight: float, few_digits: int
-    ):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int, key_words: int = 0):
         """The two-word keys of a row share between 8 and `key_words` words, drawn for each row; with 0, all words.
 
-        With few words most keys of a row have a word in common, so that both words must be read. `hop_rest_weight` is
-        the loss weight of what follows the first token of a two-hop answer. With `few_digits` the values of half of the
-        rows are made of so many two-digit pieces, so that what follows a piece does not tell the value.
+        With few words most keys of a row have a word in common, so that both words must be read.
         """
-        self._hop_weights = ((HOP_WEIGHT, 2), hop_rest_weight)
-        self._key_words, self._few_digits = key_words, few_digits
-        self._digits: list[int] = []
+        self._key_words = key_words
         self._rng = random.Random(seed)
         self._tokenizer = tokenizer
         self._cache: dict[str, list[int]] = {}
@@ -67,7 +62,7 @@ class Curriculum:
     def batch(self, mixture: dict[str, float], rows: int, length: int) -> dict[str, torch.Tensor]:
         """`ids`, `labels`, `weights`, `part`, each `[rows, length]`; labels are shifted: position t predicts t + 1."""
         kinds = self._rng.choices(KINDS, [mixture[kind] for kind in KINDS], k=rows)
-        made = [self._make(kind, length + 1) for kind in kinds]
+        made = [getattr(self, f"_make_{kind}")(length + 1) for kind in kinds]
         return {
             "ids": torch.tensor([row.ids[:length] for row in made]),
             "labels": torch.tensor([row.labels[1 : length + 1] for row in made]),
@@ -75,26 +70,13 @@ class Curriculum:
             "part": torch.tensor([row.part[1 : length + 1] for row in made]),
         }
 
-    def _make(self, kind: str, length: int) -> Row:
-        makers = {"text": self._make_text, "copy": self._make_copy, "facts": self._make_facts, "hops": self._make_hops}
-        if self._few_digits:
-            self._draw_digits()
-        return makers[kind](length)
-
     def _encode(self, text: str) -> list[int]:
         if text not in self._cache:
             self._cache[text] = self._tokenizer(text, verbose=False).input_ids
         return self._cache[text]
 
-    def _draw_digits(self) -> None:
-        """Choose which two-digit pieces the values of the next row are made of: a few in half of the rows, or any."""
-        few = self._rng.random() < 0.5
-        self._digits = self._rng.sample(range(10, 100), self._few_digits) if few else []
-
     def _value(self) -> list[int]:
         value = random_value(self._rng, STYLE)
-        if self._digits:
-            value = "".join(str(piece) for piece in self._rng.choices(self._digits, k=len(value) // 2))
         return [token for place in range(0, len(value), 2) for token in self._encode(value[place : place + 2])]
 
     def _text_piece(self, length: int) -> list[int]:
@@ -192,7 +174,7 @@ class Curriculum:
                 row.add(self._encode("\n"), LINK_WEIGHT, part=3)
                 row.labels[-1] = value[0]
                 waiting.append((self._encode(f" {name}:"), value))
-        return self._finish(row, waiting, length, share, self._hop_weights)
+        return self._finish(row, waiting, length, share, HOP_WEIGHTS)
 
     def _finish(self, row: Row, waiting: list, length: int, share: float, weights: tuple) -> Row:
         """Ask what is still open in random order, then fill the row with text before it, or after it."""

@@ -58,8 +58,7 @@ def main() -> None:
     if arguments.start:
         model.load_state_dict(Qwen3ForCausalLM.from_pretrained(arguments.start, dtype=torch.float32).state_dict())
     print(f"{model.num_parameters():,} parameters", flush=True)
-    about = {name: settings[name] for name in ("key_words", "hop_rest_weight", "few_digits")}
-    curriculum = Curriculum(tokenizer, settings["seed"], **about)
+    curriculum = Curriculum(tokenizer, settings["seed"], settings["key_words"])
     log = train(model, curriculum, settings)
     model.config.layer_types = ["full_attention"] * config.num_hidden_layers
     model.to(torch.bfloat16).save_pretrained(arguments.output)

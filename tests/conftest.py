@@ -1,5 +1,6 @@
 """Tiny random teachers, and recipes that take a few steps."""
 
+import gc
 import math
 import os
 from pathlib import Path
@@ -82,6 +83,8 @@ def run_command(*arguments: object) -> int:
             main()
         except SystemExit as stop:
             return int(stop.code or 0)
+        finally:
+            gc.collect()  # A run holds the lock of its folder until it is gone.
     return 0
 
 

@@ -1,18 +1,24 @@
-"""Look at finished models: score them on the same questions, or let them go on with a prompt."""
+"""Look at models and plans: score them on the same questions, or let them go on with a prompt."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmorph.corpus import Corpus, pack
 from flashmorph.errors import UserError
-from flashmorph.evaluation import Score, evaluate
+from flashmorph.evaluation import Score, answers_right, evaluate
+from flashmorph.files import read_json, write_json
 from flashmorph.hosts import cache_by_context
+from flashmorph.morphable import Morphable
+from flashmorph.plan import Plan
 from flashmorph.recipe import Recipe
+from flashmorph.run import Run
 from flashmorph.rundata import open_questions
+from flashmorph.runfolder import digest_of
 from flashmorph.teacher import load_model, load_tokenizer, locate
 
 
@@ -44,6 +50,24 @@ def score_model(name: str, recipe: Recipe, device: torch.device) -> Score:
         held_out = pack(corpus, tokenizer, "test", settings.length, rows, recipe.seed, path, None)
         questions = open_questions(recipe, corpus, tokenizer)
         return evaluate(model, tokenizer, questions, held_out, settings, cache_by_context(model.config))
+
+
+def recall_of_plan(
+    run: Run, morphable: Morphable, plan: Plan, split: str, seed: int, questions: int, folder: Path
+) -> float:
+    """Recall of a plan before distillation: `questions` generated answers a task to questions of `split`.
+
+    They are as long as the search's. The figure is kept in `folder`.
+    """
+    path = folder / f"recall-{digest_of([plan.assignments, split, seed, questions])}.json"
+    if not path.exists():
+        recipe = run.recipe.model_copy(update={"seed": seed})
+        length = recipe.select.search.longest
+        by_task = open_questions(recipe, run.corpus, run.tokenizer, split, questions, length)
+        model = morphable.instantiate(plan)
+        hits = [np.mean(answers_right(model, run.tokenizer, examples)) for examples in by_task.values()]
+        write_json(path, float(np.mean(hits)))
+    return read_json(path)
 
 
 @torch.no_grad()

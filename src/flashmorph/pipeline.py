@@ -26,11 +26,10 @@ from flashmorph.publish import publish, save_model
 from flashmorph.run import Results, Run
 from flashmorph.rundata import (
     calibration,
-    common_settings,
     held_out_rows,
     open_questions,
-    plain,
     search_data,
+    task_settings,
     training_rows,
     training_settings,
 )
@@ -129,9 +128,7 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
     wanted = {
         "budget": recipe.budget,
         "select": chosen.model_dump(mode="json"),
-        "tasks": plain(recipe.tasks.values()),
-        "style": recipe.style,
-        **common_settings(run),
+        **task_settings(run),
     }
     if chosen.strategy in NEED_TRAINING:
         wanted["distill"] = recipe.distill.model_dump(mode="json")
@@ -235,9 +232,7 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
 
     wanted = {
         "evaluate": settings.model_dump(mode="json"),
-        "tasks": plain(recipe.tasks.values()),
-        "style": recipe.style,
-        **common_settings(run),
+        **task_settings(run),
     }
     stage = run.stage("evaluate", label, wanted, [model.digest], work)
     record = stage.record

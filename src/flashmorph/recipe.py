@@ -84,7 +84,11 @@ def load_recipe(source: str | Path, changes: dict[str, Any] | None = None) -> Re
         raise UserError(f"recipe {name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"recipe {name} must be a mapping of settings, such as `budget: 25%`")
-    for key, value in (changes or {}).items():
+    changes = changes or {}
+    if _changes_strategy(values, changes):
+        # Settings of one strategy mean nothing to another.
+        values["select"]["settings"] = {}
+    for key, value in changes.items():
         _set(values, key, value)
     try:
         recipe = Recipe.model_validate(values)
@@ -121,6 +125,13 @@ def unknown(kind: str, name: str, known: Any) -> str:
     near = difflib.get_close_matches(name, list(known), 1, 0.4)
     hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(str, known))}"
     return f"unknown {kind} {name!r}; {hint}"
+
+
+def _changes_strategy(values: dict[str, Any], changes: dict[str, Any]) -> bool:
+    chosen = values.get("select")
+    if not isinstance(chosen, dict) or "select.strategy" not in changes:
+        return False
+    return chosen.get("strategy", DEFAULT_STRATEGY) != changes["select.strategy"]
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

@@ -87,12 +87,15 @@ def common_settings(run: Run) -> dict[str, Any]:
     return {"data": run.recipe.data.model_dump(mode="json"), "seed": run.recipe.seed, "bf16": run.bf16}
 
 
+def task_settings(run: Run) -> dict[str, Any]:
+    """What the digest of a stage that asks questions depends on."""
+    return {"tasks": plain(run.recipe.tasks.values()), "style": run.recipe.style, **common_settings(run)}
+
+
 def training_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
     """What the digest of a stage that trains depends on."""
-    wanted = {"train": settings.model_dump(mode="json"), **common_settings(run)}
-    if settings.retrieval_share:
-        wanted |= {"tasks": plain(run.recipe.tasks.values()), "style": run.recipe.style}
-    return wanted
+    about = task_settings(run) if settings.retrieval_share else common_settings(run)
+    return {"train": settings.model_dump(mode="json"), **about}
 
 
 def plain(tasks: Iterable[TaskSettings]) -> list[dict[str, Any]]:

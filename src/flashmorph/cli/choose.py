@@ -1,5 +1,6 @@
 """The commands that choose layers."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from flashmorph.cli.options import (
     OUT,
     BudgetOption,
     DeviceOption,
+    JsonOption,
     Options,
     RecipeOption,
     SetOption,
@@ -40,30 +42,106 @@ class _ListsStrategies(TyperCommand):
 @app.command(cls=_ListsStrategies)
 def select(
     teacher: TeacherArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The plan, a JSON file.")],
     source: Annotated[Path, typer.Option("--from", help="The run whose alignment is used; the search is kept there.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The plan (or the curve), a JSON file.")],
     recipe: RecipeOption = None,
     budget: BudgetOption = None,
     strategy: StrategyOption = None,
+    curve: Annotated[bool, typer.Option("--curve", help="Plan, loss and recall for every budget.")] = False,
+    within: Annotated[str, typer.Option(help="With --curve: how much of the teacher's recall may be lost.")] = "5%",
+    recall_questions: Annotated[int, typer.Option(min=1, help="With --curve: generated answers a task.")] = 50,
     changes: SetOption = None,
     device: DeviceOption = "auto",
+    as_json: JsonOption = False,
 ) -> None:
-    """Choose the layers that stay full, on a run that is aligned.
+    """Choose the layers that stay full, on a run that is aligned; or see with --curve what each budget would give.
 
     Example: `flashmorph select tiny --from runs/demo --budget 3 --strategy greedy-forward --output plan.json`
+
+    Example: `flashmorph select tiny --from runs/demo --curve --within 5% --output curve.json`
     """
     from flashmorph import pipeline
 
-    if recipe is None and (source / "stages").is_dir():
-        recipe = str(_kept_recipe(source)) if _kept_recipe(source).is_file() else None
-    options = Options(teacher, source, recipe, budget, changes, strategy=strategy, device=device)
+    share = _share(within)
+    if recipe is None and _kept_recipe(source).is_file():
+        recipe = str(_kept_recipe(source))
+    options = Options(teacher, source, recipe, budget, changes, strategy=strategy, device=device, json=as_json)
     if not (source / "stages").is_dir():
         raise UserError(f"{source} is no run of flashmorph's: run `flashmorph align {teacher} --output {source}` first")
     run = open_run(options)
     host = pipeline.run_transplant(run)
-    plan = pipeline.run_select(run, host, pipeline.run_align(run, host))
+    branches = pipeline.run_align(run, host)
+    if curve:
+        _show_curve(run, host, branches, recall_questions, share, output, as_json)
+        return
+    plan = pipeline.run_select(run, host, branches)
     plan.save(output)
+    if as_json:
+        print(json.dumps(plan.to_dict(), indent=2))
+        return
     OUT.print(f"{plan.strip()}  layers {', '.join(map(str, plan.full_layers))} stay full; written: {output}")
+    if plan.strategy == "tolerance":
+        _show_tolerance(run, plan)
+
+
+def _share(text: str) -> float:
+    """`5%` as a share."""
+    try:
+        share = float(text.removesuffix("%")) / 100
+    except ValueError:
+        share = -1.0
+    if not text.endswith("%") or not 0 <= share < 1:
+        raise UserError(f"--within {text!r} must be a percentage from 0% to below 100%, for example 5%")
+    return share
+
+
+def _show_curve(run: Any, host: Any, branches: Any, questions: int, share: float, output: Path, as_json: bool) -> None:
+    """A line a budget, the smallest one within `share` of the teacher's recall marked."""
+    from rich.table import Table
+
+    from flashmorph.curve import draw_curve, run_curve
+    from flashmorph.files import write_json
+
+    curve = run_curve(run, host, branches, questions)
+    enough = curve.smallest_within(share)
+    values = {**curve.to_dict(), "within": share, "smallest_within": len(enough.full)}
+    write_json(output, values)
+    picture = output.with_suffix(".png")
+    draw_curve(curve, share, picture)
+    if as_json:
+        print(json.dumps(values, indent=2))
+        return
+    context = max(enough.cache_bytes, key=int)
+    table = Table(title=f"{curve.strategy}, before distillation", title_justify="left")
+    for column in ("full", "plan", "loss", "recall", f"cache at {int(context):,}", ""):
+        table.add_column(column, justify="left" if column in ("plan", "") else "right", no_wrap=True)
+    for point in curve.points:
+        cache = f"{point.cache_bytes[context] / 2**20:,.1f} MiB"
+        note = f"<- smallest within {share:.0%}" if point is enough else ""
+        figures = (f"{point.loss:.3f}", f"{point.recall:.0%}", cache, note)
+        table.add_row(str(len(point.full)), point.strip, *figures)
+    OUT.print(table)
+    OUT.print(f"written: {output} and {picture}", highlight=False, soft_wrap=True)
+
+
+def _show_tolerance(run: Any, plan: Any) -> None:
+    """Cache saved against perplexity added, and where the full layers stand."""
+    from flashmorph.hosts import cache_bytes, host_for
+    from flashmorph.teacher import load_config
+
+    config = load_config(run.teacher.folder)
+    host = host_for(config)
+    full = host.host_config(config)
+    hybrid = host.with_layer_types(full, list(plan.assignments.values()))
+    context, layers = 131_072, len(plan.assignments)
+    saved = 1 - cache_bytes(hybrid, context) / cache_bytes(full, context)
+    thirds = [sum(3 * layer // layers == third for layer in plan.full_layers) for third in range(3)]
+    OUT.print(
+        f"{plan.budget} of perplexity was allowed: {saved:.0%} of the cache at {context:,} tokens is saved; "
+        f"full layers: {thirds[0]} early, {thirds[1]} middle, {thirds[2]} late",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _kept_recipe(run: Path) -> Path:

@@ -4,6 +4,7 @@ import json
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from flashmorph.cli.app import app
@@ -96,8 +97,8 @@ def tables(summary: dict) -> list[Table]:
                 f": {truth['plans']} plans, best {truth['best']} at {truth['best_loss']:.3f} nats "
                 f"(median {truth['median_loss']:.2f})"
             )
-        table = Table(title=title, title_justify="left")
-        for column in ("strategy", "rank", "first", "regret", "recall", "agree", "tokens", "FLOPs", "plans"):
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for column in ("strategy", "rank", "first", "regret", "recall", "agree", "FLOPs", "plans"):
             left = column in ("strategy", "plans")
             table.add_column(column, justify="left" if left else "right", no_wrap=column != "plans")
         rows = [row for row in summary["rows"] if row["budget"] == budget]
@@ -111,7 +112,6 @@ def tables(summary: dict) -> list[Table]:
                 _figure(row["regret"], "{:.3f}") + spread,
                 _figure(row["recall"], "{:.0%}"),
                 _figure(row["agreement"], "{:.2f}"),
-                f"{row['tokens_forward'] + row['tokens_backward']:.1e}",
                 f"{row['flops']:.1e}",
                 " ".join(",".join(map(str, plan)) for plan in row["plans"]),
             )

@@ -6,19 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from flashmorph.errors import UserError
-from flashmorph.evaluation import answers_right
-from flashmorph.files import read_json, write_json
+from flashmorph.judge import recall_of_plan
 from flashmorph.morphable import Morphable
 from flashmorph.pipeline import open_morphable, open_objective, run_align, run_transplant
-from flashmorph.plan import Budget, Plan
+from flashmorph.plan import Budget
 from flashmorph.referee.cells import Cell, CellFile, cell_key
 from flashmorph.referee.truth import Truth, find_truths
 from flashmorph.run import Run
-from flashmorph.rundata import common_settings, open_questions, plain
+from flashmorph.rundata import task_settings
 from flashmorph.runfolder import digest_of
 from flashmorph.selection import SERVE_EVERY_BUDGET, STRATEGIES, Selection
 from flashmorph.selection.search import select
@@ -52,9 +50,8 @@ def compare(run: Run, settings: CompareSettings, folder: Path) -> tuple[list[Cel
     branches = run_align(run, host)
     morphable = open_morphable(run, host, branches)
     work = run.folder.path / "compare"
-    about = {"tasks": plain(run.recipe.tasks.values()), "style": run.recipe.style, **common_settings(run)}
     search = run.recipe.select.search.model_dump(mode="json")
-    context = digest_of([run.teacher.digest, branches.digest, about, search, settings.questions])
+    context = digest_of([run.teacher.digest, branches.digest, task_settings(run), search, settings.questions])
     work = work / context
     truths = enumerate_plans(run, morphable, settings, work / "referee")
     cells = CellFile(folder / "cells.jsonl", context)
@@ -147,6 +144,9 @@ def _judge(
     if strategy in SERVE_EVERY_BUDGET:
         budget = Budget.parse(name)
         plan = morphable.space(budget).best(found.scores, budget)
+    recall = None
+    if settings.recall_questions:
+        recall = recall_of_plan(run, morphable, plan, "referee", REFEREE_SEED, settings.recall_questions, work)
     return Cell(
         strategy,
         name,
@@ -158,22 +158,9 @@ def _judge(
         regret=truth.regret(plan) if truth else None,
         rank=truth.rank(plan) if truth else None,
         cost=found.cost.to_dict(),
-        recall=recall_of(run, morphable, plan, settings.recall_questions, work) if settings.recall_questions else None,
+        recall=recall,
         details={"trace": found.trace} if strategy == "tolerance" else {},
     )
-
-
-def recall_of(run: Run, morphable: Morphable, plan: Plan, questions: int, work: Path) -> float:
-    """Recall of a plan before distillation, on generated answers to the referee's questions; kept on disk."""
-    path = work / "recall" / f"{digest_of([plan.assignments, questions])}.json"
-    if not path.exists():
-        recipe = run.recipe.model_copy(update={"seed": REFEREE_SEED})
-        length = recipe.select.search.longest
-        model = morphable.instantiate(plan)
-        by_task = open_questions(recipe, run.corpus, run.tokenizer, "referee", questions, length)
-        hits = [np.mean(answers_right(model, run.tokenizer, examples)) for examples in by_task.values()]
-        write_json(path, float(np.mean(hits)))
-    return read_json(path)
 
 
 def check_strategies(names: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from flashmorph.errors import UserError
+from flashmorph.selection.shared_adam import SharedAdam
 from flashmorph.selection.strategy import Objective
 
 
@@ -32,13 +33,14 @@ def descend(
     data: str = "questions",
     regulariser: Callable[[torch.Tensor], torch.Tensor] | None = None,
     after_step: Callable[[torch.Tensor], object] | None = None,
+    shared_moment: bool = False,
 ) -> list[dict]:
     """Train `logits` in place and return the trace, one entry a step.
 
     `loss` and `data` are what `Objective.gradient` is asked for. `to_gates(logits, step)` gives the gates
     `[groups, options]` that the model runs with (differentiable); `regulariser(logits)` is added to the loss;
     `after_step(logits)` may project (in place, without gradient). Gradients are not clipped: a gate's size of step is
-    Adam's.
+    Adam's. With `shared_moment` that is one size for all of them (`SharedAdam`).
 
     The loop keeps its state with the objective, which makes a killed search go on where it stopped.
 
@@ -46,7 +48,8 @@ def descend(
         UserError: the loss or its gradient is not finite.
     """
     logits.requires_grad_(True)
-    optimizer = torch.optim.Adam([logits], lr=schedule.start)
+    kind = SharedAdam if shared_moment else torch.optim.Adam
+    optimizer = kind([logits], lr=schedule.start)
     trace: list[dict] = []
     first = objective.restore(logits, optimizer, trace)
     for step in range(first, schedule.steps):

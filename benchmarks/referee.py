@@ -1,0 +1,124 @@
+"""Which strategy chooses best? All of them on the referee's teachers, judged by every plan's loss.
+
+    python benchmarks/referee.py --teachers tiny natural --seeds 5
+
+Each teacher's run is `runs/referee-<teacher>`; cells are written to `benchmarks/results/referee/<teacher>/` as they
+finish, and the same command goes on from them. At the end a table over all teachers is printed and written to
+`benchmarks/results/referee/summary.json`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from flashmorph.cli.options import quiet
+from flashmorph.devices import pick_device
+from flashmorph.evaluation import paired_interval
+from flashmorph.files import write_json
+from flashmorph.outlook import check
+from flashmorph.recipe import load_recipe
+from flashmorph.referee import CompareSettings, compare
+from flashmorph.referee.figures import draw_regret
+from flashmorph.referee.summary import summarise
+from flashmorph.run import Run
+from flashmorph.runfolder import RunFolder
+from flashmorph.screen import RichScreen
+from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES
+from flashmorph.teacher import open_teacher
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "referee"
+RECIPES = {"tiny": "tiny", "natural": "keys", "deep": "keys", "redundant": "keys", "chains": "chains"}
+
+
+def main() -> None:
+    """Compare on each teacher, then over all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teachers", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
+    parser.add_argument("--budgets", nargs="+", default=["1", "2", "3"])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--spends", nargs="+", type=float, default=[1.0])
+    arguments = parser.parse_args()
+    quiet()
+    console = Console()
+    for teacher in arguments.teachers:
+        console.rule(teacher)
+        compare_on(teacher, arguments, console)
+    summary = over_teachers()
+    write_json(RESULTS / "summary.json", summary)
+    console.print(table_of(summary))
+
+
+def compare_on(teacher: str, arguments: argparse.Namespace, console: Console) -> None:
+    """All cells of one teacher, its summary and its picture."""
+    recipe = load_recipe(HERE / "referee" / f"{RECIPES[teacher]}.yaml")
+    opened = open_teacher(teacher if teacher == "tiny" else str(HERE.parent / "teachers" / teacher))
+    check(opened, recipe)
+    run = Run(opened, recipe, RunFolder(Path("runs") / f"referee-{teacher}"), pick_device(), RichScreen(console))
+    settings = CompareSettings(
+        budgets=tuple(arguments.budgets),
+        strategies=tuple(arguments.strategies),
+        seeds=arguments.seeds,
+        spends=tuple(arguments.spends),
+    )
+    summary = summarise(*compare(run, settings, RESULTS / teacher))
+    command = f"python benchmarks/referee.py --teachers {teacher} --seeds {arguments.seeds}"
+    write_json(RESULTS / teacher / "compare.json", {"command": command, **summary})
+    draw_regret(summary, RESULTS / teacher / "regret.png")
+
+
+def over_teachers() -> list[dict]:
+    """One row a strategy: its mean regret over all teachers, budgets and seeds, and by how much it exceeds the
+    default's, paired by cell with a 95 % interval."""
+    regrets: dict[str, dict[tuple, float]] = {}
+    ranks: dict[str, list[int]] = {}
+    for path in sorted(RESULTS.glob("*/compare.json")):
+        for cell in json.loads(path.read_text())["cells"]:
+            if cell["spend"] == 1 and cell["regret"] is not None:
+                key = (path.parent.name, cell["budget"], cell["seed"])
+                regrets.setdefault(cell["strategy"], {})[key] = cell["regret"]
+                ranks.setdefault(cell["strategy"], []).append(cell["rank"])
+    rows = []
+    base = regrets.get(DEFAULT_STRATEGY, {})
+    for strategy, found in regrets.items():
+        # A strategy without a seed has one cell a budget, which stands for every seed of the default's.
+        pairs = [(found.get(key, found.get((*key[:2], 0))), value) for key, value in base.items()]
+        pairs = [(own, default) for own, default in pairs if own is not None]
+        own, default = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        interval = paired_interval([own], [default]) if pairs else None
+        rows.append(
+            {
+                "strategy": strategy,
+                "cells": len(found),
+                "regret": float(np.mean(list(found.values()))),
+                "first": float(np.mean([rank == 1 for rank in ranks[strategy]])),
+                "worst_rank": max(ranks[strategy]),
+                "minus_default": float(np.mean(own) - np.mean(default)) if pairs else None,
+                "interval": interval,
+            }
+        )
+    return sorted(rows, key=lambda row: row["regret"])
+
+
+def table_of(rows: list[dict]) -> Table:
+    """The rows on a screen."""
+    table = Table(title=f"over all teachers, budgets, seeds; the default is {DEFAULT_STRATEGY}", title_justify="left")
+    for column in ("strategy", "cells", "regret", "first", "worst rank", "minus the default's", "95 %"):
+        table.add_column(column, justify="left" if column == "strategy" else "right")
+    for row in rows:
+        interval = row["interval"] and f"{row['interval'][0]:+.3f} to {row['interval'][1]:+.3f}"
+        minus = "" if row["minus_default"] is None else f"{row['minus_default']:+.3f}"
+        first = f"{row['first']:.0%}"
+        table.add_row(
+            row["strategy"], str(row["cells"]), f"{row['regret']:.3f}", first, str(row["worst_rank"]), minus, interval
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()
