@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     parser.add_argument("--budgets", nargs="+", default=["1", "2", "3"])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--distill-steps", type=int, default=0)
     parser.add_argument("--spends", nargs="+", type=float, default=[1.0])
     arguments = parser.parse_args()
     quiet()
@@ -65,8 +66,9 @@ def compare_on(teacher: str, arguments: argparse.Namespace, console: Console) ->
         strategies=tuple(arguments.strategies),
         seeds=arguments.seeds,
         spends=tuple(arguments.spends),
+        distill_steps=arguments.distill_steps,
     )
-    summary = summarise(*compare(run, settings, RESULTS / teacher))
+    summary = summarise(compare(run, settings, RESULTS / teacher))
     command = f"python benchmarks/referee.py --teachers {teacher} --seeds {arguments.seeds}"
     write_json(RESULTS / teacher / "compare.json", {"command": command, **summary})
     draw_regret(summary, RESULTS / teacher / "regret.png")

@@ -11,6 +11,7 @@ from test_selection import Surface, additive
 from flashmorph.errors import UserError
 from flashmorph.plan import Budget, Space
 from flashmorph.referee.cells import Cell, CellFile
+from flashmorph.referee.compare import Comparison
 from flashmorph.referee.summary import summarise
 from flashmorph.referee.truth import Truth, find_truths
 
@@ -80,7 +81,7 @@ def test_cells_outlive_an_interruption_and_those_of_another_context_are_dropped(
 
 def test_the_summary_is_a_mean_over_seeds():
     cells = [cell(), cell(seed=1, full=[1, 2], regret=0.3, rank=1), cell(strategy="uniform", regret=None, rank=None)]
-    summary = summarise(cells, {})
+    summary = summarise(Comparison(cells, {}, []))
     row, uniform = summary["rows"]
     assert (row["strategy"], row["seeds"], row["rank"], row["first"]) == ("gates", 2, 1.5, 0.5)
     assert row["regret"] == pytest.approx(0.2) and row["regret_spread"] == pytest.approx(np.std([0.1, 0.3], ddof=1))
@@ -92,6 +93,7 @@ def test_the_summary_is_a_mean_over_seeds():
 def test_compare_judges_strategies_and_goes_on(teacher_folder, recipe_file, tmp_path, capsys):
     arguments = ["compare", teacher_folder, "--recipe", recipe_file, "--output", tmp_path / "run", "--budgets", "1"]
     arguments += ["--questions", 6, "--recall-questions", 1, "--seeds", 2]
+    arguments += ["--distill-steps", 2, "--distill-budget", "1"]
     searched = ["--strategies", "uniform,greedy-forward,l0,drop-one"]
     assert run_command(*arguments, *searched) == 0
     printed = " ".join(capsys.readouterr().out.split())
@@ -102,10 +104,13 @@ def test_compare_judges_strategies_and_goes_on(teacher_folder, recipe_file, tmp_
     assert all(row["regret"] >= 0 and row["rank"] >= 1 for row in summary["rows"])
     assert {row["strategy"]: row["flops"] for row in summary["rows"]}["uniform"] == 0
     assert (tmp_path / "run/compare/regret.png").read_bytes()[:4] == b"\x89PNG"
+    optimum, uniform = summary["after_distillation"]
+    assert (optimum["strategy"], optimum["regret"], uniform["strategy"]) == ("optimum", 0, "uniform")
+    assert optimum["loss"] != optimum["loss_before"]
     assert run_command(*arguments, *searched, "--json") == 0
     again = json.loads(capsys.readouterr().out)
     assert again == summary and (tmp_path / "run/compare/cells.jsonl").read_text() == made
     assert run_command(*arguments, "--strategies", "greedy") == 2
     assert "unknown strategy 'greedy'; did you mean 'greedy-" in capsys.readouterr().err
-    assert run_command(*arguments[:-2], "--seeds", 1, "--max-plans", 1) == 2
+    assert run_command(*arguments, "--max-plans", 1) == 2
     assert "would evaluate 2 plans" in capsys.readouterr().err

@@ -34,6 +34,10 @@ def compare(
     spends: Annotated[str, typer.Option(help="Shares of a strategy's own steps or questions, with commas.")] = "1",
     questions: Annotated[int, typer.Option(min=2, help="Questions of the referee's split, over all tasks.")] = 256,
     recall_questions: Annotated[int, typer.Option(min=0, help="Generated answers a task for each plan found.")] = 25,
+    distill_steps: Annotated[
+        int, typer.Option(min=0, help="Also compare the default's, halo's, uniform's and the best plan after so many steps.")
+    ] = 0,
+    distill_budget: Annotated[str, typer.Option(help="The budget for which that is done.")] = "2",
     max_plans: Annotated[int, typer.Option(help="The most plans that are enumerated.")] = 2_000,
     recipe: RecipeOption = None,
     data: DataOption = None,
@@ -68,13 +72,15 @@ def compare(
         spends=shares,
         questions=questions,
         recall_questions=recall_questions,
+        distill_steps=distill_steps,
+        distill_budget=distill_budget,
         max_plans=max_plans,
     )
     if strategies != "all":
         settings = settings.model_copy(update={"strategies": tuple(name.strip() for name in strategies.split(","))})
     check_strategies(settings.strategies)
     folder = output / "compare"
-    summary = summarise(*judge(run, settings, folder))
+    summary = summarise(judge(run, settings, folder))
     write_json(folder / "compare.json", summary)
     draw_regret(summary, folder / "regret.png")
     if as_json:
@@ -115,6 +121,15 @@ def tables(summary: dict) -> list[Table]:
                 f"{row['flops']:.1e}",
                 " ".join(",".join(map(str, plan)) for plan in row["plans"]),
             )
+        made.append(table)
+    if summary["after_distillation"]:
+        steps = summary["after_distillation"][0]["steps"]
+        table = Table(title=f"after {steps} steps of distillation", title_justify="left", box=SIMPLE_HEAD)
+        for column in ("strategy", "full", "loss before", "loss", "regret", "text loss"):
+            table.add_column(column, justify="left" if column == "strategy" else "right")
+        for row in summary["after_distillation"]:
+            figures = [f"{row[name]:.3f}" for name in ("loss_before", "loss", "regret", "text_loss")]
+            table.add_row(row["strategy"], ",".join(map(str, row["full"])), *figures)
         made.append(table)
     return made
 

@@ -1,8 +1,8 @@
 """Run strategies over budgets and seeds, and let the referee judge every plan they find."""
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ from flashmorph.judge import recall_of_plan
 from flashmorph.morphable import Morphable
 from flashmorph.pipeline import open_morphable, open_objective, run_align, run_transplant
 from flashmorph.plan import Budget
+from flashmorph.referee.after import after_distillation
 from flashmorph.referee.cells import Cell, CellFile, cell_key
 from flashmorph.referee.truth import Truth, find_truths
 from flashmorph.run import Run
 from flashmorph.rundata import task_settings
 from flashmorph.runfolder import digest_of
-from flashmorph.selection import SERVE_EVERY_BUDGET, STRATEGIES, Selection
+from flashmorph.selection import DEFAULT_STRATEGY, SERVE_EVERY_BUDGET, STRATEGIES, Selection
 from flashmorph.selection.search import select
 
 REFEREE_SEED = 1_000_003
@@ -37,11 +38,23 @@ class CompareSettings(BaseModel):
     settings: dict[str, dict[str, Any]] = Field(default_factory=dict, description="a strategy's own settings")
     questions: int = Field(default=256, gt=0, description="questions of the referee's split")
     recall_questions: int = Field(default=25, ge=0, description="generated answers a task and plan; 0 for none")
+    distill_steps: int = Field(default=0, ge=0, description="steps of the distillation that plans are compared after")
+    distill_budget: str = "2"
+    distilled: tuple[str, ...] = ("uniform", "halo", DEFAULT_STRATEGY)
     max_plans: int = Field(default=2_000, gt=0, description="the most plans that are enumerated")
 
 
-def compare(run: Run, settings: CompareSettings, folder: Path) -> tuple[list[Cell], dict[str, Truth]]:
-    """All cells, and the truth about every budget. Cells are kept in `folder`, so that an interrupted run goes on.
+@dataclass(frozen=True)
+class Comparison:
+    """All cells, the truth about every budget by its name, and what plans can do after the same distillation."""
+
+    cells: list[Cell]
+    truths: dict[str, Truth]
+    after: list[dict[str, Any]]
+
+
+def compare(run: Run, settings: CompareSettings, folder: Path) -> Comparison:
+    """Run every search that is not done yet and judge it. Cells are kept in `folder`; an interrupted run goes on.
 
     Raises:
         UserError: too many plans to enumerate, or a search that cannot run.
@@ -67,7 +80,15 @@ def compare(run: Run, settings: CompareSettings, folder: Path) -> tuple[list[Cel
                 cell = _judge(run, morphable, found, strategy, name, seed, spend, own, truths.get(name), settings, work)
                 cells.add(cell)
             report(number + 1, len(wanted))
-    return [cell for cell in cells.cells.values() if _asked_for(cell, wanted)], truths
+    found_cells = [cell for cell in cells.cells.values() if _asked_for(cell, wanted)]
+    after: list[dict[str, Any]] = []
+    if settings.distill_steps and settings.distill_budget in truths:
+        search = run.recipe.select.search.model_copy(update={"questions": settings.questions})
+        budget, steps = settings.distill_budget, settings.distill_steps
+        after = after_distillation(
+            run, morphable, found_cells, truths[budget], budget, settings.distilled, steps, search, work
+        )
+    return Comparison(found_cells, truths, after)
 
 
 def enumerate_plans(run: Run, morphable: Morphable, settings: CompareSettings, work: Path) -> dict[str, Truth]:
@@ -81,7 +102,7 @@ def enumerate_plans(run: Run, morphable: Morphable, settings: CompareSettings, w
         return find_truths(space, budgets, objective, settings.max_plans, lambda share: report(share, 1))
 
 
-def _wanted(settings: CompareSettings):
+def _wanted(settings: CompareSettings) -> Iterator[tuple[str, int, float, tuple[str, ...]]]:
     """(strategy, seed, spend, budgets) of every search, the cheap ones first."""
     order = sorted(settings.strategies, key=lambda name: (name not in FIXED, name not in SERVE_EVERY_BUDGET, name))
     for strategy in order:

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 
 from flashmorph.referee.cells import Cell
+from flashmorph.referee.compare import Comparison
 from flashmorph.referee.truth import Truth
 
 
-def summarise(cells: Sequence[Cell], truths: dict[str, Truth]) -> dict[str, Any]:
+def summarise(comparison: Comparison) -> dict[str, Any]:
     """compare.json: the truth about each budget, one row for each strategy, budget and spend, and every cell."""
+    cells, truths = comparison.cells, comparison.truths
     groups: dict[tuple[str, str, float], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.budget, cell.strategy, cell.spend), []).append(cell)
@@ -19,6 +21,7 @@ def summarise(cells: Sequence[Cell], truths: dict[str, Truth]) -> dict[str, Any]
         "truths": {name: _truth(truth) for name, truth in truths.items()},
         "rows": [_row(*key, some, truths.get(key[0])) for key, some in sorted(groups.items())],
         "cells": [{name: value for name, value in vars(cell).items() if name != "details"} for cell in cells],
+        "after_distillation": comparison.after,
         "tolerance": [{"full": cell.full, **cell.details} for cell in cells if cell.details],
     }
 

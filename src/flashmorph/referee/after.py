@@ -1,0 +1,60 @@
+"""Does the choice still matter once a plan has been trained? The same short distillation for several plans."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flashmorph.morphable import Morphable
+from flashmorph.pipeline import open_objective
+from flashmorph.plan import Budget, Plan
+from flashmorph.referee.cells import Cell
+from flashmorph.referee.truth import Truth
+from flashmorph.run import Run
+from flashmorph.selection.searchdata import SearchSettings
+
+OPTIMUM = "optimum"
+
+
+def after_distillation(
+    run: Run,
+    morphable: Morphable,
+    cells: Sequence[Cell],
+    truth: Truth,
+    budget: str,
+    strategies: Sequence[str],
+    steps: int,
+    search: SearchSettings,
+    work: Path,
+) -> list[dict[str, Any]]:
+    """One entry for each of `strategies` (its plan of seed 0) and for the best plan before distillation.
+
+    `loss` is the mean answer loss on the referee's questions after `steps` steps, `regret` what it is more than the
+    optimum's, `text_loss` that on the referee's text. Finished distillations are kept in `work`.
+    """
+    space = morphable.space(Budget.parse(budget))
+    plans: dict[str, Plan] = {OPTIMUM: truth.best}
+    for cell in cells:
+        if cell.budget == budget and cell.strategy in strategies and (cell.seed, cell.spend) == (0, 1.0):
+            plans[cell.strategy] = space.plan([f"layers.{layer}" for layer in cell.full], Budget.parse(budget))
+    rows = []
+    with run.screen.stage("distill", f"{len(plans)} plans, {steps} steps") as report:
+        objective = open_objective(
+            replace(run), morphable, "kl", work / "after", report, search, judging="referee", evaluations=work / "after"
+        )
+        for number, (name, plan) in enumerate(plans.items(), 1):
+            found = objective.distill([plan], steps)
+            rows.append(
+                {
+                    "strategy": name,
+                    "budget": budget,
+                    "steps": steps,
+                    "full": plan.full_layers,
+                    "loss_before": truth.loss(plan),
+                    "loss": float(found.losses.mean()),
+                    "text_loss": found.text_loss,
+                    "kl": found.kl,
+                }
+            )
+            report(number, len(plans))
+    return [{**row, "regret": row["loss"] - rows[0]["loss"]} for row in rows]
