@@ -37,7 +37,8 @@ def main() -> None:
     expected = load_file(arguments.reference / "model.safetensors")
     found = load_file(arguments.output / "model.safetensors")
     same = expected.keys() == found.keys() and all(bool((expected[name] == found[name]).all()) for name in expected)
-    results = {"command": "python benchmarks/kill_and_resume.py", "killed_in": killed, "same_weights": same}
+    command_line = f"python benchmarks/kill_and_resume.py --reference {arguments.reference} --output {arguments.output}"
+    results = {"command": command_line, "killed_in": killed, "same_weights": same}
     write_json(Path("benchmarks/results/kill_and_resume.json"), results)
     print(results)
     sys.exit(not same)

@@ -39,7 +39,7 @@ def main() -> None:
     """Compare on each teacher, then over all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teachers", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
     parser.add_argument("--budgets", nargs="+", default=["1", "2", "3"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--distill-steps", type=int, default=0)

@@ -47,14 +47,13 @@ def main() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = Qwen3Config(vocab_size=len(tokenizer), num_hidden_layers=LAYERS, head_dim=16, **sizes)
     model, _ = flashmorph.transplant(Qwen3ForCausalLM(config))
-    layouts = {
-        split: Layout(tokenizer, STYLES["lines"], Haystack(Corpus().pool(split, 0))) for split in ("train", "validation")
-    }
+    style = STYLES["lines"]
+    layouts = {split: Layout(tokenizer, style, Haystack(Corpus().pool(split, 0))) for split in ("train", "validation")}
     morphable, _ = flashmorph.attach(model, torch.randint(300, (2, LENGTH)))
     search = SearchSettings(
         length=LENGTH, batch_tokens=4 * LENGTH, micro_batch_tokens=8 * LENGTH, questions=arguments.questions
     )
-    data = SearchData(layouts, STYLES["lines"], [TaskSettings(task="many_keys", num_keys=4)], search)
+    data = SearchData(layouts, style, [TaskSettings(task="many_keys", num_keys=4)], search)
     rows = []
     for name, settings in STRATEGIES.items():
         with tempfile.TemporaryDirectory() as folder:

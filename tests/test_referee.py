@@ -94,7 +94,7 @@ def test_compare_judges_strategies_and_goes_on(teacher_folder, recipe_file, tmp_
     arguments = ["compare", teacher_folder, "--recipe", recipe_file, "--output", tmp_path / "run", "--budgets", "1"]
     arguments += ["--questions", 6, "--recall-questions", 1, "--seeds", 2]
     arguments += ["--distill-steps", 2, "--distill-budget", "1"]
-    searched = ["--strategies", "uniform,greedy-forward,l0,drop-one"]
+    searched = ["--strategies", "uniform,greedy-forward,budgeted-gates+steps=3+random_budget=true,drop-one"]
     assert run_command(*arguments, *searched) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "2 plans, best" in printed and "greedy-forward" in printed
@@ -112,5 +112,7 @@ def test_compare_judges_strategies_and_goes_on(teacher_folder, recipe_file, tmp_
     assert again == summary and (tmp_path / "run/compare/cells.jsonl").read_text() == made
     assert run_command(*arguments, "--strategies", "greedy") == 2
     assert "unknown strategy 'greedy'; did you mean 'greedy-" in capsys.readouterr().err
+    assert run_command(*arguments, "--strategies", "gates+step=3") == 2
+    assert "strategy gates has no setting 'step'" in capsys.readouterr().err
     assert run_command(*arguments, "--max-plans", 1) == 2
     assert "would evaluate 2 plans" in capsys.readouterr().err

@@ -22,6 +22,7 @@ from flashmorph.selection.halo import halo_scores
 from flashmorph.selection.l0 import hard_concrete, open_probability
 from flashmorph.selection.objective import MorphableObjective
 from flashmorph.selection.searchdata import SearchData, SearchSettings
+from flashmorph.selection.shared_adam import SharedAdam
 from flashmorph.selection.strategy import Distilled, group_scores
 from flashmorph.stages import DistillSettings
 from flashmorph.tasks import STYLES, Haystack, Layout, TaskSettings
@@ -142,6 +143,22 @@ def test_the_best_plan_of_an_additive_surface_is_found_by_descent(strategy):
     # Too low a penalty leaves the gates of all large layers at 1, where nothing tells them apart.
     settings = {"penalty": 0.5} if strategy == "gates" else {}
     assert layers_of(strategy, additive, 2, **settings) == [1, 3]
+
+
+def test_steps_in_proportion_to_the_gradient_find_the_best_single_layer():
+    for seed in range(5):
+        selection = search("budgeted-gates", Surface(additive, seed=seed), 1, seed=seed, shared_moment=True)
+        assert selection.plan.full_layers == [1]
+
+
+def test_shared_adam_keeps_the_proportions_of_a_gradient():
+    weight = torch.zeros(3, requires_grad=True)
+    optimizer = SharedAdam([weight], lr=0.1)
+    for _ in range(3):
+        weight.grad = torch.tensor([3.0, -1.0, 0.0])
+        optimizer.step()
+    expected = -3 * 0.1 * torch.tensor([3.0, -1.0, 0.0]) / math.sqrt(10 / 3)
+    torch.testing.assert_close(weight.detach(), expected)
 
 
 @pytest.mark.parametrize("strategy", ["budgeted-gates", "exhaustive", "greedy-backward", "greedy-forward", "race"])
@@ -278,6 +295,22 @@ def test_race_finds_greedy_forwards_plan_with_a_fifth_of_its_questions(seed, set
     plan = search("greedy-forward", greedy, 3, layers=12).plan
     assert search("race", racing, 3, layers=12, **settings).plan == plan
     assert racing.asked <= greedy.asked / 5
+
+
+def test_race_can_ask_the_hardest_questions_first():
+    surface = Surface(additive)
+    asked: list[list[int]] = []
+    evaluate = surface.evaluate
+
+    def watch(plans, questions=None, report=None):
+        asked.append(list(questions))
+        return evaluate(plans, questions, report)
+
+    surface.evaluate = watch
+    assert search("race", surface, 1, swaps=False, hard_first=True).plan.full_layers == [1]
+    nothing = Space.of_layers(LAYERS).plan([], Budget("layers", 1))
+    (losses,) = evaluate([nothing])
+    assert asked[0] == list(range(40)) and asked[1] == list(np.argsort(-losses)[:8])
 
 
 def test_race_asks_least_where_candidates_enter_by_their_gradient():

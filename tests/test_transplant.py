@@ -1,5 +1,6 @@
 """A teacher moves into its host without changing what it computes, or is refused."""
 
+import copy
 import json
 import math
 
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Qwen3_5For
 
 from flashmorph.errors import UserError
 from flashmorph.hosts.qwen3_5 import Qwen35Host
-from flashmorph.move import transplant
+from flashmorph.move import probe, round_both, transplant
 from flashmorph.publish import save_model
 from flashmorph.teacher import load_model, open_teacher
 
@@ -110,6 +111,16 @@ def test_in_bfloat16_the_host_is_as_near_as_the_teacher_itself(noise):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_in_bfloat16_no_shape_is_much_worse(noise, shape):
     assert noise[shape] <= 1.6
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_rounding_of_a_run_is_that_of_the_saved_checkpoint(shape, tmp_path):
+    """What a run reports, against the folder opened again; the probe batch is the only difference to `noise`."""
+    teacher = random_qwen3(1, **SHAPES[shape])
+    expected = in_bfloat16(copy.deepcopy(teacher), probe(teacher), tmp_path)
+    model, _ = transplant(teacher)
+    assert round_both(teacher, model, torch.bfloat16) == pytest.approx(expected, rel=1e-2)
+    assert {weight.dtype for weight in [*model.parameters(), *teacher.parameters()]} == {torch.bfloat16}
 
 
 def test_the_shapes_are_as_different_as_they_claim():

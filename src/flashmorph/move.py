@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flashmorph.errors import UserError
@@ -77,11 +78,39 @@ def transplant(teacher: PreTrainedModel) -> tuple[PreTrainedModel, Proof]:
 
 
 @torch.no_grad()
+def round_both(teacher: PreTrainedModel, model: PreTrainedModel, dtype: torch.dtype) -> float:
+    """Cast teacher and host to `dtype`, in place, and say how much more that costs the host.
+
+    Both are compared with the teacher before the cast, as a KL on the probe batch: 1 means that the host is as near to
+    the float32 teacher as the teacher's own rounded form. Which weights round up is chance, so single models scatter
+    around 1.
+    """
+    ids = probe(teacher)
+    exact = _log_probabilities(teacher, ids)
+    found = []
+    for each in (teacher, model):
+        # Parameters alone, as loading in `dtype` does it: the rotary frequencies stay in float32.
+        for weight in each.parameters():
+            weight.data = weight.data.to(dtype)
+        found.append(F.kl_div(_log_probabilities(each, ids), exact, log_target=True, reduction="batchmean").item())
+    return found[1] / found[0]
+
+
+def _log_probabilities(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    return F.log_softmax(model.eval()(input_ids=ids, use_cache=False).logits.float(), -1).flatten(0, 1)
+
+
+def probe(teacher: PreTrainedModel) -> torch.Tensor:
+    """The probe batch: random tokens `[PROBE_ROWS, PROBE_TOKENS]`, the same for every teacher of a vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(teacher.config.vocab_size, (PROBE_ROWS, PROBE_TOKENS), generator=generator)
+    return ids.to(teacher.device)
+
+
+@torch.no_grad()
 def prove(teacher: PreTrainedModel, model: PreTrainedModel) -> Proof:
     """Compare logits on random tokens; the tolerance follows the teacher's own rounding noise."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(teacher.config.vocab_size, (PROBE_ROWS, PROBE_TOKENS), generator=generator).to(teacher.device)
-    training = teacher.training
+    ids, training = probe(teacher), teacher.training
     teacher = teacher.eval()
     expected = teacher(input_ids=ids, use_cache=False).logits
     difference = (model(input_ids=ids, use_cache=False).logits - expected).abs().max().item()

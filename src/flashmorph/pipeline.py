@@ -19,7 +19,7 @@ from flashmorph.evaluation import Score, evaluate
 from flashmorph.files import read_json, write_json
 from flashmorph.hosts import cache_by_context
 from flashmorph.morphable import Morphable, attach, build
-from flashmorph.move import transplant
+from flashmorph.move import round_both, transplant
 from flashmorph.plan import Budget, Plan
 from flashmorph.progress import Report, silent
 from flashmorph.publish import publish, save_model
@@ -41,7 +41,7 @@ from flashmorph.selection.search import select
 from flashmorph.selection.searchdata import SearchSettings
 from flashmorph.selection.uniform import uniform
 from flashmorph.stages import DistillSettings, align, alignment_errors, distill, extend
-from flashmorph.teacher import load_model
+from flashmorph.teacher import load_config, load_model
 
 SEARCH_TEXT_TOKENS = 16_384
 
@@ -87,9 +87,15 @@ def run_transplant(run: Run) -> Stage:
         report(1, 3)
         model, proof = transplant(teacher)
         report(2, 3)
-        save_model(model, folder / "model", run.teacher.folder)
         summary = f"logits differ by at most {proof.difference:.1e} (allowed: {proof.tolerance:.1e})"
-        return {"proof": proof.to_dict(), "summary": summary}
+        record: dict[str, Any] = {"proof": proof.to_dict()}
+        dtype = load_config(run.teacher.folder).dtype
+        if dtype in (torch.bfloat16, torch.float16):
+            ratio = round_both(teacher, model, dtype)
+            record["rounding"] = ratio
+            summary += f"; in {str(dtype).removeprefix('torch.')} {ratio:.2f} x the teacher's own rounding noise"
+        save_model(model, folder / "model", run.teacher.folder)
+        return {**record, "summary": summary}
 
     return run.stage("transplant", run.teacher.name, {"format": 1}, [run.teacher.digest], work)
 

@@ -29,13 +29,16 @@ def compare(
     teacher: TeacherArgument,
     output: OutputOption,
     budgets: Annotated[str, typer.Option(help="Numbers of full layers, with commas.")] = "1,2,3",
-    strategies: Annotated[str, typer.Option(help="`all`, or names with commas.")] = "all",
+    strategies: Annotated[str, typer.Option(help="`all`, or names with commas: `gates,race+confidence=0.8`.")] = "all",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of every search.")] = 5,
     spends: Annotated[str, typer.Option(help="Shares of a strategy's own steps or questions, with commas.")] = "1",
     questions: Annotated[int, typer.Option(min=2, help="Questions of the referee's split, over all tasks.")] = 256,
     recall_questions: Annotated[int, typer.Option(min=0, help="Generated answers a task for each plan found.")] = 25,
     distill_steps: Annotated[
-        int, typer.Option(min=0, help="Also compare the default's, halo's, uniform's and the best plan after so many steps.")
+        int,
+        typer.Option(
+            min=0, help="Also compare the default's, halo's, uniform's and the best plan after so many steps."
+        ),
     ] = 0,
     distill_budget: Annotated[str, typer.Option(help="The budget for which that is done.")] = "2",
     max_plans: Annotated[int, typer.Option(help="The most plans that are enumerated.")] = 2_000,
@@ -56,8 +59,8 @@ def compare(
     """
     from flashmorph.files import write_json
     from flashmorph.referee import CompareSettings
-    from flashmorph.referee.compare import check_strategies
     from flashmorph.referee.compare import compare as judge
+    from flashmorph.referee.compare import parse_strategy
     from flashmorph.referee.figures import draw_regret
     from flashmorph.referee.summary import summarise
 
@@ -78,7 +81,8 @@ def compare(
     )
     if strategies != "all":
         settings = settings.model_copy(update={"strategies": tuple(name.strip() for name in strategies.split(","))})
-    check_strategies(settings.strategies)
+    for label in settings.strategies:
+        parse_strategy(label)
     folder = output / "compare"
     summary = summarise(judge(run, settings, folder))
     write_json(folder / "compare.json", summary)

@@ -16,8 +16,8 @@ class Cell:
     """What one search found and spent.
 
     `spend` is the share of the strategy's own number of steps or questions; `loss` and `regret` (nats), `rank` and
-    `recall` are the referee's, before any distillation. `details` are the strategy's own, such as what `tolerance`
-    found.
+    `recall` are the referee's, before any distillation. `details` has the score of each layer, and what `tolerance`
+    tried.
     """
 
     strategy: str

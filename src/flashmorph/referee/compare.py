@@ -13,6 +13,7 @@ from flashmorph.judge import recall_of_plan
 from flashmorph.morphable import Morphable
 from flashmorph.pipeline import open_morphable, open_objective, run_align, run_transplant
 from flashmorph.plan import Budget
+from flashmorph.recipe import parse_changes, unknown
 from flashmorph.referee.after import after_distillation
 from flashmorph.referee.cells import Cell, CellFile, cell_key
 from flashmorph.referee.truth import Truth, find_truths
@@ -20,7 +21,7 @@ from flashmorph.run import Run
 from flashmorph.rundata import task_settings
 from flashmorph.runfolder import digest_of
 from flashmorph.selection import DEFAULT_STRATEGY, SERVE_EVERY_BUDGET, STRATEGIES, Selection
-from flashmorph.selection.search import select
+from flashmorph.selection.search import check_settings, select
 
 REFEREE_SEED = 1_000_003
 FIXED = ("first", "last", "middle", "uniform")
@@ -28,14 +29,16 @@ TOLERANCE = "loss=1%"
 
 
 class CompareSettings(BaseModel):
-    """What is compared."""
+    """What is compared.
+
+    A strategy may bring settings of its own: `race+confidence=0.8`, `budgeted-gates+steps=50+random_budget=true`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     budgets: tuple[str, ...] = ("1", "2", "3")
     strategies: tuple[str, ...] = tuple(STRATEGIES)
     seeds: int = Field(default=5, gt=0, description="seeds of the search: its data and its noise")
     spends: tuple[float, ...] = (1.0,)
-    settings: dict[str, dict[str, Any]] = Field(default_factory=dict, description="a strategy's own settings")
     questions: int = Field(default=256, gt=0, description="questions of the referee's split")
     recall_questions: int = Field(default=25, ge=0, description="generated answers a task and plan; 0 for none")
     distill_steps: int = Field(default=0, ge=0, description="steps of the distillation that plans are compared after")
@@ -71,11 +74,12 @@ def compare(run: Run, settings: CompareSettings, folder: Path) -> Comparison:
     wanted = list(_wanted(settings))
     with run.screen.stage("search", f"{len(wanted)} cells") as report:
         for number, (strategy, seed, spend, budgets) in enumerate(wanted):
-            own = _settings(strategy, spend, settings, run.recipe.select.search.questions)
+            own = _settings(strategy, spend, run.recipe.select.search.questions)
+            every_budget = _serves_every_budget(*parse_strategy(strategy))
             missing = [name for name in budgets if cell_key(strategy, name, seed, spend, own) not in cells.cells]
             found: Selection | None = None
             for name in missing:
-                if found is None or strategy not in SERVE_EVERY_BUDGET:
+                if found is None or not every_budget:
                     found = _search(run, morphable, strategy, name, seed, own, work)
                 cell = _judge(run, morphable, found, strategy, name, seed, spend, own, truths.get(name), settings, work)
                 cells.add(cell)
@@ -104,12 +108,37 @@ def enumerate_plans(run: Run, morphable: Morphable, settings: CompareSettings, w
 
 def _wanted(settings: CompareSettings) -> Iterator[tuple[str, int, float, tuple[str, ...]]]:
     """(strategy, seed, spend, budgets) of every search, the cheap ones first."""
-    order = sorted(settings.strategies, key=lambda name: (name not in FIXED, name not in SERVE_EVERY_BUDGET, name))
-    for strategy in order:
-        seeds = 1 if strategy in (*FIXED, "kl", "tolerance") else settings.seeds
-        spends = settings.spends if _knob(strategy) else (1.0,)
-        budgets = (TOLERANCE,) if strategy == "tolerance" else settings.budgets
-        yield from ((strategy, seed, spend, budgets) for seed in range(seeds) for spend in spends)
+
+    def order(label: str) -> tuple[bool, bool, str]:
+        name, own = parse_strategy(label)
+        return name not in FIXED, not _serves_every_budget(name, own), label
+
+    for label in sorted(settings.strategies, key=order):
+        name, _ = parse_strategy(label)
+        seeds = 1 if name in (*FIXED, "kl", "tolerance") else settings.seeds
+        spends = settings.spends if _knob(name) else (1.0,)
+        budgets = (TOLERANCE,) if name == "tolerance" else settings.budgets
+        yield from ((label, seed, spend, budgets) for seed in range(seeds) for spend in spends)
+
+
+def parse_strategy(label: str) -> tuple[str, dict[str, Any]]:
+    """`race+confidence=0.8` as a strategy and its settings.
+
+    Raises:
+        UserError: there is no such strategy or setting.
+    """
+    name, *changes = label.split("+")
+    if name not in STRATEGIES:
+        raise UserError(unknown("strategy", name, STRATEGIES))
+    if any("=" not in change for change in changes):
+        raise UserError(f"strategy {label!r}: settings after a plus must be key=value, for example race+confidence=0.8")
+    own = parse_changes(changes)
+    check_settings(name, own)
+    return name, own
+
+
+def _serves_every_budget(name: str, own: dict[str, Any]) -> bool:
+    return name in SERVE_EVERY_BUDGET or bool(own.get("random_budget"))
 
 
 def _asked_for(cell: Cell, wanted: Sequence[tuple]) -> bool:
@@ -125,11 +154,12 @@ def _knob(strategy: str) -> str | None:
     return next((name for name in ("steps", "num_questions") if name in known), None)
 
 
-def _settings(strategy: str, spend: float, settings: CompareSettings, questions: int) -> dict[str, Any]:
+def _settings(label: str, spend: float, questions: int) -> dict[str, Any]:
     """A strategy's own settings at a share of its spend."""
-    own, knob = dict(settings.settings.get(strategy, {})), _knob(strategy)
+    name, own = parse_strategy(label)
+    knob = _knob(name)
     if knob and spend != 1:
-        whole = own.get(knob) or inspect.signature(STRATEGIES[strategy]).parameters[knob].default or questions
+        whole = own.get(knob) or inspect.signature(STRATEGIES[name]).parameters[knob].default or questions
         own[knob] = max(1, round(spend * whole))
     return own
 
@@ -138,13 +168,12 @@ def _search(
     run: Run, morphable: Morphable, strategy: str, budget: str, seed: int, own: dict[str, Any], work: Path
 ) -> Selection:
     """One search, its evaluations shared with the others of the same seed."""
-    folder = work / f"{strategy}-{digest_of([budget, seed, own])}"
+    name, _ = parse_strategy(strategy)
+    folder = work / f"{name}-{digest_of([budget, seed, own])}"
     searcher = replace(run, recipe=run.recipe.model_copy(update={"seed": seed}))
     with run.screen.stage("search", f"{strategy}, budget {budget}, seed {seed}") as report:
-        objective = open_objective(
-            searcher, morphable, strategy, folder, report, evaluations=work / f"validation-{seed}"
-        )
-        return select(morphable, budget, strategy, objective, seed, **own)
+        objective = open_objective(searcher, morphable, name, folder, report, evaluations=work / f"validation-{seed}")
+        return select(morphable, budget, name, objective, seed, **own)
 
 
 def _judge(
@@ -162,9 +191,12 @@ def _judge(
 ) -> Cell:
     """What the referee says of a search's plan for the budget `name`."""
     plan = found.plan
-    if strategy in SERVE_EVERY_BUDGET:
+    if _serves_every_budget(*parse_strategy(strategy)):
         budget = Budget.parse(name)
         plan = morphable.space(budget).best(found.scores, budget)
+    details: dict[str, Any] = {"scores": found.scores[:, 0].tolist()}
+    if name == TOLERANCE:
+        details["trace"] = found.trace
     recall = None
     if settings.recall_questions:
         recall = recall_of_plan(run, morphable, plan, "referee", REFEREE_SEED, settings.recall_questions, work)
@@ -180,18 +212,5 @@ def _judge(
         rank=truth.rank(plan) if truth else None,
         cost=found.cost.to_dict(),
         recall=recall,
-        details={"trace": found.trace} if strategy == "tolerance" else {},
+        details=details,
     )
-
-
-def check_strategies(names: Sequence[str]) -> None:
-    """Refuse a strategy that there is not.
-
-    Raises:
-        UserError: names the nearest one.
-    """
-    from flashmorph.recipe import unknown
-
-    for name in names:
-        if name not in STRATEGIES:
-            raise UserError(unknown("strategy", name, STRATEGIES))

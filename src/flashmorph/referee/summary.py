@@ -22,7 +22,7 @@ def summarise(comparison: Comparison) -> dict[str, Any]:
         "rows": [_row(*key, some, truths.get(key[0])) for key, some in sorted(groups.items())],
         "cells": [{name: value for name, value in vars(cell).items() if name != "details"} for cell in cells],
         "after_distillation": comparison.after,
-        "tolerance": [{"full": cell.full, **cell.details} for cell in cells if cell.details],
+        "tolerance": [{"full": cell.full, **cell.details} for cell in cells if "trace" in cell.details],
     }
 
 

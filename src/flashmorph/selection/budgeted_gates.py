@@ -25,11 +25,13 @@ def budgeted_gates(
     noise: float = 1.0,
     final_noise: float = 0.2,
     random_budget: bool = False,
+    shared_moment: bool = False,
 ) -> Selection:
     """Learn logits `[groups, options]` under the budget; the plan is the best one by the final logits.
 
     With `random_budget` each step spends its own number of layers, drawn from 1 to L - 1, so that the logits do not
-    depend on `budget` and one search serves every count.
+    depend on `budget` and one search serves every count. With `shared_moment` steps keep the proportions of the
+    gradients (`SharedAdam`) instead of being equally long for every logit.
 
     Raises:
         UserError: see `Space.limit`; or `random_budget` where the budget is not a count of layers.
@@ -50,7 +52,7 @@ def budgeted_gates(
         return hard + _project(logits, space) - _project(logits, space).detach()
 
     schedule = Schedule(steps, learning_rate, final_learning_rate)
-    trace = descend(objective, logits, hard_gates, schedule, loss="answers")
+    trace = descend(objective, logits, hard_gates, schedule, loss="answers", shared_moment=shared_moment)
     scores = logits.numpy()
     return Selection(space.best(scores, budget), scores, trace, objective.cost)
 

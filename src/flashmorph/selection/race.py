@@ -28,6 +28,7 @@ def race(
     confidence: float = 0.95,
     swaps: bool = True,
     first_by_gradient: bool = False,
+    hard_first: bool = False,
 ) -> Selection:
     """Greedy forward's plan for a fraction of its questions, forward passes only; then one-swap neighbours are tried.
 
@@ -36,7 +37,8 @@ def race(
     0: the more the candidates differ, the fewer questions it takes. With `swaps` the plan found runs once against all
     plans that exchange one of its layers; only such an interval or the mean over all questions can beat it. With
     `first_by_gradient` only the better half of the layers runs in each step (always more than the budget's), in the
-    order of the answers' loss gradient where no layer is full; a swap can still bring in the others.
+    order of the answers' loss gradient where no layer is full; a swap can still bring in the others. With `hard_first`
+    each race asks those questions first that the plan so far answers worst.
 
     A layer's score is the order of choice: K for the first, 1 for the last, 0 for a layer that was not chosen. In the
     trace, `questions` is how many stand behind a loss.
@@ -54,6 +56,8 @@ def race(
     track = _Track(objective, questions, start_questions, confidence)
     chosen: list[str] = []
     for place in range(kept):
+        if hard_first:
+            track.hardest_first(space.plan(chosen, budget))
         candidates = [group for group in entrants if group not in chosen]
         winner, loss = track.run([space.plan([*chosen, group], budget) for group in candidates])
         chosen.append(candidates[winner])
@@ -75,7 +79,18 @@ class _Track:
 
     def __init__(self, objective: Objective, questions: int, start: int, confidence: float):
         self.trace: list[dict] = []
-        self._objective, self._questions, self._start, self._confidence = objective, questions, start, confidence
+        self._objective, self._order, self._start, self._confidence = (
+            objective,
+            list(range(questions)),
+            start,
+            confidence,
+        )
+
+    def hardest_first(self, plan: Plan) -> None:
+        """Ask from now on those questions first whose answers have the largest loss under `plan`."""
+        numbers = sorted(self._order)
+        (losses,) = self._objective.evaluate([plan], numbers)
+        self._order = [numbers[place] for place in np.argsort(-losses, kind="stable")]
 
     def run(self, plans: list[Plan], defended: bool = False) -> tuple[int, float]:
         """The place of the winner and its mean loss in nats.
@@ -86,8 +101,8 @@ class _Track:
         running, asked = list(losses), 0
         while True:
             is_first_round = not asked
-            until = min(self._questions, max(self._start, 2 * asked))
-            new = self._objective.evaluate([plans[place] for place in running], range(asked, until))
+            until = min(len(self._order), max(self._start, 2 * asked))
+            new = self._objective.evaluate([plans[place] for place in running], self._order[asked:until])
             for place, more in zip(running, new, strict=True):
                 losses[place] = np.concatenate([losses[place], more])
                 mean = float(losses[place].mean())
@@ -95,12 +110,12 @@ class _Track:
             asked = until
             running.sort(key=lambda place: losses[place].mean())
             best, *rest = running
-            if asked < self._questions:
+            if asked < len(self._order):
                 half = len(running) if is_first_round else max(2, math.ceil(len(running) / 2))
                 stay = set(running[:half]) | ({0} if defended else set())
                 rest = [place for place in rest if place in stay]
                 rest = [place for place in rest if not _worse(losses[place] - losses[best], self._confidence)]
-            if not rest or asked == self._questions:
+            if not rest or asked == len(self._order):
                 return best, float(losses[best].mean())
             running = [best, *rest]
 
