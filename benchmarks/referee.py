@@ -32,13 +32,20 @@ from flashmorph.teacher import open_teacher
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "referee"
-RECIPES = {"tiny": "tiny", "natural": "keys", "deep": "keys", "redundant": "keys", "chains": "chains"}
+TEACHERS = HERE.parent / "teachers"
+CASES = {
+    "tiny": ("tiny", "tiny"),
+    "natural": (str(TEACHERS / "natural"), "keys"),
+    "redundant": (str(TEACHERS / "redundant"), "keys"),
+    "chains": ("tiny", "chains"),
+}
+"""Teacher and recipe of each case. `chains` asks `tiny` two hops alone."""
 
 
 def main() -> None:
     """Compare on each teacher, then over all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teachers", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--teachers", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
     parser.add_argument("--budgets", nargs="+", default=["1", "2", "3"])
     parser.add_argument("--seeds", type=int, default=5)
@@ -57,8 +64,9 @@ def main() -> None:
 
 def compare_on(teacher: str, arguments: argparse.Namespace, console: Console) -> None:
     """All cells of one teacher, its summary and its picture."""
-    recipe = load_recipe(HERE / "referee" / f"{RECIPES[teacher]}.yaml")
-    opened = open_teacher(teacher if teacher == "tiny" else str(HERE.parent / "teachers" / teacher))
+    name, about = CASES[teacher]
+    recipe = load_recipe(HERE / "referee" / f"{about}.yaml")
+    opened = open_teacher(name)
     check(opened, recipe)
     run = Run(opened, recipe, RunFolder(Path("runs") / f"referee-{teacher}"), pick_device(), RichScreen(console))
     settings = CompareSettings(

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -309,3 +310,16 @@ def test_progress_is_told_to_the_last_document(corpus, tokenizer, tmp_path):
     pack(corpus, tokenizer, "train", 32, 20, 0, tmp_path / "rows.npy", report=lambda *counts: seen.append(counts))
     assert seen == sorted(seen) and len(seen) > 5
     assert seen[0][0] > 0 and 0.9 < seen[-1][0] / seen[-1][1] <= 1
+
+
+def test_one_big_text_file_has_every_split(tmp_path):
+    """Cut at empty lines, nothing lost, nothing in two splits."""
+    paragraphs = [f"Paragraph {number}.\n" + "words and more words\n" * 100 for number in range(900)]
+    whole = "\n".join(paragraphs)
+    (tmp_path / "book.txt").write_text(whole)
+    pieces = {split: list(Corpus(str(tmp_path / "book.txt")).documents(split, 0)) for split in SPLITS}
+    assert all(pieces.values())
+    assert sum(len(piece) for some in pieces.values() for piece in some) == len(whole)
+    found = [re.findall(r"Paragraph (\d+)", piece) for some in pieces.values() for piece in some]
+    assert sorted(int(number) for numbers in found for number in numbers) == list(range(900))
+    assert all(piece.startswith("Paragraph") for some in pieces.values() for piece in some)

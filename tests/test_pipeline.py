@@ -81,6 +81,8 @@ except ImportError:
 
 
 def test_the_same_command_again_finds_everything_done(finished, teacher_folder, recipe_file, capsys):
+    leftover = finished / "data" / ".rows.npy.0a1b2c3d.part"
+    leftover.write_bytes(b"cut short")
     before = {path: path.stat().st_mtime_ns for path in finished.glob("stages/*/*")}
     assert run_command("morph", teacher_folder, "--recipe", recipe_file, "--output", finished, "--json") == 0
     printed = capsys.readouterr()
@@ -88,6 +90,7 @@ def test_the_same_command_again_finds_everything_done(finished, teacher_folder, 
     lines = printed.err.splitlines()
     assert len(lines) >= len(list(finished.glob("stages/*/stage.json")))
     assert all(line.endswith("done before") for line in lines)
+    assert not leftover.exists()
     assert {path: path.stat().st_mtime_ns for path in finished.glob("stages/*/*")} == before
 
 

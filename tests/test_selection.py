@@ -551,6 +551,21 @@ def test_a_search_that_cannot_train_says_so(morphable, tmp_path):
         STRATEGIES["kl"](space, budget, MorphableObjective(morphable, data, tmp_path, text_rows=rows), 0)
 
 
+def test_a_loss_that_is_not_finite_is_told_with_its_plan(tmp_path):
+    model, _ = transplant(random_qwen3(vocab_size=len(tiny_tokenizer())))
+    morphable = Morphable(model)
+    next(iter(morphable.layers[1].branches["linear"].parameters())).data.fill_(math.nan)
+    objective = objective_on(morphable, tmp_path, torch.randint(97, (2, 40)))
+    space, budget = morphable.space(Budget("layers", 1)), Budget("layers", 1)
+    sound, broken = (space.plan([group], budget) for group in ("layers.1", "layers.0"))
+    assert np.isfinite(objective.evaluate([sound])).all()
+    for ask in (lambda: objective.evaluate([sound, broken]), lambda: objective.text_loss(broken)):
+        with pytest.raises(UserError, match="loss of the plan ■□ is not finite"):
+            ask()
+    with pytest.raises(UserError, match="is not finite at step 0"):
+        STRATEGIES["budgeted-gates"](space, budget, objective, 0)
+
+
 def test_gates_on_text_see_every_token(morphable, tmp_path):
     objective = objective_on(morphable, tmp_path)
     gates = torch.tensor([[1.0, 0.0], [1.0, 0.0]])

@@ -24,6 +24,7 @@ _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "t
 _HELD_OUT_SHARES = {"validation": 0.05, "referee": 0.05, "test": 0.05}
 _SHUFFLE_BUFFER = 1_000
 _POOL_CHARACTERS = 8_000_000
+_LONG, _PIECE = 60_000, 20_000
 
 
 def split_of(text: str) -> str:
@@ -41,7 +42,8 @@ class Corpus:
     """Documents from the shipped demo text, local files or a dataset of the Hugging Face hub.
 
     `source` is `demo`, a file, a folder of files (txt, md, jsonl, json, parquet, each also compressed as xz, gz or
-    zst) or the name of a dataset, which is streamed; `config` and `column` belong to the latter two.
+    zst) or the name of a dataset, which is streamed; `config` and `column` belong to the latter two. A txt or md file
+    is one document, unless it is long: then it is cut at empty lines, so that one big file has all splits too.
     """
 
     source: str = DEMO
@@ -57,14 +59,16 @@ class Corpus:
         """
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
+        whole_files = _reader_of(Path(self.source)) == "text"
         for row in self._rows(seed):
             if self.column not in row:
                 raise UserError(f"{self.source} has no column {self.column!r}; it has {', '.join(map(repr, row))}")
             text = row[self.column]
             if text is not None and not isinstance(text, str):
                 raise UserError(f"{self.source}: column {self.column!r} holds {text!r}, which is no text")
-            if text and split_of(text) == split:
-                yield text
+            for document in _cut(text or "") if whole_files else [text]:
+                if document and split_of(document) == split:
+                    yield document
 
     def _rows(self, seed: int) -> Iterator[dict[str, Any]]:
         """The rows of one pass; whatever a reader stumbles over becomes one sentence."""
@@ -101,8 +105,7 @@ class Corpus:
             return datasets.load_dataset("json", data_files=str(demo), split="train", streaming=True)
         path = Path(self.source)
         if path.exists():
-            paths = sorted(file for file in path.rglob("*") if _reader(file)) if path.is_dir() else [path]
-            reader = _reader(paths[0]) if paths else None
+            paths, reader = _files(path), _reader_of(path)
             if not reader:
                 raise UserError(f"{path} holds no text: give files that end in {', '.join(_READERS)}")
             if any(_reader(file) != reader for file in paths):
@@ -117,6 +120,27 @@ class Corpus:
                 f"no text at {self.source!r}: it is no local file or folder, and the hub says: "
                 f"{str(error).splitlines()[0]}"
             ) from error
+
+
+def _files(path: Path) -> list[Path]:
+    """The readable files of a folder, or the file itself."""
+    return sorted(file for file in path.rglob("*") if _reader(file)) if path.is_dir() else [path]
+
+
+def _reader_of(path: Path) -> str | None:
+    """The reader of a file, or of the first file in a folder."""
+    paths = _files(path) if path.exists() else []
+    return _reader(paths[0]) if paths else None
+
+
+def _cut(text: str) -> Iterator[str]:
+    """A long text in pieces of at least `_PIECE` characters, each ending with an empty line."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n\n", start + _PIECE) if len(text) - start > _LONG else -1
+        end = len(text) if end < 0 else end + 2
+        yield text[start:end]
+        start = end
 
 
 def _reader(path: Path) -> str | None:

@@ -96,6 +96,9 @@ class MorphableObjective:
         """Mean answer cross-entropy `[plans, questions]`; losses known before are read from disk.
 
         What plans have in common from the first layer up is computed once (`Morphable.each_plan`).
+
+        Raises:
+            UserError: a loss is not finite.
         """
         wanted = list(range(self.num_questions) if questions is None else questions)
         keys = [self._key(plan.assignments) for plan in plans]
@@ -119,14 +122,17 @@ class MorphableObjective:
                     written_at = time.perf_counter()
         finally:
             self._write_losses(plans, keys, known, unwritten)
-        return np.array([[losses[question] for question in wanted] for losses in known])
+        found = np.array([[losses[question] for question in wanted] for losses in known])
+        for plan, losses in zip(plans, found, strict=True):
+            _check_finite(losses, "answer", plan)
+        return found
 
     @torch.no_grad()
     def text_loss(self, plan: Plan) -> float:
         """Mean next-token cross-entropy on `text_rows`, in nats; plans evaluated before are read from disk.
 
         Raises:
-            UserError: there are no `text_rows`.
+            UserError: there are no `text_rows`, or the loss is not finite.
         """
         key = self._key(plan.assignments)
         rows = self._text()
@@ -134,18 +140,18 @@ class MorphableObjective:
             self._asked.add((key, -1))
             self._meter.count(rows)
         path = self._evaluations / f"{key}.text.json"
-        if path.exists():
-            return read_json(path)["text_loss"]
-        gates = self._hard_gates([plan])[0]
-        loss = self._mean_text_loss(lambda ids: self._morphable(ids, gates), self._morphable.model.lm_head)
-        write_json(path, {"assignments": plan.assignments, "text_loss": loss})
-        return loss
+        if not path.exists():
+            gates = self._hard_gates([plan])[0]
+            loss = self._mean_text_loss(lambda ids: self._morphable(ids, gates), self._morphable.model.lm_head)
+            _check_finite(loss, "text", plan)
+            write_json(path, {"assignments": plan.assignments, "text_loss": loss})
+        return read_json(path)["text_loss"]
 
     def distill(self, path: Sequence[Plan], steps: int) -> Distilled:
         """What the last plan of `path` can do when each plan in turn has been distilled for `steps` steps.
 
         Raises:
-            UserError: the objective was made without a distiller, or without text.
+            UserError: the objective was made without a distiller or without text, or a loss is not finite.
         """
         if self._distiller is None:
             raise UserError("this strategy trains weights: give the objective a distiller")
@@ -170,6 +176,7 @@ class MorphableObjective:
                     with self._autocast():
                         hidden = model.model(ids, use_cache=False).last_hidden_state
                         losses += _question_losses(hidden, head, ids, marks).tolist()
+            _check_finite([kl, text, *losses], "distilled", path[-1])
             write_json(kept, {"path": about, "steps": steps, "kl": kl, "text_loss": text, "losses": losses})
         found = read_json(kept)
         return Distilled(found["kl"], found["text_loss"], np.array(found["losses"]))
@@ -292,6 +299,13 @@ class MorphableObjective:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._morphable.device.type, torch.bfloat16, enabled=self._bf16)
+
+
+def _check_finite(losses: Any, kind: str, plan: Plan) -> None:
+    if not np.isfinite(losses).all():
+        raise UserError(
+            f"the {kind} loss of the plan {plan.strip()} is not finite: look at the teacher's and the branches' weights"
+        )
 
 
 def _question_losses(
