@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from flashmorph.referee.compare import parse_strategy
+from flashmorph.referee.compare import Entry
 
 RESULTS = Path(__file__).parent / "results" / "referee"
 OPEN, PUBLISHED = 0.01, 0.1
@@ -36,7 +36,7 @@ def main() -> None:
     cells = [cell for cell in cells if cell["strategy"].split("+")[0] == "gates" and cell["spend"] == 1]
     found: dict[float, list[dict]] = {}
     for cell in cells:
-        _, own = parse_strategy(cell["strategy"])
+        own = Entry.parse(cell["strategy"]).settings
         if set(own) <= {"penalty"}:
             found.setdefault(own.get("penalty", PUBLISHED), []).append(cell)
     budgets = sorted({cell["budget"] for cell in cells})

@@ -81,7 +81,7 @@ def test_cells_outlive_an_interruption_and_those_of_another_context_are_dropped(
 
 def test_the_summary_is_a_mean_over_seeds():
     cells = [cell(), cell(seed=1, full=[1, 2], regret=0.3, rank=1), cell(strategy="uniform", regret=None, rank=None)]
-    summary = summarise(Comparison(cells, {}, []))
+    summary = summarise(Comparison(cells, {}))
     row, uniform = summary["rows"]
     assert (row["strategy"], row["seeds"], row["rank"], row["first"]) == ("gates", 2, 1.5, 0.5)
     assert row["regret"] == pytest.approx(0.2) and row["regret_spread"] == pytest.approx(np.std([0.1, 0.3], ddof=1))

@@ -60,7 +60,6 @@ def compare(
     from flashmorph.files import write_json
     from flashmorph.referee import CompareSettings
     from flashmorph.referee.compare import compare as judge
-    from flashmorph.referee.compare import parse_strategy
     from flashmorph.referee.figures import draw_regret
     from flashmorph.referee.summary import summarise
 
@@ -81,8 +80,6 @@ def compare(
     )
     if strategies != "all":
         settings = settings.model_copy(update={"strategies": tuple(name.strip() for name in strategies.split(","))})
-    for label in settings.strategies:
-        parse_strategy(label)
     folder = output / "compare"
     summary = summarise(judge(run, settings, folder))
     write_json(folder / "compare.json", summary)

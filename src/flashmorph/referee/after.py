@@ -1,13 +1,12 @@
 """Does the choice still matter once a plan has been trained? The same short distillation for several plans."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flashmorph.morphable import Morphable
 from flashmorph.pipeline import open_objective
-from flashmorph.plan import Budget, Plan
+from flashmorph.plan import Plan
 from flashmorph.referee.cells import Cell
 from flashmorph.referee.truth import Truth
 from flashmorph.run import Run
@@ -21,33 +20,30 @@ def after_distillation(
     morphable: Morphable,
     cells: Sequence[Cell],
     truth: Truth,
-    budget: str,
-    strategies: Sequence[str],
     steps: int,
     search: SearchSettings,
     work: Path,
 ) -> list[dict[str, Any]]:
-    """One entry for each of `strategies` (its plan of seed 0) and for the best plan before distillation.
+    """One entry for the best plan before distillation, and for the plan of each strategy in `cells` (of seed 0).
 
     `loss` is the mean answer loss on the referee's questions after `steps` steps, `regret` what it is more than the
     optimum's, `text_loss` that on the referee's text. Finished distillations are kept in `work`.
     """
-    space = morphable.space(Budget.parse(budget))
+    budget = truth.best.budget
+    space = morphable.space(budget)
     plans: dict[str, Plan] = {OPTIMUM: truth.best}
     for cell in cells:
-        if cell.budget == budget and cell.strategy in strategies and (cell.seed, cell.spend) == (0, 1.0):
-            plans[cell.strategy] = space.plan([f"layers.{layer}" for layer in cell.full], Budget.parse(budget))
+        if (cell.budget, cell.seed, cell.spend) == (str(budget), 0, 1.0):
+            plans[cell.strategy] = space.plan([f"layers.{layer}" for layer in cell.full], budget)
     rows = []
     with run.screen.stage("distill", f"{len(plans)} plans, {steps} steps") as report:
-        objective = open_objective(
-            replace(run), morphable, "kl", work / "after", report, search, judging="referee", evaluations=work / "after"
-        )
+        objective = open_objective(run, morphable, "kl", work, report, search, judging="referee", evaluations=work)
         for number, (name, plan) in enumerate(plans.items(), 1):
             found = objective.distill([plan], steps)
             rows.append(
                 {
                     "strategy": name,
-                    "budget": budget,
+                    "budget": str(budget),
                     "steps": steps,
                     "full": plan.full_layers,
                     "loss_before": truth.loss(plan),

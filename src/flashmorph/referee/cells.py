@@ -52,6 +52,10 @@ class CellFile:
         self._path, self._context = path, context
         self.cells = {cell.key: cell for cell in self._read()}
 
+    def find(self, strategy: str, budget: str, seed: int, spend: float, settings: dict[str, Any]) -> Cell | None:
+        """The finished cell, or None."""
+        return self.cells.get(cell_key(strategy, budget, seed, spend, settings))
+
     def add(self, cell: Cell) -> None:
         """Keep one more."""
         self.cells[cell.key] = cell

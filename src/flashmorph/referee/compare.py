@@ -1,8 +1,8 @@
 """Run strategies over budgets and seeds, and let the referee judge every plan they find."""
 
 import inspect
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from flashmorph.errors import UserError
 from flashmorph.judge import recall_of_plan
-from flashmorph.morphable import Morphable
 from flashmorph.pipeline import open_morphable, open_objective, run_align, run_transplant
 from flashmorph.plan import Budget
 from flashmorph.recipe import parse_changes, unknown
 from flashmorph.referee.after import after_distillation
-from flashmorph.referee.cells import Cell, CellFile, cell_key
+from flashmorph.referee.cells import Cell, CellFile
 from flashmorph.referee.truth import Truth, find_truths
 from flashmorph.run import Run
 from flashmorph.rundata import task_settings
@@ -53,164 +52,165 @@ class Comparison:
 
     cells: list[Cell]
     truths: dict[str, Truth]
-    after: list[dict[str, Any]]
+    after: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One strategy with its settings; `label` is how it was asked for."""
+
+    label: str
+    strategy: str
+    settings: dict[str, Any]
+
+    @classmethod
+    def parse(cls, label: str) -> "Entry":
+        """Read `race+confidence=0.8`.
+
+        Raises:
+            UserError: there is no such strategy or setting.
+        """
+        name, *changes = label.split("+")
+        if name not in STRATEGIES:
+            raise UserError(unknown("strategy", name, STRATEGIES))
+        if any("=" not in change for change in changes):
+            raise UserError(f"strategy {label!r}: give settings after a plus as key=value, such as race+confidence=0.8")
+        settings = parse_changes(changes)
+        check_settings(name, settings)
+        return cls(label, name, settings)
+
+    @property
+    def serves_every_budget(self) -> bool:
+        """Whether one search's scores can be cut at every count."""
+        return self.strategy in SERVE_EVERY_BUDGET or bool(self.settings.get("random_budget"))
+
+    @property
+    def knob(self) -> str | None:
+        """The setting that says how much the strategy spends."""
+        known = inspect.signature(STRATEGIES[self.strategy]).parameters
+        return next((name for name in ("steps", "num_questions") if name in known), None)
+
+    def at(self, spend: float, questions: int) -> dict[str, Any]:
+        """The settings at a share of the spend; `questions` is how many there are."""
+        if not self.knob or spend == 1:
+            return self.settings
+        default = inspect.signature(STRATEGIES[self.strategy]).parameters[self.knob].default
+        whole = self.settings.get(self.knob) or default or questions
+        return {**self.settings, self.knob: max(1, round(spend * whole))}
+
+
+class Referee:
+    """Knows the truth about one aligned teacher, searches on its behalf, and judges what is found."""
+
+    def __init__(self, run: Run, settings: CompareSettings):
+        """Transplant and align where that is not done yet, then evaluate every plan of every budget.
+
+        Raises:
+            UserError: too many plans to enumerate.
+        """
+        self._run, self._settings = run, settings
+        host = run_transplant(run)
+        branches = run_align(run, host)
+        self._morphable = open_morphable(run, host, branches)
+        self._search = run.recipe.select.search.model_copy(update={"questions": settings.questions})
+        about = [task_settings(run), run.recipe.select.search.model_dump(mode="json"), settings.questions]
+        self.context = digest_of([run.teacher.digest, branches.digest, *about])
+        self._work = run.folder.path / "compare" / self.context
+        self.truths = self._enumerate()
+
+    def search(self, entry: Entry, budget: str, seed: int, settings: dict[str, Any]) -> Selection:
+        """One search, its evaluations shared with the others of the same seed."""
+        folder = self._work / f"{entry.strategy}-{digest_of([budget, seed, settings])}"
+        run = replace(self._run, recipe=self._run.recipe.model_copy(update={"seed": seed}))
+        evaluations = self._work / f"validation-{seed}"
+        with run.screen.stage("search", f"{entry.label}, budget {budget}, seed {seed}") as report:
+            objective = open_objective(run, self._morphable, entry.strategy, folder, report, evaluations=evaluations)
+            return select(self._morphable, budget, entry.strategy, objective, seed, **settings)
+
+    def judge(
+        self, entry: Entry, found: Selection, budget: str, seed: int, spend: float, settings: dict[str, Any]
+    ) -> Cell:
+        """What a search's plan for `budget` is worth."""
+        plan, truth = found.plan, self.truths.get(budget)
+        if entry.serves_every_budget:
+            wanted = Budget.parse(budget)
+            plan = self._morphable.space(wanted).best(found.scores, wanted)
+        details: dict[str, Any] = {"scores": found.scores[:, 0].tolist()}
+        if budget == TOLERANCE:
+            details["trace"] = found.trace
+        recall, questions = None, self._settings.recall_questions
+        if questions:
+            recall = recall_of_plan(
+                self._run, self._morphable, plan, "referee", REFEREE_SEED, questions, self._work / "recall"
+            )
+        return Cell(
+            strategy=entry.label,
+            budget=budget,
+            seed=seed,
+            spend=spend,
+            settings=settings,
+            full=plan.full_layers,
+            loss=truth.loss(plan) if truth else None,
+            regret=truth.regret(plan) if truth else None,
+            rank=truth.rank(plan) if truth else None,
+            cost=found.cost.to_dict(),
+            recall=recall,
+            details=details,
+        )
+
+    def after(self, cells: list[Cell]) -> list[dict[str, Any]]:
+        """What the settings' plans can do after the same short distillation; nothing where none is asked for."""
+        settings = self._settings
+        truth = self.truths.get(settings.distill_budget)
+        if not settings.distill_steps or not truth:
+            return []
+        cells = [cell for cell in cells if cell.strategy in settings.distilled]
+        return after_distillation(
+            self._run, self._morphable, cells, truth, settings.distill_steps, self._search, self._work / "after"
+        )
+
+    def _enumerate(self) -> dict[str, Truth]:
+        """The truth about every budget, on the referee's split."""
+        with self._run.screen.stage("referee", "every plan") as report:
+            run = replace(self._run, recipe=self._run.recipe.model_copy(update={"seed": REFEREE_SEED}))
+            work = self._work / "referee"
+            objective = open_objective(run, self._morphable, "", work, report, self._search, judging="referee")
+            budgets = [Budget.parse(name) for name in self._settings.budgets]
+            space, most = self._morphable.space(budgets[0]), self._settings.max_plans
+            return find_truths(space, budgets, objective, most, lambda share: report(share, 1))
 
 
 def compare(run: Run, settings: CompareSettings, folder: Path) -> Comparison:
     """Run every search that is not done yet and judge it. Cells are kept in `folder`; an interrupted run goes on.
 
     Raises:
-        UserError: too many plans to enumerate, or a search that cannot run.
+        UserError: an unknown strategy, too many plans to enumerate, or a search that cannot run.
     """
-    host = run_transplant(run)
-    branches = run_align(run, host)
-    morphable = open_morphable(run, host, branches)
-    work = run.folder.path / "compare"
-    search = run.recipe.select.search.model_dump(mode="json")
-    context = digest_of([run.teacher.digest, branches.digest, task_settings(run), search, settings.questions])
-    work = work / context
-    truths = enumerate_plans(run, morphable, settings, work / "referee")
-    cells = CellFile(folder / "cells.jsonl", context)
     wanted = list(_wanted(settings))
-    with run.screen.stage("search", f"{len(wanted)} cells") as report:
-        for number, (strategy, seed, spend, budgets) in enumerate(wanted):
-            own = _settings(strategy, spend, run.recipe.select.search.questions)
-            every_budget = _serves_every_budget(*parse_strategy(strategy))
-            missing = [name for name in budgets if cell_key(strategy, name, seed, spend, own) not in cells.cells]
+    referee = Referee(run, settings)
+    file = CellFile(folder / "cells.jsonl", referee.context)
+    cells: list[Cell] = []
+    with run.screen.stage("compare", f"{len(wanted)} searches") as report:
+        for number, (entry, seed, spend, budgets) in enumerate(wanted, 1):
+            own = entry.at(spend, run.recipe.select.search.questions)
             found: Selection | None = None
-            for name in missing:
-                if found is None or not every_budget:
-                    found = _search(run, morphable, strategy, name, seed, own, work)
-                cell = _judge(run, morphable, found, strategy, name, seed, spend, own, truths.get(name), settings, work)
-                cells.add(cell)
-            report(number + 1, len(wanted))
-    found_cells = [cell for cell in cells.cells.values() if _asked_for(cell, wanted)]
-    after: list[dict[str, Any]] = []
-    if settings.distill_steps and settings.distill_budget in truths:
-        search = run.recipe.select.search.model_copy(update={"questions": settings.questions})
-        budget, steps = settings.distill_budget, settings.distill_steps
-        after = after_distillation(
-            run, morphable, found_cells, truths[budget], budget, settings.distilled, steps, search, work
-        )
-    return Comparison(found_cells, truths, after)
+            for budget in budgets:
+                cell = file.find(entry.label, budget, seed, spend, own)
+                if cell is None:
+                    if found is None or not entry.serves_every_budget:
+                        found = referee.search(entry, budget, seed, own)
+                    cell = referee.judge(entry, found, budget, seed, spend, own)
+                    file.add(cell)
+                cells.append(cell)
+            report(number, len(wanted))
+    return Comparison(cells, referee.truths, referee.after(cells))
 
 
-def enumerate_plans(run: Run, morphable: Morphable, settings: CompareSettings, work: Path) -> dict[str, Truth]:
-    """The truth about every budget, on the referee's split."""
-    search = run.recipe.select.search.model_copy(update={"questions": settings.questions})
-    with run.screen.stage("referee", "every plan") as report:
-        judge = replace(run, recipe=run.recipe.model_copy(update={"seed": REFEREE_SEED}))
-        objective = open_objective(judge, morphable, "", work, report, search, judging="referee")
-        budgets = [Budget.parse(name) for name in settings.budgets]
-        space = morphable.space(budgets[0])
-        return find_truths(space, budgets, objective, settings.max_plans, lambda share: report(share, 1))
-
-
-def _wanted(settings: CompareSettings) -> Iterator[tuple[str, int, float, tuple[str, ...]]]:
+def _wanted(settings: CompareSettings) -> Iterator[tuple[Entry, int, float, tuple[str, ...]]]:
     """(strategy, seed, spend, budgets) of every search, the cheap ones first."""
-
-    def order(label: str) -> tuple[bool, bool, str]:
-        name, own = parse_strategy(label)
-        return name not in FIXED, not _serves_every_budget(name, own), label
-
-    for label in sorted(settings.strategies, key=order):
-        name, _ = parse_strategy(label)
-        seeds = 1 if name in (*FIXED, "kl", "tolerance") else settings.seeds
-        spends = settings.spends if _knob(name) else (1.0,)
-        budgets = (TOLERANCE,) if name == "tolerance" else settings.budgets
-        yield from ((label, seed, spend, budgets) for seed in range(seeds) for spend in spends)
-
-
-def parse_strategy(label: str) -> tuple[str, dict[str, Any]]:
-    """`race+confidence=0.8` as a strategy and its settings.
-
-    Raises:
-        UserError: there is no such strategy or setting.
-    """
-    name, *changes = label.split("+")
-    if name not in STRATEGIES:
-        raise UserError(unknown("strategy", name, STRATEGIES))
-    if any("=" not in change for change in changes):
-        raise UserError(f"strategy {label!r}: settings after a plus must be key=value, for example race+confidence=0.8")
-    own = parse_changes(changes)
-    check_settings(name, own)
-    return name, own
-
-
-def _serves_every_budget(name: str, own: dict[str, Any]) -> bool:
-    return name in SERVE_EVERY_BUDGET or bool(own.get("random_budget"))
-
-
-def _asked_for(cell: Cell, wanted: Sequence[tuple]) -> bool:
-    return any(
-        (cell.strategy, cell.seed, cell.spend) == (strategy, seed, spend) and cell.budget in budgets
-        for strategy, seed, spend, budgets in wanted
-    )
-
-
-def _knob(strategy: str) -> str | None:
-    """The setting that says how much a strategy spends."""
-    known = inspect.signature(STRATEGIES[strategy]).parameters
-    return next((name for name in ("steps", "num_questions") if name in known), None)
-
-
-def _settings(label: str, spend: float, questions: int) -> dict[str, Any]:
-    """A strategy's own settings at a share of its spend."""
-    name, own = parse_strategy(label)
-    knob = _knob(name)
-    if knob and spend != 1:
-        whole = own.get(knob) or inspect.signature(STRATEGIES[name]).parameters[knob].default or questions
-        own[knob] = max(1, round(spend * whole))
-    return own
-
-
-def _search(
-    run: Run, morphable: Morphable, strategy: str, budget: str, seed: int, own: dict[str, Any], work: Path
-) -> Selection:
-    """One search, its evaluations shared with the others of the same seed."""
-    name, _ = parse_strategy(strategy)
-    folder = work / f"{name}-{digest_of([budget, seed, own])}"
-    searcher = replace(run, recipe=run.recipe.model_copy(update={"seed": seed}))
-    with run.screen.stage("search", f"{strategy}, budget {budget}, seed {seed}") as report:
-        objective = open_objective(searcher, morphable, name, folder, report, evaluations=work / f"validation-{seed}")
-        return select(morphable, budget, name, objective, seed, **own)
-
-
-def _judge(
-    run: Run,
-    morphable: Morphable,
-    found: Selection,
-    strategy: str,
-    name: str,
-    seed: int,
-    spend: float,
-    own: dict[str, Any],
-    truth: Truth | None,
-    settings: CompareSettings,
-    work: Path,
-) -> Cell:
-    """What the referee says of a search's plan for the budget `name`."""
-    plan = found.plan
-    if _serves_every_budget(*parse_strategy(strategy)):
-        budget = Budget.parse(name)
-        plan = morphable.space(budget).best(found.scores, budget)
-    details: dict[str, Any] = {"scores": found.scores[:, 0].tolist()}
-    if name == TOLERANCE:
-        details["trace"] = found.trace
-    recall = None
-    if settings.recall_questions:
-        recall = recall_of_plan(run, morphable, plan, "referee", REFEREE_SEED, settings.recall_questions, work)
-    return Cell(
-        strategy,
-        name,
-        seed,
-        spend,
-        own,
-        plan.full_layers,
-        loss=truth.loss(plan) if truth else None,
-        regret=truth.regret(plan) if truth else None,
-        rank=truth.rank(plan) if truth else None,
-        cost=found.cost.to_dict(),
-        recall=recall,
-        details=details,
-    )
+    entries = [Entry.parse(label) for label in settings.strategies]
+    for entry in sorted(entries, key=lambda entry: (entry.strategy not in FIXED, not entry.serves_every_budget)):
+        seeds = 1 if entry.strategy in (*FIXED, "kl", "tolerance") else settings.seeds
+        spends = settings.spends if entry.knob else (1.0,)
+        budgets = (TOLERANCE,) if entry.strategy == "tolerance" else settings.budgets
+        yield from ((entry, seed, spend, budgets) for seed in range(seeds) for spend in spends)
