@@ -20,7 +20,7 @@ from flashmorph.devices import pick_device
 from flashmorph.evaluation import paired_interval
 from flashmorph.files import write_json
 from flashmorph.outlook import check
-from flashmorph.recipe import load_recipe
+from flashmorph.recipe import load_recipe, parse_changes
 from flashmorph.referee import CompareSettings, compare
 from flashmorph.referee.figures import draw_regret
 from flashmorph.referee.summary import summarise
@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
     parser.add_argument("--budgets", nargs="+", default=["1", "2", "3"])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--set", nargs="+", default=[], help="changes of the recipe, such as seed=1 (of the alignment)")
+    parser.add_argument("--suffix", default="", help="added to the names of run and results; give one with --set")
     parser.add_argument("--distill-steps", type=int, default=0)
     parser.add_argument("--spends", nargs="+", type=float, default=[1.0])
     arguments = parser.parse_args()
@@ -65,10 +67,10 @@ def main() -> None:
 def compare_on(teacher: str, arguments: argparse.Namespace, console: Console) -> None:
     """All cells of one teacher, its summary and its picture."""
     name, about = CASES[teacher]
-    recipe = load_recipe(HERE / "referee" / f"{about}.yaml")
-    opened = open_teacher(name)
+    recipe = load_recipe(HERE / "referee" / f"{about}.yaml", parse_changes(arguments.set))
+    opened, case = open_teacher(name), teacher + arguments.suffix
     check(opened, recipe)
-    run = Run(opened, recipe, RunFolder(Path("runs") / f"referee-{teacher}"), pick_device(), RichScreen(console))
+    run = Run(opened, recipe, RunFolder(Path("runs") / f"referee-{case}"), pick_device(), RichScreen(console))
     settings = CompareSettings(
         budgets=tuple(arguments.budgets),
         strategies=tuple(arguments.strategies),
@@ -76,10 +78,12 @@ def compare_on(teacher: str, arguments: argparse.Namespace, console: Console) ->
         spends=tuple(arguments.spends),
         distill_steps=arguments.distill_steps,
     )
-    summary = summarise(compare(run, settings, RESULTS / teacher))
+    summary = summarise(compare(run, settings, RESULTS / case))
     command = f"python benchmarks/referee.py --teachers {teacher} --seeds {arguments.seeds}"
-    write_json(RESULTS / teacher / "compare.json", {"command": command, **summary})
-    draw_regret(summary, RESULTS / teacher / "regret.png")
+    if arguments.set:
+        command += f" --set {' '.join(arguments.set)} --suffix {arguments.suffix}"
+    write_json(RESULTS / case / "compare.json", {"command": command, **summary})
+    draw_regret(summary, RESULTS / case / "regret.png")
 
 
 def over_teachers() -> list[dict]:
@@ -87,7 +91,9 @@ def over_teachers() -> list[dict]:
     default's, paired by cell with a 95 % interval."""
     regrets: dict[str, dict[tuple, float]] = {}
     ranks: dict[str, list[int]] = {}
-    for path in sorted(RESULTS.glob("*/compare.json")):
+    for path in sorted(RESULTS / case / "compare.json" for case in CASES):
+        if not path.exists():
+            continue
         for cell in json.loads(path.read_text())["cells"]:
             if cell["spend"] == 1 and cell["regret"] is not None:
                 key = (path.parent.name, cell["budget"], cell["seed"])
