@@ -28,7 +28,7 @@ from flashmorph.stages import DistillSettings
 from flashmorph.tasks import STYLES, Haystack, Layout, TaskSettings
 
 LAYERS = 8
-COUNTING = [name for name in STRATEGIES if name != "tolerance"]
+BUDGETED = [name for name in STRATEGIES if name != "tolerance"]
 WEIGHTS = (0.2, 3.0, 0.1, 2.0, 0.05, 1.0, 0.4, 0.3)
 
 
@@ -206,7 +206,7 @@ def test_fixed_layouts(strategy, layers):
     assert plan.full_layers == layers
 
 
-@pytest.mark.parametrize("strategy", COUNTING)
+@pytest.mark.parametrize("strategy", BUDGETED)
 def test_the_same_seed_finds_the_same(strategy):
     settings = {"steps": 10} if strategy in DESCENDING else {}
     first, second = (search(strategy, Surface(additive), 2, seed=3, **settings) for _ in range(2))
@@ -386,16 +386,24 @@ def test_l0_comes_to_spend_the_budget_by_itself():
     assert opened == pytest.approx(2, abs=0.25)
 
 
-@pytest.mark.parametrize("strategy", COUNTING)
-def test_strategies_that_count_layers_refuse_bytes(strategy):
-    with pytest.raises(UserError, match=rf"strategy {strategy} counts layers; budget kv=.* does not \(give 7 or 25%\)"):
-        STRATEGIES[strategy](Space.of_layers(LAYERS), Budget.parse("kv=1MiB@1024"), Surface(additive), 0)
-
-
-def test_random_budgets_refuse_bytes():
+@pytest.mark.parametrize("strategy", BUDGETED)
+def test_bytes_of_cache_buy_as_many_layers_as_they_pay_for(strategy):
+    """300 bytes are 80 for eight linear layers and 2 x 90 for two full ones; 40 are left over."""
     cache = Space(Space.of_layers(LAYERS).groups, ("full", "linear"), np.tile([100.0, 10.0], (LAYERS, 1)))
-    with pytest.raises(UserError, match="budgeted-gates with random_budget counts layers"):
-        STRATEGIES["budgeted-gates"](cache, Budget("kv", 300, 1024), Surface(additive), 0, random_budget=True)
+    settings = {"steps": 30} if strategy in DESCENDING else {}
+    bytes_ = STRATEGIES[strategy](cache, Budget("kv", 300, 1024), Surface(additive), 0, **settings)
+    assert len(bytes_.plan.full_layers) == 2 and bytes_.plan.budget.resource == "kv"
+    if strategy not in ("budgeted-gates", "gates"):
+        assert bytes_.plan.full_layers == search(strategy, Surface(additive), 2, **settings).plan.full_layers
+
+
+@pytest.mark.parametrize("strategy", COUNTING)
+def test_strategies_that_count_layers_refuse_bytes_where_layers_cost_differently(strategy):
+    cost = np.tile([100.0, 10.0], (LAYERS, 1))
+    cost[3, 0] = 150
+    space = Space(Space.of_layers(LAYERS).groups, ("full", "linear"), cost)
+    with pytest.raises(UserError, match=rf"strategy {strategy} counts layers; budget kv=.* does not, and .* differ"):
+        STRATEGIES[strategy](space, Budget("kv", 300, 1024), Surface(additive), 0)
 
 
 @pytest.mark.parametrize("strategy", [*COUNTING, "add-one", "drop-one", "gates", "halo", "nll"])
@@ -405,7 +413,7 @@ def test_strategies_of_two_options_refuse_a_third(strategy):
         STRATEGIES[strategy](space, Budget("layers", 2), Surface(additive), 0)
 
 
-@pytest.mark.parametrize("strategy", COUNTING)
+@pytest.mark.parametrize("strategy", BUDGETED)
 def test_a_budget_without_a_choice_is_refused_before_anything_is_spent(strategy):
     surface = Surface(additive)
     with pytest.raises(UserError, match="keeps everything full"):
@@ -584,7 +592,7 @@ def test_kl_ranks_by_what_is_left_after_the_steps():
     selection = search("kl", surface, 2, steps=4)
     assert selection.plan.full_layers == [1, 3]
     assert surface.distilled == [[[layer]] for layer in range(LAYERS)]
-    assert selection.scores[1, 0] == pytest.approx(-(6 - WEIGHTS[1]) / 4)
+    assert selection.scores[1, 0] == pytest.approx((WEIGHTS[1] - min(WEIGHTS)) / 4)
 
 
 def test_tolerance_switches_until_the_loss_is_spent():
@@ -606,7 +614,7 @@ def test_tolerance_switches_until_the_loss_is_spent():
 def test_every_strategy_runs_on_a_model(morphable, tmp_path):
     rows = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(1))
     space, budget = morphable.space(Budget("layers", 1)), Budget("layers", 1)
-    for name in COUNTING:
+    for name in BUDGETED:
         strategy = STRATEGIES[name]
         settings = {"steps": 2} if name in (*DESCENDING, "kl") else {}
         objective = objective_on(morphable, tmp_path / (name if name in DESCENDING else "plans"), rows)

@@ -50,6 +50,7 @@ def select(
     curve: Annotated[bool, typer.Option("--curve", help="Plan, loss and recall for every budget.")] = False,
     within: Annotated[str, typer.Option(help="With --curve: how much of the teacher's recall may be lost.")] = "5%",
     recall_questions: Annotated[int, typer.Option(min=1, help="With --curve: generated answers a task.")] = 50,
+    max_plans: Annotated[int | None, typer.Option(help="With `exhaustive`: how many plans may be run.")] = None,
     changes: SetOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -65,6 +66,8 @@ def select(
     share = _share(within)
     if recipe is None and _kept_recipe(source).is_file():
         recipe = str(_kept_recipe(source))
+    if max_plans is not None:
+        changes = [*(changes or []), f"select.settings.max_plans={max_plans}"]
     options = Options(teacher, source, recipe, budget, changes, strategy=strategy, device=device, json=as_json)
     if not (source / "stages").is_dir():
         raise UserError(f"{source} is no run of flashmorph's: run `flashmorph align {teacher} --output {source}` first")

@@ -14,7 +14,8 @@ from flashmorph.selection.strategy import Objective, Selection, group_scores
 def kl(space: Space, budget: Budget, objective: Objective, seed: int, steps: int = 20) -> Selection:
     """Keep the layers whose single restoration leaves the least KL to the teacher after `steps` distillation steps.
 
-    A score is minus that KL, in nats a token. Costs L short distillations and serves every budget.
+    A score is how much less KL is left than by the worst layer, in nats a token. Costs L short distillations and serves
+    every budget.
 
     Raises:
         UserError: more than two options, a budget that leaves no choice, or `steps` below 1.
@@ -29,5 +30,6 @@ def kl(space: Space, budget: Budget, objective: Objective, seed: int, steps: int
         left = objective.distill([plan], steps).kl
         trace.append({"full": plan.full_groups, "kl": left})
         objective.progress(len(trace), len(variants), kl=left)
-    scores = group_scores(space, [-entry["kl"] for entry in trace], FULL)
+    worst = max(entry["kl"] for entry in trace)
+    scores = group_scores(space, [worst - entry["kl"] for entry in trace], FULL)
     return Selection(space.best(scores, budget), scores, trace, objective.cost)

@@ -65,7 +65,9 @@ def l0(
 
     schedule = Schedule(steps, learning_rate, final_learning_rate)
     trace = descend(objective, masks_and_multipliers, to_gates, schedule, loss="answers", regulariser=lagrangian)
-    scores = group_scores(space, masks_and_multipliers[:layers].tolist(), space.options[0])
+    # Above the least of them, since a budget of bytes leaves out what has a negative score.
+    log_alpha = masks_and_multipliers[:layers]
+    scores = group_scores(space, (log_alpha - log_alpha.min()).tolist(), space.options[0])
     return Selection(space.best(scores, budget), scores, trace, objective.cost)
 
 

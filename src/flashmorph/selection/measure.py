@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from flashmorph.errors import UserError
-from flashmorph.plan import Budget, Plan, Space
+from flashmorph.plan import FULL, Budget, Plan, Space
 from flashmorph.selection.strategy import Objective
 
 
@@ -20,13 +22,21 @@ def check_two_options(space: Space, strategy: str) -> None:
 def count_layers(space: Space, budget: Budget, strategy: str) -> int:
     """How many layers a plan of this budget keeps full, for a strategy that spends it a whole layer at a time.
 
+    Bytes of cache buy as many layers as they pay for, where a full layer costs the same everywhere.
+
     Raises:
-        UserError: the budget is not a count of layers or leaves no choice, or the space has more than two options.
+        UserError: the budget is neither, or leaves no choice, or the space has more than two options.
     """
-    if budget.resource not in ("layers", "share"):
-        raise UserError(f"strategy {strategy} counts layers; budget {budget} does not (give 7 or 25%)")
     check_two_options(space, strategy)
-    return int(space.limit(budget))
+    limit = space.limit(budget)
+    if budget.resource in ("layers", "share"):
+        return int(limit)
+    full, other = space.cost[:, space.options.index(FULL)], space.cost[:, 1 - space.options.index(FULL)]
+    if np.ptp(full - other):
+        raise UserError(
+            f"strategy {strategy} counts layers; budget {budget} does not, and layers' caches differ (give 7 or 25%)"
+        )
+    return int((limit - other.sum()) // (full - other)[0])
 
 
 def first_questions(objective: Objective, num_questions: int | None) -> range:
