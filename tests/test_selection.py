@@ -329,6 +329,18 @@ def test_race_decides_on_all_questions_where_nothing_tells_candidates_apart():
     assert max(entry["questions"] for entry in selection.trace) == surface.num_questions
 
 
+def test_race_does_not_tell_apart_what_cannot_matter():
+    """Two layers are worth nearly the same: with indifference, questions are saved and at most that much is lost."""
+    worth = torch.tensor([0.0, 2.0, 2.01, 0.1, 0.0, 0.0])
+    asked = {}
+    for indifference in (0.0, 0.05):
+        surface = Surface(lambda full: full @ worth, 6, 400, 0.1)
+        selection = search("race", surface, 1, layers=6, swaps=False, indifference=indifference)
+        assert selection.plan.full_layers[0] in (1, 2)
+        asked[indifference] = surface.asked
+    assert asked[0.05] < asked[0.0] / 2
+
+
 def test_race_mends_a_plan_by_one_swap():
     """Layer 0 looks best alone, but 1 and 2 together are better than it with any other."""
 
@@ -427,6 +439,7 @@ def test_a_budget_without_a_choice_is_refused_before_anything_is_spent(strategy)
         ("nll", {"direction": "up"}, "direction must be restore or switch; got 'up'"),
         ("greedy-forward", {"num_questions": 0}, "num_questions must be at least 1; got 0"),
         ("race", {"start_questions": 1}, "start_questions must be at least 2"),
+        ("race", {"indifference": -0.1}, "indifference must be 0 or more nats; got -0.1"),
         ("race", {"confidence": 1.0}, "confidence must lie between 0 and 1, for example 0.95; got 1.0"),
     ],
 )

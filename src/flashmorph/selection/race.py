@@ -29,6 +29,7 @@ def race(
     swaps: bool = True,
     first_by_gradient: bool = False,
     hard_first: bool = False,
+    indifference: float = 0.0,
 ) -> Selection:
     """Greedy forward's plan for a fraction of its questions, forward passes only; then one-swap neighbours are tried.
 
@@ -38,7 +39,9 @@ def race(
     plans that exchange one of its layers; only such an interval or the mean over all questions can beat it. With
     `first_by_gradient` only the better half of the layers runs in each step (always more than the budget's), in the
     order of the answers' loss gradient where no layer is full; a swap can still bring in the others. With `hard_first`
-    each race asks those questions first that the plan so far answers worst.
+    each race asks those questions first that the plan so far answers worst. With `indifference` a race also ends when
+    no candidate left may be better than the leader by more than so many nats, by its interval: what cannot matter is
+    not told apart.
 
     A layer's score is the order of choice: K for the first, 1 for the last, 0 for a layer that was not chosen. In the
     trace, `questions` is how many stand behind a loss.
@@ -53,7 +56,9 @@ def race(
         raise UserError(f"confidence must lie between 0 and 1, for example 0.95; got {confidence}")
     questions = len(first_questions(objective, num_questions))
     entrants = _by_gradient(space, budget, objective, kept) if first_by_gradient else list(space.groups)
-    track = _Track(objective, questions, start_questions, confidence)
+    if indifference < 0:
+        raise UserError(f"indifference must be 0 or more nats; got {indifference}")
+    track = _Track(objective, questions, start_questions, confidence, indifference)
     chosen: list[str] = []
     for place in range(kept):
         if hard_first:
@@ -77,14 +82,10 @@ def race(
 class _Track:
     """Where plans race: the same questions and the same rule for every race."""
 
-    def __init__(self, objective: Objective, questions: int, start: int, confidence: float):
+    def __init__(self, objective: Objective, questions: int, start: int, confidence: float, indifference: float):
         self.trace: list[dict] = []
-        self._objective, self._order, self._start, self._confidence = (
-            objective,
-            list(range(questions)),
-            start,
-            confidence,
-        )
+        self._objective, self._order, self._start = objective, list(range(questions)), start
+        self._confidence, self._indifference = confidence, indifference
 
     def hardest_first(self, plan: Plan) -> None:
         """Ask from now on those questions first whose answers have the largest loss under `plan`."""
@@ -114,17 +115,21 @@ class _Track:
                 half = len(running) if is_first_round else max(2, math.ceil(len(running) / 2))
                 stay = set(running[:half]) | ({0} if defended else set())
                 rest = [place for place in rest if place in stay]
-                rest = [place for place in rest if not _worse(losses[place] - losses[best], self._confidence)]
+                margins = {place: _margin(losses[place] - losses[best], self._confidence) for place in rest}
+                # What may be better by this much at most, as the interval says: below 0, it is worse.
+                rest = [place for place in rest if margins[place] >= 0]
+                if all(margins[place] <= self._indifference for place in rest):
+                    rest = []
             if not rest or asked == len(self._order):
                 return best, float(losses[best].mean())
             running = [best, *rest]
 
 
-def _worse(differences: np.ndarray, confidence: float) -> bool:
-    """Whether the two-sided t-interval of the mean of `differences` lies above 0."""
+def _margin(differences: np.ndarray, confidence: float) -> float:
+    """How far the two-sided t-interval of the mean of `differences` reaches below 0; negative where it lies above."""
     error = differences.std(ddof=1) / math.sqrt(len(differences))
     quantile = student_t.ppf((1 + confidence) / 2, len(differences) - 1)
-    return bool(differences.mean() > quantile * error)
+    return float(quantile * error - differences.mean())
 
 
 def _by_gradient(space: Space, budget: Budget, objective: Objective, kept: int) -> list[str]:
