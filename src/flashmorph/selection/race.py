@@ -118,7 +118,7 @@ class _Track:
                 margins = {place: _margin(losses[place] - losses[best], self._confidence) for place in rest}
                 # What may be better by this much at most, as the interval says: below 0, it is worse.
                 rest = [place for place in rest if margins[place] >= 0]
-                if all(margins[place] <= self._indifference for place in rest):
+                if all(margins[place] < self._indifference for place in rest):
                     rest = []
             if not rest or asked == len(self._order):
                 return best, float(losses[best].mean())
