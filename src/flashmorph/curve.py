@@ -15,8 +15,8 @@ from flashmorph.progress import Report
 from flashmorph.run import Run
 from flashmorph.rundata import task_settings
 from flashmorph.runfolder import Stage
-from flashmorph.selection import SERVE_EVERY_BUDGET, Selection
-from flashmorph.selection.search import select
+from flashmorph.selection import Selection
+from flashmorph.selection.search import own_settings, select, serves_every_budget
 
 _NESTED = ("greedy-backward", "greedy-forward", "race")
 """Strategies whose order of choice holds the plans for all budgets."""
@@ -77,7 +77,7 @@ def find_plans(run: Run, morphable: Morphable, space: Space, folder: Path, repor
     recipe, strategy = run.recipe, run.recipe.select.strategy
     budgets = [Budget("layers", kept) for kept in range(1, len(space.groups))]
     settings = dict(recipe.select.settings)
-    one_search = strategy in (*SERVE_EVERY_BUDGET, *_NESTED) or settings.get("random_budget")
+    one_search = strategy in _NESTED or serves_every_budget(strategy, settings)
     if strategy == "race":
         settings["swaps"] = False
 
@@ -106,7 +106,9 @@ def run_curve(run: Run, host: Stage, branches: Stage, questions: int) -> Curve:
         write_json(folder / "curve.json", curve.to_dict())
         return {"summary": f"{len(curve.points)} budgets"}
 
-    wanted = {"select": recipe.select.model_dump(mode="json"), "questions": questions, **task_settings(run)}
+    settings = {**own_settings(recipe.select.strategy), **recipe.select.settings}
+    chosen = {**recipe.select.model_dump(mode="json"), "settings": settings}
+    wanted = {"select": chosen, "questions": questions, **task_settings(run)}
     stage = run.stage("curve", f"{recipe.select.strategy}, every budget", wanted, [branches.digest], work)
     values = read_json(stage.folder / "curve.json")
     return Curve(values["strategy"], [Point(**point) for point in values["points"]])

@@ -37,7 +37,7 @@ from flashmorph.runfolder import Stage
 from flashmorph.selection import NEED_TEXT, NEED_TRAINING
 from flashmorph.selection.distilling import Distiller
 from flashmorph.selection.objective import MorphableObjective
-from flashmorph.selection.search import select
+from flashmorph.selection.search import own_settings, select
 from flashmorph.selection.searchdata import SearchSettings
 from flashmorph.selection.uniform import uniform
 from flashmorph.stages import DistillSettings, align, alignment_errors, distill, extend
@@ -133,7 +133,7 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
 
     wanted = {
         "budget": recipe.budget,
-        "select": chosen.model_dump(mode="json"),
+        "select": {**chosen.model_dump(mode="json"), "settings": {**own_settings(chosen.strategy), **chosen.settings}},
         **task_settings(run),
     }
     if chosen.strategy in NEED_TRAINING:

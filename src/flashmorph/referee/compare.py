@@ -1,6 +1,5 @@
 """Run strategies over budgets and seeds, and let the referee judge every plan they find."""
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,8 +18,8 @@ from flashmorph.referee.truth import Truth, find_truths
 from flashmorph.run import Run
 from flashmorph.rundata import task_settings
 from flashmorph.runfolder import digest_of
-from flashmorph.selection import DEFAULT_STRATEGY, SERVE_EVERY_BUDGET, STRATEGIES, Selection
-from flashmorph.selection.search import check_settings, select
+from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES, Selection
+from flashmorph.selection.search import check_settings, own_settings, select, serves_every_budget
 
 REFEREE_SEED = 1_000_003
 FIXED = ("first", "last", "middle", "uniform")
@@ -82,21 +81,19 @@ class Entry:
     @property
     def serves_every_budget(self) -> bool:
         """Whether one search's scores can be cut at every count."""
-        return self.strategy in SERVE_EVERY_BUDGET or bool(self.settings.get("random_budget"))
+        return serves_every_budget(self.strategy, self.settings)
 
     @property
     def knob(self) -> str | None:
         """The setting that says how much the strategy spends."""
-        known = inspect.signature(STRATEGIES[self.strategy]).parameters
-        return next((name for name in ("steps", "num_questions") if name in known), None)
+        return next((name for name in ("steps", "num_questions") if name in own_settings(self.strategy)), None)
 
     def at(self, spend: float, questions: int) -> dict[str, Any]:
-        """The settings at a share of the spend; `questions` is how many there are."""
-        if not self.knob or spend == 1:
-            return self.settings
-        default = inspect.signature(STRATEGIES[self.strategy]).parameters[self.knob].default
-        whole = self.settings.get(self.knob) or default or questions
-        return {**self.settings, self.knob: max(1, round(spend * whole))}
+        """All settings, defaults written out, at a share of the spend; `questions` is how many there are."""
+        settings = {**own_settings(self.strategy), **self.settings}
+        if self.knob and spend != 1:
+            settings[self.knob] = max(1, round(spend * (settings[self.knob] or questions)))
+        return settings
 
 
 class Referee:

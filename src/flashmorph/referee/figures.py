@@ -10,6 +10,7 @@ from flashmorph.files import atomic_path
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 _FLOOR = 1e-4
 
@@ -35,6 +36,7 @@ def draw_regret(summary: dict[str, Any], path: Path) -> None:
             else:
                 panel.plot([row["flops"] for row in rows], regrets, "o-", color=colours[name], markersize=4, label=name)
         panel.set(xscale="log", yscale="log", xlabel="search FLOPs", title=f"budget {budget}")
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel(f"regret + {_FLOOR:g}, nats an answer token")
     panels[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))

@@ -2,16 +2,17 @@
 
 Every step draws Gumbel noise on the logits, runs the *hard* plan of `Space.best` (so the search sees what will be
 built, and rounding loses nothing), and sends the gradient of the hard gates back to the logits, projected onto the
-budget's plane. The noise falls as the search settles. There is no penalty to tune.
+budget's plane. The noise falls as the search settles. There is no penalty to tune. One search serves every budget.
 """
+
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from flashmorph.plan import Budget, Space
 from flashmorph.selection.descend import Schedule, descend
-from flashmorph.selection.measure import count_layers
-from flashmorph.selection.strategy import Objective, Selection
+from flashmorph.selection.strategy import Objective, Selection, group_scores
 
 
 def budgeted_gates(
@@ -24,25 +25,22 @@ def budgeted_gates(
     final_learning_rate: float = 0.1,
     noise: float = 1.0,
     final_noise: float = 0.2,
-    random_budget: bool = False,
-    shared_moment: bool = False,
+    random_budget: bool = True,
+    shared_moment: bool = True,
 ) -> Selection:
     """Learn logits `[groups, options]` under the budget; the plan is the best one by the final logits.
 
-    With `random_budget` each step spends its own number of layers, drawn from 1 to L - 1, so that the logits do not
-    depend on `budget` and one search serves every count. With `shared_moment` steps keep the proportions of the
-    gradients (`SharedAdam`) instead of being equally long for every logit.
+    With `random_budget` each step spends its own budget, from the smallest that buys a layer to nearly all, so that the
+    logits do not depend on `budget` and one search serves every count. With `shared_moment` steps keep the proportions
+    of the gradients (`SharedAdam`) instead of being equally long for every logit.
 
     Raises:
-        UserError: see `Space.limit`; or `random_budget` where the budget is not a count of layers.
+        UserError: see `Space.limit`.
     """
     space.limit(budget)
     rng = np.random.default_rng(seed)
     draws = rng.gumbel(size=(steps, *space.cost.shape))
-    budgets = [budget] * steps
-    if random_budget:
-        count_layers(space, budget, "budgeted-gates with random_budget")
-        budgets = [Budget("layers", int(kept)) for kept in rng.integers(1, len(space.groups), size=steps)]
+    budgets = _random_budgets(space, budget, rng, steps) if random_budget else [budget] * steps
     logits = torch.zeros(space.cost.shape)
 
     def hard_gates(logits: torch.Tensor, step: int) -> torch.Tensor:
@@ -54,7 +52,20 @@ def budgeted_gates(
     schedule = Schedule(steps, learning_rate, final_learning_rate)
     trace = descend(objective, logits, hard_gates, schedule, loss="answers", shared_moment=shared_moment)
     scores = logits.numpy()
+    if len(space.options) == 2:
+        # Above the least of them, since a budget of bytes leaves out what has a negative score.
+        worth = scores[:, 0] - scores[:, 1]
+        scores = group_scores(space, (worth - worth.min()).tolist(), space.options[0])
     return Selection(space.best(scores, budget), scores, trace, objective.cost)
+
+
+def _random_budgets(space: Space, budget: Budget, rng: np.random.Generator, steps: int) -> list[Budget]:
+    """A budget for each step, of the kind of `budget`."""
+    if budget.resource in ("layers", "share"):
+        return [Budget("layers", int(kept)) for kept in rng.integers(1, len(space.groups), size=steps)]
+    least = space.cost.min(1).sum() + (space.cost.max(1) - space.cost.min(1)).min()
+    limits = rng.uniform(least, space.cost.max(1).sum(), size=steps)
+    return [replace(budget, limit=float(limit)) for limit in limits]
 
 
 def _project(logits: torch.Tensor, space: Space) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 from flashmorph.errors import UserError
 from flashmorph.morphable import Morphable
 from flashmorph.plan import Budget
-from flashmorph.selection import STRATEGIES
+from flashmorph.selection import SERVE_EVERY_BUDGET, STRATEGIES
 from flashmorph.selection.strategy import Objective, Selection
 
 _GIVEN = ("space", "budget", "objective", "seed")
@@ -41,8 +41,20 @@ def check_settings(strategy: str, settings: dict[str, Any]) -> None:
     Raises:
         UserError: names the setting and those that there are.
     """
-    known = [name for name in inspect.signature(STRATEGIES[strategy]).parameters if name not in _GIVEN]
+    known = list(own_settings(strategy))
     for name in settings:
         if name not in known:
             there_are = f"it has {', '.join(known)}" if known else "it has none"
             raise UserError(f"strategy {strategy} has no setting {name!r}; {there_are}")
+
+
+def own_settings(strategy: str) -> dict[str, Any]:
+    """The strategy's own settings with their defaults."""
+    known = inspect.signature(STRATEGIES[strategy]).parameters
+    return {name: parameter.default for name, parameter in known.items() if name not in _GIVEN}
+
+
+def serves_every_budget(strategy: str, settings: dict[str, Any]) -> bool:
+    """Whether the scores of one search can be cut at every budget."""
+    random = {**own_settings(strategy), **settings}.get("random_budget", False)
+    return strategy in SERVE_EVERY_BUDGET or random
