@@ -80,6 +80,8 @@ def compare_on(teacher: str, arguments: argparse.Namespace, console: Console) ->
     )
     summary = summarise(compare(run, settings, RESULTS / case))
     command = f"python benchmarks/referee.py --teachers {teacher} --seeds {arguments.seeds}"
+    if arguments.strategies != list(STRATEGIES):
+        command += f" --strategies {' '.join(arguments.strategies)}"
     if arguments.set:
         command += f" --set {' '.join(arguments.set)} --suffix {arguments.suffix}"
     write_json(RESULTS / case / "compare.json", {"command": command, **summary})
