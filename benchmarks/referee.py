@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -125,9 +126,10 @@ def over_teachers() -> list[dict]:
 
 def table_of(rows: list[dict]) -> Table:
     """The rows on a screen."""
-    table = Table(title=f"over all teachers, budgets, seeds; the default is {DEFAULT_STRATEGY}", title_justify="left")
-    for column in ("strategy", "cells", "regret", "first", "worst rank", "minus the default's", "95 %"):
-        table.add_column(column, justify="left" if column == "strategy" else "right")
+    title = f"over all teachers, budgets, seeds; the default is {DEFAULT_STRATEGY}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for column in ("strategy", "cells", "regret", "first", "worst", "- default", "95 %"):
+        table.add_column(column, justify="left" if column == "strategy" else "right", no_wrap=True)
     for row in rows:
         interval = row["interval"] and f"{row['interval'][0]:+.3f} to {row['interval'][1]:+.3f}"
         minus = "" if row["minus_default"] is None else f"{row['minus_default']:+.3f}"
