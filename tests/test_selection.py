@@ -1,31 +1,20 @@
-"""What every strategy finds, on made-up loss surfaces whose best plans are known; and the objective on a real model."""
+"""What every strategy finds, on made-up loss surfaces whose best plans are known."""
 
 import copy
-import itertools
 import math
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import random_qwen3, tiny_tokenizer
 
-from flashmorph.corpus import Rows
 from flashmorph.errors import UserError
-from flashmorph.morphable import Morphable, build
-from flashmorph.move import transplant
 from flashmorph.plan import Budget, Plan, Space
 from flashmorph.selection import STRATEGIES, Cost, Selection
-from flashmorph.selection.distilling import Distiller
 from flashmorph.selection.halo import halo_scores
 from flashmorph.selection.l0 import hard_concrete, open_probability
-from flashmorph.selection.objective import MorphableObjective
-from flashmorph.selection.searchdata import SearchData, SearchSettings
 from flashmorph.selection.shared_adam import SharedAdam
 from flashmorph.selection.strategy import Distilled, group_scores
-from flashmorph.stages import DistillSettings
-from flashmorph.tasks import STYLES, Haystack, Layout, TaskSettings
 
 LAYERS = 8
 BUDGETED = [name for name in STRATEGIES if name != "tolerance"]
@@ -448,158 +437,6 @@ def test_a_setting_out_of_range_is_told_in_a_sentence(strategy, settings, senten
         search(strategy, Surface(additive), 2, **settings)
 
 
-@pytest.fixture(scope="module")
-def morphable() -> Morphable:
-    model, _ = transplant(random_qwen3(vocab_size=len(tiny_tokenizer())))
-    return Morphable(model)
-
-
-def objective_on(morphable: Morphable, folder, text_rows: torch.Tensor | None = None, micro_batch_tokens: int = 96):
-    layout = Layout(tiny_tokenizer(), STYLES["lines"], Haystack.repeated())
-    tasks = [TaskSettings.model_validate({"task": "many_keys", "num_keys": 1})]
-    search = SearchSettings(length=96, batch_tokens=96, micro_batch_tokens=micro_batch_tokens, questions=5)
-    data = SearchData({"train": layout, "validation": layout}, STYLES["lines"], tasks, search)
-    return MorphableObjective(morphable, data, folder, text_rows=text_rows, distiller=distiller(morphable, folder))
-
-
-def distiller(morphable: Morphable, folder) -> Distiller:
-    """Trains on rows of random tokens."""
-
-    def make_rows(settings: DistillSettings) -> Rows:
-        path = folder / "rows.npy"
-        folder.mkdir(parents=True, exist_ok=True)
-        np.save(path, np.random.default_rng(0).integers(97, size=(settings.rows, settings.length)).astype(np.int32))
-        return Rows(path)
-
-    settings = DistillSettings(tokens=128, length=32, batch_tokens=64, learning_rate=1e-3)
-    return Distiller(morphable, make_rows, settings, folder / "distilled")
-
-
-@torch.no_grad()
-def test_the_losses_of_a_plan_are_those_of_the_model_built_from_it(morphable, tmp_path):
-    rows = torch.randint(97, (3, 40), generator=torch.Generator().manual_seed(1))
-    objective = objective_on(morphable, tmp_path, rows)
-    plan = morphable.space(Budget("layers", 1)).plan(["layers.1"], Budget("layers", 1))
-    model = build(morphable, plan)
-    logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
-    expected = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
-    assert objective.text_loss(plan) == pytest.approx(expected, rel=1e-4)
-    (losses,) = objective.evaluate([plan])
-    for number, example in enumerate(objective._data.questions()):
-        ids = torch.tensor([example.input_ids])
-        marked = torch.tensor(example.is_answer)[1:]
-        found = F.cross_entropy(model(input_ids=ids, use_cache=False).logits[0, :-1][marked], ids[0, 1:][marked])
-        assert losses[number] == pytest.approx(found.item(), rel=1e-3)
-
-
-def test_evaluations_are_run_once_then_read_from_disk_and_counted_by_every_search(morphable, tmp_path):
-    rows = torch.randint(97, (3, 40), generator=torch.Generator().manual_seed(1))
-    objective = objective_on(morphable, tmp_path, rows)
-    plan = morphable.space(Budget("layers", 1)).plan(["layers.0"], Budget("layers", 1))
-    text_loss = objective.text_loss(plan)
-    assert objective.cost.tokens_forward == rows.numel()
-    assert objective.cost.flops > 0
-    (some,) = objective.evaluate([plan], [3, 1])
-    (every,) = objective.evaluate([plan])
-    assert some.tolist() == [every[3], every[1]]
-    assert objective.cost.tokens_forward == rows.numel() + 5 * 96
-    again = objective_on(morphable, tmp_path, rows)
-    assert (again.text_loss(plan), again.evaluate([plan])[0].tolist()) == (text_loss, every.tolist())
-    assert again.cost.tokens_forward == objective.cost.tokens_forward
-    assert again.cost.flops == objective.cost.flops
-    whole = objective_on(morphable, tmp_path / "other", rows, micro_batch_tokens=4096)
-    assert whole.text_loss(plan) == pytest.approx(text_loss, rel=1e-5)
-
-
-def test_a_strategy_that_weighs_text_asks_for_it(morphable, tmp_path):
-    with pytest.raises(
-        UserError, match="this strategy weighs text too: give the objective validation text, `text_rows`"
-    ):
-        STRATEGIES["halo"](
-            morphable.space(Budget("layers", 1)), Budget("layers", 1), objective_on(morphable, tmp_path), 0
-        )
-    with pytest.raises(UserError, match=r"text_rows must be \[rows, length\].*got \[7\]"):
-        objective_on(morphable, tmp_path, torch.zeros(7, dtype=torch.long))
-
-
-@torch.no_grad()
-def test_plans_run_together_share_what_they_have_in_common(tmp_path):
-    model, _ = transplant(random_qwen3(vocab_size=len(tiny_tokenizer()), num_hidden_layers=4))
-    morphable = Morphable(model)
-    morphable.initialise(torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(2)))
-    space, budget = morphable.space(Budget("layers", 2)), Budget("layers", 2)
-    plans = [space.plan(full, budget) for full in itertools.combinations(space.groups, 2)]
-    plans.append(plans[2])
-    together, alone = (objective_on(morphable, tmp_path / name) for name in ("together", "alone"))
-    losses = together.evaluate(plans)
-    assert losses.shape == (7, 5)
-    expected = np.concatenate([alone.evaluate([plan]) for plan in plans])
-    np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    assert np.ptp(losses[:6].mean(1)) > 1e-4
-    # 0011, 0101, 0110, 1001, 1010, 1100 and 0110 again: 4 + 3 + 2 + 1 + 4 + 2 + 3 of 4 layers.
-    tokens = 5 * 96
-    assert together.cost.tokens_forward == pytest.approx(tokens * 19 / 4)
-    assert alone.cost.tokens_forward == tokens * 6
-
-
-def test_a_path_of_plans_is_trained_once_and_goes_on_from_its_last_weights(morphable, tmp_path):
-    rows = torch.randint(97, (3, 40), generator=torch.Generator().manual_seed(1))
-    space = morphable.space(Budget("layers", 1))
-    every, one = (space.plan(full, Budget("layers", 1)) for full in (space.groups, ["layers.1"]))
-    objective = objective_on(morphable, tmp_path, rows)
-    first = objective.distill([one], 3)
-    assert objective.text_loss(one) != first.text_loss
-    assert np.isfinite([first.kl, first.text_loss, *first.losses]).all()
-    spent = objective.cost.flops
-    again = objective_on(morphable, tmp_path, rows)
-    assert again.distill([one], 3).losses.tolist() == first.losses.tolist()
-    assert again.cost.flops < spent
-    path = objective_on(morphable, tmp_path / "path", rows).distill([every, one], 3)
-    assert path.text_loss != first.text_loss
-    resumed = objective_on(morphable, tmp_path / "resumed", rows)
-    resumed.distill([every], 3)
-    assert objective_on(morphable, tmp_path / "resumed", rows).distill([every, one], 3).kl == path.kl
-
-
-def test_a_search_that_cannot_train_says_so(morphable, tmp_path):
-    rows = torch.zeros(1, 40, dtype=torch.long)
-    layout = Layout(tiny_tokenizer(), STYLES["lines"], Haystack.repeated())
-    data = SearchData(
-        {"train": layout, "validation": layout}, STYLES["lines"], [TaskSettings(task="hops")], SearchSettings(length=96)
-    )
-    space, budget = morphable.space(Budget("layers", 1)), Budget("layers", 1)
-    with pytest.raises(UserError, match="give the objective a distiller"):
-        STRATEGIES["kl"](space, budget, MorphableObjective(morphable, data, tmp_path, text_rows=rows), 0)
-
-
-def test_a_loss_that_is_not_finite_is_told_with_its_plan(tmp_path):
-    model, _ = transplant(random_qwen3(vocab_size=len(tiny_tokenizer())))
-    morphable = Morphable(model)
-    next(iter(morphable.layers[1].branches["linear"].parameters())).data.fill_(math.nan)
-    objective = objective_on(morphable, tmp_path, torch.randint(97, (2, 40)))
-    space, budget = morphable.space(Budget("layers", 1)), Budget("layers", 1)
-    sound, broken = (space.plan([group], budget) for group in ("layers.1", "layers.0"))
-    assert np.isfinite(objective.evaluate([sound])).all()
-    for ask in (lambda: objective.evaluate([sound, broken]), lambda: objective.text_loss(broken)):
-        with pytest.raises(UserError, match="loss of the plan ■□ is not finite"):
-            ask()
-    with pytest.raises(UserError, match="is not finite at step 0"):
-        STRATEGIES["budgeted-gates"](space, budget, objective, 0)
-
-
-def test_gates_on_text_see_every_token(morphable, tmp_path):
-    objective = objective_on(morphable, tmp_path)
-    gates = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    value, gradient = objective.gradient(gates, 0, "hidden", "text")
-    assert value == 0 and gradient.isfinite().all()
-    half = torch.full((2, 2), 0.5)
-    text, questions = (objective.gradient(half, 0, "hidden", data)[0] for data in ("text", "questions"))
-    assert text > 0 and text != questions
-    space, budget = morphable.space(Budget("layers", 1)), Budget("layers", 1)
-    with pytest.raises(UserError, match="data must be questions or text; got 'both'"):
-        STRATEGIES["gates"](space, budget, objective, 0, data="both")
-
-
 def test_kl_ranks_by_what_is_left_after_the_steps():
     surface = Surface(additive, noise=0)
     selection = search("kl", surface, 2, steps=4)
@@ -622,19 +459,6 @@ def test_tolerance_switches_until_the_loss_is_spent():
         STRATEGIES["tolerance"](space, Budget.parse("loss=0.01%"), Surface(additive), 0)
     with pytest.raises(UserError, match="give loss=1%, not 2"):
         search("tolerance", Surface(additive), 2)
-
-
-def test_every_strategy_runs_on_a_model(morphable, tmp_path):
-    rows = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(1))
-    space, budget = morphable.space(Budget("layers", 1)), Budget("layers", 1)
-    for name in BUDGETED:
-        strategy = STRATEGIES[name]
-        settings = {"steps": 2} if name in (*DESCENDING, "kl") else {}
-        objective = objective_on(morphable, tmp_path / (name if name in DESCENDING else "plans"), rows)
-        selection = strategy(space, budget, objective, 0, **settings)
-        assert len(selection.plan.full_layers) == 1
-        assert np.isfinite(selection.scores).all()
-        assert selection.plan == space.best(selection.scores, budget)
 
 
 def test_group_scores_fill_one_option():
