@@ -323,3 +323,11 @@ def test_one_big_text_file_has_every_split(tmp_path):
     found = [re.findall(r"Paragraph (\d+)", piece) for some in pieces.values() for piece in some]
     assert sorted(int(number) for numbers in found for number in numbers) == list(range(900))
     assert all(piece.startswith("Paragraph") for some in pieces.values() for piece in some)
+
+
+def test_a_folder_called_demo_does_not_change_the_demo_text(tmp_path, monkeypatch):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "mine.txt").write_text("something else\n")
+    expected = [len(text) for text in Corpus().documents("train", 0)]
+    monkeypatch.chdir(tmp_path)
+    assert [len(text) for text in Corpus().documents("train", 0)] == expected

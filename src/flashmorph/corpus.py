@@ -59,7 +59,7 @@ class Corpus:
         """
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
-        whole_files = _reader_of(Path(self.source)) == "text"
+        whole_files = self.source != DEMO and _reader_of(Path(self.source)) == "text"
         for row in self._rows(seed):
             if self.column not in row:
                 raise UserError(f"{self.source} has no column {self.column!r}; it has {', '.join(map(repr, row))}")

@@ -69,7 +69,10 @@ class RunFolder:
             self._lock = FileLock(path / ".lock", timeout=0)
             self._lock.acquire()
             for leftover in path.rglob(".*.part"):  # of a run that was killed while it wrote
-                shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink()
         except Timeout as error:
             raise UserError(f"another run is at work in {path}: wait for it, or give another --output") from error
         except OSError as error:

@@ -174,7 +174,7 @@ class Referee:
             objective = open_objective(run, self._morphable, "", work, report, self._search, judging="referee")
             budgets = [Budget.parse(name) for name in self._settings.budgets]
             space, most = self._morphable.space(budgets[0]), self._settings.max_plans
-            return find_truths(space, budgets, objective, most, lambda share: report(share, 1))
+            return find_truths(space, budgets, objective, most, lambda share: report(round(100 * share), 100))
 
 
 def compare(run: Run, settings: CompareSettings, folder: Path) -> Comparison:

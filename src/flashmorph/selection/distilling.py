@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from flashmorph.corpus import Rows
+from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.morphable import Morphable
 from flashmorph.plan import FULL, Budget, Plan
 from flashmorph.runfolder import digest_of
 from flashmorph.stages import DistillSettings, distill
+from flashmorph.stages.training import trainable_state
 
 
 class Distiller:
@@ -48,17 +50,16 @@ class Distiller:
         if (weights / "model.safetensors").exists():
             model = self._morphable.instantiate(path[-1])
             model.load_state_dict(load_file(weights / "model.safetensors"), strict=False)
-            return model.eval(), json.loads((weights / "kl.json").read_text())
+            return model.eval(), read_json(weights / "kl.json")
         model = self._start(path, steps)
         settings = self.settings_for(steps)
         distill(model, self._full_model(), self._make_rows(settings), settings, weights, self._seed, self._bf16)
         losses = [json.loads(line)["loss"] for line in (weights / "log.jsonl").read_text().splitlines()]
         kl = float(np.mean(losses[-max(1, steps // 4) :]))
-        (weights / "kl.json").write_text(json.dumps(kl))
+        write_json(weights / "kl.json", kl)
         shutil.rmtree(weights / "checkpoints", ignore_errors=True)
-        trained = {name: weight.detach().contiguous().clone() for name, weight in model.named_parameters()}
-        save_file(trained, weights / "model.safetensors.part")
-        (weights / "model.safetensors.part").replace(weights / "model.safetensors")
+        with atomic_path(weights / "model.safetensors") as temporary:
+            save_file(trainable_state(model), temporary)
         kept = {weights.name, self._place(path[:-1], steps).name}
         for other in self._folder.iterdir():
             if other.name not in kept:
