@@ -13,10 +13,10 @@ from flashmorph.pipeline import open_morphable, open_objective
 from flashmorph.plan import Budget, Plan, Space
 from flashmorph.progress import Report
 from flashmorph.run import Run
-from flashmorph.rundata import task_settings
+from flashmorph.rundata import select_settings
 from flashmorph.runfolder import Stage
 from flashmorph.selection import Selection
-from flashmorph.selection.search import own_settings, select, serves_every_budget
+from flashmorph.selection.search import select, serves_every_budget
 
 _NESTED = ("greedy-backward", "greedy-forward", "race")
 """Strategies whose order of choice holds the plans for all budgets."""
@@ -106,9 +106,7 @@ def run_curve(run: Run, host: Stage, branches: Stage, questions: int) -> Curve:
         write_json(folder / "curve.json", curve.to_dict())
         return {"summary": f"{len(curve.points)} budgets"}
 
-    settings = {**own_settings(recipe.select.strategy), **recipe.select.settings}
-    chosen = {**recipe.select.model_dump(mode="json"), "settings": settings}
-    wanted = {"select": chosen, "questions": questions, **task_settings(run)}
+    wanted = {"questions": questions, **select_settings(run)}
     stage = run.stage("curve", f"{recipe.select.strategy}, every budget", wanted, [branches.digest], work)
     values = read_json(stage.folder / "curve.json")
     return Curve(values["strategy"], [Point(**point) for point in values["points"]])

@@ -29,6 +29,7 @@ from flashmorph.rundata import (
     held_out_rows,
     open_questions,
     search_data,
+    select_settings,
     task_settings,
     training_rows,
     training_settings,
@@ -37,7 +38,7 @@ from flashmorph.runfolder import Stage
 from flashmorph.selection import NEED_TEXT, NEED_TRAINING
 from flashmorph.selection.distilling import Distiller
 from flashmorph.selection.objective import MorphableObjective
-from flashmorph.selection.search import own_settings, select
+from flashmorph.selection.search import select
 from flashmorph.selection.searchdata import SearchSettings
 from flashmorph.selection.uniform import uniform
 from flashmorph.stages import DistillSettings, align, alignment_errors, distill, extend
@@ -131,13 +132,7 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
         tokens = found.cost.tokens_forward + found.cost.tokens_backward
         return {"cost": found.cost.to_dict(), "tokens": tokens, "summary": found.plan.strip()}
 
-    wanted = {
-        "budget": recipe.budget,
-        "select": {**chosen.model_dump(mode="json"), "settings": {**own_settings(chosen.strategy), **chosen.settings}},
-        **task_settings(run),
-    }
-    if chosen.strategy in NEED_TRAINING:
-        wanted["distill"] = recipe.distill.model_dump(mode="json")
+    wanted = {"budget": recipe.budget, **select_settings(run)}
     stage = run.stage("select", f"{chosen.strategy}, budget {recipe.budget}", wanted, [branches.digest], work)
     return Plan.load(stage.folder / "plan.json")
 
@@ -145,14 +140,14 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
 def open_objective(
     run: Run,
     morphable: Morphable,
-    strategy: str,
+    strategy: str | None,
     folder: Path,
     report: Report,
     search: SearchSettings | None = None,
     judging: str = "validation",
     evaluations: Path | None = None,
 ) -> MorphableObjective:
-    """What a search by `strategy` asks of the model, with what it needs: text, or short distillations.
+    """What a search by `strategy` asks of the model, with what it needs: text, or short distillations (None: neither).
 
     Its state is kept in `folder`, evaluated plans in `evaluations`; `judging` is the split whose questions it sees.
     """
@@ -236,10 +231,7 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
         summary = f"recall {100 * score.recall:.1f} %, perplexity {score.perplexity:.2f}"
         return {"perplexity": score.perplexity, "cache_bytes": score.cache_bytes, "summary": summary}
 
-    wanted = {
-        "evaluate": settings.model_dump(mode="json"),
-        **task_settings(run),
-    }
+    wanted = {"evaluate": settings.model_dump(mode="json"), **task_settings(run)}
     stage = run.stage("evaluate", label, wanted, [model.digest], work)
     record = stage.record
     return Score(read_json(stage.folder / "right.json"), record["perplexity"], record["cache_bytes"])

@@ -11,6 +11,8 @@ from flashmorph.progress import Report
 from flashmorph.recipe import Recipe
 from flashmorph.run import Run
 from flashmorph.runfolder import digest_of
+from flashmorph.selection import NEED_TRAINING
+from flashmorph.selection.search import own_settings
 from flashmorph.selection.searchdata import SearchData, SearchSettings
 from flashmorph.stages import TrainSettings
 from flashmorph.tasks import STYLES, Example, Haystack, Layout, TaskSettings, make_example
@@ -90,6 +92,16 @@ def common_settings(run: Run) -> dict[str, Any]:
 def task_settings(run: Run) -> dict[str, Any]:
     """What the digest of a stage that asks questions depends on."""
     return {"tasks": plain(run.recipe.tasks.values()), "style": run.recipe.style, **common_settings(run)}
+
+
+def select_settings(run: Run) -> dict[str, Any]:
+    """What the digest of a stage that searches depends on, the strategy's defaults written out."""
+    chosen = run.recipe.select
+    resolved = own_settings(chosen.strategy, chosen.settings)
+    wanted = {"select": {**chosen.model_dump(mode="json"), "settings": resolved}, **task_settings(run)}
+    if chosen.strategy in NEED_TRAINING:
+        wanted["distill"] = run.recipe.distill.model_dump(mode="json")
+    return wanted
 
 
 def training_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:

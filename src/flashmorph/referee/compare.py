@@ -90,7 +90,7 @@ class Entry:
 
     def at(self, spend: float, questions: int) -> dict[str, Any]:
         """All settings, defaults written out, at a share of the spend; `questions` is how many there are."""
-        settings = {**own_settings(self.strategy), **self.settings}
+        settings = own_settings(self.strategy, self.settings)
         if self.knob and spend != 1:
             settings[self.knob] = max(1, round(spend * (settings[self.knob] or questions)))
         return settings
@@ -171,7 +171,7 @@ class Referee:
         with self._run.screen.stage("referee", "every plan") as report:
             run = replace(self._run, recipe=self._run.recipe.model_copy(update={"seed": REFEREE_SEED}))
             work = self._work / "referee"
-            objective = open_objective(run, self._morphable, "", work, report, self._search, judging="referee")
+            objective = open_objective(run, self._morphable, None, work, report, self._search, judging="referee")
             budgets = [Budget.parse(name) for name in self._settings.budgets]
             space, most = self._morphable.space(budgets[0]), self._settings.max_plans
             return find_truths(space, budgets, objective, most, lambda share: report(round(100 * share), 100))

@@ -48,13 +48,13 @@ def check_settings(strategy: str, settings: dict[str, Any]) -> None:
             raise UserError(f"strategy {strategy} has no setting {name!r}; {there_are}")
 
 
-def own_settings(strategy: str) -> dict[str, Any]:
-    """The strategy's own settings with their defaults."""
+def own_settings(strategy: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The strategy's own settings: its defaults, and `changes` in their place."""
     known = inspect.signature(STRATEGIES[strategy]).parameters
-    return {name: parameter.default for name, parameter in known.items() if name not in _GIVEN}
+    defaults = {name: parameter.default for name, parameter in known.items() if name not in _GIVEN}
+    return {**defaults, **(changes or {})}
 
 
 def serves_every_budget(strategy: str, settings: dict[str, Any]) -> bool:
     """Whether the scores of one search can be cut at every budget."""
-    random = {**own_settings(strategy), **settings}.get("random_budget", False)
-    return strategy in SERVE_EVERY_BUDGET or random
+    return strategy in SERVE_EVERY_BUDGET or own_settings(strategy, settings).get("random_budget", False)
