@@ -5,9 +5,10 @@
 
 Minutes on two cores without a GPU. The recipe: matrices by Muon, the rest by AdamW; lengths grow as answers become
 right; until `windows_until` of the steps only the `retrieval_layers` attend fully, the others to a short window, which
-makes retrieval emerge early and puts it into known layers (a *planted* teacher). Where `retrieval_layers` is empty, any
-layer is local in `local_share` of the steps, so that layers learn to stand in for each other (a *redundant* teacher);
-with a share of 0 it is a *natural* one.
+makes retrieval emerge early and puts it into known layers (a *planted* teacher). With `twins` only one of them, drawn
+anew in each step, so that each can do the job alone. Where `retrieval_layers` is empty, any layer is local in
+`local_share` of the steps, so that layers learn to stand in for each other (a *redundant* teacher); with a share of 0
+it is a *natural* one.
 """
 
 import argparse
@@ -141,6 +142,8 @@ def attention_pattern(
         full = every
     elif not full:
         full = [layer for layer in every if rng.random() >= settings["local_share"]]
+    elif settings.get("twins"):
+        full = [rng.choice(full)]
     elif stage + 1 < len(settings["lengths"]) and rng.random() < settings["one_layer_share"]:
         full.remove(rng.choice(full))
     types = ["full_attention" if layer in full else "sliding_attention" for layer in range(num_layers)]
