@@ -83,7 +83,7 @@ def compare_with_swaps(run: Run, host, branches, plan: Plan, questions: int) -> 
     values = {**json.loads(run.recipe.model_dump_json()), "seed": CHECK_SEED}
     check = Run(run.teacher, Recipe.model_validate(values), run.folder, run.device, run.screen)
     with tempfile.TemporaryDirectory() as folder:
-        objective = pipeline.open_objective(check, morphable, None, Path(folder), silent, search)
+        objective = pipeline.open_objective(check, morphable, Path(folder), silent, search)
         neighbours = one_swap_neighbours(plan)
         own, *others = objective.evaluate([plan, *neighbours])
     swaps = []

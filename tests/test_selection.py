@@ -50,6 +50,7 @@ class Surface:
         self.help, self.noise, self.seed, self.num_questions = help, noise, seed, num_questions
         self.cost, self.asked, self.state, self.stop_after = Cost(), 0, None, math.inf
         self.distilled: list = []
+        self.warnings: list[str] = []
         self._weights = self._draw(rng, num_questions, layers)
         self._difficulty = rng.exponential(size=num_questions)
 
@@ -99,6 +100,9 @@ class Surface:
 
     def progress(self, done, total, **figures) -> None:
         assert 0 < done <= total
+
+    def warn(self, text) -> None:
+        self.warnings.append(text)
 
     def _draw(self, rng: np.random.Generator, questions: int, layers: int) -> torch.Tensor:
         return torch.tensor(1 + self.noise * rng.standard_normal((questions, layers)), dtype=torch.float32)
@@ -357,6 +361,14 @@ def test_exhaustive_tells_how_many_plans_there_are():
     assert "1,184,040 plans (7 of 28 layers)" in str(error.value)
     assert "give max_plans 1184040" in str(error.value)
     assert layers_of("exhaustive", additive, 2, max_plans=28) == [1, 3]
+
+
+def test_exhaustive_warns_of_what_many_plans_cost():
+    few, many = Surface(additive), Surface(chain_of_three, layers=12)
+    search("exhaustive", few, 2)
+    search("exhaustive", many, 3, layers=12)
+    assert few.warnings == []
+    assert many.warnings == ["exhaustive evaluates all 220 plans; greedy-forward would evaluate 33"]
 
 
 def test_greedy_strategies_evaluate_each_candidate_once():

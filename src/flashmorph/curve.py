@@ -15,7 +15,7 @@ from flashmorph.progress import Report
 from flashmorph.run import Run
 from flashmorph.rundata import select_settings
 from flashmorph.runfolder import Stage
-from flashmorph.selection import Selection
+from flashmorph.selection import Selection, needs_of
 from flashmorph.selection.search import select, serves_every_budget
 
 _NESTED = ("greedy-backward", "greedy-forward", "race")
@@ -61,7 +61,7 @@ def budget_curve(run: Run, morphable: Morphable, questions: int, folder: Path, r
     strategy = run.recipe.select.strategy
     space = morphable.space(Budget("layers", 1))
     plans = [*find_plans(run, morphable, space, folder, report), space.plan(space.groups, Budget("layers", 1))]
-    objective = open_objective(run, morphable, strategy, folder / "curve", report, evaluations=folder / "evaluations")
+    objective = open_objective(run, morphable, folder / "curve", report, evaluations=folder / "evaluations")
     losses = objective.evaluate(plans).mean(1)
     points = []
     for number, (plan, loss) in enumerate(zip(plans, losses, strict=True), 1):
@@ -83,7 +83,9 @@ def find_plans(run: Run, morphable: Morphable, space: Space, folder: Path, repor
 
     def search(budget: Budget) -> Selection:
         place = folder / f"{strategy}-{budget}"
-        objective = open_objective(run, morphable, strategy, place, report, evaluations=folder / "evaluations")
+        objective = open_objective(
+            run, morphable, place, report, evaluations=folder / "evaluations", needs=needs_of(strategy)
+        )
         return select(morphable, budget, strategy, objective, recipe.seed, **settings)
 
     if not one_search:

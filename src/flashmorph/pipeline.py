@@ -35,14 +35,14 @@ from flashmorph.rundata import (
     training_settings,
 )
 from flashmorph.runfolder import Stage
-from flashmorph.selection import NEED_TEXT, NEED_TRAINING
+from flashmorph.selection import NOTHING, Needs, needs_of
 from flashmorph.selection.distilling import Distiller
 from flashmorph.selection.objective import MorphableObjective
 from flashmorph.selection.search import select
 from flashmorph.selection.searchdata import SearchSettings
 from flashmorph.selection.uniform import uniform
 from flashmorph.stages import DistillSettings, align, alignment_errors, distill, extend
-from flashmorph.teacher import load_config, load_model
+from flashmorph.teacher import Teacher, load_config, load_model
 
 SEARCH_TEXT_TOKENS = 16_384
 
@@ -83,22 +83,32 @@ def run_transplant(run: Run) -> Stage:
     """Teacher to host, proven in float32, saved in the teacher's dtype."""
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
-        report(0, 3)
-        teacher = run.teacher.load(torch.float32, run.device)
-        report(1, 3)
-        model, proof = transplant(teacher)
-        report(2, 3)
-        summary = f"logits differ by at most {proof.difference:.1e} (allowed: {proof.tolerance:.1e})"
-        record: dict[str, Any] = {"proof": proof.to_dict()}
-        dtype = load_config(run.teacher.folder).dtype
-        if dtype in (torch.bfloat16, torch.float16):
-            ratio = round_both(teacher, model, dtype)
-            record["rounding"] = ratio
-            summary += f"; in {str(dtype).removeprefix('torch.')} {ratio:.2f} x the teacher's own rounding noise"
+        model, record = move_proven(run.teacher, run.device, report)
         save_model(model, folder / "model", run.teacher.folder)
-        return {**record, "summary": summary}
+        return record
 
     return run.stage("transplant", run.teacher.name, {"format": 1}, [run.teacher.digest], work)
+
+
+def move_proven(teacher: Teacher, device: torch.device, report: Report) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The host in the teacher's own dtype, and what the move was proven by: `proof`, `rounding` and a `summary`.
+
+    Raises:
+        UserError: see `flashmorph.move.transplant`.
+    """
+    report(0, 3)
+    loaded = teacher.load(torch.float32, device)
+    report(1, 3)
+    model, proof = transplant(loaded)
+    report(2, 3)
+    summary = f"logits differ by at most {proof.difference:.1e} (allowed: {proof.tolerance:.1e})"
+    record: dict[str, Any] = {"proof": proof.to_dict()}
+    dtype = load_config(teacher.folder).dtype
+    if dtype in (torch.bfloat16, torch.float16):
+        record["rounding"] = round_both(loaded, model, dtype)
+        noise = f"{record['rounding']:.2f} x the teacher's own rounding noise"
+        summary += f"; in {str(dtype).removeprefix('torch.')} {noise}"
+    return model, {**record, "summary": summary}
 
 
 def run_align(run: Run, host: Stage) -> Stage:
@@ -125,7 +135,7 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
         morphable = open_morphable(run, host, branches)
-        objective = open_objective(run, morphable, chosen.strategy, folder, report)
+        objective = open_objective(run, morphable, folder, report, needs=needs_of(chosen.strategy))
         found = select(morphable, recipe.budget, chosen.strategy, objective, recipe.seed, **chosen.settings)
         replace(found.plan, teacher=run.teacher.name, revision=run.teacher.revision).save(folder / "plan.json")
         write_json(folder / "trace.json", found.trace)
@@ -140,30 +150,30 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
 def open_objective(
     run: Run,
     morphable: Morphable,
-    strategy: str | None,
     folder: Path,
     report: Report,
     search: SearchSettings | None = None,
     judging: str = "validation",
     evaluations: Path | None = None,
+    needs: Needs = NOTHING,
 ) -> MorphableObjective:
-    """What a search by `strategy` asks of the model, with what it needs: text, or short distillations (None: neither).
+    """What a search asks of the model, with the loss on text and short distillations where it needs them.
 
     Its state is kept in `folder`, evaluated plans in `evaluations`; `judging` is the split whose questions it sees.
     """
     recipe, search = run.recipe, search or run.recipe.select.search
     text, distiller = None, None
-    if strategy in NEED_TEXT:
+    if needs.text:
         rows = held_out_rows(run, judging, search.longest, max(1, SEARCH_TEXT_TOKENS // search.longest))
         text = torch.tensor([rows[row]["input_ids"] for row in range(len(rows))])
-    if strategy in NEED_TRAINING:
+    if needs.training:
 
         def make_rows(settings: DistillSettings) -> Rows:
             return training_rows(run, settings, "distill", silent)
 
         distiller = Distiller(morphable, make_rows, recipe.distill, folder / "distilled", recipe.seed, run.bf16)
     data = search_data(run, judging, search)
-    return MorphableObjective(morphable, data, folder, run.bf16, report, text, distiller, evaluations)
+    return MorphableObjective(morphable, data, folder, run.bf16, report, text, distiller, evaluations, run.screen.say)
 
 
 def uniform_plan(run: Run, host: Stage, plan: Plan) -> Plan:

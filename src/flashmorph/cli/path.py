@@ -89,10 +89,9 @@ def transplant(teacher: TeacherArgument, output: OutputOption, device: DeviceOpt
 
     Example: `flashmorph transplant Qwen/Qwen3-0.6B --output qwen3-as-host`
     """
-    import torch
-
     from flashmorph.devices import pick_device
-    from flashmorph.move import transplant as move
+    from flashmorph.pipeline import move_proven
+    from flashmorph.progress import silent
     from flashmorph.publish import claim_empty, save_model
     from flashmorph.teacher import open_teacher
 
@@ -101,13 +100,12 @@ def transplant(teacher: TeacherArgument, output: OutputOption, device: DeviceOpt
     source = open_teacher(teacher)
     source.tokenizer()
     with ERR.status(f"moving {teacher}"):
-        model, proof = move(source.load(torch.float32, pick_device(device)))
+        model, record = move_proven(source, pick_device(device), silent)
         if output.is_dir():
             output.rmdir()
         save_model(model, output, source.folder)
     OUT.print(
-        f"{output}: {type(model).__name__}, all {model.config.num_hidden_layers} layers full; logits differ by at most "
-        f"{proof.difference:.1e} ({proof.tolerance:.1e} is allowed)",
+        f"{output}: {type(model).__name__}, all {model.config.num_hidden_layers} layers full; {record['summary']}",
         highlight=False,
         soft_wrap=True,
     )

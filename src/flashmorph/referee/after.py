@@ -10,6 +10,7 @@ from flashmorph.plan import Plan
 from flashmorph.referee.cells import Cell
 from flashmorph.referee.truth import Truth
 from flashmorph.run import Run
+from flashmorph.selection import Needs
 from flashmorph.selection.searchdata import SearchSettings
 
 OPTIMUM = "optimum"
@@ -37,7 +38,9 @@ def after_distillation(
             plans[cell.strategy] = space.plan([f"layers.{layer}" for layer in cell.full], budget)
     rows = []
     with run.screen.stage("distill", f"{len(plans)} plans, {steps} steps") as report:
-        objective = open_objective(run, morphable, "kl", work, report, search, judging="referee", evaluations=work)
+        objective = open_objective(
+            run, morphable, work, report, search, "referee", evaluations=work, needs=Needs(text=True, training=True)
+        )
         for number, (name, plan) in enumerate(plans.items(), 1):
             found = objective.distill([plan], steps)
             rows.append(

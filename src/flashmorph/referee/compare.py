@@ -18,7 +18,7 @@ from flashmorph.referee.truth import Truth, find_truths
 from flashmorph.run import Run
 from flashmorph.rundata import task_settings
 from flashmorph.runfolder import digest_of
-from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES, Selection
+from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES, Selection, needs_of
 from flashmorph.selection.search import check_settings, own_settings, select, serves_every_budget
 
 REFEREE_SEED = 1_000_003
@@ -121,7 +121,9 @@ class Referee:
         run = replace(self._run, recipe=self._run.recipe.model_copy(update={"seed": seed}))
         evaluations = self._work / f"validation-{seed}"
         with run.screen.stage("search", f"{entry.label}, budget {budget}, seed {seed}") as report:
-            objective = open_objective(run, self._morphable, entry.strategy, folder, report, evaluations=evaluations)
+            objective = open_objective(
+                run, self._morphable, folder, report, evaluations=evaluations, needs=needs_of(entry.strategy)
+            )
             return select(self._morphable, budget, entry.strategy, objective, seed, **settings)
 
     def judge(
@@ -171,7 +173,7 @@ class Referee:
         with self._run.screen.stage("referee", "every plan") as report:
             run = replace(self._run, recipe=self._run.recipe.model_copy(update={"seed": REFEREE_SEED}))
             work = self._work / "referee"
-            objective = open_objective(run, self._morphable, None, work, report, self._search, judging="referee")
+            objective = open_objective(run, self._morphable, work, report, self._search, judging="referee")
             budgets = [Budget.parse(name) for name in self._settings.budgets]
             space, most = self._morphable.space(budgets[0]), self._settings.max_plans
             return find_truths(space, budgets, objective, most, lambda share: report(round(100 * share), 100))

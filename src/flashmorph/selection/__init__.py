@@ -3,6 +3,8 @@
 A new strategy is one file with one function and one line in `STRATEGIES`; its summary line is what `--help` shows.
 """
 
+from typing import NamedTuple
+
 from flashmorph.selection.add_one import add_one
 from flashmorph.selection.blocks import first, last, middle
 from flashmorph.selection.budgeted_gates import budgeted_gates
@@ -47,14 +49,32 @@ SERVE_EVERY_BUDGET = ("add-one", "drop-one", "first", "gates", "halo", "kl", "la
 """Strategies whose scores do not depend on the budget: one search is cut at every count."""
 DEFAULT_STRATEGY = "budgeted-gates"
 
+
+class Needs(NamedTuple):
+    """What the objective of a search must offer beside the loss of gates and plans."""
+
+    text: bool = False
+    training: bool = False
+
+
+NOTHING = Needs()
+
+
+def needs_of(strategy: str) -> Needs:
+    """What a search by this strategy needs."""
+    return Needs(strategy in NEED_TEXT, strategy in NEED_TRAINING)
+
+
 __all__ = [
+    "NOTHING",
     "DEFAULT_STRATEGY",
-    "NEED_TEXT",
     "NEED_TRAINING",
     "SERVE_EVERY_BUDGET",
     "STRATEGIES",
     "Cost",
+    "Needs",
     "Objective",
     "Selection",
     "Strategy",
+    "needs_of",
 ]

@@ -10,6 +10,9 @@ from flashmorph.plan import Budget, Space
 from flashmorph.selection.measure import count_layers, first_questions, mean_losses
 from flashmorph.selection.strategy import Objective, Selection
 
+_MANY = 100
+"""So many plans are worth a word about their cost."""
+
 
 def exhaustive(
     space: Space,
@@ -33,6 +36,9 @@ def exhaustive(
             f"strategy exhaustive would evaluate {count:,} plans ({kept} of {len(space.groups)} layers) and max_plans "
             f"is {max_plans:,}: give max_plans {count}, another budget, or a strategy such as greedy-forward"
         )
+    if count > _MANY:
+        greedy = sum(len(space.groups) - place for place in range(kept))
+        objective.warn(f"exhaustive evaluates all {count:,} plans; greedy-forward would evaluate {greedy:,}")
     plans = [space.plan(full, budget) for full in combinations(space.groups, kept)]
     trace: list[dict] = []
     losses = mean_losses(objective, plans, first_questions(objective, num_questions), trace, total=count)

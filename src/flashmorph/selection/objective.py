@@ -46,6 +46,7 @@ class MorphableObjective:
         text_rows: torch.Tensor | None = None,
         distiller: Distiller | None = None,
         evaluations: Path | None = None,
+        say: Callable[[str], None] = print,
     ):
         """`folder` keeps the search's state, `evaluations` the losses of plans (by default a folder inside it).
 
@@ -60,7 +61,7 @@ class MorphableObjective:
                 f"text_rows must be [rows, length] with at least one row of two tokens; got {list(text_rows.shape)}"
             )
         self._morphable, self._data, self._folder, self._bf16, self._report = morphable, data, folder, bf16, report
-        self._text_rows, self._distiller = text_rows, distiller
+        self._text_rows, self._distiller, self._say = text_rows, distiller, say
         self._evaluations = evaluations or folder / "evaluations"
         self._meter = Meter(morphable)
         self._asked: set[tuple[str, int]] = set()
@@ -204,6 +205,10 @@ class MorphableObjective:
     def progress(self, done: float, total: float, **figures: float) -> None:
         """Pass the progress on."""
         self._report(done, total, **figures)
+
+    def warn(self, text: str) -> None:
+        """Pass it on."""
+        self._say(text)
 
     def _text(self) -> torch.Tensor:
         if self._text_rows is None:

@@ -102,6 +102,10 @@ class Objective(Protocol):
         """Tell the user how far the search is."""
         ...
 
+    def warn(self, text: str) -> None:
+        """Tell the user something before much is spent."""
+        ...
+
 
 @dataclass(frozen=True)
 class Selection:
