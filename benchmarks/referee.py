@@ -39,8 +39,11 @@ CASES = {
     "natural": (str(TEACHERS / "natural"), "keys"),
     "redundant": (str(TEACHERS / "redundant"), "keys"),
     "chains": ("tiny", "chains"),
+    "many_chains": ("tiny", "many_chains"),
+    "twins": (str(TEACHERS / "twins"), "keys"),
+    "deep": (str(TEACHERS / "deep"), "keys"),
 }
-"""Teacher and recipe of each case. `chains` asks `tiny` two hops alone."""
+"""Teacher and recipe of each case. `chains` and `many_chains` ask `tiny` two hops alone."""
 
 
 def main() -> None:
@@ -54,6 +57,7 @@ def main() -> None:
     parser.add_argument("--suffix", default="", help="added to the names of run and results; give one with --set")
     parser.add_argument("--distill-steps", type=int, default=0)
     parser.add_argument("--spends", nargs="+", type=float, default=[1.0])
+    parser.add_argument("--kept", action="store_true", help="summarise every finished cell, search for no other")
     arguments = parser.parse_args()
     quiet()
     console = Console()
@@ -78,15 +82,27 @@ def compare_on(teacher: str, arguments: argparse.Namespace, console: Console) ->
         seeds=arguments.seeds,
         spends=tuple(arguments.spends),
         distill_steps=arguments.distill_steps,
+        only_kept=arguments.kept,
     )
     summary = summarise(compare(run, settings, RESULTS / case))
+    write_json(RESULTS / case / "compare.json", {"commands": commands(RESULTS / case, teacher, arguments), **summary})
+    draw_regret(summary, RESULTS / case / "regret.png")
+
+
+def commands(folder: Path, teacher: str, arguments: argparse.Namespace) -> list[str]:
+    """The commands that made the cells of a case, this one the last; one that only shows them is none."""
+    path = folder / "compare.json"
+    known = json.loads(path.read_text())["commands"] if path.exists() else []
     command = f"python benchmarks/referee.py --teachers {teacher} --seeds {arguments.seeds}"
     if arguments.strategies != list(STRATEGIES):
         command += f" --strategies {' '.join(arguments.strategies)}"
+    if arguments.spends != [1.0]:
+        command += f" --spends {' '.join(map(str, arguments.spends))}"
     if arguments.set:
-        command += f" --set {' '.join(arguments.set)} --suffix {arguments.suffix}"
-    write_json(RESULTS / case / "compare.json", {"command": command, **summary})
-    draw_regret(summary, RESULTS / case / "regret.png")
+        command += f" --set {' '.join(arguments.set)} --suffix={arguments.suffix}"
+    if arguments.distill_steps:
+        command += f" --distill-steps {arguments.distill_steps}"
+    return known if arguments.kept else [*(each for each in known if each != command), command]
 
 
 def over_teachers() -> list[dict]:

@@ -42,6 +42,7 @@ def compare(
     ] = 0,
     distill_budget: Annotated[str, typer.Option(help="The budget for which that is done.")] = "2",
     max_plans: Annotated[int, typer.Option(help="The most plans that are enumerated.")] = 2_000,
+    kept: Annotated[bool, typer.Option("--kept", help="Show every finished cell; search for no other.")] = False,
     recipe: RecipeOption = None,
     data: DataOption = None,
     others: FromOption = None,
@@ -77,6 +78,7 @@ def compare(
         distill_steps=distill_steps,
         distill_budget=distill_budget,
         max_plans=max_plans,
+        only_kept=kept,
     )
     if strategies != "all":
         settings = settings.model_copy(update={"strategies": tuple(name.strip() for name in strategies.split(","))})

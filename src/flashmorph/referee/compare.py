@@ -43,6 +43,7 @@ class CompareSettings(BaseModel):
     distill_budget: str = "2"
     distilled: tuple[str, ...] = ("uniform", "halo", DEFAULT_STRATEGY)
     max_plans: int = Field(default=2_000, gt=0, description="the most plans that are enumerated")
+    only_kept: bool = Field(default=False, description="show the cells that are there and search for no other")
 
 
 @dataclass(frozen=True)
@@ -182,12 +183,17 @@ class Referee:
 def compare(run: Run, settings: CompareSettings, folder: Path) -> Comparison:
     """Run every search that is not done yet and judge it. Cells are kept in `folder`; an interrupted run goes on.
 
+    With `only_kept` the result is all cells of these budgets that are there, whatever their strategy, seed or spend.
+
     Raises:
         UserError: an unknown strategy, too many plans to enumerate, or a search that cannot run.
     """
     wanted = list(_wanted(settings))
     referee = Referee(run, settings)
     file = CellFile(folder / "cells.jsonl", referee.context)
+    if settings.only_kept:
+        kept = [cell for cell in file.cells.values() if cell.budget in (*settings.budgets, TOLERANCE)]
+        return Comparison(kept, referee.truths, referee.after(kept))
     cells: list[Cell] = []
     with run.screen.stage("compare", f"{len(wanted)} searches") as report:
         for number, (entry, seed, spend, budgets) in enumerate(wanted, 1):
