@@ -31,6 +31,11 @@ def redundant_pair(full: torch.Tensor) -> torch.Tensor:
     return 3 * either + full[:, 6] + 0.5 * full[:, 2]
 
 
+def twins(full: torch.Tensor) -> torch.Tensor:
+    """Layer 4 does most of what layer 1 does; beside layer 1, layer 6 is worth more."""
+    return 5 * (1 - (1 - full[:, 1]) * (1 - 0.9 * full[:, 4])) + 0.2 * full[:, 6] * full[:, 1]
+
+
 def chain_of_three(full: torch.Tensor) -> torch.Tensor:
     """Layers 1, 3 and 6 help only all together; 0, 5 and 7 help a little alone."""
     return 5 * full[:, 1] * full[:, 3] * full[:, 6] + 0.3 * full[:, 0] + 0.1 * full[:, 5] + 0.2 * full[:, 7]
@@ -178,6 +183,27 @@ def test_random_budgets_find_the_chain_whatever_the_budget():
     assert selections[0].plan.full_layers == [1, 3, 6]
     assert set(selections[1].plan.full_layers) > {1, 3, 6}
     np.testing.assert_array_equal(selections[0].scores, selections[1].scores)
+
+
+@pytest.mark.parametrize("seed", [2, 5])
+def test_a_swap_at_the_end_parts_twins(seed):
+    """Over all budgets both are worth much; only their plan tells that one is spare. With other seeds the logits do."""
+    both = search("budgeted-gates", Surface(twins, seed=seed), 2, seed, swaps=0)
+    assert both.plan.full_layers == [1, 4]
+    objective = Surface(twins, seed=seed)
+    parted = search("budgeted-gates", objective, 2, seed)
+    assert parted.plan.full_layers == [1, 6]
+    assert sorted(parted.scores[:, 0]) == sorted(both.scores[:, 0])
+    assert objective.asked < math.comb(LAYERS, 2) * objective.num_questions / 2
+
+
+def test_no_plan_is_given_up_for_one_that_cannot_be_told_from_it():
+    """Layers 1 and 4 are worth the same: whichever was found stays."""
+    for seed in range(3):
+        found = [search("budgeted-gates", Surface(redundant_pair, seed=seed), 2, seed, swaps=swaps) for swaps in (0, 2)]
+        assert found[0].plan == found[1].plan
+    with pytest.raises(UserError, match="swaps must be 0 or more neighbours a layer; got -1"):
+        search("budgeted-gates", Surface(additive), 2, swaps=-1)
 
 
 @pytest.mark.parametrize("strategy", ["greedy-forward", "race", "add-one"])

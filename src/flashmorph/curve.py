@@ -16,7 +16,7 @@ from flashmorph.run import Run
 from flashmorph.rundata import select_settings
 from flashmorph.runfolder import Stage
 from flashmorph.selection import Selection, needs_of
-from flashmorph.selection.search import select, serves_every_budget
+from flashmorph.selection.search import searches_alike, select, serves_every_budget
 
 _NESTED = ("greedy-backward", "greedy-forward", "race")
 """Strategies whose order of choice holds the plans for all budgets."""
@@ -82,7 +82,7 @@ def find_plans(run: Run, morphable: Morphable, space: Space, folder: Path, repor
         settings["swaps"] = False
 
     def search(budget: Budget) -> Selection:
-        place = folder / f"{strategy}-{budget}"
+        place = folder / (strategy if searches_alike(strategy, settings) else f"{strategy}-{budget}")
         objective = open_objective(
             run, morphable, place, report, evaluations=folder / "evaluations", needs=needs_of(strategy)
         )

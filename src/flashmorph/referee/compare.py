@@ -19,7 +19,7 @@ from flashmorph.run import Run
 from flashmorph.rundata import task_settings
 from flashmorph.runfolder import digest_of
 from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES, Selection, needs_of
-from flashmorph.selection.search import check_settings, own_settings, select, serves_every_budget
+from flashmorph.selection.search import check_settings, own_settings, searches_alike, select, serves_every_budget
 
 REFEREE_SEED = 1_000_003
 FIXED = ("first", "last", "middle", "uniform")
@@ -118,7 +118,8 @@ class Referee:
 
     def search(self, entry: Entry, budget: str, seed: int, settings: dict[str, Any]) -> Selection:
         """One search, its evaluations shared with the others of the same seed."""
-        folder = self._work / f"{entry.strategy}-{digest_of([budget, seed, settings])}"
+        about = [seed, settings] if searches_alike(entry.strategy, settings) else [budget, seed, settings]
+        folder = self._work / f"{entry.strategy}-{digest_of(about)}"
         run = replace(self._run, recipe=self._run.recipe.model_copy(update={"seed": seed}))
         evaluations = self._work / f"validation-{seed}"
         with run.screen.stage("search", f"{entry.label}, budget {budget}, seed {seed}") as report:

@@ -2,7 +2,8 @@
 
 Every step draws Gumbel noise on the logits, runs the *hard* plan of `Space.best` (so the search sees what will be
 built, and rounding loses nothing), and sends the gradient of the hard gates back to the logits, projected onto the
-budget's plane. The noise falls as the search settles. There is no penalty to tune. One search serves every budget.
+budget's plane. The noise falls as the search settles. There is no penalty to tune. One search serves every budget; at
+the end of it the budget's own plan is tried against its neighbours, forward passes only.
 """
 
 from dataclasses import replace
@@ -10,8 +11,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from flashmorph.errors import UserError
 from flashmorph.plan import Budget, Space
 from flashmorph.selection.descend import Schedule, descend
+from flashmorph.selection.racing import improve_by_swaps
 from flashmorph.selection.strategy import Objective, Selection, group_scores
 
 
@@ -27,16 +30,21 @@ def budgeted_gates(
     final_noise: float = 0.2,
     random_budget: bool = True,
     shared_moment: bool = True,
+    swaps: int = 2,
 ) -> Selection:
     """Learn logits `[groups, options]` under the budget; the plan is the best one by the final logits.
 
     With `random_budget` each step spends its own budget, from the smallest that buys a layer to nearly all, so that the
     logits do not depend on `budget` and one search serves every count. With `shared_moment` steps keep the proportions
-    of the gradients (`SharedAdam`) instead of being equally long for every logit.
+    of the gradients (`SharedAdam`) instead of being equally long for every logit. The logits cannot say that one layer
+    makes up for another; so at the end `swaps` one-swap neighbours a layer, those of the nearest logits, race against
+    the plan (`improve_by_swaps`; 0 for none), where full layers cost the same everywhere.
 
     Raises:
-        UserError: see `Space.limit`.
+        UserError: see `Space.limit`; or `swaps` is below 0.
     """
+    if swaps < 0:
+        raise UserError(f"swaps must be 0 or more neighbours a layer; got {swaps}")
     space.limit(budget)
     rng = np.random.default_rng(seed)
     draws = rng.gumbel(size=(steps, *space.cost.shape))
@@ -56,6 +64,8 @@ def budgeted_gates(
         # Above the least of them, since a budget of bytes leaves out what has a negative score.
         worth = scores[:, 0] - scores[:, 1]
         scores = group_scores(space, (worth - worth.min()).tolist(), space.options[0])
+        if swaps and not np.ptp(space.cost[:, 0] - space.cost[:, 1]):
+            scores = improve_by_swaps(space, budget, objective, scores, swaps * len(space.groups), trace)
     return Selection(space.best(scores, budget), scores, trace, objective.cost)
 
 

@@ -8,13 +8,12 @@ and Moore, "Hoeffding Races", NeurIPS 1993; successive halving: Jamieson and Tal
 
 import math
 
-import numpy as np
 import torch
-from scipy.stats import t as student_t
 
 from flashmorph.errors import UserError
-from flashmorph.plan import FULL, Budget, Plan, Space
+from flashmorph.plan import FULL, Budget, Space
 from flashmorph.selection.measure import count_layers, first_questions
+from flashmorph.selection.racing import CONFIDENCE, START_QUESTIONS, Track
 from flashmorph.selection.strategy import Objective, Selection, group_scores
 
 
@@ -24,8 +23,8 @@ def race(
     objective: Objective,
     seed: int,
     num_questions: int | None = None,
-    start_questions: int = 8,
-    confidence: float = 0.95,
+    start_questions: int = START_QUESTIONS,
+    confidence: float = CONFIDENCE,
     swaps: bool = True,
     first_by_gradient: bool = False,
     hard_first: bool = False,
@@ -58,7 +57,7 @@ def race(
     entrants = _by_gradient(space, budget, objective, kept) if first_by_gradient else list(space.groups)
     if indifference < 0:
         raise UserError(f"indifference must be 0 or more nats; got {indifference}")
-    track = _Track(objective, questions, start_questions, confidence, indifference)
+    track = Track(objective, questions, start_questions, confidence, indifference)
     chosen: list[str] = []
     for place in range(kept):
         if hard_first:
@@ -77,59 +76,6 @@ def race(
     order = [float(kept - chosen.index(group)) if group in chosen else 0.0 for group in space.groups]
     scores = group_scores(space, order, FULL)
     return Selection(space.best(scores, budget), scores, track.trace, objective.cost)
-
-
-class _Track:
-    """Where plans race: the same questions and the same rule for every race."""
-
-    def __init__(self, objective: Objective, questions: int, start: int, confidence: float, indifference: float):
-        self.trace: list[dict] = []
-        self._objective, self._order, self._start = objective, list(range(questions)), start
-        self._confidence, self._indifference = confidence, indifference
-
-    def hardest_first(self, plan: Plan) -> None:
-        """Ask from now on those questions first whose answers have the largest loss under `plan`."""
-        numbers = sorted(self._order)
-        (losses,) = self._objective.evaluate([plan], numbers)
-        self._order = [numbers[place] for place in np.argsort(-losses, kind="stable")]
-
-    def run(self, plans: list[Plan], defended: bool = False) -> tuple[int, float]:
-        """The place of the winner and its mean loss in nats.
-
-        A `defended` first plan leaves by its interval only, never with the worse half.
-        """
-        losses = {place: np.empty(0) for place in range(len(plans))}
-        running, asked = list(losses), 0
-        while True:
-            is_first_round = not asked
-            until = min(len(self._order), max(self._start, 2 * asked))
-            new = self._objective.evaluate([plans[place] for place in running], self._order[asked:until])
-            for place, more in zip(running, new, strict=True):
-                losses[place] = np.concatenate([losses[place], more])
-                mean = float(losses[place].mean())
-                self.trace.append({"full": plans[place].full_groups, "loss": mean, "questions": until})
-            asked = until
-            running.sort(key=lambda place: losses[place].mean())
-            best, *rest = running
-            if asked < len(self._order):
-                half = len(running) if is_first_round else max(2, math.ceil(len(running) / 2))
-                stay = set(running[:half]) | ({0} if defended else set())
-                rest = [place for place in rest if place in stay]
-                margins = {place: _margin(losses[place] - losses[best], self._confidence) for place in rest}
-                # What may be better by this much at most, as the interval says: below 0, it is worse.
-                rest = [place for place in rest if margins[place] >= 0]
-                if all(margins[place] < self._indifference for place in rest):
-                    rest = []
-            if not rest or asked == len(self._order):
-                return best, float(losses[best].mean())
-            running = [best, *rest]
-
-
-def _margin(differences: np.ndarray, confidence: float) -> float:
-    """How far the two-sided t-interval of the mean of `differences` reaches below 0; negative where it lies above."""
-    error = differences.std(ddof=1) / math.sqrt(len(differences))
-    quantile = student_t.ppf((1 + confidence) / 2, len(differences) - 1)
-    return float(quantile * error - differences.mean())
 
 
 def _by_gradient(space: Space, budget: Budget, objective: Objective, kept: int) -> list[str]:

@@ -57,4 +57,10 @@ def own_settings(strategy: str, changes: dict[str, Any] | None = None) -> dict[s
 
 def serves_every_budget(strategy: str, settings: dict[str, Any]) -> bool:
     """Whether the scores of one search can be cut at every budget."""
-    return strategy in SERVE_EVERY_BUDGET or own_settings(strategy, settings).get("random_budget", False)
+    own = own_settings(strategy, settings)
+    return strategy in SERVE_EVERY_BUDGET or (own.get("random_budget", False) and not own["swaps"])
+
+
+def searches_alike(strategy: str, settings: dict[str, Any]) -> bool:
+    """Whether a search for one budget, its last check apart, is the search for any: its state can be shared."""
+    return own_settings(strategy, settings).get("random_budget", False)
