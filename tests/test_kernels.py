@@ -13,41 +13,58 @@ from conftest import small_morphable
 
 from flashmorph.environment import describe
 from flashmorph.hosts.kernels import dispatch_by_device, implementation_in_use
-from flashmorph.hosts.qwen3_5 import KERNELS, MODELLING
+from flashmorph.hosts.qwen3_5 import Qwen35Host
+
 from flashmorph.plan import Budget
 
 
-def arguments(name: str) -> dict[str, torch.Tensor]:
+CASES = [(host, name) for host in HOSTS for name in host.kernels]
+
+
+def arguments(name: str) -> dict[str, torch.Tensor | int]:
     """Small random inputs of a kernel function, its first tensor first."""
+    time = 1 if name.endswith("update") else 5 if "recurrent" in name else 70
     if name.startswith("causal_conv1d"):
         state = {"conv_state": torch.randn(2, 6, 4)} if name.endswith("update") else {}
-        time = 1 if name.endswith("update") else 70
         return {"hidden_states": torch.randn(2, 6, time), **state, "weight": torch.randn(6, 4)}
-    time = 5 if "recurrent" in name else 70
+    if name == "mamba2_selective_state_update":
+        groups = {part: torch.randn(2, 3, 8) for part in "BC"}
+        state, rates = torch.randn(2, 3, 4, 8), -torch.rand(3, 4, 8)
+        return {"state": state, "x": torch.randn(2, 3, 4), "dt": torch.rand(2, 3, 4), "A": rates, **groups}
+    if name.startswith("mamba2"):
+        first = {"x": torch.randn(2, time, 3, 4), "dt": torch.rand(2, time, 3), "A": -torch.rand(3)}
+        return {**first, **{part: torch.randn(2, time, 3, 8) for part in "BC"}, "chunk_size": 16}
     heads = {part: torch.randn(2, time, 3, 8) for part in ("query", "key", "value")}
     return {**heads, "g": -torch.rand(2, time, 3), "beta": torch.rand(2, time, 3)}
 
 
-def call(name: str, values: dict[str, torch.Tensor], **settings):
-    first, *rest = (value.clone() for value in values.values())
-    return getattr(modelling, name)(first, *rest, **settings)
+def call(function, values: dict[str, torch.Tensor | int], **settings):
+    return function(
+        *(value.clone() if isinstance(value, torch.Tensor) else value for value in values.values()), **settings
+    )
 
 
 def tensors(result) -> list[torch.Tensor]:
     return [part for part in (result if isinstance(result, tuple) else (result,)) if part is not None]
 
 
-@pytest.mark.parametrize("packed", ["cu_seqlens", "seq_idx"])
-@pytest.mark.parametrize("name", KERNELS)
-def test_packed_sequences_on_a_cpu_are_refused(name, packed):
-    values = arguments(name)
-    assert all(torch.isfinite(part).all() for part in tensors(call(name, values, **{packed: None})))
+def named(host: Host, name: str):
+    return getattr(importlib.import_module(host.modelling), name)
+
+
+@pytest.mark.parametrize("packed", ["cu_seqlens", "seq_idx", "cu_seq_lens_q"])
+@pytest.mark.parametrize(("host", "name"), CASES)
+def test_packed_sequences_on_a_cpu_are_refused(host, name, packed):
+    function, values = named(host, name), arguments(name)
+    assert all(torch.isfinite(part).all() for part in tensors(call(function, values, **{packed: None})))
     with pytest.raises(ValueError, match="packed sequences.*cpu"):
-        call(name, values, **{packed: torch.tensor([0, 3, 70], dtype=torch.int32)})
+        call(function, values, **{packed: torch.tensor([0, 3, 70], dtype=torch.int32)})
 
 
-def test_packed_sequences_are_refused_by_a_whole_model():
-    morphable = small_morphable(0)
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("training", [False, True])
+def test_packed_sequences_are_refused_by_a_whole_model(host, training):
+    morphable = small_morphable(0, ONE_OF_EACH[host.name])
     budget = Budget("layers", 1)
     model = morphable.instantiate(morphable.space(budget).plan(["layers.0"], budget))
     ids = torch.randint(97, (1, 12))
@@ -133,7 +150,8 @@ from conftest import small_morphable
 
 from flashmorph.environment import describe
 from flashmorph.hosts.kernels import implementation_in_use
-from flashmorph.hosts.qwen3_5 import KERNELS, MODELLING
+from flashmorph.hosts.qwen3_5 import Qwen35Host
+
 from flashmorph.plan import Budget
 
 morphable = small_morphable(0)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from flashmorph.errors import UserError
+from flashmorph.hosts import configure
 from flashmorph.plan import Budget, Space
 from flashmorph.recipe import Recipe
 from flashmorph.selection.search import check_settings
@@ -14,10 +15,11 @@ def check(teacher: Teacher, recipe: Recipe) -> None:
     """What can be known to fail before anything is written.
 
     Raises:
-        UserError: a budget that leaves no choice, settings that the strategy does not have, a context longer than the
-            teacher's, or a tokenizer that does not fit.
+        UserError: a budget that leaves no choice, settings that the host or the strategy does not have, a context
+            longer than the teacher's, or a tokenizer that does not fit.
     """
     config = load_config(teacher.folder)
+    configure(config, recipe.host)
     budget = Budget.parse(recipe.budget)
     strategy = recipe.select.strategy
     if strategy == "tolerance" and budget.resource != "loss":

@@ -17,7 +17,7 @@ from flashmorph.card import model_card
 from flashmorph.corpus import Rows
 from flashmorph.evaluation import Score, evaluate
 from flashmorph.files import read_json, write_json
-from flashmorph.hosts import cache_by_context
+from flashmorph.hosts import cache_by_context, host_for, host_settings
 from flashmorph.morphable import Morphable, attach, build
 from flashmorph.move import round_both, transplant
 from flashmorph.plan import Budget, Plan
@@ -81,12 +81,13 @@ def finish(run: Run, host: Stage, branches: Stage, plan: Plan, label: str) -> di
 
 def run_transplant(run: Run) -> Stage:
     """Teacher to host, proven in float32, saved in the teacher's dtype."""
+    settings = host_settings(host_for(load_config(run.teacher.folder)), run.recipe.host)
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
         report(0, 3)
         teacher = run.teacher.load(torch.float32, run.device)
         report(1, 3)
-        model, proof = transplant(teacher)
+        model, proof = transplant(teacher, settings)
         report(2, 3)
         summary = f"logits differ by at most {proof.difference:.1e} (allowed: {proof.tolerance:.1e})"
         record: dict[str, Any] = {"proof": proof.to_dict()}
@@ -98,7 +99,8 @@ def run_transplant(run: Run) -> Stage:
         save_model(model, folder / "model", run.teacher.folder)
         return {**record, "summary": summary}
 
-    return run.stage("transplant", run.teacher.name, {"format": 1}, [run.teacher.digest], work)
+    wanted = {"format": 1, **({"host": settings} if settings else {})}
+    return run.stage("transplant", run.teacher.name, wanted, [run.teacher.digest], work)
 
 
 def run_align(run: Run, host: Stage) -> Stage:

@@ -82,26 +82,31 @@ def morph(
 
 
 @app.command()
-def transplant(teacher: TeacherArgument, output: OutputOption, device: DeviceOption = "auto") -> None:
+def transplant(
+    teacher: TeacherArgument, output: OutputOption, changes: SetOption = None, device: DeviceOption = "auto"
+) -> None:
     """Move a teacher into its host, all layers full, with the same logits; nothing else.
 
-    Works without a tokenizer. OUTPUT must be new or empty.
+    Works without a tokenizer. OUTPUT must be new or empty. `--set host.NAME=VALUE` changes a setting of the host.
 
     Example: `flashmorph transplant Qwen/Qwen3-0.6B --output qwen3-as-host`
     """
     import torch
 
     from flashmorph.devices import pick_device
+    from flashmorph.hosts import configure
     from flashmorph.move import transplant as move
     from flashmorph.publish import claim_empty, save_model
-    from flashmorph.teacher import open_teacher
+    from flashmorph.teacher import load_config, open_teacher
 
     quiet()
     claim_empty(output)
     source = open_teacher(teacher)
     source.tokenizer()
+    settings = recipe_of(Options(teacher, output, changes=changes)).host
+    configure(load_config(source.folder), settings)
     with ERR.status(f"moving {teacher}"):
-        model, proof = move(source.load(torch.float32, pick_device(device)))
+        model, proof = move(source.load(torch.float32, pick_device(device)), settings)
         if output.is_dir():
             output.rmdir()
         save_model(model, output, source.folder)

@@ -3,13 +3,19 @@
 A new family of teachers is one file with one class and one line in `HOSTS`.
 """
 
+import inspect
+from collections.abc import Mapping
+from typing import Any, cast
+
 from transformers import PreTrainedConfig
 
 from flashmorph.errors import UserError
+from flashmorph.hosts.granite_hybrid import GraniteHybridHost
 from flashmorph.hosts.host import LINEAR, Host
 from flashmorph.hosts.qwen3_5 import Qwen35Host
+from flashmorph.hosts.qwen3_5_moe import Qwen35MoeHost
 
-HOSTS: tuple[Host, ...] = (Qwen35Host(),)
+HOSTS: tuple[Host, ...] = (Qwen35Host(), Qwen35MoeHost(), GraniteHybridHost())
 CACHE_CONTEXTS = (512, 8192, 131072)
 """Context lengths in tokens at which results give the size of the cache."""
 
@@ -26,6 +32,31 @@ def host_for(config: PreTrainedConfig) -> Host:
             return host
     known = ", ".join(sorted(family for host in HOSTS for family in host.teachers))
     raise UserError(f"teachers of type {config.model_type!r} have no exact host; these have one: {known}")
+
+
+def host_settings(host: Host, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The host's settings: its defaults, and what is `given` in their place.
+
+    Raises:
+        UserError: names a setting that the host does not have, and those that it has.
+    """
+    _, *known = inspect.signature(host.host_config).parameters.values()
+    defaults = {parameter.name: parameter.default for parameter in known}
+    for name in given or {}:
+        if name not in defaults:
+            there_are = f"it has {', '.join(defaults)}" if defaults else "it has none"
+            raise UserError(f"{host.name} has no setting {name!r}; {there_are}")
+    return {**defaults, **(given or {})}
+
+
+def configure(teacher: PreTrainedConfig, settings: Mapping[str, Any] | None = None) -> tuple[Host, PreTrainedConfig]:
+    """The host that takes teachers of this configuration, and its own configuration with every layer full.
+
+    Raises:
+        UserError: see `host_for` and `host_settings`; or the teacher does not fit a setting.
+    """
+    host = host_for(teacher)
+    return host, cast(Any, host).host_config(teacher, **host_settings(host, settings))
 
 
 def host_of(config: PreTrainedConfig) -> Host:
@@ -47,7 +78,7 @@ def cache_bytes(config: PreTrainedConfig, context: int) -> int:
         UserError: the configuration is neither.
     """
     if any(config.model_type in host.teachers for host in HOSTS):
-        config = host_for(config).host_config(config)
+        _, config = configure(config)
     host = host_of(config)
     options = {word: option for option, word in host.options.items()}
     return sum(host.cache_bytes(config, options[word], context) for word in config.layer_types)
@@ -58,4 +89,14 @@ def cache_by_context(config: PreTrainedConfig) -> dict[str, int]:
     return {str(context): cache_bytes(config, context) for context in CACHE_CONTEXTS}
 
 
-__all__ = ["HOSTS", "LINEAR", "Host", "cache_by_context", "cache_bytes", "host_for", "host_of"]
+__all__ = [
+    "HOSTS",
+    "LINEAR",
+    "Host",
+    "cache_by_context",
+    "cache_bytes",
+    "configure",
+    "host_for",
+    "host_of",
+    "host_settings",
+]
