@@ -40,7 +40,9 @@ def outlook(teacher: Teacher, recipe: Recipe) -> list[dict[str, Any]]:
     """What each stage of a run will spend: tokens, length and data."""
     source, search = recipe.data.source, recipe.select.search
     plans = 2 if recipe.baseline else 1
-    rows = [("transplant", 0, 0, f"{teacher.name}: a probe batch"), _cost_row("align", recipe.align, source, 1)]
+    host, _ = configure(load_config(teacher.folder), recipe.host)
+    align = _cost_row("align", recipe.align, source, 1) if host.branches_train else ("align", 0, 0, "nothing to train")
+    rows = [("transplant", 0, 0, f"{teacher.name}: a probe batch"), align]
     strategy = recipe.select.strategy
     steps = recipe.select.settings.get("steps", 0)
     data = f"{strategy}: {', '.join(recipe.tasks)}, in {source}"

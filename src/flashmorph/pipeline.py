@@ -17,7 +17,7 @@ from flashmorph.card import model_card
 from flashmorph.corpus import Rows
 from flashmorph.evaluation import Score, evaluate
 from flashmorph.files import read_json, write_json
-from flashmorph.hosts import cache_by_context, host_for, host_settings
+from flashmorph.hosts import cache_by_context, host_for, host_of, host_settings
 from flashmorph.morphable import Morphable, attach, build
 from flashmorph.move import round_both, transplant
 from flashmorph.plan import Budget, Plan
@@ -81,7 +81,7 @@ def finish(run: Run, host: Stage, branches: Stage, plan: Plan, label: str) -> di
 
 def run_transplant(run: Run) -> Stage:
     """Teacher to host, proven in float32, saved in the teacher's dtype."""
-    settings = host_settings(host_for(load_config(run.teacher.folder)), run.recipe.host)
+    settings = host_settings(host_for(load_config(run.teacher.folder), run.recipe.host), run.recipe.host)
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
         report(0, 3)
@@ -104,8 +104,10 @@ def run_transplant(run: Run) -> Stage:
 
 
 def run_align(run: Run, host: Stage) -> Stage:
-    """A linear branch beside every attention, trained to give the attention's output."""
+    """A linear branch beside every attention, trained to give the attention's output; windows need no training."""
     settings = run.recipe.align
+    if not host_of(load_config(host.folder / "model")).branches_train:
+        return run.stage("align", "nothing: a window has no weights", {}, [host.digest], _no_branches)
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
         rows = training_rows(run, settings, "align", report)
@@ -254,6 +256,11 @@ def open_morphable(run: Run, host: Stage, branches: Stage) -> Morphable:
     morphable = Morphable(open_host(run, host))
     morphable.load_branch_state(load_file(branches.folder / "branches.safetensors"))
     return morphable
+
+
+def _no_branches(folder: Path, report: Report) -> dict[str, Any]:
+    save_file({}, folder / "branches.safetensors")
+    return {"tokens": 0, "summary": "the attention itself looks through it"}
 
 
 def _listed(values: list[float]) -> str:

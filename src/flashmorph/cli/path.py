@@ -24,6 +24,7 @@ from flashmorph.cli.options import (
     SetOption,
     StrategyOption,
     TeacherArgument,
+    WindowOption,
     open_run,
     quiet,
     recipe_of,
@@ -39,6 +40,7 @@ def morph(
     strategy: StrategyOption = None,
     plan: PlanOption = None,
     layers: LayersOption = None,
+    window: WindowOption = None,
     baseline: Annotated[str | None, typer.Option(help="`uniform`: train the uniform layout as well.")] = None,
     data: DataOption = None,
     allow_repeat: RepeatOption = False,
@@ -55,7 +57,19 @@ def morph(
     Example: `flashmorph morph Qwen/Qwen3-1.7B --budget 7 --output qwen3-1.7b-hybrid`
     """
     options = Options(
-        teacher, output, recipe, budget, changes, data, others, allow_repeat, strategy, baseline, device, as_json
+        teacher,
+        output,
+        recipe,
+        budget,
+        changes,
+        data,
+        others,
+        allow_repeat,
+        strategy,
+        baseline,
+        device,
+        as_json,
+        window,
     )
     if dry_run:
         _dry_run(options)

@@ -57,6 +57,7 @@ class GraniteHybridHost:
     model_class: type[PreTrainedModel] = GraniteMoeHybridForCausalLM
     model_type = "granitemoehybrid"
     modelling = "transformers.models.granitemoehybrid.modeling_granitemoehybrid"
+    branches_train = True
     kernels: tuple[str, ...] = (
         "causal_conv1d_fn",
         "causal_conv1d_update",
@@ -159,7 +160,7 @@ class GraniteHybridHost:
         """Granite's decoder layer holds one of the two."""
         return {FULL: "self_attn", LINEAR: "mamba"}[option]
 
-    def make_branch(self, config: PreTrainedConfig, layer: int, option: str) -> nn.Module:
+    def make_branch(self, config: PreTrainedConfig, layer: int, option: str, attention: nn.Module) -> nn.Module:
         """transformers' own Mamba2."""
         config = self.with_layer_types(config, [option] * config.num_hidden_layers)
         return GraniteMoeHybridMambaLayer(cast(Any, config), layer)

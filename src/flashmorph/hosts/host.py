@@ -14,7 +14,8 @@ class Host(Protocol):
     """One host architecture; the only place that knows names of model types, modules and weights.
 
     `options` maps the options of a layer to the host's `layer_types` words; `serves` names what runs its checkpoints.
-    `kernels` are the functions of transformers' module `modelling` for which there are faster packages.
+    `kernels` are the functions of transformers' module `modelling` for which there are faster packages. Where
+    `branches_train` is false, its branches have no weights of their own, and there is nothing to align.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Host(Protocol):
     model_type: str
     modelling: str
     kernels: tuple[str, ...]
+    branches_train: bool
 
     def check(self, config: PreTrainedConfig) -> None:
         """Refuse a teacher that has no exact counterpart here.
@@ -60,8 +62,8 @@ class Host(Protocol):
         """The attribute of a decoder layer that holds the mixer of this option."""
         ...
 
-    def make_branch(self, config: PreTrainedConfig, layer: int, option: str) -> nn.Module:
-        """An untrained mixer of this option for one layer."""
+    def make_branch(self, config: PreTrainedConfig, layer: int, option: str, attention: nn.Module) -> nn.Module:
+        """An untrained mixer of this option for one layer, to stand beside `attention`."""
         ...
 
     def run_branch(self, branch: Any, option: str, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:

@@ -44,6 +44,7 @@ class Qwen35Host:
     mixer_class: type[nn.Module] = Qwen3_5GatedDeltaNet
     model_type = "qwen3_5_text"
     modelling = "transformers.models.qwen3_5.modeling_qwen3_5"
+    branches_train = True
     kernels: tuple[str, ...] = (
         "torch_chunk_gated_delta_rule",
         "torch_recurrent_gated_delta_rule",
@@ -127,7 +128,7 @@ class Qwen35Host:
         """Qwen3.5's decoder layer holds one of the two."""
         return {FULL: "self_attn", LINEAR: "linear_attn"}[option]
 
-    def make_branch(self, config: PreTrainedConfig, layer: int, option: str) -> nn.Module:
+    def make_branch(self, config: PreTrainedConfig, layer: int, option: str, attention: nn.Module) -> nn.Module:
         """transformers' own Gated DeltaNet."""
         config = self.with_layer_types(config, [option] * config.num_hidden_layers)
         return cast(Any, self.mixer_class)(config, layer)
