@@ -1,7 +1,6 @@
-"""Tiny random teachers, and recipes that take a few steps."""
+"""Tiny random models, and recipes that take a few steps."""
 
 import gc
-import math
 import os
 from pathlib import Path
 
@@ -11,22 +10,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 import yaml
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from families import SHAPE, random_teacher
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import flashmorph.assets as assets
 from flashmorph.morphable import Morphable, attach
 from flashmorph.move import transplant
-
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-}
 
 FEW_STEPS = {
     "budget": "1",
@@ -45,25 +34,14 @@ FEW_STEPS = {
 }
 
 
-def random_qwen3(seed: int = 0, **changes) -> Qwen3ForCausalLM:
-    """A Qwen3 with random weights, its norm weights log-uniform from 0.01 to 8."""
-    torch.manual_seed(seed)
-    config = Qwen3Config(**{"vocab_size": 97, **SHAPE, **changes})
-    model = Qwen3ForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith("norm.weight"):
-                weight.copy_(torch.exp(torch.empty_like(weight).uniform_(math.log(0.01), math.log(8))))
-            elif weight.ndim == 1:
-                weight.normal_(std=0.3)
-            else:
-                weight.mul_(3)
-    return model
+def random_qwen3(seed: int = 0, **changes) -> PreTrainedModel:
+    """The teacher of tests that are about something else."""
+    return random_teacher("qwen3: grouped", seed, **changes)
 
 
-def small_morphable(seed: int = 0, **changes) -> Morphable:
+def small_morphable(seed: int = 0, teacher: str = "qwen3: grouped", **changes) -> Morphable:
     """A random teacher in its host, with branches started on random tokens."""
-    model, _ = transplant(random_qwen3(seed, **changes))
+    model, _ = transplant(random_teacher(teacher, seed, **changes))
     tokens = torch.randint(model.config.vocab_size, (4, 48), generator=torch.Generator().manual_seed(seed))
     return attach(model, tokens)[0]
 

@@ -1,5 +1,6 @@
 """Linear mixers run where their tensors are: PyTorch's reference on a CPU, whatever kernel packages are installed."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -8,64 +9,83 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers.models.qwen3_5.modeling_qwen3_5 as modelling
 from conftest import small_morphable
+from families import ONE_FOR_EACH_HOST
 
 from flashmorph.environment import describe
+from flashmorph.hosts import HOSTS, Host
+from flashmorph.hosts.granite_hybrid import GraniteHybridHost
 from flashmorph.hosts.kernels import dispatch_by_device, implementation_in_use
-from flashmorph.hosts.qwen3_5 import KERNELS, MODELLING
+from flashmorph.hosts.qwen3_5 import Qwen35Host
 from flashmorph.plan import Budget
 
+CASES = [(host, name) for host in HOSTS for name in host.kernels]
 
-def arguments(name: str) -> dict[str, torch.Tensor]:
+
+def arguments(name: str) -> dict[str, torch.Tensor | int]:
     """Small random inputs of a kernel function, its first tensor first."""
+    time = 1 if name.endswith("update") else 5 if "recurrent" in name else 70
     if name.startswith("causal_conv1d"):
         state = {"conv_state": torch.randn(2, 6, 4)} if name.endswith("update") else {}
-        time = 1 if name.endswith("update") else 70
         return {"hidden_states": torch.randn(2, 6, time), **state, "weight": torch.randn(6, 4)}
-    time = 5 if "recurrent" in name else 70
+    if name == "mamba2_selective_state_update":
+        groups = {part: torch.randn(2, 3, 8) for part in "BC"}
+        state, rates = torch.randn(2, 3, 4, 8), -torch.rand(3, 4, 8)
+        return {"state": state, "x": torch.randn(2, 3, 4), "dt": torch.rand(2, 3, 4), "A": rates, **groups}
+    if name == "mamba2_split_conv1d_scan_combined":
+        return {part: torch.randn(2, 3, 4) for part in ("zxbcdt", "weight", "bias", "dt_bias", "A", "D")} | {"size": 16}
+    if name.startswith("mamba2"):
+        first = {"x": torch.randn(2, time, 3, 4), "dt": torch.rand(2, time, 3), "A": -torch.rand(3)}
+        return {**first, **{part: torch.randn(2, time, 3, 8) for part in "BC"}, "chunk_size": 16}
     heads = {part: torch.randn(2, time, 3, 8) for part in ("query", "key", "value")}
     return {**heads, "g": -torch.rand(2, time, 3), "beta": torch.rand(2, time, 3)}
 
 
-def call(name: str, values: dict[str, torch.Tensor], **settings):
-    first, *rest = (value.clone() for value in values.values())
-    return getattr(modelling, name)(first, *rest, **settings)
+def call(function, values: dict[str, torch.Tensor | int], **settings):
+    return function(
+        *(value.clone() if isinstance(value, torch.Tensor) else value for value in values.values()), **settings
+    )
 
 
 def tensors(result) -> list[torch.Tensor]:
     return [part for part in (result if isinstance(result, tuple) else (result,)) if part is not None]
 
 
-@pytest.mark.parametrize("packed", ["cu_seqlens", "seq_idx"])
-@pytest.mark.parametrize("name", KERNELS)
-def test_packed_sequences_on_a_cpu_are_refused(name, packed):
-    values = arguments(name)
-    assert all(torch.isfinite(part).all() for part in tensors(call(name, values, **{packed: None})))
+def named(host: Host, name: str):
+    return getattr(importlib.import_module(host.modelling), name)
+
+
+@pytest.mark.parametrize("packed", ["cu_seqlens", "seq_idx", "cu_seq_lens_q"])
+@pytest.mark.parametrize(("host", "name"), CASES)
+def test_packed_sequences_on_a_cpu_are_refused(host, name, packed):
+    function, values = named(host, name), arguments(name)
+    assert all(torch.isfinite(part).all() for part in tensors(call(function, values, **{packed: None})))
     with pytest.raises(ValueError, match="packed sequences.*cpu"):
-        call(name, values, **{packed: torch.tensor([0, 3, 70], dtype=torch.int32)})
+        call(function, values, **{packed: torch.tensor([0, 3, 70], dtype=torch.int32)})
 
 
-def test_packed_sequences_are_refused_by_a_whole_model():
-    morphable = small_morphable(0)
+@pytest.mark.parametrize("teacher", ONE_FOR_EACH_HOST)
+@pytest.mark.parametrize("training", [False, True])
+def test_packed_sequences_are_refused_by_a_whole_model(teacher, training):
+    morphable = small_morphable(0, teacher)
     budget = Budget("layers", 1)
-    model = morphable.instantiate(morphable.space(budget).plan(["layers.0"], budget))
+    model = morphable.instantiate(morphable.space(budget).plan(["layers.0"], budget)).train(training)
     ids = torch.randint(97, (1, 12))
-    assert torch.isfinite(model(input_ids=ids).logits).all()
-    with pytest.raises(ValueError, match="packed sequences"):
-        model(input_ids=ids, seq_idx=torch.tensor([[0] * 5 + [1] * 7], dtype=torch.int32))
-    with pytest.raises(ValueError, match="packed sequences"):
-        model(input_ids=ids, cu_seq_lens_q=torch.tensor([0, 5, 12], dtype=torch.int32))
+    assert torch.isfinite(model(input_ids=ids, use_cache=False).logits).all()
+    for name, packed in (("seq_idx", [[0] * 5 + [1] * 7]), ("cu_seq_lens_q", [0, 5, 12])):
+        with pytest.raises(ValueError, match="packed sequences"):
+            model(input_ids=ids, use_cache=False, **{name: torch.tensor(packed, dtype=torch.int32)})
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_results_on_a_cpu_are_those_of_the_reference(name):
-    values = arguments(name)
-    settings = {"activation": "silu"} if "conv" in name else {"use_qk_l2norm_in_kernel": True}
-    reference = getattr(modelling, name).__wrapped__
-    expected = tensors(reference(*(value.clone() for value in values.values()), **settings))
-    found = tensors(call(name, values, **settings))
-    assert len(found) == len(expected) >= 1
+@pytest.mark.parametrize(("host", "name"), CASES)
+def test_results_on_a_cpu_are_those_of_the_reference(host, name):
+    function, values = named(host, name), arguments(name)
+    settings = {"activation": "silu"} if name.startswith("causal") else {}
+    settings = {"use_qk_l2norm_in_kernel": True} if "delta_rule" in name else settings
+    expected = tensors(call(function.__wrapped__, values, **settings))
+    found = tensors(call(function, values, **settings))
+    # The fused kernel has no reference: it gives None, and the layer goes its own way.
+    assert len(found) == len(expected) == (0 if "split_conv1d" in name else len(expected) or 1)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
@@ -82,23 +102,46 @@ def test_the_recurrence_is_the_gated_delta_rule():
         state = state + torch.einsum("bhk,bhv->bhkv", key[:, time], change)
         outputs.append(torch.einsum("bhkv,bhk->bhv", state, query[:, time]) / 8**0.5)
     for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
-        found, last = call(name, values, use_qk_l2norm_in_kernel=True, output_final_state=True)
+        settings = {"use_qk_l2norm_in_kernel": True, "output_final_state": True}
+        found, last = call(named(Qwen35Host(), name), values, **settings)
         torch.testing.assert_close(found.double(), torch.stack(outputs, 1), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(last.double(), state, rtol=1e-4, atol=1e-5)
 
 
-def test_dispatching_twice_changes_nothing():
-    before = [getattr(modelling, name) for name in KERNELS]
-    dispatch_by_device(MODELLING, KERNELS)
-    assert [getattr(modelling, name) for name in KERNELS] == before
-    assert all(function.__name__ == name for function, name in zip(before, KERNELS, strict=True))
+def test_the_scan_is_mamba2():
+    """Both forms against the formula (arXiv 2405.21060, section 6): decay the state, add dt B x, read with C."""
+    values = arguments("mamba2_chunk_scan")
+    x, dt, rate, keys, queries = (values[name].double() for name in ("x", "dt", "A", "B", "C"))
+    state, outputs = torch.zeros(2, 3, 4, 8, dtype=torch.float64), []
+    for time in range(70):
+        decay = torch.exp(dt[:, time] * rate)[..., None, None]
+        state = state * decay + torch.einsum("bh,bhp,bhn->bhpn", dt[:, time], x[:, time], keys[:, time])
+        outputs.append(torch.einsum("bhpn,bhn->bhp", state, queries[:, time]))
+    expected = torch.stack(outputs, 1)
+    found, last = call(named(GraniteHybridHost(), "mamba2_chunk_scan"), values, return_final_states=True)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(last.double(), state, rtol=1e-4, atol=1e-4)
+    update, state = named(GraniteHybridHost(), "mamba2_selective_state_update"), torch.zeros(2, 3, 4, 8)
+    rates = values["A"][:, None, None].expand(3, 4, 8)
+    for time in range(70):
+        steps = values["dt"][:, time, :, None].expand(2, 3, 4)
+        found = update(state, values["x"][:, time], steps, rates, values["B"][:, time], values["C"][:, time])
+        torch.testing.assert_close(found.double(), expected[:, time], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.name)
+def test_dispatching_twice_changes_nothing(host):
+    before = [named(host, name) for name in host.kernels]
+    dispatch_by_device(host.modelling, host.kernels)
+    assert [named(host, name) for name in host.kernels] == before
+    assert all(function.__name__ == name for function, name in zip(before, host.kernels, strict=True))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
 def test_the_environment_says_what_runs_and_why():
     facts = describe()
     assert facts["device"] != "cuda"
-    assert all(facts[name].startswith("PyTorch reference") and "CUDA" in facts[name] for name in KERNELS)
+    assert all(facts[name].startswith("PyTorch reference") and "CUDA" in facts[name] for _, name in CASES)
     assert facts["torch"] == torch.__version__
     assert facts["flashmorph"]
 
@@ -112,6 +155,7 @@ SCRIPT = """
 import sys
 
 import torch
+import transformers.models.granitemoehybrid.modeling_granitemoehybrid as mamba
 import transformers.models.qwen3_5.modeling_qwen3_5 as modelling
 
 sys.path.insert(0, sys.argv[1])
@@ -121,6 +165,10 @@ for call in (
     lambda: modelling.torch_recurrent_gated_delta_rule(tensor, tensor, tensor, g=-tensor[..., 0], beta=tensor[..., 0]),
     lambda: modelling.causal_conv1d_fn(tensor[0], tensor[0, 0]),
     lambda: modelling.causal_conv1d_update(tensor[0], tensor[0], tensor[0, 0]),
+    lambda: mamba.mamba2_chunk_scan(tensor, tensor[..., 0], tensor[0, 0, :, 0], tensor, tensor, 16),
+    lambda: mamba.mamba2_split_conv1d_scan_combined(tensor),
+    lambda: mamba.mamba2_selective_state_update(tensor),
+    lambda: mamba.causal_conv1d_fn(tensor[0], tensor[0, 0]),
 ):
     try:
         call()
@@ -130,29 +178,34 @@ for call in (
         raise AssertionError("transformers did not pick the fake kernels, so this shows nothing")
 
 from conftest import small_morphable
+from families import ONE_FOR_EACH_HOST
 
 from flashmorph.environment import describe
+from flashmorph.hosts import HOSTS
 from flashmorph.hosts.kernels import implementation_in_use
-from flashmorph.hosts.qwen3_5 import KERNELS, MODELLING
 from flashmorph.plan import Budget
 
-morphable = small_morphable(0)
-budget = Budget("layers", 1)
-model = morphable.instantiate(morphable.space(budget).plan(["layers.0"], budget))
-ids = torch.randint(97, (2, 9))
-model(input_ids=ids, labels=ids).loss.backward()
-made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, pad_token_id=0)
-assert made.shape == (2, 13), made.shape
+for teacher in ONE_FOR_EACH_HOST:
+    morphable = small_morphable(0, teacher)
+    budget = Budget("layers", 1)
+    model = morphable.instantiate(morphable.space(budget).plan(["layers.0"], budget))
+    ids = torch.randint(97, (2, 9))
+    model(input_ids=ids, labels=ids).loss.backward()
+    model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    settings = dict(attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    made = model.eval().generate(ids, **settings)
+    assert made.shape == (2, 13), made.shape
 facts = describe()
-for name in KERNELS:
-    print(name, implementation_in_use(MODELLING, name), facts[name], sep="|")
+for host in HOSTS:
+    for name in host.kernels:
+        print(name, implementation_in_use(host.modelling, name), facts[name], sep="|")
 print("version", facts["flash-linear-attention"], sep="|")
 """
 
 
 @pytest.fixture
 def machine_with_kernels(tmp_path) -> Path:
-    """Packages that import like flash-linear-attention and causal-conv1d, and whose kernels cannot run."""
+    """Packages that import like flash-linear-attention, causal-conv1d and mamba-ssm; their kernels cannot run."""
     rules = tmp_path / "fla" / "ops" / "gated_delta_rule"
     rules.mkdir(parents=True)
     names = ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule")
@@ -163,6 +216,13 @@ def machine_with_kernels(tmp_path) -> Path:
     convolution.mkdir()
     names = ("causal_conv1d_fn", "causal_conv1d_update")
     convolution.joinpath("__init__.py").write_text("".join(FAKE_KERNEL.format(name=name) for name in names))
+    scans = tmp_path / "mamba_ssm" / "ops" / "triton"
+    scans.mkdir(parents=True)
+    for folder in (scans, scans.parent, scans.parent.parent):
+        folder.joinpath("__init__.py").touch()
+    names = ("mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined")
+    scans.joinpath("ssd_combined.py").write_text("".join(FAKE_KERNEL.format(name=name) for name in names))
+    scans.joinpath("selective_state_update.py").write_text(FAKE_KERNEL.format(name="selective_state_update"))
     metadata = tmp_path / "flash_linear_attention-0.6.9.dist-info"
     metadata.mkdir()
     metadata.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: flash-linear-attention\nVersion: 0.6.9\n")
@@ -178,15 +238,15 @@ def test_installed_kernels_that_cannot_run_here_are_not_run(machine_with_kernels
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split("|") for line in done.stdout.splitlines() if "|" in line]
-    used = {name: (module, fact) for name, module, fact in lines[:-1]}
-    assert set(used) == set(KERNELS)
-    for name, (module, fact) in used.items():
-        assert module == ("causal_conv1d" if "conv" in name else "fla.ops.gated_delta_rule")
+    assert [name for name, _, _ in lines[:-1]] == [name for _, name in CASES]
+    for name, module, fact in lines[:-1]:
+        packages = {"causal": "causal_conv1d", "mamba2": "mamba_ssm.ops.triton", "torch_": "fla.ops.gated_delta_rule"}
+        assert module.startswith(packages[name[:6]])
         assert fact.startswith("PyTorch reference") and "cpu" in fact
     assert lines[-1] == ["version", "0.6.9"]
 
 
-def test_the_implementation_in_use_is_named():
-    installed = {name: implementation_in_use(MODELLING, name) for name in KERNELS}
-    for name, module in installed.items():
-        assert module == "PyTorch reference" or module.split(".")[0] in ("fla", "causal_conv1d"), (name, module)
+@pytest.mark.parametrize(("host", "name"), CASES)
+def test_the_implementation_in_use_is_named(host, name):
+    module = implementation_in_use(host.modelling, name)
+    assert module == "PyTorch reference" or module.split(".")[0] in ("fla", "causal_conv1d", "mamba_ssm")

@@ -6,33 +6,20 @@ import math
 
 import pytest
 import torch
-from conftest import random_qwen3
-from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Qwen3_5ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from conftest import random_qwen3, run_command
+from families import DEFAULT, LONG, SHAPES, TEACHERS, random_teacher
+from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Qwen3Config, Qwen3ForCausalLM
 
 from flashmorph.errors import UserError
+from flashmorph.hosts import host_for
 from flashmorph.hosts.qwen3_5 import Qwen35Host
 from flashmorph.move import probe, round_both, transplant
 from flashmorph.publish import save_model
 from flashmorph.teacher import load_model, open_teacher
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5}
-LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "rope_theta": 1e4}
-SHAPES = {
-    "grouped": {},
-    "multi-head": {"num_key_value_heads": 4},
-    "multi-query, untied": {"num_key_value_heads": 1, "tie_word_embeddings": False},
-    "wide heads": {"head_dim": 32},
-    "narrow heads": {"head_dim": 8, "hidden_size": 48},
-    "bias": {"attention_bias": True, "tie_word_embeddings": False},
-    "yarn": {"rope_parameters": YARN},
-    "linear": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-    "dynamic": {
-        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
-        "max_position_embeddings": 48,
-    },
-    "llama3": {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 64}},
-}
+CHANGED = [name for name in TEACHERS if name.startswith("qwen3")]
+COPIED = [name for name in TEACHERS if name not in CHANGED]
+"""Teachers some of whose weights are stored otherwise in their host, and those whose weights are copied."""
 
 
 def some_tokens(rows: int = 2, length: int = 100) -> torch.Tensor:
@@ -66,20 +53,20 @@ def in_bfloat16(teacher, ids: torch.Tensor, folder) -> float:
 
 @pytest.fixture(scope="module")
 def noise(tmp_path_factory) -> dict[str, float]:
-    """For each shape the geometric mean of `in_bfloat16` over seeds."""
+    """For each teacher the geometric mean of `in_bfloat16` over seeds."""
     ids = some_tokens(4)
     found = {}
-    for shape, changes in SHAPES.items():
-        ratios = [in_bfloat16(random_qwen3(seed, **changes), ids, tmp_path_factory.mktemp("bf16")) for seed in range(3)]
-        found[shape] = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    for name in CHANGED:
+        ratios = [in_bfloat16(random_teacher(name, seed), ids, tmp_path_factory.mktemp("bf16")) for seed in range(3)]
+        found[name] = math.exp(sum(map(math.log, ratios)) / len(ratios))
     return found
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_host_computes_what_the_teacher_computes(shape):
-    teacher = random_qwen3(3, **SHAPES[shape])
+@pytest.mark.parametrize("name", TEACHERS)
+def test_the_host_computes_what_the_teacher_computes(name):
+    teacher = random_teacher(name, 3)
     model, proof = transplant(teacher)
-    assert isinstance(model, Qwen3_5ForCausalLM)
+    assert isinstance(model, host_for(teacher.config).model_class)
     assert 0 <= proof.difference <= proof.tolerance == max(1e-5 * proof.largest_logit, 2 * proof.noise)
     expected = logits(teacher, some_tokens())
     assert expected.std() > 0.1
@@ -87,10 +74,10 @@ def test_the_host_computes_what_the_teacher_computes(shape):
     assert (logits(model, some_tokens()) - expected).abs().max() <= allowed
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_bfloat16_checkpoint_moves_into_weights_that_bfloat16_can_hold(shape):
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_bfloat16_checkpoint_moves_into_weights_that_bfloat16_can_hold(name):
     """All but the norms that no matrix reads directly: q_norm, k_norm and the last one."""
-    teacher = random_qwen3(4, **SHAPES[shape])
+    teacher = random_teacher(name, 4)
     with torch.no_grad():
         for weight in teacher.parameters():
             weight.copy_(weight.bfloat16().float())
@@ -103,34 +90,48 @@ def test_a_bfloat16_checkpoint_moves_into_weights_that_bfloat16_can_hold(shape):
         assert torch.equal(weight, weight.bfloat16().float()), name
 
 
-def test_in_bfloat16_the_host_is_as_near_as_the_teacher_itself(noise):
-    """Which weights round up is chance: so the mean over all shapes and seeds."""
-    assert math.exp(sum(map(math.log, noise.values())) / len(noise)) <= 1.1
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_in_bfloat16_the_host_is_as_near_as_the_teacher_itself(noise, family):
+    """Which weights round up is chance: so the mean over a family's shapes and seeds."""
+    found = [math.log(ratio) for name, ratio in noise.items() if name.startswith(f"{family}:")]
+    assert math.exp(sum(found) / len(found)) <= 1.1
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_in_bfloat16_no_shape_is_much_worse(noise, shape):
-    assert noise[shape] <= 1.6
+@pytest.mark.parametrize("name", CHANGED)
+def test_in_bfloat16_no_teacher_is_much_worse(noise, name):
+    assert noise[name] <= 1.6
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_rounding_of_a_run_is_that_of_the_saved_checkpoint(shape, tmp_path):
+@pytest.mark.parametrize("name", CHANGED)
+def test_the_rounding_of_a_run_is_that_of_the_saved_checkpoint(name, tmp_path):
     """What a run reports, against the folder opened again; the probe batch is the only difference to `noise`."""
-    teacher = random_qwen3(1, **SHAPES[shape])
+    teacher = random_teacher(name, 1)
     expected = in_bfloat16(copy.deepcopy(teacher), probe(teacher), tmp_path)
     model, _ = transplant(teacher)
     assert round_both(teacher, model, torch.bfloat16) == pytest.approx(expected, rel=1e-2)
     assert {weight.dtype for weight in [*model.parameters(), *teacher.parameters()]} == {torch.bfloat16}
 
 
-def test_the_shapes_are_as_different_as_they_claim():
-    for shape, expected in (("yarn", 1e-3), ("linear", 1e-3), ("dynamic", 1e-3), ("llama3", 1e-3), ("bias", 1e-3)):
-        changes = {**SHAPES[shape], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
-        changes.pop("attention_bias", None)
-        changed = random_qwen3(3, **SHAPES[shape])
-        plain = random_qwen3(3, **changes)
-        plain.load_state_dict(changed.state_dict(), strict=False)
-        assert (logits(changed, some_tokens()) - logits(plain, some_tokens())).abs().max() > expected
+@pytest.mark.parametrize("name", COPIED)
+def test_copied_weights_are_rounded_as_the_teachers_are(name):
+    teacher = random_teacher(name, 1)
+    model, _ = transplant(teacher)
+    assert round_both(teacher, model, torch.bfloat16) == pytest.approx(1, abs=1e-3)
+
+
+PLAIN = {"rope_parameters": DEFAULT, "attention_bias": False, "attention_out_bias": False, "logits_scaling": 1.0}
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_the_teachers_are_as_different_as_they_claim(name):
+    """What a shape changes is seen in the logits, so that equal logits show that it has moved."""
+    family, _, shape = name.partition(": ")
+    teacher = random_teacher(name, 3)
+    for setting in SHAPES[family][shape].keys() & PLAIN.keys():
+        if SHAPES[family][shape][setting] != PLAIN[setting]:
+            plain = random_teacher(name, 3, **{setting: PLAIN[setting]})
+            plain.load_state_dict(teacher.state_dict(), strict=False)
+            assert (logits(teacher, some_tokens()) - logits(plain, some_tokens())).abs().max() > 1e-3
 
 
 def test_a_norm_weight_of_zero_or_below_moves_too():
@@ -212,21 +213,67 @@ def test_a_teacher_in_bfloat16_is_refused():
         transplant(random_qwen3(0).to(torch.bfloat16))
 
 
+PARTIAL = {**DEFAULT, "partial_rotary_factor": 0.5}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+
+
 @pytest.mark.parametrize(
-    ("changes", "problem"),
+    ("name", "changes", "problem"),
     [
-        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "sliding_attention"),
-        ({"rope_parameters": {**LONG, "original_max_position_embeddings": 64}}, "longrope"),
-        ({"hidden_act": "gelu"}, "gelu"),
+        ("qwen3", WINDOWS, "sliding_attention"),
+        ("qwen3", {"rope_parameters": LONG}, "longrope"),
+        ("qwen3", {"rope_parameters": PARTIAL}, "rotates 50% of each head"),
+        ("qwen3", {"hidden_act": "gelu"}, "gelu"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob is false"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+        ("llama", {"hidden_act": "gelu"}, "gelu"),
+        ("llama", {"mlp_bias": True}, "mlp_bias"),
+        ("llama", {"head_dim": 32}, "4 heads of 32 do not fit into mamba_expand × hidden size = 2 × 32"),
+        ("llama", {"hidden_size": 36, "head_dim": 16}, "heads of 16 do not divide mamba_expand × hidden size = 2 × 36"),
+        ("mistral", {"sliding_window": 16}, "a sliding window of 16 tokens"),
+        ("ministral", {"sliding_window": 16}, "sliding_attention"),
+        ("qwen2", WINDOWS, "sliding_attention"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
+        ("phi3", {"sliding_window": 16}, "a sliding window of 16 tokens"),
+        ("phi3", {"rope_parameters": PARTIAL}, "rotates 50% of each head"),
     ],
 )
-def test_a_part_without_an_exact_counterpart_is_refused_by_its_name(tmp_path, changes, problem):
-    teacher = random_qwen3(0, **changes)
-    with pytest.raises(UserError, match=problem):
+def test_a_part_without_an_exact_counterpart_is_refused_by_its_name(tmp_path, name, changes, problem):
+    teacher = random_teacher(name, 0, **changes)
+    with pytest.raises(UserError, match=problem) as refusal:
         transplant(teacher)
-    teacher.config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=problem):
-        open_teacher(str(tmp_path))
+    teacher.save_pretrained(tmp_path / "teacher")
+    assert run_command("transplant", tmp_path / "teacher", "--output", tmp_path / "host") == 2
+    assert "\n" not in str(refusal.value) and not (tmp_path / "host").exists()
+
+
+@pytest.mark.parametrize("given", [0, 3, "2", True, None])
+def test_an_expansion_that_there_is_not_is_refused(given):
+    with pytest.raises(UserError, match="mamba_expand must be 1 or 2"):
+        transplant(random_teacher("llama"), {"mamba_expand": given})
+
+
+def test_settings_that_a_host_does_not_have_are_refused():
+    with pytest.raises(UserError, match="no setting 'mamba_expnd'; it has mamba_expand"):
+        transplant(random_teacher("llama"), {"mamba_expnd": 1})
+    with pytest.raises(UserError, match="Qwen3_5ForCausalLM has no setting 'mamba_expand'; it has none"):
+        transplant(random_teacher("qwen3"), {"mamba_expand": 1})
+
+
+def test_config_json_says_what_engines_read(tmp_path):
+    """Granite's own words for layers and for rope; transformers reads the same model from them."""
+    teacher = random_teacher("llama: bias, untied, llama3")
+    model, _ = transplant(teacher)
+    teacher.save_pretrained(tmp_path / "teacher")
+    save_model(model, tmp_path / "host", tmp_path / "teacher")
+    values = json.loads((tmp_path / "host" / "config.json").read_text())
+    assert values["layer_types"] == ["attention", "attention"]
+    assert values["rope_theta"] == 5e5 and values["rope_scaling"] == values["rope_parameters"]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "host")
+    assert again.config.layer_types == model.config.layer_types == ["full_attention", "full_attention"]
+    assert again.config.rope_parameters == model.config.rope_parameters
+    assert torch.equal(logits(again, some_tokens()), logits(model, some_tokens()))
 
 
 @pytest.mark.parametrize("config", [GPT2Config(n_layer=1), OPTConfig(num_hidden_layers=1)], ids=["gpt2", "opt"])

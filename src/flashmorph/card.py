@@ -1,6 +1,7 @@
 """The model card of a finished run."""
 
-from flashmorph.hosts import host_for
+from flashmorph.hosts import configure
+from flashmorph.plan import FULL
 from flashmorph.run import Results, Run
 from flashmorph.teacher import EMBEDDED, load_config
 
@@ -16,7 +17,8 @@ _NAMES = {
 
 def model_card(run: Run, results: Results) -> str:
     """README.md of the output: what it is, what it can do, what serves it, how it was made."""
-    host = host_for(load_config(run.teacher.folder))
+    host, _ = configure(load_config(run.teacher.folder), run.recipe.host)
+    (other,) = set(host.options) - {FULL}
     plan = results.plan
     base = "" if run.teacher.name in EMBEDDED else f"base_model: {run.teacher.name}\nbase_model_relation: finetune\n"
     rows = "\n".join(_row(name, score) for name, score in results.scores.items())
@@ -28,7 +30,7 @@ library_name: transformers
 
 # Hybrid of {run.teacher.name}
 
-`{plan.strip()}` (■ full attention, □ linear): {len(plan.full_groups)} of {len(plan.assignments)} layers keep full
+`{plan.strip()}` (■ full attention, □ {other}): {len(plan.full_groups)} of {len(plan.assignments)} layers keep full
 attention, chosen by `{plan.strategy}` for the budget {plan.budget}: layers {", ".join(map(str, plan.full_layers))}.
 
 An ordinary `{host.name}` checkpoint. Nothing of flashmorph's is needed to use it:

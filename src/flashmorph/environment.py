@@ -7,8 +7,8 @@ import torch
 
 import flashmorph
 from flashmorph.devices import pick_device, use_bf16
+from flashmorph.hosts import HOSTS
 from flashmorph.hosts.kernels import implementation_in_use
-from flashmorph.hosts.qwen3_5 import KERNELS, MODELLING
 
 _PACKAGES = (
     "torch",
@@ -17,6 +17,7 @@ _PACKAGES = (
     "datasets",
     "safetensors",
     "flash-linear-attention",
+    "mamba-ssm",
     "causal-conv1d",
     "triton",
 )
@@ -30,15 +31,15 @@ def describe() -> dict[str, str]:
     facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     facts["cpu threads"] = str(torch.get_num_threads())
     facts["bfloat16 products"] = "used" if use_bf16(device) else "not used (slow or missing on this device)"
-    for name in KERNELS:
-        facts[name] = _kernel(name, device)
+    for host in HOSTS:
+        facts |= {name: _kernel(host.modelling, name, device) for name in host.kernels}
     return facts
 
 
-def _kernel(name: str, device: torch.device) -> str:
+def _kernel(modelling: str, name: str, device: torch.device) -> str:
     if device.type != "cuda":
         return f"PyTorch reference (tensors are on {device.type}; the fast kernels need CUDA)"
-    used = implementation_in_use(MODELLING, name)
+    used = implementation_in_use(modelling, name)
     return used if used != "PyTorch reference" else "PyTorch reference (no kernel package; see the extra `gpu`)"
 
 

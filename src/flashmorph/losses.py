@@ -1,14 +1,39 @@
 """Losses over the vocabulary without ever holding all logits: in chunks of tokens, recomputed in the backward."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 LOGITS_BYTES = 128 * 2**20
 """Size of one chunk's logits in float32. A handful of tensors of this size live at a time."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """From last hidden states `[..., width]` to logits `[..., vocabulary]`, as the model itself goes there."""
+
+    projection: nn.Linear
+    divisor: float = 1.0
+
+    @staticmethod
+    def of(model: PreTrainedModel) -> "Head":
+        """The head of a causal language model; some divide its logits by a constant (`logits_scaling`)."""
+        return Head(model.lm_head, getattr(model.config, "logits_scaling", 1.0))
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The logits."""
+        logits = self.projection(hidden)
+        return logits if self.divisor == 1 else logits / self.divisor
+
+    @property
+    def out_features(self) -> int:
+        """The number of logits, under the name that a plain projection has for it."""
+        return self.projection.out_features
 
 
 def chunk_tokens(vocabulary: int) -> int:
@@ -26,7 +51,7 @@ def _in_chunks(loss: Callable[..., torch.Tensor], size: int, *tensors: torch.Ten
 
 
 def forward_kl(
-    student: torch.Tensor, student_head: nn.Linear, teacher: torch.Tensor, teacher_head: nn.Linear
+    student: torch.Tensor, student_head: nn.Linear | Head, teacher: torch.Tensor, teacher_head: nn.Linear | Head
 ) -> torch.Tensor:
     """Mean KL(teacher || student) a token, temperature 1, from last hidden states `[batch, time, width]`."""
 
@@ -40,7 +65,7 @@ def forward_kl(
     return _in_chunks(divergence, chunk_tokens(student_head.out_features), student, teacher) / len(student)
 
 
-def next_token_loss(hidden: torch.Tensor, head: nn.Linear, input_ids: torch.Tensor) -> torch.Tensor:
+def next_token_loss(hidden: torch.Tensor, head: nn.Linear | Head, input_ids: torch.Tensor) -> torch.Tensor:
     """Mean next-token cross-entropy in nats, from last hidden states `[batch, time, width]`."""
 
     def cross_entropy(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -51,7 +76,7 @@ def next_token_loss(hidden: torch.Tensor, head: nn.Linear, input_ids: torch.Tens
 
 
 @torch.no_grad()
-def token_losses(hidden: torch.Tensor, head: nn.Linear, labels: torch.Tensor) -> torch.Tensor:
+def token_losses(hidden: torch.Tensor, head: nn.Linear | Head, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each label `[tokens]`, in nats, from hidden states `[tokens, width]`."""
     size = chunk_tokens(head.out_features)
     parts = [

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from flashmorph.hosts import LINEAR, Host, host_of
+from flashmorph.hosts import Host, host_of
 from flashmorph.move import empty_model
 from flashmorph.plan import FULL, Budget, Plan, Space
 
@@ -67,20 +67,20 @@ class MorphableLayer(nn.Module):
 class Morphable(nn.Module):
     """A host with all its branches. The host's weights are frozen; only branches other than `full` can train."""
 
-    def __init__(self, model: PreTrainedModel, options: tuple[str, ...] = (FULL, LINEAR)):
+    def __init__(self, model: PreTrainedModel):
         """Give every layer of `model` (a host, all layers full) one untrained branch for each other option."""
         super().__init__()
         self.host = host_of(model.config)
-        self.options = options
+        self.options = tuple(self.host.options)
         self.model = model.requires_grad_(False).eval()
         self.model.config.use_cache = False
         for number, layer in enumerate(self.model.model.layers):
             attention = getattr(layer, self.host.attention_name(FULL))
             weight = next(attention.parameters())
             branches = {FULL: attention}
-            for option in options:
+            for option in self.options:
                 if option != FULL:
-                    branch = self.host.make_branch(model.config, number, option)
+                    branch = self.host.make_branch(model.config, number, option, attention)
                     branches[option] = branch.to(weight.device, torch.float32).requires_grad_(False)
             setattr(layer, self.host.attention_name(FULL), MorphableLayer(self.host, branches))
 
@@ -213,7 +213,9 @@ class Morphable(nn.Module):
         state = {name: weight for name, weight in self.model.state_dict().items() if ".branches." not in name}
         dtype = next(iter(state.values())).dtype
         for number, (layer, option) in enumerate(zip(self.layers, chosen, strict=True)):
-            for name, weight in layer.branches[option].state_dict().items():
+            # A branch without weights of its own runs on those of the attention.
+            weights = layer.branches[option].state_dict() or layer.branches[FULL].state_dict()
+            for name, weight in weights.items():
                 state[f"model.layers.{number}.{self.host.attention_name(option)}.{name}"] = weight
         config = self.host.with_layer_types(self.model.config, chosen)
         config.use_cache = True

@@ -1,6 +1,8 @@
 """Move a teacher into its host, all layers full, and prove that nothing changed."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flashmorph.errors import UserError
-from flashmorph.hosts import Host, host_for
+from flashmorph.hosts import Host, configure
 
 PROBE_TOKENS = 64
 PROBE_ROWS = 2
@@ -51,21 +53,20 @@ def empty_model(host: Host, config: PreTrainedConfig, state: dict[str, torch.Ten
 
 
 @torch.no_grad()
-def transplant(teacher: PreTrainedModel) -> tuple[PreTrainedModel, Proof]:
+def transplant(teacher: PreTrainedModel, settings: Mapping[str, Any] | None = None) -> tuple[PreTrainedModel, Proof]:
     """The teacher in its host's class with the same logits, in float32, and the proof.
 
-    `teacher` must be in float32; it is left as it was.
+    `teacher` must be in float32; it is left as it was. `settings` are the host's own (`{"mamba_expand": 1}`).
 
     Raises:
         UserError: no exact host, a weight that is not finite, or logits that differ by more than the tolerance.
     """
-    host = host_for(teacher.config)
+    host, config = configure(teacher.config, settings)
     for name, weight in teacher.named_parameters():
         if not torch.isfinite(weight).all():
             raise UserError(f"the teacher's weight {name} has values that are not finite; its checkpoint is damaged")
         if weight.dtype != torch.float32:
             raise UserError(f"the teacher must be loaded in float32 for an exact move; {name} is in {weight.dtype}")
-    config = host.host_config(teacher.config)
     model = empty_model(host, config, {name: weight.clone() for name, weight in host.host_state(teacher).items()})
     model.generation_config = teacher.generation_config
     proof = prove(teacher, model)
@@ -114,8 +115,10 @@ def prove(teacher: PreTrainedModel, model: PreTrainedModel) -> Proof:
     teacher = teacher.eval()
     expected = teacher(input_ids=ids, use_cache=False).logits
     difference = (model(input_ids=ids, use_cache=False).logits - expected).abs().max().item()
+    experts = teacher.get_experts_implementation()
+    teacher.set_experts_implementation("eager")  # The grouped products of the others know no float64.
     exact = teacher.double()(input_ids=ids, use_cache=False).logits
-    teacher.float().train(training)
+    teacher.float().train(training).set_experts_implementation(experts)
     noise = (expected - exact).abs().max().item()
     largest = expected.abs().max().item()
     return Proof(difference, largest, noise, max(RELATIVE_TOLERANCE * largest, NOISE_FACTOR * noise))

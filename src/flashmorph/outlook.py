@@ -3,6 +3,7 @@
 from typing import Any
 
 from flashmorph.errors import UserError
+from flashmorph.hosts import configure
 from flashmorph.plan import Budget, Space
 from flashmorph.recipe import Recipe
 from flashmorph.selection.search import check_settings
@@ -14,10 +15,11 @@ def check(teacher: Teacher, recipe: Recipe) -> None:
     """What can be known to fail before anything is written.
 
     Raises:
-        UserError: a budget that leaves no choice, settings that the strategy does not have, a context longer than the
-            teacher's, or a tokenizer that does not fit.
+        UserError: a budget that leaves no choice, settings that the host or the strategy does not have, a context
+            longer than the teacher's, or a tokenizer that does not fit.
     """
     config = load_config(teacher.folder)
+    configure(config, recipe.host)
     budget = Budget.parse(recipe.budget)
     strategy = recipe.select.strategy
     if strategy == "tolerance" and budget.resource != "loss":
@@ -38,7 +40,9 @@ def outlook(teacher: Teacher, recipe: Recipe) -> list[dict[str, Any]]:
     """What each stage of a run will spend: tokens, length and data."""
     source, search = recipe.data.source, recipe.select.search
     plans = 2 if recipe.baseline else 1
-    rows = [("transplant", 0, 0, f"{teacher.name}: a probe batch"), _cost_row("align", recipe.align, source, 1)]
+    host, _ = configure(load_config(teacher.folder), recipe.host)
+    align = _cost_row("align", recipe.align, source, 1) if host.branches_train else ("align", 0, 0, "nothing to train")
+    rows = [("transplant", 0, 0, f"{teacher.name}: a probe batch"), align]
     strategy = recipe.select.strategy
     steps = recipe.select.settings.get("steps", 0)
     data = f"{strategy}: {', '.join(recipe.tasks)}, in {source}"

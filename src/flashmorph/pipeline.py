@@ -5,6 +5,7 @@ library's own.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from flashmorph.card import model_card
 from flashmorph.corpus import Rows
 from flashmorph.evaluation import Score, evaluate
 from flashmorph.files import read_json, write_json
-from flashmorph.hosts import cache_by_context
+from flashmorph.hosts import cache_by_context, host_for, host_of, host_settings
 from flashmorph.morphable import Morphable, attach, build
 from flashmorph.move import round_both, transplant
 from flashmorph.plan import Budget, Plan
@@ -81,17 +82,23 @@ def finish(run: Run, host: Stage, branches: Stage, plan: Plan, label: str) -> di
 
 def run_transplant(run: Run) -> Stage:
     """Teacher to host, proven in float32, saved in the teacher's dtype."""
+    settings = host_settings(host_for(load_config(run.teacher.folder), run.recipe.host), run.recipe.host)
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
-        model, record = move_proven(run.teacher, run.device, report)
+        model, record = move_proven(run.teacher, settings, run.device, report)
         save_model(model, folder / "model", run.teacher.folder)
         return record
 
-    return run.stage("transplant", run.teacher.name, {"format": 1}, [run.teacher.digest], work)
+    wanted = {"format": 1, **({"host": settings} if settings else {})}
+    return run.stage("transplant", run.teacher.name, wanted, [run.teacher.digest], work)
 
 
-def move_proven(teacher: Teacher, device: torch.device, report: Report) -> tuple[PreTrainedModel, dict[str, Any]]:
+def move_proven(
+    teacher: Teacher, settings: Mapping[str, Any], device: torch.device, report: Report
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The host in the teacher's own dtype, and what the move was proven by: `proof`, `rounding` and a `summary`.
+
+    `settings` are the host's own.
 
     Raises:
         UserError: see `flashmorph.move.transplant`.
@@ -99,7 +106,7 @@ def move_proven(teacher: Teacher, device: torch.device, report: Report) -> tuple
     report(0, 3)
     loaded = teacher.load(torch.float32, device)
     report(1, 3)
-    model, proof = transplant(loaded)
+    model, proof = transplant(loaded, settings)
     report(2, 3)
     summary = f"logits differ by at most {proof.difference:.1e} (allowed: {proof.tolerance:.1e})"
     record: dict[str, Any] = {"proof": proof.to_dict()}
@@ -112,8 +119,10 @@ def move_proven(teacher: Teacher, device: torch.device, report: Report) -> tuple
 
 
 def run_align(run: Run, host: Stage) -> Stage:
-    """A linear branch beside every attention, trained to give the attention's output."""
+    """A linear branch beside every attention, trained to give the attention's output; windows need no training."""
     settings = run.recipe.align
+    if not host_of(load_config(host.folder / "model")).branches_train:
+        return run.stage("align", "nothing: a window has no weights", {}, [host.digest], _no_branches)
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
         rows = training_rows(run, settings, "align", report)
@@ -262,6 +271,11 @@ def open_morphable(run: Run, host: Stage, branches: Stage) -> Morphable:
     morphable = Morphable(open_host(run, host))
     morphable.load_branch_state(load_file(branches.folder / "branches.safetensors"))
     return morphable
+
+
+def _no_branches(folder: Path, report: Report) -> dict[str, Any]:
+    save_file({}, folder / "branches.safetensors")
+    return {"tokens": 0, "summary": "the attention itself looks through it"}
 
 
 def _listed(values: list[float]) -> str:

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from flashmorph.errors import UserError
-from flashmorph.files import atomic_path, write_json
+from flashmorph.files import atomic_path, read_json, write_json
+from flashmorph.hosts import host_of
 from flashmorph.plan import Plan
 from flashmorph.recipe import Recipe
 
@@ -27,6 +28,8 @@ _TRAVELS = (
 def save_model(model: PreTrainedModel, folder: Path, origin: Path) -> None:
     """Save `model` in the dtype of the checkpoint in `origin`, with its tokenizer, template and generation settings.
 
+    Its config.json says what engines read, not only what transformers does (`Host.written`).
+
     Raises:
         UserError: the place cannot be written.
     """
@@ -34,6 +37,9 @@ def save_model(model: PreTrainedModel, folder: Path, origin: Path) -> None:
     with atomic_path(folder) as temporary:
         nn.Module.to(model, dtype)
         model.save_pretrained(temporary)
+        values = read_json(temporary / "config.json")
+        if (wanted := host_of(model.config).written(values)) != values:
+            write_json(temporary / "config.json", wanted)
         for pattern in _TRAVELS:
             for path in origin.glob(pattern):
                 shutil.copy2(path, temporary / path.name)

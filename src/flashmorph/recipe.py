@@ -53,6 +53,7 @@ class Recipe(BaseModel):
     style: Literal["lines", "prose"] = "prose"
     tasks: dict[str, TaskSettings]
     data: DataSettings = DataSettings()
+    host: dict[str, Any] = Field(default_factory=dict, description="the host's own settings (`flashmorph hosts`)")
     calibration_rows: int = Field(default=8, gt=0, description="rows that branches are started from")
     align: AlignSettings = AlignSettings()
     select: SelectSettings = SelectSettings()

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from flashmorph.plan import FULL
 from flashmorph.progress import Report
 from flashmorph.run import Results
 from flashmorph.runfolder import Stage
@@ -68,6 +69,7 @@ class RichScreen:
         self.console.print(overview)
         self.console.print(by_task)
         kept = ", ".join(map(str, results.plan.full_layers))
+        other = ", ".join(sorted(set(results.plan.assignments.values()) - {FULL})) or "other"
         self.say(
-            f"\n{results.plan.strip()}   ■ full □ linear: layers {kept} of {len(results.plan.assignments)} stay full"
+            f"\n{results.plan.strip()}   ■ full □ {other}: layers {kept} of {len(results.plan.assignments)} stay full"
         )

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmorph.errors import UserError
-from flashmorph.hosts import host_for
+from flashmorph.hosts import host_for, takes_with_windows
 
 EMBEDDED = ("tiny",)
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
@@ -51,7 +51,9 @@ def open_teacher(name: str) -> Teacher:
         UserError: nothing there, no weights, or no exact host.
     """
     folder, revision, note = locate(name)
-    host_for(load_config(folder))
+    config = load_config(folder)
+    if not takes_with_windows(config):
+        host_for(config)
     require_safetensors(folder)
     return Teacher(name, folder, _digest(folder), revision, note)
 

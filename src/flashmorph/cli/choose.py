@@ -129,12 +129,11 @@ def _show_curve(run: Any, host: Any, branches: Any, questions: int, share: float
 
 def _show_tolerance(run: Any, plan: Any) -> None:
     """Cache saved against perplexity added, and where the full layers stand."""
-    from flashmorph.hosts import cache_bytes, host_for
+    from flashmorph.hosts import cache_bytes, configure
     from flashmorph.teacher import load_config
 
     config = load_config(run.teacher.folder)
-    host = host_for(config)
-    full = host.host_config(config)
+    host, full = configure(config, run.recipe.host)
     hybrid = host.with_layer_types(full, list(plan.assignments.values()))
     context, layers = 131_072, len(plan.assignments)
     saved = 1 - cache_bytes(hybrid, context) / cache_bytes(full, context)

@@ -38,6 +38,11 @@ JsonOption = Annotated[
 ]
 
 
+WindowOption = Annotated[
+    int | None, typer.Option(min=2, help="Switch layers to a sliding window of so many tokens: no new weights.")
+]
+
+
 @dataclass
 class Options:
     """What every command that works on a run is given."""
@@ -54,6 +59,7 @@ class Options:
     baseline: str | None = None
     device: str = "auto"
     json: bool = False
+    window: int | None = None
 
 
 def quiet() -> None:
@@ -75,7 +81,12 @@ def recipe_of(options: Options) -> Any:
     from flashmorph.teacher import EMBEDDED
 
     changes = parse_changes(options.changes or [])
-    given = {"budget": options.budget, "select.strategy": options.strategy, "baseline": options.baseline}
+    given: dict[str, Any] = {
+        "budget": options.budget,
+        "select.strategy": options.strategy,
+        "baseline": options.baseline,
+        "host.window": options.window,
+    }
     changes |= {key: value for key, value in given.items() if value is not None}
     if options.data:
         changes |= {"data.source": options.data, "data.config": None}

@@ -24,6 +24,7 @@ from flashmorph.cli.options import (
     SetOption,
     StrategyOption,
     TeacherArgument,
+    WindowOption,
     open_run,
     quiet,
     recipe_of,
@@ -39,6 +40,7 @@ def morph(
     strategy: StrategyOption = None,
     plan: PlanOption = None,
     layers: LayersOption = None,
+    window: WindowOption = None,
     baseline: Annotated[str | None, typer.Option(help="`uniform`: train the uniform layout as well.")] = None,
     data: DataOption = None,
     allow_repeat: RepeatOption = False,
@@ -55,7 +57,19 @@ def morph(
     Example: `flashmorph morph Qwen/Qwen3-1.7B --budget 7 --output qwen3-1.7b-hybrid`
     """
     options = Options(
-        teacher, output, recipe, budget, changes, data, others, allow_repeat, strategy, baseline, device, as_json
+        teacher,
+        output,
+        recipe,
+        budget,
+        changes,
+        data,
+        others,
+        allow_repeat,
+        strategy,
+        baseline,
+        device,
+        as_json,
+        window,
     )
     if dry_run:
         _dry_run(options)
@@ -82,25 +96,30 @@ def morph(
 
 
 @app.command()
-def transplant(teacher: TeacherArgument, output: OutputOption, device: DeviceOption = "auto") -> None:
+def transplant(
+    teacher: TeacherArgument, output: OutputOption, changes: SetOption = None, device: DeviceOption = "auto"
+) -> None:
     """Move a teacher into its host, all layers full, with the same logits; nothing else.
 
-    Works without a tokenizer. OUTPUT must be new or empty.
+    Works without a tokenizer. OUTPUT must be new or empty. `--set host.NAME=VALUE` changes a setting of the host.
 
     Example: `flashmorph transplant Qwen/Qwen3-0.6B --output qwen3-as-host`
     """
     from flashmorph.devices import pick_device
+    from flashmorph.hosts import configure
     from flashmorph.pipeline import move_proven
     from flashmorph.progress import silent
     from flashmorph.publish import claim_empty, save_model
-    from flashmorph.teacher import open_teacher
+    from flashmorph.teacher import load_config, open_teacher
 
     quiet()
     claim_empty(output)
     source = open_teacher(teacher)
     source.tokenizer()
+    settings = recipe_of(Options(teacher, output, changes=changes)).host
+    configure(load_config(source.folder), settings)
     with ERR.status(f"moving {teacher}"):
-        model, record = move_proven(source, pick_device(device), silent)
+        model, record = move_proven(source, settings, pick_device(device), silent)
         if output.is_dir():
             output.rmdir()
         save_model(model, output, source.folder)

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from flashmorph.corpus import Rows
-from flashmorph.losses import token_losses
+from flashmorph.losses import Head, token_losses
 from flashmorph.progress import Report, silent
 
 
@@ -23,7 +23,7 @@ def text_losses(
         stop = min(start + size, len(rows))
         ids = torch.tensor([rows[row]["input_ids"] for row in range(start, stop)], device=model.device)
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-        loss = token_losses(hidden.flatten(0, 1), model.lm_head, ids[:, 1:].flatten())
+        loss = token_losses(hidden.flatten(0, 1), Head.of(model), ids[:, 1:].flatten())
         losses.append(loss.view(stop - start, -1).cpu())
         report(stop, len(rows))
     return torch.cat(losses)

@@ -3,29 +3,68 @@
 A new family of teachers is one file with one class and one line in `HOSTS`.
 """
 
+import inspect
+from collections.abc import Mapping
+from typing import Any, cast
+
 from transformers import PreTrainedConfig
 
 from flashmorph.errors import UserError
+from flashmorph.hosts.granite_hybrid import GraniteHybridHost
 from flashmorph.hosts.host import LINEAR, Host
 from flashmorph.hosts.qwen3_5 import Qwen35Host
+from flashmorph.hosts.qwen3_5_moe import Qwen35MoeHost
+from flashmorph.hosts.window import SLIDING, WINDOW_HOSTS
 
-HOSTS: tuple[Host, ...] = (Qwen35Host(),)
+HOSTS: tuple[Host, ...] = (Qwen35Host(), Qwen35MoeHost(), GraniteHybridHost())
 CACHE_CONTEXTS = (512, 8192, 131072)
 """Context lengths in tokens at which results give the size of the cache."""
 
 
-def host_for(config: PreTrainedConfig) -> Host:
-    """The host that takes teachers of this configuration.
+def host_for(config: PreTrainedConfig, settings: Mapping[str, Any] | None = None) -> Host:
+    """The host that takes teachers of this configuration; one of the `WINDOW_HOSTS` where a `window` is set.
 
     Raises:
         UserError: no host takes its architecture, or a part of it has no exact counterpart.
     """
-    for host in HOSTS:
+    hosts = WINDOW_HOSTS if "window" in (settings or {}) else HOSTS
+    for host in hosts:
         if config.model_type in host.teachers:
             host.check(config)
             return host
-    known = ", ".join(sorted(family for host in HOSTS for family in host.teachers))
-    raise UserError(f"teachers of type {config.model_type!r} have no exact host; these have one: {known}")
+    known = ", ".join(sorted(family for host in hosts for family in host.teachers))
+    what = "host for sliding windows" if hosts is WINDOW_HOSTS else "exact host"
+    raise UserError(f"teachers of type {config.model_type!r} have no {what}; these have one: {known}")
+
+
+def takes_with_windows(config: PreTrainedConfig) -> bool:
+    """Whether some host takes this family of teachers when a window is set, whatever the others say."""
+    return any(config.model_type in host.teachers for host in WINDOW_HOSTS)
+
+
+def host_settings(host: Host, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The host's settings: its defaults, and what is `given` in their place.
+
+    Raises:
+        UserError: names a setting that the host does not have, and those that it has.
+    """
+    _, *known = inspect.signature(host.host_config).parameters.values()
+    defaults = {parameter.name: parameter.default for parameter in known}
+    for name in given or {}:
+        if name not in defaults:
+            there_are = f"it has {', '.join(defaults)}" if defaults else "it has none"
+            raise UserError(f"{host.name} has no setting {name!r}; {there_are}")
+    return {**defaults, **(given or {})}
+
+
+def configure(teacher: PreTrainedConfig, settings: Mapping[str, Any] | None = None) -> tuple[Host, PreTrainedConfig]:
+    """The host that takes teachers of this configuration, and its own configuration with every layer full.
+
+    Raises:
+        UserError: see `host_for` and `host_settings`; or the teacher does not fit a setting.
+    """
+    host = host_for(teacher, settings)
+    return host, cast(Any, host).host_config(teacher, **host_settings(host, settings))
 
 
 def host_of(config: PreTrainedConfig) -> Host:
@@ -34,7 +73,7 @@ def host_of(config: PreTrainedConfig) -> Host:
     Raises:
         UserError: it is no host's.
     """
-    for host in HOSTS:
+    for host in (*HOSTS, *WINDOW_HOSTS):
         if config.model_type == host.model_type:
             return host
     raise UserError(f"{config.model_type!r} is no host of flashmorph's; run `flashmorph transplant` first")
@@ -46,8 +85,8 @@ def cache_bytes(config: PreTrainedConfig, context: int) -> int:
     Raises:
         UserError: the configuration is neither.
     """
-    if any(config.model_type in host.teachers for host in HOSTS):
-        config = host_for(config).host_config(config)
+    if config.model_type not in {host.model_type for host in (*HOSTS, *WINDOW_HOSTS)}:
+        _, config = configure(config)
     host = host_of(config)
     options = {word: option for option, word in host.options.items()}
     return sum(host.cache_bytes(config, options[word], context) for word in config.layer_types)
@@ -58,4 +97,17 @@ def cache_by_context(config: PreTrainedConfig) -> dict[str, int]:
     return {str(context): cache_bytes(config, context) for context in CACHE_CONTEXTS}
 
 
-__all__ = ["HOSTS", "LINEAR", "Host", "cache_by_context", "cache_bytes", "host_for", "host_of"]
+__all__ = [
+    "HOSTS",
+    "LINEAR",
+    "SLIDING",
+    "WINDOW_HOSTS",
+    "Host",
+    "cache_by_context",
+    "cache_bytes",
+    "configure",
+    "host_for",
+    "host_of",
+    "host_settings",
+    "takes_with_windows",
+]

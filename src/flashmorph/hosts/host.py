@@ -14,6 +14,8 @@ class Host(Protocol):
     """One host architecture; the only place that knows names of model types, modules and weights.
 
     `options` maps the options of a layer to the host's `layer_types` words; `serves` names what runs its checkpoints.
+    `kernels` are the functions of transformers' module `modelling` for which there are faster packages. Where
+    `branches_train` is false, its branches have no weights of their own, and there is nothing to align.
     """
 
     name: str
@@ -22,6 +24,9 @@ class Host(Protocol):
     serves: str
     model_class: type[PreTrainedModel]
     model_type: str
+    modelling: str
+    kernels: tuple[str, ...]
+    branches_train: bool
 
     def check(self, config: PreTrainedConfig) -> None:
         """Refuse a teacher that has no exact counterpart here.
@@ -32,7 +37,13 @@ class Host(Protocol):
         ...
 
     def host_config(self, teacher: PreTrainedConfig) -> PreTrainedConfig:
-        """The host's configuration for this teacher, with every layer full."""
+        """The host's configuration for this teacher, with every layer full.
+
+        Further parameters, with defaults, are settings of the host: `host.<name>` in a recipe.
+
+        Raises:
+            UserError: a setting that this teacher does not fit.
+        """
         ...
 
     def host_state(self, teacher: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -43,12 +54,16 @@ class Host(Protocol):
         """A copy of the host's configuration whose layer l is `options[l]`."""
         ...
 
+    def written(self, values: dict[str, Any]) -> dict[str, Any]:
+        """What config.json shall say, given what transformers writes: some engines read other words."""
+        ...
+
     def attention_name(self, option: str) -> str:
         """The attribute of a decoder layer that holds the mixer of this option."""
         ...
 
-    def make_branch(self, config: PreTrainedConfig, layer: int, option: str) -> nn.Module:
-        """An untrained mixer of this option for one layer."""
+    def make_branch(self, config: PreTrainedConfig, layer: int, option: str, attention: nn.Module) -> nn.Module:
+        """An untrained mixer of this option for one layer, to stand beside `attention`."""
         ...
 
     def run_branch(self, branch: Any, option: str, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:

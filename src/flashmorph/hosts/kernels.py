@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-_PACKED = ("cu_seqlens", "seq_idx")
+_PACKED = ("cu_seqlens", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 def dispatch_by_device(module_name: str, functions: Iterable[str]) -> None:

@@ -13,37 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
-from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5Attention, Qwen3_5GatedDeltaNet
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
-from flashmorph.errors import UserError
+from flashmorph.hosts.checks import refuse_activation, refuse_rope, refuse_windows
 from flashmorph.hosts.host import LINEAR
 from flashmorph.hosts.kernels import dispatch_by_device
+from flashmorph.hosts.start import constant_row, fit_head_scales, mean_distance, softplus_inverse
 from flashmorph.plan import FULL
-
-MODELLING = "transformers.models.qwen3_5.modeling_qwen3_5"
-KERNELS = (
-    "torch_chunk_gated_delta_rule",
-    "torch_recurrent_gated_delta_rule",
-    "causal_conv1d_fn",
-    "causal_conv1d_update",
-)
-dispatch_by_device(MODELLING, KERNELS)
 
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 _SAME = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "hidden_act max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings attention_bias "
+    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act "
+    "max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings attention_bias "
     "attention_dropout pad_token_id bos_token_id eos_token_id"
 ).split()
-_READERS = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-}
 _CONVOLUTION = 4
 _FLOAT32_BYTES = 4
 _TAP = 0.1
 _GATE = 2.0
-_RIDGE = 1e-2
 
 
 class Qwen35Host:
@@ -54,35 +41,42 @@ class Qwen35Host:
     options: Mapping[str, str] = {FULL: "full_attention", LINEAR: "linear_attention"}
     serves = "transformers, vLLM, llama.cpp; SGLang only for plans with a full layer at regular intervals"
     model_class: type[PreTrainedModel] = Qwen3_5ForCausalLM
+    mixer_class: type[nn.Module] = Qwen3_5GatedDeltaNet
     model_type = "qwen3_5_text"
+    modelling = "transformers.models.qwen3_5.modeling_qwen3_5"
+    branches_train = True
+    kernels: tuple[str, ...] = (
+        "torch_chunk_gated_delta_rule",
+        "torch_recurrent_gated_delta_rule",
+        "causal_conv1d_fn",
+        "causal_conv1d_update",
+    )
+    mlp_readers: tuple[str, ...] = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
+    """The weights that read the output of a layer's second norm."""
 
     def check(self, config: PreTrainedConfig) -> None:
         """Refuse sliding layers, rope types that Qwen3.5 does not compute, and activations other than SiLU."""
-        types = set(getattr(config, "layer_types", None) or [])
-        if types - {"full_attention"}:
-            raise UserError(
-                f"the teacher has layers of type {', '.join(sorted(types - {'full_attention'}))}; "
-                f"{self.name} can hold full attention only, so the move would not be exact"
-            )
-        rope = config.rope_parameters["rope_type"]
-        if rope not in _ROPE_TYPES:
-            raise UserError(f"the teacher's rope type {rope!r} is not exact in {self.name}; {_ROPE_TYPES} are")
-        if config.hidden_act != "silu":
-            raise UserError(f"the teacher's activation {config.hidden_act!r} is not exact in {self.name}; silu is")
+        refuse_windows(config, self.name)
+        refuse_rope(config, self.name, _ROPE_TYPES)
+        refuse_activation(config, self.name)
 
-    def host_config(self, teacher: PreTrainedConfig) -> Qwen3_5TextConfig:
-        """Same shapes; Gated DeltaNet gets one key and one value head for each query head."""
-        return Qwen3_5TextConfig(
+    def host_config(self, teacher: PreTrainedConfig) -> PreTrainedConfig:
+        """Same shapes."""
+        return Qwen3_5TextConfig(**self.shape(teacher), intermediate_size=teacher.intermediate_size)
+
+    def shape(self, teacher: PreTrainedConfig) -> dict[str, Any]:
+        """All but the MLP; Gated DeltaNet gets one key and one value head for each query head."""
+        return {
             **{name: getattr(teacher, name) for name in _SAME},
-            rope_parameters={**teacher.rope_parameters, "partial_rotary_factor": 1.0},
-            layer_types=[self.options[FULL]] * teacher.num_hidden_layers,
-            linear_num_key_heads=teacher.num_attention_heads,
-            linear_num_value_heads=teacher.num_attention_heads,
-            linear_key_head_dim=teacher.head_dim,
-            linear_value_head_dim=teacher.head_dim,
-            linear_conv_kernel_dim=_CONVOLUTION,
-            dtype=teacher.dtype,
-        )
+            "rope_parameters": {**teacher.rope_parameters, "partial_rotary_factor": 1.0},
+            "layer_types": [self.options[FULL]] * teacher.num_hidden_layers,
+            "linear_num_key_heads": teacher.num_attention_heads,
+            "linear_num_value_heads": teacher.num_attention_heads,
+            "linear_key_head_dim": teacher.head_dim,
+            "linear_value_head_dim": teacher.head_dim,
+            "linear_conv_kernel_dim": _CONVOLUTION,
+            "dtype": teacher.dtype,
+        }
 
     def host_state(self, teacher: PreTrainedModel) -> dict[str, torch.Tensor]:
         """The teacher's weights under the host's names.
@@ -91,14 +85,18 @@ class Qwen35Host:
         multiplied by a power of two, which the columns that read this channel take back: both are exact.
         """
         head_dim = teacher.config.head_dim
-        state = dict(teacher.state_dict())
-        for norm, readers in _READERS.items():
+        state = self.teacher_state(teacher)
+        norms = {
+            "input_layernorm.weight": [f"self_attn.{name}_proj.weight" for name in "qkv"],
+            "post_attention_layernorm.weight": self.mlp_readers,
+        }
+        for norm, readers in norms.items():
             for layer in range(teacher.config.num_hidden_layers):
                 prefix = f"model.layers.{layer}."
-                factor = _exact_factor(state[f"{prefix}{norm}.weight"])
-                state[f"{prefix}{norm}.weight"] = state[f"{prefix}{norm}.weight"] * factor
+                factor = _exact_factor(state[prefix + norm])
+                state[prefix + norm] = state[prefix + norm] * factor
                 for reader in readers:
-                    state[f"{prefix}{reader}.weight"] = state[f"{prefix}{reader}.weight"] / factor
+                    state[prefix + reader] = state[prefix + reader] / factor
         for name, weight in state.items():
             if name.endswith("norm.weight"):
                 state[name] = weight - 1
@@ -109,6 +107,10 @@ class Qwen35Host:
                 state[name] = weight * 2
         return state
 
+    def teacher_state(self, teacher: PreTrainedModel) -> dict[str, torch.Tensor]:
+        """The teacher's weights, under names that the host has as well."""
+        return dict(teacher.state_dict())
+
     def with_layer_types(self, config: PreTrainedConfig, options: list[str]) -> PreTrainedConfig:
         """A copy; periodic plans also carry `full_attention_interval`, which SGLang places layers by."""
         config = copy.deepcopy(config)
@@ -118,23 +120,25 @@ class Qwen35Host:
             config.full_attention_interval = interval
         return config
 
+    def written(self, values: dict[str, Any]) -> dict[str, Any]:
+        """As transformers writes it."""
+        return values
+
     def attention_name(self, option: str) -> str:
         """Qwen3.5's decoder layer holds one of the two."""
         return {FULL: "self_attn", LINEAR: "linear_attn"}[option]
 
-    def make_branch(self, config: PreTrainedConfig, layer: int, option: str) -> nn.Module:
+    def make_branch(self, config: PreTrainedConfig, layer: int, option: str, attention: nn.Module) -> nn.Module:
         """transformers' own Gated DeltaNet."""
         config = self.with_layer_types(config, [option] * config.num_hidden_layers)
-        return Qwen3_5GatedDeltaNet(cast(Any, config), layer)
+        return cast(Any, self.mixer_class)(config, layer)
 
     def run_branch(self, branch: Any, option: str, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
         """Attention gets everything its decoder layer passes; Gated DeltaNet only the hidden states."""
         return branch(hidden_states=hidden, **arguments)[0] if option == FULL else branch(hidden_states=hidden)
 
     @torch.no_grad()
-    def initialise(
-        self, branch: Qwen3_5GatedDeltaNet, attention: Qwen3_5Attention, hidden: torch.Tensor, arguments: dict[str, Any]
-    ) -> None:
+    def initialise(self, branch: Any, attention: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
         """Gated DeltaNet that starts as the linear form of this attention.
 
         Queries and keys carry their norm's weights; keys and values are repeated to all heads. The convolution passes
@@ -158,18 +162,15 @@ class Qwen35Host:
         branch.in_proj_qkv.weight.copy_(mixed * scale[:, None])
         branch.conv1d.weight.zero_()
         branch.conv1d.weight[:, 0, -1] = 1.0
-        flat = hidden.flatten(0, 1).double()
-        gram = flat.T @ flat
-        gram += _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        constant = torch.linalg.solve(gram, flat.sum(0)).to(hidden.dtype) * _GATE
-        branch.in_proj_z.weight.copy_(constant.expand_as(branch.in_proj_z.weight))
+        branch.in_proj_z.weight.copy_(constant_row(hidden, _GATE).expand_as(branch.in_proj_z.weight))
         branch.in_proj_a.weight.zero_()
         branch.in_proj_b.weight.zero_()
         branch.A_log.zero_()
-        branch.dt_bias.copy_(_softplus_inverse(math.log(2) / _mean_distance(attention, hidden, arguments)))
+        branch.dt_bias.copy_(softplus_inverse(math.log(2) / mean_distance(attention, hidden, arguments)))
         branch.norm.weight.fill_(1.0)
         branch.out_proj.weight.copy_(attention.o_proj.weight / 2)
-        _fit_head_scales(branch, hidden, self.run_branch(attention, FULL, hidden, arguments))
+        target = self.run_branch(attention, FULL, hidden, arguments)
+        fit_head_scales(branch.out_proj, head_dim, lambda: branch(hidden_states=hidden), target)
 
     def cache_bytes(self, config: PreTrainedConfig, option: str, context: int) -> int:
         """Keys and values; or the convolution's inputs and the recurrent state, which is kept in float32."""
@@ -182,45 +183,10 @@ class Qwen35Host:
         return (2 * keys + values) * config.linear_conv_kernel_dim * width + state * _FLOAT32_BYTES
 
 
+dispatch_by_device(Qwen35Host.modelling, Qwen35Host.kernels)
+
+
 def _exact_factor(weight: torch.Tensor) -> torch.Tensor:
     """The power of two, with its sign, that brings each norm weight to 0.5 or more; 1 where it is 0 or large enough."""
     exponent = torch.ceil(torch.log2(0.5 / weight.abs().clamp_min(2.0**-100))).clamp_min(0)
     return torch.where(weight == 0, 1.0, torch.exp2(exponent) * weight.sign())
-
-
-def _softplus_inverse(value: torch.Tensor) -> torch.Tensor:
-    return value + torch.log(-torch.expm1(-value))
-
-
-def _mean_distance(attention: Qwen3_5Attention, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-    """Mean distance in tokens that each head looks back, `[heads]`, at least one token."""
-    implementation = attention.config._attn_implementation
-    time = hidden.shape[1]
-    distance = torch.arange(time, device=hidden.device)[:, None] - torch.arange(time, device=hidden.device)
-    mask = torch.zeros(time, time, dtype=hidden.dtype, device=hidden.device)
-    mask = mask.masked_fill(distance < 0, torch.finfo(hidden.dtype).min)[None, None]
-    try:
-        attention.config._attn_implementation = "eager"
-        _, weights = attention(hidden_states=hidden, **{**arguments, "attention_mask": mask})
-    finally:
-        attention.config._attn_implementation = implementation
-    return (weights * distance).sum(-1).mean((0, 2)).clamp_min(1.0)
-
-
-def _fit_head_scales(branch: Qwen3_5GatedDeltaNet, hidden: torch.Tensor, target: torch.Tensor) -> None:
-    """Least squares: one factor a head, so that the heads' outputs add up to `target` `[batch, time, width]`.
-
-    The normal equations come from products of width by width, so the heads' outputs never exist side by side.
-    """
-    inputs = []
-    handle = branch.out_proj.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    branch(hidden_states=hidden)
-    handle.remove()
-    mixed, weight = inputs[0].flatten(0, -2).double(), branch.out_proj.weight
-    products = (mixed.T @ mixed) * (weight.T @ weight)
-    size = (branch.num_v_heads, branch.head_v_dim)
-    gram = products.unflatten(1, size).sum(2).unflatten(0, size).sum(1)
-    gram += 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    towards = (mixed.T @ target.flatten(0, -2).double() * weight.T).sum(1).unflatten(0, size).sum(1)
-    scales = torch.linalg.solve(gram, towards)
-    weight.mul_(scales.to(weight.dtype).repeat_interleave(branch.head_v_dim))

@@ -16,7 +16,7 @@ import torch
 
 from flashmorph.errors import UserError
 from flashmorph.files import read_json, write_json
-from flashmorph.losses import token_losses
+from flashmorph.losses import Head, token_losses
 from flashmorph.morphable import Morphable, run_order
 from flashmorph.plan import Plan
 from flashmorph.progress import Report, silent
@@ -63,6 +63,7 @@ class MorphableObjective:
         self._morphable, self._data, self._folder, self._bf16, self._report = morphable, data, folder, bf16, report
         self._text_rows, self._distiller, self._say = text_rows, distiller, say
         self._evaluations = evaluations or folder / "evaluations"
+        self._head = Head.of(morphable.model)
         self._meter = Meter(morphable)
         self._asked: set[tuple[str, int]] = set()
         self.num_questions = data.settings.questions
@@ -143,7 +144,7 @@ class MorphableObjective:
         path = self._evaluations / f"{key}.text.json"
         if not path.exists():
             gates = self._hard_gates([plan])[0]
-            loss = self._mean_text_loss(lambda ids: self._morphable(ids, gates), self._morphable.model.lm_head)
+            loss = self._mean_text_loss(lambda ids: self._morphable(ids, gates), self._head)
             _check_finite(loss, "text", plan)
             write_json(path, {"assignments": plan.assignments, "text_loss": loss})
         return read_json(path)["text_loss"]
@@ -168,7 +169,7 @@ class MorphableObjective:
         kept = self._evaluations / f"{self._key([about, settings.model_dump(mode='json')])}.distilled.json"
         if not kept.exists():
             model, kl = self._distiller.run(path, steps)
-            head = model.lm_head
+            head = Head.of(model)
             with torch.no_grad():
                 text = self._mean_text_loss(lambda ids: model.model(ids, use_cache=False).last_hidden_state, head)
                 losses = []
@@ -245,7 +246,7 @@ class MorphableObjective:
         ids, marks = self._tensors(rows)
         with self._autocast(), torch.no_grad():
             for place, hidden in self._morphable.each_plan(ids, self._hard_gates(plans)):
-                yield place, _question_losses(hidden, self._morphable.model.lm_head, ids, marks)
+                yield place, _question_losses(hidden, self._head, ids, marks)
 
     def _count_plans(self, plans: Sequence[Plan], keys: Sequence[str], questions: Sequence[int]) -> None:
         """Count the runs that this search asks for and has not asked for before, what they share once."""
@@ -265,7 +266,7 @@ class MorphableObjective:
         ids, marks = self._tensors(batch)
         hidden = self._morphable(ids, gates)[:, :-1][marks[:, 1:]]
         self._meter.count(ids, forward=1, backward=1, every_branch=True)
-        logits = self._morphable.model.lm_head(hidden).float()
+        logits = self._head(hidden).float()
         return torch.nn.functional.cross_entropy(logits, ids[:, 1:][marks[:, 1:]])
 
     def _hidden_loss(self, gates: torch.Tensor, batch: Sequence[Example]) -> torch.Tensor:
@@ -286,7 +287,7 @@ class MorphableObjective:
         pairs = zip(outputs, teacher, strict=True)
         return torch.stack([(mixed.float() - full.float()).square().mean() for mixed, full in pairs]).mean()
 
-    def _mean_text_loss(self, run: Callable[[torch.Tensor], torch.Tensor], head: torch.nn.Linear) -> float:
+    def _mean_text_loss(self, run: Callable[[torch.Tensor], torch.Tensor], head: Head) -> float:
         """Mean next-token loss on the text rows of what `run(ids)` gives as last hidden states."""
         rows, total = self._text(), 0.0
         for part in rows.split(max(1, self._data.settings.micro_batch_tokens // rows.shape[1])):
@@ -313,9 +314,7 @@ def _check_finite(losses: Any, kind: str, plan: Plan) -> None:
         )
 
 
-def _question_losses(
-    hidden: torch.Tensor, head: torch.nn.Linear, ids: torch.Tensor, marks: torch.Tensor
-) -> torch.Tensor:
+def _question_losses(hidden: torch.Tensor, head: Head, ids: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
     """Mean answer cross-entropy of each row, `[rows]`, from last hidden states `[rows, time, width]`."""
     marks = marks[:, 1:]
     losses = token_losses(hidden[:, :-1][marks], head, ids[:, 1:][marks])

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from flashmorph.corpus import Rows
 from flashmorph.errors import UserError
-from flashmorph.losses import forward_kl
+from flashmorph.losses import Head, forward_kl
 from flashmorph.progress import Report, silent
 from flashmorph.stages.training import TrainSettings, train
 
@@ -37,7 +37,7 @@ class DistillationLoss(nn.Module):
         with torch.no_grad():
             target = teacher.model(input_ids=input_ids, use_cache=False).last_hidden_state
         found = self.student.model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return {"loss": forward_kl(found, self.student.lm_head, target, teacher.lm_head)}
+        return {"loss": forward_kl(found, Head.of(self.student), target, Head.of(teacher))}
 
 
 def distill(

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flashmorph.corpus import Rows
-from flashmorph.losses import next_token_loss
+from flashmorph.losses import Head, next_token_loss
 from flashmorph.progress import Report, silent
 from flashmorph.stages.training import TrainSettings, train
 
@@ -32,7 +32,7 @@ class NextTokenLoss(nn.Module):
     def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """The loss for `input_ids` `[batch, time]`."""
         hidden = self.student.model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return {"loss": next_token_loss(hidden, self.student.lm_head, input_ids)}
+        return {"loss": next_token_loss(hidden, Head.of(self.student), input_ids)}
 
 
 def extend(

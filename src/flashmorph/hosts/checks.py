@@ -1,0 +1,55 @@
+"""Refusals that hosts share: parts of a teacher that they cannot compute exactly."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedConfig
+
+from flashmorph.errors import UserError
+
+
+def refuse_windows(config: PreTrainedConfig, host: str) -> None:
+    """Refuse layers that do not attend to the whole context.
+
+    A window as long as the longest context is none.
+
+    Raises:
+        UserError: names the kind of layer, or the window.
+    """
+    window = getattr(config, "sliding_window", None)
+    types = set(getattr(config, "layer_types", None) or [])
+    if window is not None and window >= config.max_position_embeddings:
+        return
+    if types - {"full_attention"}:
+        raise UserError(
+            f"the teacher has layers of type {', '.join(sorted(types - {'full_attention'}))}; "
+            f"{host} can hold full attention only, so the move would not be exact"
+        )
+    if window is not None and not types:
+        raise UserError(
+            f"the teacher attends through a sliding window of {window:,} tokens (its limit is "
+            f"{config.max_position_embeddings:,}); {host} can hold full attention only, so the move would not be exact"
+        )
+
+
+def refuse_rope(config: PreTrainedConfig, host: str, known: Sequence[str]) -> None:
+    """Refuse rotary embeddings of a type that the host does not compute alike, or of a part of each head.
+
+    Raises:
+        UserError: names the type, or the part.
+    """
+    rope = config.rope_parameters
+    if rope["rope_type"] not in known:
+        raise UserError(f"the teacher's rope type {rope['rope_type']!r} is not exact in {host}; {tuple(known)} are")
+    part = rope.get("partial_rotary_factor", 1.0)
+    if part != 1.0:
+        raise UserError(f"the teacher rotates {part:.0%} of each head (partial_rotary_factor); {host} rotates all")
+
+
+def refuse_activation(config: PreTrainedConfig, host: str) -> None:
+    """Refuse activations other than SiLU.
+
+    Raises:
+        UserError: names the activation.
+    """
+    if config.hidden_act != "silu":
+        raise UserError(f"the teacher's activation {config.hidden_act!r} is not exact in {host}; silu is")

@@ -1,0 +1,74 @@
+"""Qwen3's mixtures of experts in Qwen3.5's: as `qwen3_5.py`, and a shared expert that says nothing.
+
+Qwen3.5 adds the output of an expert that all tokens share. Its down projection is zero at the start.
+"""
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeGatedDeltaNet
+
+from flashmorph.errors import UserError
+from flashmorph.hosts.kernels import dispatch_by_device
+from flashmorph.hosts.qwen3_5 import Qwen35Host
+
+_EXPERTS = ("moe_intermediate_size", "num_experts", "num_experts_per_tok", "router_aux_loss_coef")
+_SHARED_WIDTH = 128
+
+
+class Qwen35MoeHost(Qwen35Host):
+    """Qwen3-MoE in `Qwen3_5MoeForCausalLM` (`qwen3_5_moe_text`)."""
+
+    name = "Qwen3_5MoeForCausalLM"
+    teachers: tuple[str, ...] = ("qwen3_moe",)
+    model_class: type[PreTrainedModel] = Qwen3_5MoeForCausalLM
+    mixer_class: type[nn.Module] = Qwen3_5MoeGatedDeltaNet
+    model_type = "qwen3_5_moe_text"
+    modelling = "transformers.models.qwen3_5_moe.modeling_qwen3_5_moe"
+    mlp_readers: tuple[str, ...] = (
+        "mlp.gate.weight",
+        "mlp.experts.gate_up_proj",
+        "mlp.shared_expert.gate_proj.weight",
+        "mlp.shared_expert.up_proj.weight",
+    )
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuse also routers that do not normalise what they choose, and layers without experts."""
+        super().check(config)
+        if not config.norm_topk_prob:
+            raise UserError(
+                f"the teacher's router leaves the chosen experts' weights as they are (norm_topk_prob is false); "
+                f"{self.name} divides them by their sum, so the move would not be exact"
+            )
+        if config.mlp_only_layers or config.decoder_sparse_step != 1:
+            raise UserError(
+                f"the teacher has layers without experts (mlp_only_layers, decoder_sparse_step); {self.name} has "
+                "experts in every layer"
+            )
+
+    def host_config(self, teacher: PreTrainedConfig) -> PreTrainedConfig:
+        """Same shapes; the shared expert is narrow."""
+        return Qwen3_5MoeTextConfig(
+            **self.shape(teacher),
+            **{name: getattr(teacher, name) for name in _EXPERTS},
+            shared_expert_intermediate_size=_shared_width(teacher),
+        )
+
+    def teacher_state(self, teacher: PreTrainedModel) -> dict[str, torch.Tensor]:
+        """With a silent shared expert: rows of the first expert, so that it can learn, and nothing that reads them."""
+        state, width = super().teacher_state(teacher), _shared_width(teacher.config)
+        for layer in range(teacher.config.num_hidden_layers):
+            prefix = f"model.layers.{layer}.mlp."
+            gate, up = state[f"{prefix}experts.gate_up_proj"][0].chunk(2)
+            state[f"{prefix}shared_expert.gate_proj.weight"] = gate[:width]
+            state[f"{prefix}shared_expert.up_proj.weight"] = up[:width]
+            state[f"{prefix}shared_expert.down_proj.weight"] = gate.new_zeros(gate.shape[1], width)
+            state[f"{prefix}shared_expert_gate.weight"] = gate.new_zeros(1, gate.shape[1])
+        return state
+
+
+dispatch_by_device(Qwen35MoeHost.modelling, Qwen35MoeHost.kernels)
+
+
+def _shared_width(config: PreTrainedConfig) -> int:
+    return min(_SHARED_WIDTH, config.moe_intermediate_size)

@@ -1,0 +1,61 @@
+"""How a linear branch starts: what hosts need to read off the attention that it stands beside."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+_RIDGE = 1e-2
+
+
+def softplus_inverse(value: torch.Tensor) -> torch.Tensor:
+    """What softplus turns into `value`, which must be positive."""
+    return value + torch.log(-torch.expm1(-value))
+
+
+def constant_row(hidden: torch.Tensor, value: float) -> torch.Tensor:
+    """The row `[width]` whose product with the hidden states `[batch, time, width]` is nearest to `value` everywhere.
+
+    Ridge least squares: for projections that have no bias.
+    """
+    flat = hidden.flatten(0, 1).double()
+    gram = flat.T @ flat
+    gram += _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram, flat.sum(0)).to(hidden.dtype) * value
+
+
+def mean_distance(attention: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+    """Mean distance in tokens that each head looks back, `[heads]`, at least one token."""
+    implementation = attention.config._attn_implementation
+    time = hidden.shape[1]
+    distance = torch.arange(time, device=hidden.device)[:, None] - torch.arange(time, device=hidden.device)
+    mask = torch.zeros(time, time, dtype=hidden.dtype, device=hidden.device)
+    mask = mask.masked_fill(distance < 0, torch.finfo(hidden.dtype).min)[None, None]
+    try:
+        attention.config._attn_implementation = "eager"
+        _, weights = attention(hidden_states=hidden, **{**arguments, "attention_mask": mask})
+    finally:
+        attention.config._attn_implementation = implementation
+    return (weights * distance).sum(-1).mean((0, 2)).clamp_min(1.0)
+
+
+def fit_head_scales(out_proj: nn.Linear, head_dim: int, run: Callable[[], Any], target: torch.Tensor) -> None:
+    """Multiply each head's columns of `out_proj` by one factor, so that what `run()` gives is nearest to `target`.
+
+    `target` is `[batch, time, width]`; `run` sends every head through `out_proj`. Least squares; heads whose columns
+    are zero stay silent. The normal equations come from products of width by width, so the heads' outputs never exist
+    side by side.
+    """
+    inputs = []
+    handle = out_proj.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    run()
+    handle.remove()
+    mixed, weight = inputs[0].flatten(0, -2).double(), out_proj.weight
+    products = (mixed.T @ mixed) * (weight.T @ weight)
+    size = (-1, head_dim)
+    gram = products.unflatten(1, size).sum(2).unflatten(0, size).sum(1)
+    gram += 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    towards = (mixed.T @ target.flatten(0, -2).double() * weight.T).sum(1).unflatten(0, size).sum(1)
+    scales = torch.linalg.solve(gram, towards)
+    weight.mul_(scales.to(weight.dtype).repeat_interleave(head_dim))

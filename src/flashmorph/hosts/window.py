@@ -1,0 +1,150 @@
+"""Sliding windows in a class that reads `layer_types`: a layer is switched by one word, no weight changes.
+
+There is nothing to align, and a plan needs no training. Chosen by the setting `host.window` of a recipe, or `--window`.
+Qwen2, Qwen3 and SmolLM3 stay in their own class; Llama and Mistral move into Ministral, which computes the same.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import (
+    MinistralConfig,
+    MinistralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+    SmolLM3ForCausalLM,
+)
+from transformers.masking_utils import create_sliding_window_causal_mask
+
+from flashmorph.errors import UserError
+from flashmorph.hosts.checks import refuse_rope, refuse_windows
+from flashmorph.plan import FULL
+
+SLIDING = "sliding"
+_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+_MINISTRAL = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "hidden_act max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings attention_dropout "
+    "pad_token_id bos_token_id eos_token_id"
+).split()
+
+
+class WindowHost:
+    """One class whose layers attend fully or through a window of `window` tokens, the token itself included."""
+
+    options: Mapping[str, str] = {FULL: "full_attention", SLIDING: "sliding_attention"}
+    modelling = ""
+    kernels: tuple[str, ...] = ()
+    branches_train = False
+    serves = "transformers"
+
+    def __init__(self, model_class: type[PreTrainedModel], teachers: tuple[str, ...]):
+        self.model_class = model_class
+        self.name = model_class.__name__
+        self.model_type = cast(Any, model_class.config_class).model_type
+        self.teachers = teachers
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuse windows that are there already, and what Ministral does not compute of a teacher of another class."""
+        refuse_windows(config, self.name)
+        if config.model_type == self.model_type:
+            return
+        refuse_rope(config, self.name, _ROPE_TYPES)
+        for name in ("attention_bias", "mlp_bias"):
+            if getattr(config, name, False):
+                raise UserError(f"the teacher has biases ({name}); {self.name} has none")
+
+    def host_config(self, teacher: PreTrainedConfig, window: int = 0) -> PreTrainedConfig:
+        """The teacher's own configuration, every layer full, and the window that layers may be switched to.
+
+        Raises:
+            UserError: `window` is below 2 tokens or not below the teacher's longest context.
+        """
+        longest = teacher.max_position_embeddings
+        if not isinstance(window, int) or not 2 <= window < longest:
+            raise UserError(f"host.window must be a number of tokens from 2 to below {longest:,}; got {window!r}")
+        types = [self.options[FULL]] * teacher.num_hidden_layers
+        if teacher.model_type == self.model_type:
+            config = copy.deepcopy(teacher)
+            config.sliding_window, config.layer_types = window, types
+            config.use_sliding_window = True
+            return config
+        same = {name: getattr(teacher, name) for name in _MINISTRAL}
+        rope = dict(teacher.rope_parameters)
+        return MinistralConfig(
+            **same, rope_parameters=rope, sliding_window=window, layer_types=types, dtype=teacher.dtype
+        )
+
+    def host_state(self, teacher: PreTrainedModel) -> dict[str, torch.Tensor]:
+        """The teacher's weights as they are."""
+        return dict(teacher.state_dict())
+
+    def with_layer_types(self, config: PreTrainedConfig, options: list[str]) -> PreTrainedConfig:
+        """A copy; any order of layers will do."""
+        config = copy.deepcopy(config)
+        config.layer_types = [self.options[option] for option in options]
+        return config
+
+    def written(self, values: dict[str, Any]) -> dict[str, Any]:
+        """What transformers writes."""
+        return values
+
+    def attention_name(self, option: str) -> str:
+        """Both are the same module."""
+        return "self_attn"
+
+    def make_branch(self, config: PreTrainedConfig, layer: int, option: str, attention: nn.Module) -> nn.Module:
+        """The attention itself, looking through the window."""
+        return _Window(attention)
+
+    def run_branch(self, branch: Any, option: str, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+        """Attention with the mask that its decoder layer passes, or with the window's."""
+        return branch(hidden_states=hidden, **arguments)[0]
+
+    def initialise(self, branch: Any, attention: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
+        """Nothing to start: a window has no weights."""
+
+    def cache_bytes(self, config: PreTrainedConfig, option: str, context: int) -> int:
+        """Keys and values, of a window all but one token's: the newest is in the forward that reads them."""
+        width = torch.empty(0, dtype=cast(torch.dtype, config.dtype)).element_size()
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        tokens = context if option == FULL else min(context, config.sliding_window - 1)
+        return 2 * config.num_key_value_heads * head_dim * tokens * width
+
+
+class _Window(nn.Module):
+    """An attention that sees its window only; its weights stay the attention's own."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        # In a list, so that the weights are not registered here a second time.
+        self._attention = [attention]
+
+    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> Any:
+        attention = cast(Any, self._attention[0])
+        mask = create_sliding_window_causal_mask(
+            config=attention.config,
+            inputs_embeds=hidden_states,
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=arguments.get("position_ids"),
+        )
+        # Flash attention reads the window from the module, not from the mask.
+        attention.sliding_window = attention.config.sliding_window
+        try:
+            return attention(hidden_states=hidden_states, **{**arguments, "attention_mask": mask})
+        finally:
+            attention.sliding_window = None
+
+
+WINDOW_HOSTS = (
+    WindowHost(Qwen3ForCausalLM, ("qwen3",)),
+    WindowHost(Qwen2ForCausalLM, ("qwen2",)),
+    WindowHost(SmolLM3ForCausalLM, ("smollm3",)),
+    WindowHost(MinistralForCausalLM, ("ministral", "llama", "mistral")),
+)
