@@ -1,0 +1,153 @@
+"""Several models on the same questions and the same text, each compared with the first."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from flashmorph.corpus import Corpus, Rows, pack
+from flashmorph.errors import UserError
+from flashmorph.evaluation import (
+    ASKERS,
+    Grid,
+    GridSettings,
+    Score,
+    ask_grid,
+    evaluate,
+    make_questions,
+    paired_interval,
+    perplexity_ratio,
+    recall_difference,
+)
+from flashmorph.hosts import cache_by_context, require_known
+from flashmorph.judge import open_model
+from flashmorph.progress import Report
+from flashmorph.recipe import Recipe
+from flashmorph.rundata import open_questions
+from flashmorph.teacher import EMBEDDED, load_config, locate
+
+
+class Screen(Protocol):
+    """What shows how far the work is."""
+
+    def stage(self, name: str, about: str) -> AbstractContextManager[Report]:
+        """A model at work: its progress goes to the report."""
+        ...
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of every model: the recipe's tasks and text, and a grid where given."""
+
+    recipe: Recipe
+    grid: GridSettings | None = None
+
+    @property
+    def longest(self) -> int:
+        """The longest context."""
+        return max(self.recipe.evaluate.length, *(self.grid.lengths if self.grid else ()), 0)
+
+    @property
+    def corpus(self) -> Corpus:
+        """The recipe's text."""
+        return Corpus(self.recipe.data.source, self.recipe.data.config, self.recipe.data.column)
+
+
+@dataclass
+class Found:
+    """What one model did."""
+
+    score: Score
+    vocabulary: dict[str, int]
+    grid: Grid | None = None
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+def own_recipe(name: str) -> str | None:
+    """The recipe that a model came with: that of its run, or the embedded teachers' `demo`.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    if name in EMBEDDED and not Path(name).is_dir():
+        return "demo"
+    path = locate(name)[0] / "recipe.yaml"
+    return str(path) if path.is_file() else None
+
+
+def check(names: Sequence[str], longest: int) -> None:
+    """Refuse what is bound to fail, before any weight is read.
+
+    Raises:
+        UserError: no such model, of a kind that is not known, or with a shorter limit than `longest` tokens.
+    """
+    for name in names:
+        config = load_config(locate(name)[0])
+        require_known(config, name)
+        limit = config.max_position_embeddings
+        if longest > limit:
+            raise UserError(f"{name} takes contexts of at most {limit:,} tokens; {longest:,} are asked for")
+
+
+def compare_models(names: Sequence[str], wanted: Wanted, device: torch.device, screen: Screen) -> dict[str, Any]:
+    """Figures by model; all but the first also have `minus_first`, with intervals paired by question and by row.
+
+    Raises:
+        UserError: see `check` and `open_model`; or the corpus has no text of the test split.
+    """
+    names = list(dict.fromkeys(names))
+    check(names, wanted.longest)
+    found = {name: _judge(name, wanted, device, screen) for name in names}
+    first = found[names[0]]
+    return {name: _figures(each, None if each is first else first) for name, each in found.items()}
+
+
+def _judge(name: str, wanted: Wanted, device: torch.device, screen: Screen) -> Found:
+    recipe, corpus = wanted.recipe, wanted.corpus
+    model, tokenizer = open_model(name, device)
+    grid = None
+    if wanted.grid:
+        with screen.stage("evaluate", f"{name}: questions") as report:
+            asker = ASKERS[wanted.grid.style](tokenizer, corpus.pool("test", recipe.seed), recipe.seed)
+            grid = make_questions(asker, wanted.grid, report)
+    with TemporaryDirectory() as folder, screen.stage("evaluate", f"{name}: tasks, text") as report:
+        questions = open_questions(recipe, corpus, tokenizer)
+        rows = held_out(wanted, tokenizer, Path(folder))
+        score = evaluate(model, tokenizer, questions, rows, recipe.evaluate, cache_by_context(model.config), report)
+    found = Found(score, tokenizer.get_vocab())
+    if grid:
+        with screen.stage("evaluate", f"{name}: grid") as report:
+            found.grid = ask_grid(model, tokenizer, grid, report)
+    return found
+
+
+def held_out(wanted: Wanted, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Rows:
+    """The rows of text that perplexity is measured on, in `folder`."""
+    settings = wanted.recipe.evaluate
+    rows = max(1, settings.perplexity_tokens // settings.length)
+    path = folder / "rows.npy"
+    return pack(wanted.corpus, tokenizer, "test", settings.length, rows, wanted.recipe.seed, path, None)
+
+
+def _figures(found: Found, first: Found | None) -> dict[str, Any]:
+    figures = {**found.score.to_dict(), **found.more}
+    if found.grid:
+        figures["grid"] = {**found.grid.to_dict(), "worst": found.grid.worst(first.grid if first else None)}
+    if first is None:
+        return figures
+    by_task = {}
+    for task, right in found.score.right.items():
+        other = first.score.right[task]
+        low, high = paired_interval([right], [other])
+        by_task[task] = {"difference": (sum(right) - sum(other)) / len(right), "interval": (low, high)}
+    minus: dict[str, Any] = {"recall": {**recall_difference(found.score, first.score), "by_task": by_task}}
+    if found.vocabulary == first.vocabulary:
+        minus["perplexity"] = perplexity_ratio(found.score, first.score)
+    if found.grid and first.grid:
+        minus["grid"] = found.grid.minus(first.grid)
+    return {**figures, "minus_first": minus}
