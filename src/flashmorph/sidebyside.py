@@ -24,6 +24,7 @@ from flashmorph.evaluation import (
     perplexity_ratio,
     recall_difference,
 )
+from flashmorph.evaluation.harness import Harness, HarnessFigure
 from flashmorph.hosts import cache_by_context, require_known
 from flashmorph.judge import open_model
 from flashmorph.progress import Report
@@ -42,10 +43,11 @@ class Screen(Protocol):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of every model: the recipe's tasks and text, and a grid where given."""
+    """What is asked of every model: the recipe's tasks and text; a grid and tasks of the harness where given."""
 
     recipe: Recipe
     grid: GridSettings | None = None
+    harness: Harness | None = None
 
     @property
     def longest(self) -> int:
@@ -65,7 +67,7 @@ class Found:
     score: Score
     vocabulary: dict[str, int]
     grid: Grid | None = None
-    more: dict[str, Any] = field(default_factory=dict)
+    harness: list[HarnessFigure] = field(default_factory=list)
 
 
 def own_recipe(name: str) -> str | None:
@@ -123,6 +125,11 @@ def _judge(name: str, wanted: Wanted, device: torch.device, screen: Screen) -> F
     if grid:
         with screen.stage("evaluate", f"{name}: grid") as report:
             found.grid = ask_grid(model, tokenizer, grid, report)
+    if wanted.harness:
+        settings = recipe.evaluate
+        with screen.stage("evaluate", f"{name}: lm-evaluation-harness"):
+            batch_size = max(1, settings.batch_tokens // settings.length)
+            found.harness = wanted.harness.scores(model, tokenizer, locate(name)[0], batch_size)
     return found
 
 
@@ -135,7 +142,9 @@ def held_out(wanted: Wanted, tokenizer: PreTrainedTokenizerBase, folder: Path) -
 
 
 def _figures(found: Found, first: Found | None) -> dict[str, Any]:
-    figures = {**found.score.to_dict(), **found.more}
+    figures = found.score.to_dict()
+    if found.harness:
+        figures["harness"] = [figure.to_dict() for figure in found.harness]
     if found.grid:
         figures["grid"] = {**found.grid.to_dict(), "worst": found.grid.worst(first.grid if first else None)}
     if first is None:
@@ -150,4 +159,12 @@ def _figures(found: Found, first: Found | None) -> dict[str, Any]:
         minus["perplexity"] = perplexity_ratio(found.score, first.score)
     if found.grid and first.grid:
         minus["grid"] = found.grid.minus(first.grid)
+    if found.harness:
+        theirs = {(figure.task, figure.metric): figure for figure in first.harness}
+        pairs = [(figure, theirs[figure.task, figure.metric]) for figure in found.harness]
+        minus["harness"] = [
+            {"task": one.task, "metric": one.metric, **difference}
+            for one, other in pairs
+            if (difference := one.minus(other))
+        ]
     return {**figures, "minus_first": minus}

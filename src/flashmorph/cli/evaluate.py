@@ -17,6 +17,7 @@ from flashmorph.cli.options import (
     JsonOption,
     Options,
     SetOption,
+    names,
     numbers,
     quiet,
     recipe_of,
@@ -57,6 +58,13 @@ def evaluate(
             "`tiny` and where the recipe says so, else `ruler`."
         ),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Also tasks of lm-evaluation-harness (extra `eval`), by name or YAML file: `arc_easy,my_task.yaml`.",
+            metavar="TASK,TASK...",
+        ),
+    ] = None,
     data: DataOption = None,
     changes: SetOption = None,
     device: DeviceOption = "auto",
@@ -71,6 +79,7 @@ def evaluate(
     Example: `flashmorph evaluate tiny runs/demo --lengths 256,512`
     """
     from flashmorph.devices import pick_device
+    from flashmorph.evaluation.harness import Harness
     from flashmorph.screen import RichScreen
     from flashmorph.sidebyside import Wanted, compare_models, own_recipe
 
@@ -85,7 +94,10 @@ def evaluate(
         raise UserError(f"--style {style!r} must be {' or '.join(_STYLES)}")
     asked = style or ("lines" if chosen and settings.style == "lines" else "ruler")
     grid = _grid_settings(lengths, depths, questions, asked, settings.evaluate.batch_tokens) if lengths else None
-    wanted = Wanted(settings, grid)
+    harness = (
+        Harness(names("--tasks", tasks), {"max_seq_lengths": list(grid.lengths)} if grid else None) if tasks else None
+    )
+    wanted = Wanted(settings, grid, harness)
     figures = compare_models(models, wanted, pick_device(device), RichScreen(ERR))
     if as_json:
         print(json.dumps(figures, indent=2))

@@ -23,6 +23,8 @@ def show_figures(console: Console, figures: Figures) -> None:
             console.print(table)
         for line in notes(figures, labels):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if any("harness" in each for each in figures.values()):
+        console.print(harness(figures, labels))
 
 
 def new_table(title: str, *columns: str) -> Table:
@@ -128,6 +130,27 @@ def notes(figures: Figures, labels: dict[str, str]) -> list[str]:
             figure = f"{100 * cell['recall']:.0f} % {percent_span(cell['interval'], '{:.0f}')}"
             lines.append(f"  among its worst: {cell['task']} at {cell['length']:,}{where}: {figure}{below}")
     return lines + [f"left out: {text}" for text in figures[first]["grid"]["left_out"]]
+
+
+def harness(figures: Figures, labels: dict[str, str]) -> Table:
+    """Tasks of lm-evaluation-harness."""
+    first, *_ = figures
+    rows: dict[str, Callable[[Figures], tuple]] = {}
+    for place, figure in enumerate(figures[first]["harness"]):
+        key = (figure["task"], figure["metric"])
+
+        def row(each: Figures, place: int = place, key: tuple[str, str] = key) -> tuple:
+            value, minus = each["harness"][place], each.get("minus_first", {}).get("harness", [])
+            difference = next((one for one in minus if (one["task"], one["metric"]) == key), None)
+            shown = ""
+            if difference:
+                one = f"x {difference['ratio']:.3f}" if "ratio" in difference else f"{difference['difference']:+.3f}"
+                low, high = difference["interval"]
+                shown = f"{one} ({low:.3f} to {high:.3f})"
+            return f"{value['value']:.3f}", span(value["interval"], "{:.3f}"), shown
+
+        rows[" ".join(key)] = row
+    return _grouped("lm-evaluation-harness", ("", "", f"minus {labels[first]}"), figures, labels, rows)
 
 
 def _grouped(

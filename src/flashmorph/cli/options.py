@@ -116,3 +116,15 @@ def numbers(option: str, text: str) -> list[int]:
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise UserError(f"{option} {text!r} must be whole numbers with commas, for example {option} 256,512")
     return list(dict.fromkeys(int(part) for part in parts))
+
+
+def names(option: str, text: str) -> list[str]:
+    """Names given with commas.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise UserError(f"{option} needs at least one name")
+    return list(dict.fromkeys(found))
