@@ -27,6 +27,19 @@ from flashmorph.evaluation import (
     ratio_interval,
     share_interval,
 )
+from flashmorph.evaluation.classes import (
+    CLOSING,
+    CONTENT,
+    DIGITS,
+    FUNCTION,
+    OPENING,
+    SPACE,
+    SYMBOLS,
+    kinds,
+    pieces_of,
+    repeats,
+)
+from flashmorph.evaluation.tokens import TokenClasses
 from flashmorph.tasks import Lines, Prompt
 
 TOKENIZER = tiny_tokenizer()
@@ -125,7 +138,7 @@ def test_perplexity_by_position_adds_up_to_the_whole():
 
 def test_evaluate_compares_with_the_first_in_json_and_in_tables_that_fit(capsys, tmp_path, teacher_folder, recipe_file):
     other = broken_copy(teacher_folder, tmp_path / "other")
-    options = ("--recipe", recipe_file, "--lengths", "128,256", "--depths", 2, "--questions", 4)
+    options = ("--recipe", recipe_file, "--lengths", "128,256", "--depths", 2, "--questions", 4, "--tokens")
     assert run_command("evaluate", teacher_folder, other, *options, "--json") == 0
     figures = json.loads(capsys.readouterr().out)
     first, second = figures[str(teacher_folder)], figures[str(other)]
@@ -134,6 +147,8 @@ def test_evaluate_compares_with_the_first_in_json_and_in_tables_that_fit(capsys,
     assert second["minus_first"]["grid"]["interval"] == [0, 0]
     assert first["recall_by_task"]["one_key"]["questions"] == 4
     assert {row["length"] for row in first["grid"]["rows"]} == {128, 256}
+    tokens = second["minus_first"]["tokens"]
+    assert tokens["classes"][0]["interval"] == [0, 0] and len(tokens["sample"]["tokens"]) == 127
     console = Console(width=100, record=True, file=StringIO())
     show_figures(console, figures)
     printed = console.export_text()
@@ -156,3 +171,41 @@ def test_what_evaluate_refuses(capsys, tmp_path, teacher_folder, recipe_file):
     empty.write_text("")
     sentence = refused(capsys, *options, "--data", empty)
     assert "empty" in sentence
+    assert "at least two" in refused(capsys, *options, "--tokens")
+
+
+def test_tokens_are_classed_by_the_word_they_stand_in():
+    pieces = ["The", " gr", "een", " file", "(", "12", "3", ")", "\n", " ", "isn", "'t", " the", "re", "."]
+    expected = [FUNCTION, CONTENT, CONTENT, CONTENT, OPENING, DIGITS, DIGITS, CLOSING, SPACE, SPACE]
+    assert kinds(pieces) == [*expected, CONTENT, CONTENT, FUNCTION, FUNCTION, SYMBOLS]
+    text = "Some text (of 3 words) [here]."
+    ids = TOKENIZER(text).input_ids
+    assert "".join(pieces_of(TOKENIZER, ids)) == text
+
+
+def test_the_longest_repeated_run_and_its_distance():
+    ids = [1, 2, 3, 9, 1, 2, 3, 8, 2, 3, 8]
+    lengths, distances = repeats(ids)
+    assert lengths.tolist() == [0, 0, 0, 0, 1, 2, 3, 0, 1, 2, 3]
+    assert distances.tolist() == [0, 0, 0, 0, 4, 4, 4, 0, 3, 3, 3]
+    assert repeats([5] * 6)[0].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_loss_on_one_class_is_found_there_and_nowhere_else(model):
+    documents = Corpus().pool("test", 0, 30_000)
+    ids = TOKENIZER("".join(documents)[:20_000]).input_ids
+    rows = [{"input_ids": ids[start : start + 100]} for start in range(0, 3_000, 100)]
+    classes = TokenClasses.of(rows, TOKENIZER)
+    groups: dict[str, int] = {}
+    for (group, _), mask in classes.masks.items():
+        groups[group] = groups.get(group, 0) + int(mask.sum())
+    everything = 30 * 99
+    assert groups["all"] == groups["kind"] == groups["completes a repeated n-gram of"] == everything
+    first = np.random.default_rng(0).random((30, 99))
+    worse = first + 0.5 * classes.masks["kind", "other symbols"]
+    found = {(each["group"], each["class"]): each for each in classes.compare(worse, first)["classes"]}
+    assert found["kind", "other symbols"]["difference"] == pytest.approx(0.5)
+    assert found["kind", "other symbols"]["interval"] == pytest.approx((0.5, 0.5))
+    assert found["kind", "content words"]["difference"] == 0
+    low, high = found["all", "all tokens"]["interval"]
+    assert 0 < low < found["all", "all tokens"]["difference"] < high < 0.5

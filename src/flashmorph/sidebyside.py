@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -23,14 +24,16 @@ from flashmorph.evaluation import (
     paired_interval,
     perplexity_ratio,
     recall_difference,
+    text_losses,
 )
 from flashmorph.evaluation.harness import Harness, HarnessFigure
+from flashmorph.evaluation.tokens import TokenClasses
 from flashmorph.hosts import cache_by_context, require_known
 from flashmorph.judge import open_model
 from flashmorph.progress import Report
 from flashmorph.recipe import Recipe
 from flashmorph.rundata import open_questions
-from flashmorph.teacher import EMBEDDED, load_config, locate
+from flashmorph.teacher import EMBEDDED, load_config, load_tokenizer, locate
 
 
 class Screen(Protocol):
@@ -43,11 +46,12 @@ class Screen(Protocol):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of every model: the recipe's tasks and text; a grid and tasks of the harness where given."""
+    """What is asked of every model: the recipe's tasks and text; the rest where asked for."""
 
     recipe: Recipe
     grid: GridSettings | None = None
     harness: Harness | None = None
+    tokens: bool = False
 
     @property
     def longest(self) -> int:
@@ -68,6 +72,8 @@ class Found:
     vocabulary: dict[str, int]
     grid: Grid | None = None
     harness: list[HarnessFigure] = field(default_factory=list)
+    losses: np.ndarray | None = None
+    classes: TokenClasses | None = None
 
 
 def own_recipe(name: str) -> str | None:
@@ -96,6 +102,15 @@ def check(names: Sequence[str], longest: int) -> None:
             raise UserError(f"{name} takes contexts of at most {limit:,} tokens; {longest:,} are asked for")
 
 
+def _require_one_tokenizer(names: Sequence[str]) -> None:
+    if len(names) < 2:
+        raise UserError("--tokens compares the losses of models: give at least two")
+    vocabularies = [tokenizer.get_vocab() for name in names if (tokenizer := load_tokenizer(locate(name)[0]))]
+    for name, vocabulary in zip(names, vocabularies, strict=False):
+        if vocabulary != vocabularies[0]:
+            raise UserError(f"{name} has another tokenizer than {names[0]}: losses can only be compared token by token")
+
+
 def compare_models(names: Sequence[str], wanted: Wanted, device: torch.device, screen: Screen) -> dict[str, Any]:
     """Figures by model; all but the first also have `minus_first`, with intervals paired by question and by row.
 
@@ -104,12 +119,19 @@ def compare_models(names: Sequence[str], wanted: Wanted, device: torch.device, s
     """
     names = list(dict.fromkeys(names))
     check(names, wanted.longest)
-    found = {name: _judge(name, wanted, device, screen) for name in names}
+    if wanted.tokens:
+        _require_one_tokenizer(names)
+    found: dict[str, Found] = {}
+    for name in names:
+        classes = found[names[0]].classes if found else None
+        found[name] = _judge(name, wanted, device, screen, classes)
     first = found[names[0]]
     return {name: _figures(each, None if each is first else first) for name, each in found.items()}
 
 
-def _judge(name: str, wanted: Wanted, device: torch.device, screen: Screen) -> Found:
+def _judge(
+    name: str, wanted: Wanted, device: torch.device, screen: Screen, classes: TokenClasses | None = None
+) -> Found:
     recipe, corpus = wanted.recipe, wanted.corpus
     model, tokenizer = open_model(name, device)
     grid = None
@@ -121,7 +143,10 @@ def _judge(name: str, wanted: Wanted, device: torch.device, screen: Screen) -> F
         questions = open_questions(recipe, corpus, tokenizer)
         rows = held_out(wanted, tokenizer, Path(folder))
         score = evaluate(model, tokenizer, questions, rows, recipe.evaluate, cache_by_context(model.config), report)
-    found = Found(score, tokenizer.get_vocab())
+        found = Found(score, tokenizer.get_vocab())
+        if wanted.tokens:
+            found.losses = text_losses(model, rows, recipe.evaluate.batch_tokens).double().numpy()
+            found.classes = classes or TokenClasses.of(rows, tokenizer)
     if grid:
         with screen.stage("evaluate", f"{name}: grid") as report:
             found.grid = ask_grid(model, tokenizer, grid, report)
@@ -167,4 +192,6 @@ def _figures(found: Found, first: Found | None) -> dict[str, Any]:
             for one, other in pairs
             if (difference := one.minus(other))
         ]
+    if found.losses is not None and found.classes and first.losses is not None:
+        minus["tokens"] = found.classes.compare(found.losses, first.losses)
     return {**figures, "minus_first": minus}

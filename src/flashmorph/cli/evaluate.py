@@ -65,6 +65,10 @@ def evaluate(
             metavar="TASK,TASK...",
         ),
     ] = None,
+    tokens: Annotated[
+        bool,
+        typer.Option("--tokens", help="Also the loss of every further model minus the first's, by class of token."),
+    ] = False,
     data: DataOption = None,
     changes: SetOption = None,
     device: DeviceOption = "auto",
@@ -97,7 +101,7 @@ def evaluate(
     harness = (
         Harness(names("--tasks", tasks), {"max_seq_lengths": list(grid.lengths)} if grid else None) if tasks else None
     )
-    wanted = Wanted(settings, grid, harness)
+    wanted = Wanted(settings, grid, harness, tokens)
     figures = compare_models(models, wanted, pick_device(device), RichScreen(ERR))
     if as_json:
         print(json.dumps(figures, indent=2))

@@ -23,6 +23,9 @@ def show_figures(console: Console, figures: Figures) -> None:
             console.print(table)
         for line in notes(figures, labels):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for name, each in figures.items():
+        if "tokens" in each.get("minus_first", {}):
+            console.print(tokens(each["minus_first"]["tokens"]["classes"], labels[name], labels[next(iter(figures))]))
     if any("harness" in each for each in figures.values()):
         console.print(harness(figures, labels))
 
@@ -130,6 +133,22 @@ def notes(figures: Figures, labels: dict[str, str]) -> list[str]:
             figure = f"{100 * cell['recall']:.0f} % {percent_span(cell['interval'], '{:.0f}')}"
             lines.append(f"  among its worst: {cell['task']} at {cell['length']:,}{where}: {figure}{below}")
     return lines + [f"left out: {text}" for text in figures[first]["grid"]["left_out"]]
+
+
+def tokens(classes: list[Figures], label: str, first: str) -> Table:
+    """Loss of one model minus the first's by class of token."""
+    title = f"loss in nats by class of token, {label} minus {first}"
+    table = new_table(title, "", "share", f"{first}'s", "minus", "")
+    total, group = classes[0]["tokens"], None
+    for each in classes:
+        if each["group"] != group and each["group"] != "all":
+            table.add_row(f"[bold]{each['group']}[/]")
+        group = each["group"]
+        low, high = (f"{end:+.3f}" for end in each["interval"]) if each["interval"] else ("", "")
+        share = f"{100 * each['tokens'] / total:.1f} %"
+        figures = (share, f"{each['first']:.3f}", f"{each['difference']:+.3f}", f"({low} to {high})" if low else "")
+        table.add_row(f"  {each['class']}" if group != "all" else each["class"], *figures)
+    return table
 
 
 def harness(figures: Figures, labels: dict[str, str]) -> Table:
