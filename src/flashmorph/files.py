@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,3 +56,15 @@ def read_json(path: Path) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def short_names(names: Sequence[str], most: int = 20) -> dict[str, str]:
+    """What to call folders in a table: the ends of their paths that tell them apart, cut at the front if long."""
+    parts = {name: Path(name).parts for name in names}
+    found = {}
+    for name, own in parts.items():
+        others = [other for key, other in parts.items() if key != name]
+        size = next((size for size in range(1, len(own)) if all(own[-size:] != other[-size:] for other in others)), 0)
+        text = "/".join(own[-size:])
+        found[name] = text if len(text) <= most else "…" + text[1 - most :]
+    return found

@@ -6,7 +6,7 @@ library's own.
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from flashmorph.card import model_card
 from flashmorph.corpus import Rows
-from flashmorph.evaluation import Score, evaluate
+from flashmorph.evaluation import RangeLosses, Score, evaluate
 from flashmorph.files import read_json, write_json
 from flashmorph.hosts import cache_by_context, host_for, host_of, host_settings
 from flashmorph.morphable import Morphable, attach, build
@@ -247,13 +247,16 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
         held_out = held_out_rows(run, "test", settings.length, rows)
         score = evaluate(loaded, run.tokenizer, questions, held_out, settings, cache_by_context(loaded.config), report)
         write_json(folder / "right.json", score.right)
+        assert score.text
+        write_json(folder / "text.json", asdict(score.text))
         summary = f"recall {100 * score.recall:.1f} %, perplexity {score.perplexity:.2f}"
         return {"perplexity": score.perplexity, "cache_bytes": score.cache_bytes, "summary": summary}
 
     wanted = {"evaluate": settings.model_dump(mode="json"), **task_settings(run)}
     stage = run.stage("evaluate", label, wanted, [model.digest], work)
-    record = stage.record
-    return Score(read_json(stage.folder / "right.json"), record["perplexity"], record["cache_bytes"])
+    record, text = stage.record, stage.folder / "text.json"
+    losses = RangeLosses(**read_json(text)) if text.exists() else None
+    return Score(read_json(stage.folder / "right.json"), record["perplexity"], record["cache_bytes"], losses)
 
 
 def open_stage(run: Run, stage: Stage) -> PreTrainedModel:

@@ -1,6 +1,5 @@
 """Everything that a run can be told, in one validated file. Two recipes are shipped: `demo` and `default`."""
 
-import difflib
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flashmorph.corpus import DEMO
-from flashmorph.errors import UserError
+from flashmorph.errors import UserError, unknown
 from flashmorph.evaluation import EvaluateSettings
 from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES
 from flashmorph.selection.searchdata import SearchSettings
@@ -119,13 +118,6 @@ def parse_changes(settings: list[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise UserError(f"--set {setting!r}: the value is not valid YAML") from error
     return changes
-
-
-def unknown(kind: str, name: str, known: Any) -> str:
-    """One sentence about an unknown name, with the nearest known one."""
-    near = difflib.get_close_matches(name, list(known), 1, 0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(str, known))}"
-    return f"unknown {kind} {name!r}; {hint}"
 
 
 def _changes_strategy(values: dict[str, Any], changes: dict[str, Any]) -> bool:

@@ -1,51 +1,12 @@
 """The commands that look at finished models and at the machine."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from flashmorph.cli.app import app
-from flashmorph.cli.options import ERR, OUT, DataOption, DeviceOption, JsonOption, Options, SetOption, quiet, recipe_of
-
-
-@app.command()
-def evaluate(
-    models: Annotated[
-        list[str], typer.Argument(help="Folders that flashmorph wrote, or teachers.", metavar="MODEL...")
-    ],
-    recipe: Annotated[str, typer.Option(help="Whose tasks and lengths: `demo`, `default` or a YAML file.")] = "demo",
-    data: DataOption = None,
-    changes: SetOption = None,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-) -> None:
-    """Recall by generation and perplexity of models, side by side on the same questions.
-
-    Example: `flashmorph evaluate tiny runs/demo --recipe demo --set evaluate.questions=200`
-    """
-    from flashmorph.devices import pick_device
-    from flashmorph.judge import score_model
-
-    quiet()
-    settings = recipe_of(Options("", Path(), recipe, None, changes, data))
-    figures = {}
-    for model in models:
-        with ERR.status(f"evaluating {model}"):
-            figures[model] = score_model(model, settings, pick_device(device)).to_dict()
-        if not as_json:
-            score = figures[model]
-            tasks = ", ".join(
-                f"{task} {100 * value['recall']:.0f} %" for task, value in score["recall_by_task"].items()
-            )
-            OUT.print(
-                f"{model}: recall {100 * score['recall']:.1f} % ({tasks}), perplexity {score['perplexity']:.3f}",
-                highlight=False,
-                soft_wrap=True,
-            )
-    if as_json:
-        print(json.dumps(figures, indent=2))
+from flashmorph.cli.options import OUT, DeviceOption, JsonOption, quiet
 
 
 @app.command()

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from flashmorph.errors import UserError
+
 OUT, ERR = Console(), Console(stderr=True)
 
 TeacherArgument = Annotated[
@@ -113,3 +115,27 @@ def open_run(options: Options) -> Any:
     device = pick_device(options.device)
     check(teacher, recipe)
     return Run(teacher, recipe, RunFolder(options.output, tuple(options.others or [])), device, screen)
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """Whole numbers above 0, given with commas.
+
+    Raises:
+        UserError: `text` is something else.
+    """
+    parts = text.replace("_", "").split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"{option} {text!r} must be whole numbers with commas, for example {option} 256,512")
+    return list(dict.fromkeys(int(part) for part in parts))
+
+
+def names(option: str, text: str) -> list[str]:
+    """Names given with commas.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise UserError(f"{option} needs at least one name")
+    return list(dict.fromkeys(found))

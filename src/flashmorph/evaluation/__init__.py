@@ -1,17 +1,40 @@
 """Evidence: recall by generation, perplexity, cache."""
 
-from flashmorph.evaluation.evaluate import EvaluateSettings, Score, evaluate, recall_difference
-from flashmorph.evaluation.intervals import paired_interval, share_interval
-from flashmorph.evaluation.perplexity import perplexity, text_losses
-from flashmorph.evaluation.recall import answers_right
+from flashmorph.evaluation.evaluate import EvaluateSettings, Score, evaluate, perplexity_ratio, recall_difference
+from flashmorph.evaluation.grid import (
+    ASKERS,
+    Asker,
+    Grid,
+    GridQuestions,
+    GridRow,
+    GridSettings,
+    ask_grid,
+    make_questions,
+)
+from flashmorph.evaluation.intervals import mean_interval, paired_interval, ratio_interval, share_interval
+from flashmorph.evaluation.perplexity import RangeLosses, perplexity, text_losses
+from flashmorph.evaluation.recall import answer_scores, answers_right
 
 __all__ = [
+    "ASKERS",
+    "Asker",
     "EvaluateSettings",
+    "Grid",
+    "GridQuestions",
+    "GridRow",
+    "GridSettings",
+    "RangeLosses",
     "Score",
+    "answer_scores",
     "answers_right",
+    "ask_grid",
     "evaluate",
+    "make_questions",
+    "mean_interval",
     "paired_interval",
     "perplexity",
+    "perplexity_ratio",
+    "ratio_interval",
     "recall_difference",
     "share_interval",
     "text_losses",

@@ -1,5 +1,6 @@
 """What a model can do: recall by task, perplexity, cache. One `Score` a model, comparable question by question."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmorph.corpus import Rows
 from flashmorph.evaluation.intervals import paired_interval, share_interval
-from flashmorph.evaluation.perplexity import perplexity, text_losses
+from flashmorph.evaluation.perplexity import RangeLosses, perplexity, perplexity_of_rows, text_losses
 from flashmorph.evaluation.recall import answers_right
 from flashmorph.progress import Report, silent
 from flashmorph.tasks import Example
@@ -28,11 +29,12 @@ class EvaluateSettings(BaseModel):
 
 @dataclass(frozen=True)
 class Score:
-    """`right[task]` tells question by question whether the answer was right."""
+    """`right[task]` tells question by question whether the answer was right; `text` how perplexity came about."""
 
     right: dict[str, list[bool]]
     perplexity: float
     cache_bytes: dict[str, int] = field(default_factory=dict)
+    text: RangeLosses | None = None
 
     @property
     def recall(self) -> float:
@@ -42,6 +44,10 @@ class Score:
     def to_dict(self) -> dict[str, Any]:
         """The figures with their 95 % intervals."""
         pooled = [hit for right in self.right.values() for hit in right]
+        text = {}
+        if self.text:
+            interval = perplexity_of_rows(self.text.rows)["interval"]
+            text = {"perplexity_interval": interval, "perplexity_by_position": self.text.to_list()}
         return {
             "recall": self.recall,
             "recall_interval": share_interval(pooled),
@@ -50,6 +56,7 @@ class Score:
                 for task, right in self.right.items()
             },
             "perplexity": self.perplexity,
+            **text,
             "cache_bytes": self.cache_bytes,
         }
 
@@ -75,7 +82,7 @@ def evaluate(
         right[task] = answers_right(model, tokenizer, examples, settings.batch_tokens, report_all)
         done += len(examples)
     losses = text_losses(model, rows, settings.batch_tokens, report_all)
-    return Score(right, perplexity(losses), cache_bytes or {})
+    return Score(right, perplexity(losses), cache_bytes or {}, RangeLosses.of(losses))
 
 
 def recall_difference(first: Score, second: Score) -> dict[str, Any]:
@@ -83,3 +90,20 @@ def recall_difference(first: Score, second: Score) -> dict[str, Any]:
     pairs = [(first.right[task], second.right[task]) for task in first.right]
     low, high = paired_interval([one for one, _ in pairs], [other for _, other in pairs])
     return {"difference": first.recall - second.recall, "interval": (low, high)}
+
+
+def perplexity_ratio(first: Score, second: Score) -> dict[str, Any] | None:
+    """Perplexity of `first` over that of `second` on the same rows, as a whole and by position.
+
+    The 95 % intervals are paired over rows; they are None with a single row. None where either was scored without its
+    losses.
+    """
+    if not first.text or not second.text:
+        return None
+    pairs = zip(zip(*first.text.means, strict=True), zip(*second.text.means, strict=True), strict=True)
+    return {**_ratio(first.text.rows, second.text.rows), "by_position": [_ratio(one, other) for one, other in pairs]}
+
+
+def _ratio(one: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
+    interval = [math.exp(end) for end in paired_interval([one], [other])] if len(one) > 1 else None
+    return {"ratio": math.exp(float(np.mean(one) - np.mean(other))), "interval": interval}

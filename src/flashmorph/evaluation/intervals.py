@@ -1,17 +1,25 @@
-"""95 % intervals of shares and of paired differences."""
+"""95 % intervals of shares, of means and of paired differences."""
 
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import binomtest
 
 RESAMPLES = 10_000
+_QUANTILE = 1.959963984540054
+_DRAWN_AT_ONCE = 2_000_000
 
 
-def share_interval(hits: Sequence[bool]) -> tuple[float, float]:
-    """Wilson's interval of the share of hits: also right at 0 and 100 %."""
-    interval = binomtest(sum(hits), len(hits)).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+def share_interval(hits: Sequence[float]) -> tuple[float, float]:
+    """Wilson's interval of the share of hits: also right at 0 and 100 %.
+
+    A hit may be a part of 1: figures between 0 and 1 vary less than yes and no at the same mean, so the interval is
+    then rather too wide than too narrow.
+    """
+    count, share = len(hits), float(np.mean(hits))
+    square = _QUANTILE**2 / count
+    centre = (share + square / 2) / (1 + square)
+    half = _QUANTILE * np.sqrt(share * (1 - share) / count + square / (4 * count)) / (1 + square)
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
 
 
 def paired_interval(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> tuple[float, float]:
@@ -25,5 +33,30 @@ def paired_interval(first: Sequence[Sequence[float]], second: Sequence[Sequence[
         difference = np.asarray(one, dtype=float) - np.asarray(other, dtype=float)
         draws = rng.integers(len(difference), size=(RESAMPLES, len(difference)))
         means += difference[draws].mean(1) / len(first)
+    return _ends(means)
+
+
+def mean_interval(figures: Sequence[float]) -> tuple[float, float]:
+    """Percentile bootstrap of the mean."""
+    return paired_interval([figures], [np.zeros(len(figures)).tolist()])
+
+
+def ratio_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    """Percentile bootstrap of `sums.sum() / counts.sum()`, both `[rows]`; whole rows are drawn.
+
+    Tokens of one row depend on each other, so a row is the unit, and rows without a token of the kind count as such.
+    """
+    rng = np.random.default_rng(0)
+    rows = len(sums)
+    size = max(1, _DRAWN_AT_ONCE // rows)
+    found = []
+    for start in range(0, RESAMPLES, size):
+        draws = rng.integers(rows, size=(min(size, RESAMPLES - start), rows))
+        total = counts[draws].sum(1)
+        found.append(sums[draws].sum(1)[total > 0] / total[total > 0])
+    return _ends(np.concatenate(found))
+
+
+def _ends(means: np.ndarray) -> tuple[float, float]:
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)

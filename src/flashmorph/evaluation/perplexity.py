@@ -1,13 +1,64 @@
-"""Perplexity on held-out text."""
+"""Perplexity on held-out text, as a whole and by the position in the context."""
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from flashmorph.corpus import Rows
+from flashmorph.evaluation.intervals import mean_interval
 from flashmorph.losses import Head, token_losses
 from flashmorph.progress import Report, silent
+
+_FIRST_RANGE = 32
+
+
+@dataclass(frozen=True)
+class RangeLosses:
+    """Mean losses in nats `means` `[rows][ranges]`; range r holds the tokens from position `starts[r]` on.
+
+    Each range is as long as everything before it, but for the last, which ends before `length`.
+    """
+
+    starts: list[int]
+    length: int
+    means: list[list[float]]
+
+    @classmethod
+    def of(cls, losses: torch.Tensor) -> "RangeLosses":
+        """From the losses of every token but the first, `[rows, length - 1]`."""
+        length = losses.shape[1] + 1
+        starts = [1]
+        while max(_FIRST_RANGE, 2 * starts[-1]) < length:
+            starts.append(max(_FIRST_RANGE, 2 * starts[-1]))
+        parts = [
+            losses[:, start - 1 : end - 1].double().mean(1)
+            for start, end in zip(starts, [*starts[1:], length], strict=True)
+        ]
+        return cls(starts, length, torch.stack(parts, 1).tolist())
+
+    @property
+    def rows(self) -> list[float]:
+        """The mean loss of each row."""
+        sizes = np.diff([*self.starts, self.length])
+        return (np.asarray(self.means) @ sizes / sizes.sum()).tolist()
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """Perplexity with its interval by range, `to` included."""
+        figures = []
+        for place, (start, end) in enumerate(zip(self.starts, [*self.starts[1:], self.length], strict=True)):
+            losses = [row[place] for row in self.means]
+            figures.append({"from": start, "to": end - 1, **perplexity_of_rows(losses)})
+        return figures
+
+
+def perplexity_of_rows(losses: list[float]) -> dict[str, Any]:
+    """Perplexity of rows of equal length from their mean losses; the interval, over rows, needs at least two."""
+    interval = [math.exp(end) for end in mean_interval(losses)] if len(losses) > 1 else None
+    return {"perplexity": math.exp(float(np.mean(losses))), "interval": interval}
 
 
 @torch.no_grad()

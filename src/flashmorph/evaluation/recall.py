@@ -1,18 +1,15 @@
-"""Recall: greedy generation with the cache, exact match of the whole answer. Never a likelihood."""
+"""Recall: greedy generation with the cache, judged by the text that comes out. Never a likelihood."""
 
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from flashmorph.progress import Report, silent
-from flashmorph.tasks import Example
-
-_MARGIN_TOKENS = 2
+from flashmorph.tasks import Example, Prompt
 
 
-@torch.no_grad()
 def answers_right(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -22,43 +19,69 @@ def answers_right(
 ) -> list[bool]:
     """Whether `model` answers each example's last question exactly: its answer, then what must follow it.
 
+    `batch_tokens` is how many prompt tokens are run at once.
+    """
+    prompts = [example.prompt for example in examples]
+    return [score == 1 for score in answer_scores(model, tokenizer, prompts, batch_tokens, report)]
+
+
+@torch.no_grad()
+def answer_scores(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    batch_tokens: int = 16_384,
+    report: Report = silent,
+) -> list[float]:
+    """The share of its references that `model`'s greedy continuation of each prompt holds.
+
     Prompts are padded on the left; `batch_tokens` is how many prompt tokens are run at once.
     """
     model.eval()
-    right: list[bool] = []
-    batch: list[Example] = []
-    for number, example in enumerate(examples):
-        batch.append(example)
-        following = examples[number + 1] if number + 1 < len(examples) else None
+    scores: list[float] = []
+    batch: list[Prompt] = []
+    for number, prompt in enumerate(prompts):
+        batch.append(prompt)
+        following = prompts[number + 1] if number + 1 < len(prompts) else None
         longest = max(len(row.input_ids) for row in [*batch, *([following] if following else [])])
         if following is None or longest * (len(batch) + 1) > batch_tokens:
-            right += _answer_batch(model, tokenizer, batch)
+            scores += _answer_batch(model, tokenizer, batch)
             batch = []
-            report(number + 1, len(examples))
-    return right
+            report(number + 1, len(prompts))
+    return scores
 
 
-def _answer_batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Example]) -> list[bool]:
-    prompts = [example.input_ids[: example.prompt_tokens] for example in batch]
-    width = max(map(len, prompts))
+def _answer_batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Prompt]) -> list[float]:
+    width = max(len(prompt.input_ids) for prompt in batch)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    answer_tokens = max(len(example.input_ids) - example.prompt_tokens for example in batch)
+    ids = torch.tensor([[pad] * (width - len(prompt.input_ids)) + prompt.input_ids for prompt in batch])
+    mask = torch.tensor([[0] * (width - len(prompt.input_ids)) + [1] * len(prompt.input_ids) for prompt in batch])
+    judge = _Judge(tokenizer, batch, width)
     generated = cast(Any, model).generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
-        max_new_tokens=answer_tokens + _MARGIN_TOKENS,
+        max_new_tokens=max(prompt.answer_tokens for prompt in batch),
         do_sample=False,
         num_beams=1,
         pad_token_id=pad,
+        stopping_criteria=StoppingCriteriaList([judge]),
     )
-    return [
-        is_right(str(tokenizer.decode(row[width:], skip_special_tokens=True)), example)
-        for row, example in zip(generated, batch, strict=True)
-    ]
+    return judge.scores(generated)
 
 
-def is_right(generated: str, example: Example) -> bool:
-    """A continuation is right when it starts with the answer and what must follow it."""
-    return generated.startswith(example.answer + example.stop)
+class _Judge(StoppingCriteria):
+    """Scores continuations, and ends those that hold all of their references: nothing can make them worse."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Prompt], width: int):
+        self._tokenizer, self._batch, self._width = tokenizer, batch, width
+
+    def scores(self, generated: torch.Tensor) -> list[float]:
+        """One score a row of `generated` `[batch, width + new tokens]`."""
+        return [
+            prompt.score(str(self._tokenizer.decode(row, skip_special_tokens=True)))
+            for row, prompt in zip(generated[:, self._width :], self._batch, strict=True)
+        ]
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        done = [score == 1 for score in self.scores(input_ids)]
+        return torch.tensor(done, device=input_ids.device)

@@ -79,6 +79,21 @@ def host_of(config: PreTrainedConfig) -> Host:
     raise UserError(f"{config.model_type!r} is no host of flashmorph's; run `flashmorph transplant` first")
 
 
+def require_known(config: PreTrainedConfig, name: str) -> None:
+    """Refuse models that are neither a teacher nor in a host's class.
+
+    Raises:
+        UserError: names the kinds that are known.
+    """
+    teachers = sorted(family for host in HOSTS for family in host.teachers)
+    made = sorted(host.model_type for host in HOSTS)
+    if config.model_type not in (*teachers, *made):
+        raise UserError(
+            f"{name} is of type {config.model_type!r}: give a teacher ({', '.join(teachers)}) or what flashmorph made "
+            f"of one ({', '.join(made)})"
+        )
+
+
 def cache_bytes(config: PreTrainedConfig, context: int) -> int:
     """Bytes of cache of one sequence of `context` tokens, of a host's model or of a teacher's.
 
@@ -109,5 +124,6 @@ __all__ = [
     "host_for",
     "host_of",
     "host_settings",
+    "require_known",
     "takes_with_windows",
 ]

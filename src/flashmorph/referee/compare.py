@@ -7,11 +7,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from flashmorph.errors import UserError
+from flashmorph.errors import UserError, unknown
 from flashmorph.judge import recall_of_plan
 from flashmorph.pipeline import open_morphable, open_objective, run_align, run_transplant
 from flashmorph.plan import Budget
-from flashmorph.recipe import parse_changes, unknown
+from flashmorph.recipe import parse_changes
 from flashmorph.referee.after import after_distillation
 from flashmorph.referee.cells import Cell, CellFile
 from flashmorph.referee.truth import Truth, find_truths

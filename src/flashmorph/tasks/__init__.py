@@ -5,8 +5,11 @@ A new task is one file with one function and one line in `questions.TASKS`.
 
 from flashmorph.tasks.haystack import Haystack
 from flashmorph.tasks.layout import Example, Layout
+from flashmorph.tasks.lines import Lines
 from flashmorph.tasks.problem import Problem, Task
+from flashmorph.tasks.prompt import Prompt
 from flashmorph.tasks.questions import TASKS, TaskSettings, make_example
+from flashmorph.tasks.ruler import Ruler
 from flashmorph.tasks.style import STYLES, Style
 from flashmorph.tasks.words import SPLITS, names
 
@@ -17,7 +20,10 @@ __all__ = [
     "Example",
     "Haystack",
     "Layout",
+    "Lines",
     "Problem",
+    "Prompt",
+    "Ruler",
     "Style",
     "Task",
     "TaskSettings",

@@ -10,7 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from flashmorph.errors import UserError
 from flashmorph.tasks.haystack import Haystack
 from flashmorph.tasks.problem import Problem
+from flashmorph.tasks.prompt import Prompt
 from flashmorph.tasks.style import Style
+
+_MARGIN_TOKENS = 2
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,12 @@ class Example:
     prompt_tokens: int
     answer: str
     stop: str
+
+    @property
+    def prompt(self) -> Prompt:
+        """The last question, to be answered by generation."""
+        answer_tokens = len(self.input_ids) - self.prompt_tokens + _MARGIN_TOKENS
+        return Prompt(self.input_ids[: self.prompt_tokens], answer_tokens, (self.answer + self.stop,))
 
 
 class Layout:

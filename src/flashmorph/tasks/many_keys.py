@@ -24,4 +24,5 @@ def many_keys(
     values = {key: random_value(rng, style) for key in two_word_keys(rng, names, num_keys)}
     facts = tuple(style.fact.format(key=key, value=value) for key, value in values.items())
     asked = rng.sample(list(values), num_asked)
-    return Problem(facts, tuple(ask(style, key, values[key]) for key in asked))
+    questions = tuple(ask(style, key, values[key]) for key in asked)
+    return Problem(facts, questions, needle=list(values).index(asked[-1]))

@@ -10,10 +10,15 @@ from flashmorph.tasks.style import Style
 
 @dataclass(frozen=True)
 class Problem:
-    """`facts` keep their order in the text; `questions` are (prompt, answer) pairs, asked one after the other."""
+    """`facts` keep their order in the text; `questions` are (prompt, answer) pairs, asked one after the other.
+
+    `needle` is the place in `facts` of the one that the last question is about, where it is about one and the order of
+    the facts is of no account.
+    """
 
     facts: tuple[str, ...]
     questions: tuple[tuple[str, str], ...]
+    needle: int | None = None
 
 
 Task = Callable[..., Problem]

@@ -1,0 +1,122 @@
+"""The command that judges finished models, side by side."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from flashmorph.cli.app import app
+from flashmorph.cli.evaluate_tables import show_figures
+from flashmorph.cli.options import (
+    ERR,
+    OUT,
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    Options,
+    SetOption,
+    names,
+    numbers,
+    quiet,
+    recipe_of,
+)
+from flashmorph.errors import UserError
+
+_STYLES = ("lines", "ruler")
+
+
+@app.command()
+def evaluate(
+    models: Annotated[
+        list[str], typer.Argument(help="Folders that flashmorph wrote, or teachers.", metavar="MODEL...")
+    ],
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose tasks, text and lengths: `demo`, `default` or a YAML file. Default: the first model's own, "
+            "else `demo`."
+        ),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Also ask a recall grid at these context lengths, in tokens: `256,512`.", metavar="N,N..."),
+    ] = None,
+    depths: Annotated[int, typer.Option(min=1, help="The grid's depths, from the start to the end.")] = 5,
+    questions: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Questions a task; in the grid a task and length. Default: the recipe's; in the grid 200."
+        ),
+    ] = None,
+    style: Annotated[
+        str | None,
+        typer.Option(
+            help="How the grid asks: `ruler` (RULER's eleven synthetic tasks in its English) or `lines` (facts as "
+            "lines, what the embedded teachers learned: in English they answer next to nothing). Default: `lines` for "
+            "`tiny` and where the recipe says so, else `ruler`."
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Also tasks of lm-evaluation-harness (extra `eval`), by name or YAML file: `arc_easy,my_task.yaml`.",
+            metavar="TASK,TASK...",
+        ),
+    ] = None,
+    tokens: Annotated[
+        bool,
+        typer.Option("--tokens", help="Also the loss of every further model minus the first's, by class of token."),
+    ] = False,
+    data: DataOption = None,
+    changes: SetOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Recall by generation and perplexity of models, side by side on the same questions and text.
+
+    Every further model is compared with the first. With `--lengths` also a recall grid: RULER's tasks by context length
+    and by the depth of the needle. All figures come with 95 % intervals (Wilson for recall, bootstrap for the rest,
+    paired where two models are compared); the tables show the most important ones, `--json` has all.
+
+    Example: `flashmorph evaluate tiny runs/demo --lengths 256,512`
+    """
+    from flashmorph.devices import pick_device
+    from flashmorph.evaluation.harness import Harness
+    from flashmorph.screen import RichScreen
+    from flashmorph.sidebyside import Wanted, compare_models, own_recipe
+
+    quiet()
+    chosen = recipe or own_recipe(models[0])
+    settings = recipe_of(Options("", Path(), chosen or "demo", None, changes, data))
+    if questions:
+        settings = settings.model_copy(
+            update={"evaluate": settings.evaluate.model_copy(update={"questions": questions})}
+        )
+    if style not in (None, *_STYLES):
+        raise UserError(f"--style {style!r} must be {' or '.join(_STYLES)}")
+    asked = style or ("lines" if chosen and settings.style == "lines" else "ruler")
+    grid = _grid_settings(lengths, depths, questions, asked, settings.evaluate.batch_tokens) if lengths else None
+    harness = (
+        Harness(names("--tasks", tasks), {"max_seq_lengths": list(grid.lengths)} if grid else None) if tasks else None
+    )
+    wanted = Wanted(settings, grid, harness, tokens)
+    figures = compare_models(models, wanted, pick_device(device), RichScreen(ERR))
+    if as_json:
+        print(json.dumps(figures, indent=2))
+        return
+    show_figures(OUT, figures)
+
+
+def _grid_settings(lengths: str, depths: int, questions: int | None, style: str, batch_tokens: int):
+    from flashmorph.evaluation import GridSettings
+
+    given = {"questions": questions} if questions else {}
+    try:
+        return GridSettings.model_validate(
+            {"lengths": numbers("--lengths", lengths), "depths": depths, "style": style, "batch_tokens": batch_tokens}
+            | given
+        )
+    except ValidationError as error:
+        raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error

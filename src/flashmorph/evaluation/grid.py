@@ -1,0 +1,190 @@
+"""The recall grid: tasks by context length, and by the depth of what is asked for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flashmorph.errors import UserError
+from flashmorph.evaluation.intervals import paired_interval, share_interval
+from flashmorph.evaluation.recall import answer_scores
+from flashmorph.progress import Report, silent
+from flashmorph.tasks import Lines, Prompt, Ruler
+
+
+class Asker(Protocol):
+    """Where a grid's questions come from."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tasks."""
+        ...
+
+    def has_depth(self, name: str) -> bool:
+        """Whether the depth of what a task asks for can be chosen."""
+        ...
+
+    def prompt(self, name: str, length: int, number: int, depth: float | None) -> Prompt:
+        """Question `number` of a task at a context length, what it asks for at `depth` (0 the start, 1 the end).
+
+        Raises:
+            UserError: the task does not fit into `length` tokens.
+        """
+        ...
+
+
+WORST = 3
+ASKERS = {"lines": Lines, "ruler": Ruler}
+"""The styles of a grid, each `(tokenizer, documents, seed)`."""
+
+
+class GridSettings(BaseModel):
+    """What a grid asks."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    lengths: tuple[int, ...]
+    depths: int = Field(default=5, gt=0, description="depths between the start and the end of the context")
+    questions: int = Field(default=200, gt=0, description="questions a task and length, spread over the depths")
+    style: Literal["lines", "ruler"] = "ruler"
+    batch_tokens: int = Field(default=32_768, gt=0, description="tokens run at once")
+
+    @model_validator(mode="after")
+    def _each_depth_is_asked(self) -> "GridSettings":
+        if self.questions < self.depths:
+            raise ValueError(f"{self.questions} questions are fewer than {self.depths} depths")
+        return self
+
+    @property
+    def places(self) -> list[float]:
+        """The depths, from the start of the context to its end; a single one is the middle."""
+        return np.linspace(0, 1, self.depths).tolist() if self.depths > 1 else [0.5]
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """The scores of one task at one length, question by question; question i asks at `places[i % len(places)]`.
+
+    `places` is empty where a task has no single needle.
+    """
+
+    task: str
+    length: int
+    places: tuple[float, ...]
+    scores: list[float]
+
+    def by_depth(self) -> dict[float | None, list[float]]:
+        """Scores by depth; all under None where there is no depth."""
+        if not self.places:
+            return {None: self.scores}
+        return {place: self.scores[number :: len(self.places)] for number, place in enumerate(self.places)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Recall with its interval, as a whole and by depth."""
+        figures = {"task": self.task, "length": self.length, **_figure(self.scores)}
+        cells = self.by_depth() if self.places else {}
+        return {**figures, "depths": [{"depth": place, **_figure(cell)} for place, cell in cells.items()]}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`left_out` are the tasks that do not fit into a length, each with the reason."""
+
+    rows: list[GridRow]
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def recall(self) -> float:
+        """Mean over rows."""
+        return float(np.mean([np.mean(row.scores) for row in self.rows]))
+
+    def minus(self, other: "Grid") -> dict[str, Any]:
+        """Recall less another grid's, by row and as a whole, with paired intervals; rows that both have."""
+        theirs = {(row.task, row.length): row.scores for row in other.rows}
+        shared = [(row, theirs[row.task, row.length]) for row in self.rows if (row.task, row.length) in theirs]
+        rows = [
+            {"task": row.task, "length": row.length, **_difference([(row.scores, scores)])} for row, scores in shared
+        ]
+        return {**_difference([(row.scores, scores) for row, scores in shared]), "rows": rows}
+
+    def worst(self, other: "Grid | None" = None) -> list[dict[str, Any]]:
+        """The `WORST` cells that are furthest below another grid's (or simply the lowest), worst first."""
+        theirs = {(row.task, row.length): row.by_depth() for row in other.rows} if other else {}
+        cells = []
+        for row in self.rows:
+            for depth, scores in row.by_depth().items():
+                cell = {"task": row.task, "length": row.length, "depth": depth, **_figure(scores)}
+                if other and (row.task, row.length) in theirs:
+                    cell["first"] = float(np.mean(theirs[row.task, row.length][depth]))
+                cells.append(cell)
+        below = [cell for cell in cells if cell["recall"] < cell.get("first", 1.0)]
+        return sorted(below, key=lambda cell: cell["recall"] - cell.get("first", 0.0))[:WORST]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures with their 95 % intervals."""
+        pooled = [score for row in self.rows for score in row.scores]
+        figures = {"recall": self.recall, "interval": share_interval(pooled)}
+        return {**figures, "rows": [row.to_dict() for row in self.rows], "left_out": self.left_out}
+
+
+@dataclass(frozen=True)
+class GridQuestions:
+    """A grid's prompts by task and length, the depths by task (none where it has no single needle), and what does not
+    fit."""
+
+    prompts: dict[tuple[str, int], list[Prompt]]
+    places: dict[str, tuple[float, ...]]
+    left_out: list[str]
+    batch_tokens: int
+
+
+def make_questions(asker: Asker, settings: GridSettings, report: Report = silent) -> GridQuestions:
+    """Every question of a grid.
+
+    Raises:
+        UserError: no task fits into any length.
+    """
+    places = {name: tuple(settings.places) if asker.has_depth(name) else () for name in asker.names}
+    prompts: dict[tuple[str, int], list[Prompt]] = {}
+    left_out: list[str] = []
+    pairs = [(name, length) for name in asker.names for length in settings.lengths]
+    for done, (name, length) in enumerate(pairs, 1):
+        depths = places[name] or (None,)
+        try:
+            prompts[name, length] = [
+                asker.prompt(name, length, number, depths[number % len(depths)]) for number in range(settings.questions)
+            ]
+        except UserError as error:
+            left_out.append(f"{name} at {length}: {error}")
+        report(done, len(pairs))
+    if not prompts:
+        raise UserError(f"no task fits into {max(settings.lengths)} tokens; {left_out[0]}")
+    return GridQuestions(prompts, places, left_out, settings.batch_tokens)
+
+
+def ask_grid(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: GridQuestions, report: Report = silent
+) -> Grid:
+    """Recall of `model` on every task at every length."""
+    total, done = sum(map(len, questions.prompts.values())), 0
+    rows = []
+
+    def report_all(step: float, steps: float, **figures: float) -> None:
+        report(done + step, total, **figures)
+
+    for (name, length), asked in questions.prompts.items():
+        scores = answer_scores(model, tokenizer, asked, questions.batch_tokens, report_all)
+        done += len(asked)
+        rows.append(GridRow(name, length, questions.places[name], scores))
+    return Grid(rows, questions.left_out)
+
+
+def _figure(scores: Sequence[float]) -> dict[str, Any]:
+    return {"recall": float(np.mean(scores)), "interval": share_interval(scores), "questions": len(scores)}
+
+
+def _difference(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> dict[str, Any]:
+    difference = float(np.mean([np.mean(one) - np.mean(other) for one, other in pairs]))
+    return {"difference": difference, "interval": paired_interval(*map(list, zip(*pairs, strict=True)))}

@@ -1,0 +1,75 @@
+"""Needles in a haystack: RULER's eight niah tasks are one task with different numbers."""
+
+import random
+
+from flashmorph.tasks.ruler.written import NOISE, Material, Written
+
+_NEEDLE = "One of the special magic {kind} for {key} is: {value}."
+_ASK = (
+    "{some} special magic {kind} {are} hidden within the following text. Make sure to memorize it. I will quiz you "
+    "about the {kind} afterwards.\n{context}\nWhat {are_all} the special magic {kind} for {query} mentioned in the "
+    "provided text?"
+)
+_PREFIX = "The special magic {kind} for {query} mentioned in the provided text {are}"
+_DEPTHS = [round(place * 100 / 39) / 100 for place in range(40)]
+
+
+def needles(
+    rng: random.Random,
+    material: Material,
+    units: int,
+    depth: float | None,
+    haystack: str,
+    num_keys: int = 1,
+    num_values: int = 1,
+    num_queries: int = 1,
+    key_kind: str = "words",
+    value_kind: str = "numbers",
+) -> Written:
+    """`num_keys` keys with `num_values` values each; the question is for all values of `num_queries` keys.
+
+    `haystack` is `repeat` (the same five sentences), `needle` (other needles) or `text`; `units` are its sentences or,
+    for text, its words. The needles that are asked for stand at `depth` (0 the start, 1 the end), all others at random
+    places; with None all do.
+    """
+    keys = [material.draw(rng, key_kind) for _ in range(num_keys)]
+    facts = {key: [material.draw(rng, value_kind) for _ in range(num_values)] for key in keys}
+    asked = rng.sample(list(facts), num_queries)
+    pairs = [(key, value) for key, values in facts.items() for value in values]
+    rng.shuffle(pairs)
+    places = rng.sample(_DEPTHS, len(pairs))
+    if depth is not None:
+        places = [depth if key in asked else place for place, (key, _) in zip(places, pairs, strict=True)]
+    context = _hide(rng, material, units, haystack, sorted(zip(places, pairs, strict=True)), (key_kind, value_kind))
+    query = ", ".join(asked[:-1]) + ", and " + asked[-1] if len(asked) > 1 else asked[0]
+    one = num_queries * num_values == 1
+    kind = value_kind.removesuffix("s") if one else value_kind
+    words = {"some": "A", "are": "is", "are_all": "is"} if one else {"some": "Some", "are": "are", "are_all": "are all"}
+    return Written(
+        _ASK.format(kind=kind, context=context, query=query, **words),
+        _PREFIX.format(kind=kind, query=query, are=words["are"]),
+        tuple(value for key in asked for value in facts[key]),
+    )
+
+
+def _hide(
+    rng: random.Random,
+    material: Material,
+    units: int,
+    haystack: str,
+    needles: list[tuple[float, tuple[str, str]]],
+    kinds: tuple[str, str],
+) -> str:
+    """The haystack with each needle before the sentence at its depth; `needles` are sorted by depth."""
+    key_kind, value_kind = kinds
+    if haystack == "text":
+        hay, joint = material.sentences(rng, units), " "
+    elif haystack == "repeat":
+        hay, joint = [NOISE] * units, "\n"
+    else:
+        pairs = [(material.draw(rng, key_kind), material.draw(rng, value_kind)) for _ in range(units)]
+        hay, joint = [_NEEDLE.format(kind=value_kind, key=key, value=value) for key, value in pairs], "\n"
+    size = len(hay)
+    for depth, (key, value) in reversed(needles):
+        hay.insert(int(size * depth), _NEEDLE.format(kind=value_kind, key=key, value=value))
+    return joint.join(hay)

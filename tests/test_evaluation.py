@@ -1,0 +1,211 @@
+"""Evaluation: intervals, generation in batches, the recall grid, perplexity by position, models side by side."""
+
+import json
+from io import StringIO
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_qwen3, run_command, tiny_tokenizer
+from rich.console import Console
+from scipy.stats import binomtest
+from test_cli import broken_copy, refused
+
+from flashmorph.cli.evaluate_tables import show_figures
+from flashmorph.corpus import Corpus
+from flashmorph.evaluation import (
+    Grid,
+    GridRow,
+    GridSettings,
+    RangeLosses,
+    Score,
+    answer_scores,
+    ask_grid,
+    make_questions,
+    mean_interval,
+    perplexity_ratio,
+    ratio_interval,
+    share_interval,
+)
+from flashmorph.evaluation.classes import (
+    CLOSING,
+    CONTENT,
+    DIGITS,
+    FUNCTION,
+    OPENING,
+    SPACE,
+    SYMBOLS,
+    kinds,
+    pieces_of,
+    repeats,
+)
+from flashmorph.evaluation.tokens import TokenClasses
+from flashmorph.tasks import Lines, Prompt
+
+TOKENIZER = tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_qwen3(vocab_size=len(TOKENIZER))
+
+
+def test_wilsons_interval_is_scipys_and_takes_parts_of_hits():
+    for hits, count in ((0, 7), (3, 7), (7, 7), (150, 200)):
+        expected = binomtest(hits, count).proportion_ci(0.95, method="wilson")
+        assert share_interval([1] * hits + [0] * (count - hits)) == pytest.approx((expected.low, expected.high))
+    parts = [0.25, 0.5, 0.75] * 20
+    low, high = mean_interval(parts)
+    wide = share_interval(parts)
+    assert wide[0] < low < 0.5 < high < wide[1]
+
+
+def test_an_interval_over_rows_covers_the_ratio():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(60):
+        counts = rng.integers(0, 9, size=40)
+        sums = counts * 0.3 + rng.normal(size=40) * counts
+        low, high = ratio_interval(sums, counts)
+        hits += low <= 0.3 <= high
+    assert hits >= 50
+
+
+def test_batches_and_padding_change_no_answer(model):
+    generator = torch.Generator().manual_seed(0)
+    lengths = (9, 30, 17, 5, 26)
+    rows = [torch.randint(len(TOKENIZER), (length,), generator=generator).tolist() for length in lengths]
+    made = []
+    for ids in rows:
+        out = model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, pad_token_id=0)
+        made.append(TOKENIZER.decode(out[0, len(ids) :], skip_special_tokens=True))
+    prompts = [Prompt(ids, 6, (text, "never said"), anywhere=True) for ids, text in zip(rows, made, strict=True)]
+    for batch_tokens in (1, 60, 10_000):
+        assert answer_scores(model, TOKENIZER, prompts, batch_tokens) == [0.5] * len(rows)
+
+
+def test_a_continuation_ends_when_nothing_is_left_to_find(model):
+    steps = []
+    handle = model.register_forward_hook(lambda *_: steps.append(1))
+    prompt = Prompt([5, 6, 7], 40, ("",), anywhere=True)
+    assert answer_scores(model, TOKENIZER, [prompt]) == [1.0]
+    handle.remove()
+    assert len(steps) == 1
+
+
+def test_the_grid_asks_every_depth_equally_often(model):
+    settings = GridSettings(lengths=(64, 400), depths=4, questions=8, style="lines")
+    assert settings.places == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    asker = Lines(TOKENIZER, Corpus().pool("test", 0, 100_000), seed=0)
+    grid = ask_grid(model, TOKENIZER, make_questions(asker, settings))
+    rows = {(row.task, row.length): row for row in grid.rows}
+    assert len(rows[("one_key", 64)].scores) == 8 and not rows[("two_hops", 400)].places
+    assert ("sixteen_keys", 64) not in rows and any("sixteen_keys at 64" in text for text in grid.left_out)
+    figures = grid.to_dict()
+    one_key = next(row for row in figures["rows"] if (row["task"], row["length"]) == ("one_key", 400))
+    assert [cell["questions"] for cell in one_key["depths"]] == [2] * 4
+
+
+def test_grids_are_compared_row_by_row_and_the_worst_cells_are_named():
+    places = (0.0, 1.0)
+    first = Grid([GridRow("a", 8, places, [1, 1] * 10), GridRow("b", 8, (), [1.0] * 20)])
+    second = Grid([GridRow("a", 8, places, [1, 0] * 10), GridRow("b", 8, (), [0.5] * 20), GridRow("c", 9, (), [0])])
+    minus = second.minus(first)
+    assert minus["difference"] == pytest.approx(-0.5) and len(minus["rows"]) == 2
+    assert minus["rows"][1]["interval"] == pytest.approx((-0.5, -0.5))
+    assert minus["rows"][0]["interval"][0] < -0.5 < minus["rows"][0]["interval"][1] < 0
+    worst = second.worst(first)
+    assert [(cell["task"], cell["depth"]) for cell in worst[:2]] == [("a", 1.0), ("b", None)]
+    assert first.worst() == [] and second.minus(second)["difference"] == 0
+
+
+def test_perplexity_by_position_adds_up_to_the_whole():
+    losses = torch.rand(6, 199) * 3
+    found = RangeLosses.of(losses)
+    assert found.starts == [1, 32, 64, 128]
+    assert found.rows == pytest.approx(losses.double().mean(1).tolist())
+    parts = found.to_list()
+    assert [(part["from"], part["to"]) for part in parts] == [(1, 31), (32, 63), (64, 127), (128, 199)]
+    last = losses[:, 127:].double().mean().exp().item()
+    assert parts[-1]["perplexity"] == pytest.approx(last) and parts[-1]["interval"][0] < last < parts[-1]["interval"][1]
+    worse = Score({}, 1.0, {}, RangeLosses.of(losses + 0.1))
+    ratio = perplexity_ratio(worse, Score({}, 1.0, {}, found))
+    assert (
+        ratio and ratio["ratio"] == pytest.approx(np.exp(0.1)) and ratio["interval"] == pytest.approx([np.exp(0.1)] * 2)
+    )
+    assert RangeLosses.of(torch.ones(1, 9)).to_list()[0]["interval"] is None
+
+
+def test_evaluate_compares_with_the_first_in_json_and_in_tables_that_fit(capsys, tmp_path, teacher_folder, recipe_file):
+    other = broken_copy(teacher_folder, tmp_path / "other")
+    options = ("--recipe", recipe_file, "--lengths", "128,256", "--depths", 2, "--questions", 4, "--tokens")
+    assert run_command("evaluate", teacher_folder, other, *options, "--json") == 0
+    figures = json.loads(capsys.readouterr().out)
+    first, second = figures[str(teacher_folder)], figures[str(other)]
+    assert "minus_first" not in first and second["minus_first"]["recall"]["difference"] == 0
+    assert second["minus_first"]["perplexity"]["ratio"] == pytest.approx(1)
+    assert second["minus_first"]["grid"]["interval"] == [0, 0]
+    assert first["recall_by_task"]["one_key"]["questions"] == 4
+    assert {row["length"] for row in first["grid"]["rows"]} == {128, 256}
+    tokens = second["minus_first"]["tokens"]
+    assert tokens["classes"][0]["interval"] == [0, 0] and len(tokens["sample"]["tokens"]) == 127
+    console = Console(width=100, record=True, file=StringIO())
+    show_figures(console, figures)
+    printed = console.export_text()
+    assert "minus random" in printed and "recall at 256 tokens by depth" in printed and "mean of the grid" in printed
+    lines = [line for line in printed.splitlines() if not line.startswith("left out")]
+    assert max(map(len, lines)) <= 100 and "…" not in printed
+
+
+def test_what_evaluate_refuses(capsys, tmp_path, teacher_folder, recipe_file):
+    options = ("evaluate", teacher_folder, "--recipe", recipe_file)
+    assert "at most 512 tokens; 600" in refused(capsys, *options, "--lengths", "600")
+    assert "for example --lengths" in refused(capsys, *options, "--lengths", "many")
+    assert "lines or ruler" in refused(capsys, *options, "--lengths", "64", "--style", "english")
+    assert "fewer than 5 depths" in refused(capsys, *options, "--lengths", "64", "--questions", 3)
+    assert "no task fits into 9 tokens" in refused(capsys, *options, "--lengths", "9")
+    other = broken_copy(teacher_folder, tmp_path / "gpt2")
+    (other / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": 99}))
+    assert "of type 'gpt2': give a teacher (qwen3)" in refused(capsys, "evaluate", other, "--recipe", recipe_file)
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    sentence = refused(capsys, *options, "--data", empty)
+    assert "empty" in sentence
+    assert "at least two" in refused(capsys, *options, "--tokens")
+
+
+def test_tokens_are_classed_by_the_word_they_stand_in():
+    pieces = ["The", " gr", "een", " file", "(", "12", "3", ")", "\n", " ", "isn", "'t", " the", "re", "."]
+    expected = [FUNCTION, CONTENT, CONTENT, CONTENT, OPENING, DIGITS, DIGITS, CLOSING, SPACE, SPACE]
+    assert kinds(pieces) == [*expected, CONTENT, CONTENT, FUNCTION, FUNCTION, SYMBOLS]
+    text = "Some text (of 3 words) [here]."
+    ids = TOKENIZER(text).input_ids
+    assert "".join(pieces_of(TOKENIZER, ids)) == text
+
+
+def test_the_longest_repeated_run_and_its_distance():
+    ids = [1, 2, 3, 9, 1, 2, 3, 8, 2, 3, 8]
+    lengths, distances = repeats(ids)
+    assert lengths.tolist() == [0, 0, 0, 0, 1, 2, 3, 0, 1, 2, 3]
+    assert distances.tolist() == [0, 0, 0, 0, 4, 4, 4, 0, 3, 3, 3]
+    assert repeats([5] * 6)[0].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_loss_on_one_class_is_found_there_and_nowhere_else(model):
+    documents = Corpus().pool("test", 0, 30_000)
+    ids = TOKENIZER("".join(documents)[:20_000]).input_ids
+    rows = [{"input_ids": ids[start : start + 100]} for start in range(0, 3_000, 100)]
+    classes = TokenClasses.of(rows, TOKENIZER)
+    groups: dict[str, int] = {}
+    for (group, _), mask in classes.masks.items():
+        groups[group] = groups.get(group, 0) + int(mask.sum())
+    everything = 30 * 99
+    assert groups["all"] == groups["kind"] == groups["completes a repeated n-gram of"] == everything
+    first = np.random.default_rng(0).random((30, 99))
+    worse = first + 0.5 * classes.masks["kind", "other symbols"]
+    found = {(each["group"], each["class"]): each for each in classes.compare(worse, first)["classes"]}
+    assert found["kind", "other symbols"]["difference"] == pytest.approx(0.5)
+    assert found["kind", "other symbols"]["interval"] == pytest.approx((0.5, 0.5))
+    assert found["kind", "content words"]["difference"] == 0
+    low, high = found["all", "all tokens"]["interval"]
+    assert 0 < low < found["all", "all tokens"]["difference"] < high < 0.5
