@@ -22,24 +22,13 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MinistralConfig,
-    MinistralForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.optimization import get_wsd_schedule
 
 from bpe import train_tokenizer
 from curriculum import Curriculum, window_mask
 from flashmorph.corpus import Corpus
 
-TRAINED_AS = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (MinistralConfig, MinistralForCausalLM)}
-"""By family. A Llama is trained as the Ministral that it equals, whose layers may be local."""
 PARTS = {1: "answer", 2: "hop", 3: "link", 4: "copy"}
 
 
@@ -56,9 +45,7 @@ def main() -> None:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.start)
     else:
         tokenizer = train_tokenizer(Corpus().documents("train", 0), settings["lengths"][-1])
-    family = settings.get("family", "qwen3")
-    config_class, model_class = TRAINED_AS[family]
-    config = config_class(
+    config = Qwen3Config(
         vocab_size=len(tokenizer),
         max_position_embeddings=settings["lengths"][-1],
         eos_token_id=tokenizer.eos_token_id,
@@ -68,30 +55,19 @@ def main() -> None:
         attn_implementation="eager",
         **settings["model"],
     )
-    model = model_class(config)
+    model = Qwen3ForCausalLM(config)
     if arguments.start:
-        model.load_state_dict(model_class.from_pretrained(arguments.start, dtype=torch.float32).state_dict())
+        model.load_state_dict(Qwen3ForCausalLM.from_pretrained(arguments.start, dtype=torch.float32).state_dict())
     print(f"{model.num_parameters():,} parameters", flush=True)
     curriculum = Curriculum(tokenizer, settings["seed"], settings["key_words"])
     log = train(model, curriculum, settings)
     model.config.layer_types = ["full_attention"] * config.num_hidden_layers
-    if family == "llama":
-        model = as_llama(model)
     model.to(torch.bfloat16).save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
     (arguments.output / "training_log.json").write_text(json.dumps({"settings": settings, "log": log}, indent=1) + "\n")
 
 
-def as_llama(model: MinistralForCausalLM) -> LlamaForCausalLM:
-    """The same model under the name of the family that knows no layer types."""
-    known = model.config.to_dict()
-    left_out = ("model_type", "architectures", "layer_types", "sliding_window")
-    llama = LlamaForCausalLM(LlamaConfig(**{name: value for name, value in known.items() if name not in left_out}))
-    llama.load_state_dict(model.state_dict())
-    return llama
-
-
-def train(model: PreTrainedModel, curriculum: Curriculum, settings: dict) -> list[dict]:
+def train(model: Qwen3ForCausalLM, curriculum: Curriculum, settings: dict) -> list[dict]:
     """The loop: returns the log, one entry every 20 steps."""
     accelerator = Accelerator(mixed_precision="bf16" if settings["bf16"] else "no")
     optimizers = make_optimizers(model, settings)
@@ -146,7 +122,7 @@ def learned(right: dict[str, float], stage: int, mixture: dict[str, float]) -> b
     return enough
 
 
-def make_optimizers(model: PreTrainedModel, settings: dict) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: Qwen3ForCausalLM, settings: dict) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for embeddings and norms."""
     matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     chosen = set(map(id, matrices))
