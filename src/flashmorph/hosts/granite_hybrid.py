@@ -194,9 +194,9 @@ class GraniteHybridHost:
         scale = _TAP / spread.unflatten(0, (-1, head_dim)).mean(1).repeat_interleave(head_dim)
         gate = constant_row(hidden, _GATE).expand(branch.intermediate_size, -1)
         steps = torch.zeros_like(branch.in_proj.weight[: branch.num_heads])
-        branch.in_proj.weight.copy_(torch.cat([gate, mixed * scale[:, None], steps]))
+        branch.in_proj.weight.copy_(torch.cat([gate, mixed, steps]))
         branch.conv1d.weight.zero_()
-        branch.conv1d.weight[:, 0, -1] = 1.0
+        branch.conv1d.weight[:, 0, -1] = scale
         branch.conv1d.bias.copy_(bias * scale)
         # A step of softplus(0) = ln 2 and a rate of 1 / distance: half is forgotten at that distance.
         distance = mean_distance(attention, hidden, arguments)[source]
