@@ -87,8 +87,8 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet()
     rows = [row for form in FORMS for row in compare(form, arguments)]
-    command = f"python benchmarks/windows.py --teacher {arguments.teacher} --window {arguments.window}"
-    write_json(HERE / "results" / "windows.json", {"command": command, **vars(arguments), "rows": rows})
+    command = "python benchmarks/windows.py " + " ".join(f"--{name} {value}" for name, value in vars(arguments).items())
+    write_json(HERE / "results" / "windows.json", {"command": command, "rows": rows})
     Console().print(table_of(rows))
 
 
