@@ -14,6 +14,7 @@ from flashmorph.hosts.granite_hybrid import GraniteHybridHost
 from flashmorph.hosts.host import LINEAR, Host
 from flashmorph.hosts.qwen3_5 import Qwen35Host
 from flashmorph.hosts.qwen3_5_moe import Qwen35MoeHost
+from flashmorph.hosts.refused import REFUSED
 
 HOSTS: tuple[Host, ...] = (Qwen35Host(), Qwen35MoeHost(), GraniteHybridHost())
 CACHE_CONTEXTS = (512, 8192, 131072)
@@ -31,7 +32,8 @@ def host_for(config: PreTrainedConfig) -> Host:
             host.check(config)
             return host
     known = ", ".join(sorted(family for host in HOSTS for family in host.teachers))
-    raise UserError(f"teachers of type {config.model_type!r} have no exact host; these have one: {known}")
+    reason = f" ({REFUSED[config.model_type]})" if config.model_type in REFUSED else ""
+    raise UserError(f"teachers of type {config.model_type!r} have no exact host{reason}; these have one: {known}")
 
 
 def host_settings(host: Host, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
