@@ -1,6 +1,9 @@
 """The model card of a finished run."""
 
-from flashmorph.hosts import configure
+from transformers import PreTrainedConfig
+
+from flashmorph.hosts import LINEAR, configure
+from flashmorph.hosts.serving import Engine
 from flashmorph.plan import FULL
 from flashmorph.run import Results, Run
 from flashmorph.teacher import EMBEDDED, load_config
@@ -17,20 +20,23 @@ _NAMES = {
 
 def model_card(run: Run, results: Results) -> str:
     """README.md of the output: what it is, what it can do, what serves it, how it was made."""
-    host, _ = configure(load_config(run.teacher.folder), run.recipe.host)
+    host, config = configure(load_config(run.teacher.folder), run.recipe.host)
     (other,) = set(host.options) - {FULL}
+    mixer, tag = host.mixers[other], "linear-attention" if other == LINEAR else "sliding-window-attention"
     plan = results.plan
+    config = host.with_layer_types(config, list(plan.assignments.values()))
+    engines = "\n".join(_served(engine, config) for engine in host.serves)
     base = "" if run.teacher.name in EMBEDDED else f"base_model: {run.teacher.name}\nbase_model_relation: finetune\n"
     rows = "\n".join(_row(name, score) for name, score in results.scores.items())
     tasks = ", ".join(run.recipe.tasks)
     return f"""---
 library_name: transformers
-{base}tags: [flashmorph, hybrid-attention, linear-attention]
+{base}tags: [flashmorph, hybrid-attention, {tag}]
 ---
 
 # Hybrid of {run.teacher.name}
 
-`{plan.strip()}` (■ full attention, □ {other}): {len(plan.full_groups)} of {len(plan.assignments)} layers keep full
+`{plan.strip()}` (■ full attention, □ {mixer}): {len(plan.full_groups)} of {len(plan.assignments)} layers keep full
 attention, chosen by `{plan.strategy}` for the budget {plan.budget}: layers {", ".join(map(str, plan.full_layers))}.
 
 An ordinary `{host.name}` checkpoint. Nothing of flashmorph's is needed to use it:
@@ -48,12 +54,24 @@ model = AutoModelForCausalLM.from_pretrained("{run.folder.path.name}")
 Recall: greedy generation, exact match of the whole answer, mean over {tasks}; {run.recipe.evaluate.questions} questions
 each at {run.recipe.evaluate.length:,} tokens. Perplexity: held-out text. Cache: one sequence of 131,072 tokens.
 
-Served by: {host.serves}. On a machine without a GPU, leave flash-linear-attention uninstalled (or Triton): transformers
-picks its kernels where they can be imported, and they do not run there.
+| engine | serves this checkpoint |
+|---|---|
+{engines}
+
+On a machine without a GPU, leave flash-linear-attention and mamba-ssm uninstalled (or Triton): transformers picks its
+kernels where they can be imported, and they do not run there.
 
 Made with `flashmorph morph {run.teacher.name} --recipe recipe.yaml`; `recipe.yaml`, `plan.json` and `results.json` lie
 beside this file.
 """
+
+
+def _served(engine: Engine, config: PreTrainedConfig) -> str:
+    """One line of the table of engines, about this very checkpoint."""
+    if not engine.fits(config):
+        return f"| {engine.name} | no: it needs {engine.needs} |"
+    takes = f"; {engine.takes}" if engine.takes else ""
+    return f"| {engine.name} | {engine.version} ({engine.known}){takes} |"
 
 
 def _row(name: str, score) -> str:

@@ -14,6 +14,7 @@ from flashmorph.hosts.granite_hybrid import GraniteHybridHost
 from flashmorph.hosts.host import LINEAR, Host
 from flashmorph.hosts.qwen3_5 import Qwen35Host
 from flashmorph.hosts.qwen3_5_moe import Qwen35MoeHost
+from flashmorph.hosts.refused import REFUSED
 from flashmorph.hosts.window import SLIDING, WINDOW_HOSTS
 
 HOSTS: tuple[Host, ...] = (Qwen35Host(), Qwen35MoeHost(), GraniteHybridHost())
@@ -33,8 +34,10 @@ def host_for(config: PreTrainedConfig, settings: Mapping[str, Any] | None = None
             host.check(config)
             return host
     known = ", ".join(sorted(family for host in hosts for family in host.teachers))
-    what = "host for sliding windows" if hosts is WINDOW_HOSTS else "exact host"
-    raise UserError(f"teachers of type {config.model_type!r} have no {what}; these have one: {known}")
+    if hosts is WINDOW_HOSTS:
+        raise UserError(f"teachers of type {config.model_type!r} have no host for windows; these have one: {known}")
+    reason = f" ({REFUSED[config.model_type]})" if config.model_type in REFUSED else ""
+    raise UserError(f"teachers of type {config.model_type!r} have no exact host{reason}; these have one: {known}")
 
 
 def takes_with_windows(config: PreTrainedConfig) -> bool:

@@ -18,6 +18,7 @@ from flashmorph.errors import UserError
 from flashmorph.hosts.checks import refuse_activation, refuse_rope, refuse_windows
 from flashmorph.hosts.host import LINEAR
 from flashmorph.hosts.kernels import dispatch_by_device
+from flashmorph.hosts.serving import READ, RUN, TRANSFORMERS, Engine
 from flashmorph.hosts.start import constant_row, fit_head_scales, mean_distance
 from flashmorph.plan import FULL
 
@@ -38,22 +39,42 @@ _GATE = 2.0
 _SURPLUS_DISTANCE = 0.25
 
 
+_SQUARE = "heads × head_dim = hidden size"
+
+
 class GraniteHybridHost:
     """Llama-shaped teachers in `GraniteMoeHybridForCausalLM` (`granitemoehybrid`), without experts."""
 
     name = "GraniteMoeHybridForCausalLM"
-    teachers: tuple[str, ...] = (
-        "granite",
-        "llama",
-        "ministral",
-        "mistral",
-        "phi3",
-        "qwen2",
-        "seed_oss",
-        "smollm3",
-    )
+    teachers: Mapping[str, str] = {
+        "llama": "Llama and what has its shape",
+        "mistral": "Mistral without a window (Nemo, Small, 7B from v0.2 on)",
+        "ministral": "Ministral with every layer full",
+        "qwen2": "Qwen2, Qwen2.5",
+        "seed_oss": "Seed-OSS",
+        "granite": "Granite (dense)",
+        "smollm3": "SmolLM3 with RoPE in every layer",
+        "phi3": "Phi-3, Phi-4 without a window, rotating whole heads",
+    }
     options: Mapping[str, str] = {FULL: "full_attention", LINEAR: "linear_attention"}
-    serves = "transformers, vLLM, SGLang, llama.cpp"
+    mixers: Mapping[str, str] = {FULL: "attention", LINEAR: "Mamba2"}
+    settings: Mapping[str, str] = {
+        "mamba_expand": "width of Mamba2 over the hidden size, 2 or 1: smaller layers with 1, llama.cpp only with 2"
+    }
+    serves: tuple[Engine, ...] = (
+        TRANSFORMERS,
+        Engine("vLLM", "0.33", READ, needs=_SQUARE, fits=lambda config: _is_square(config)),
+        Engine("SGLang", "0.5.23", READ, needs=_SQUARE, fits=lambda config: _is_square(config)),
+        Engine(
+            "llama.cpp",
+            "as in llama-cpp-python 0.3.36",
+            RUN,
+            takes="after converting, set granitehybrid.rope.scaling.finetuned to true (gguf_set_metadata.py)",
+            needs="mamba_expand 2 and a linear layer; not tried with biases, scaled rope or heads wider or narrower "
+            "than hidden size / heads",
+            fits=lambda config: _is_as_in_llama_cpp(config),
+        ),
+    )
     model_class: type[PreTrainedModel] = GraniteMoeHybridForCausalLM
     model_type = "granitemoehybrid"
     modelling = "transformers.models.granitemoehybrid.modeling_granitemoehybrid"
@@ -223,6 +244,15 @@ dispatch_by_device(GraniteHybridHost.modelling, GraniteHybridHost.kernels)
 
 def _head_dim(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _is_square(config: PreTrainedConfig) -> bool:
+    return config.num_attention_heads * _head_dim(config) == config.hidden_size
+
+
+def _is_as_in_llama_cpp(config: PreTrainedConfig) -> bool:
+    plain = config.rope_parameters["rope_type"] == "default" and not config.attention_bias
+    return plain and _is_square(config) and config.mamba_expand == 2 and "linear_attention" in config.layer_types
 
 
 def _has_bias(config: PreTrainedConfig) -> bool:

@@ -7,21 +7,27 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from flashmorph.hosts.serving import Engine
+
 LINEAR = "linear"
 
 
 class Host(Protocol):
     """One host architecture; the only place that knows names of model types, modules and weights.
 
-    `options` maps the options of a layer to the host's `layer_types` words; `serves` names what runs its checkpoints.
-    `kernels` are the functions of transformers' module `modelling` for which there are faster packages. Where
-    `branches_train` is false, its branches have no weights of their own, and there is nothing to align.
+    `teachers` maps their `model_type`s to what they are in words; `options` maps the options of a layer to the host's
+    `layer_types` words, `mixers` to what a layer is then. `settings` says in words what each setting of `host_config`
+    does; `serves` is what runs the checkpoints. `kernels` are the functions of transformers' module `modelling` for
+    which there are faster packages. Where `branches_train` is false, its branches have no weights of
+    their own, and there is nothing to align.
     """
 
     name: str
-    teachers: tuple[str, ...]
+    teachers: Mapping[str, str]
     options: Mapping[str, str]
-    serves: str
+    mixers: Mapping[str, str]
+    settings: Mapping[str, str]
+    serves: tuple[Engine, ...]
     model_class: type[PreTrainedModel]
     model_type: str
     modelling: str

@@ -18,6 +18,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 from flashmorph.hosts.checks import refuse_activation, refuse_rope, refuse_windows
 from flashmorph.hosts.host import LINEAR
 from flashmorph.hosts.kernels import dispatch_by_device
+from flashmorph.hosts.serving import READ, RUN, TRANSFORMERS, Engine, full_interval
 from flashmorph.hosts.start import constant_row, fit_head_scales, mean_distance, softplus_inverse
 from flashmorph.plan import FULL
 
@@ -33,13 +34,38 @@ _TAP = 0.1
 _GATE = 2.0
 
 
+VLLM = Engine("vLLM", "0.33", READ)
+SGLANG = Engine(
+    "SGLang",
+    "0.5.23",
+    READ,
+    needs="a full layer at regular intervals: it places them by full_attention_interval alone",
+    fits=lambda config: full_interval([_OPTIONS[word] for word in config.layer_types]) > 0,
+)
+_OPTIONS = {"full_attention": FULL, "linear_attention": LINEAR}
+
+
 class Qwen35Host:
     """Qwen3 (dense) in `Qwen3_5ForCausalLM` (`qwen3_5_text`)."""
 
     name = "Qwen3_5ForCausalLM"
-    teachers: tuple[str, ...] = ("qwen3",)
+    teachers: Mapping[str, str] = {"qwen3": "Qwen3 (dense)"}
     options: Mapping[str, str] = {FULL: "full_attention", LINEAR: "linear_attention"}
-    serves = "transformers, vLLM, llama.cpp; SGLang only for plans with a full layer at regular intervals"
+    mixers: Mapping[str, str] = {FULL: "gated attention", LINEAR: "Gated DeltaNet"}
+    settings: Mapping[str, str] = {}
+    serves: tuple[Engine, ...] = (
+        TRANSFORMERS,
+        VLLM,
+        Engine(
+            "llama.cpp",
+            "of September 2026 (pull request 28208); older ones misread irregular plans without a word",
+            RUN,
+            takes="convert with --no-mtp",
+            needs="at least one linear layer",
+            fits=lambda config: "linear_attention" in config.layer_types,
+        ),
+        SGLANG,
+    )
     model_class: type[PreTrainedModel] = Qwen3_5ForCausalLM
     mixer_class: type[nn.Module] = Qwen3_5GatedDeltaNet
     model_type = "qwen3_5_text"
@@ -115,8 +141,7 @@ class Qwen35Host:
         """A copy; periodic plans also carry `full_attention_interval`, which SGLang places layers by."""
         config = copy.deepcopy(config)
         config.layer_types = [self.options[option] for option in options]
-        interval = options.index(FULL) + 1 if FULL in options else 0
-        if interval and all((option == FULL) == ((place + 1) % interval == 0) for place, option in enumerate(options)):
+        if interval := full_interval(options):
             config.full_attention_interval = interval
         return config
 

@@ -3,6 +3,8 @@
 Qwen3.5 adds the output of an expert that all tokens share. Its down projection is zero at the start.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
@@ -10,7 +12,8 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeGated
 
 from flashmorph.errors import UserError
 from flashmorph.hosts.kernels import dispatch_by_device
-from flashmorph.hosts.qwen3_5 import Qwen35Host
+from flashmorph.hosts.qwen3_5 import SGLANG, VLLM, Qwen35Host
+from flashmorph.hosts.serving import TRANSFORMERS, Engine
 
 _EXPERTS = ("moe_intermediate_size", "num_experts", "num_experts_per_tok", "router_aux_loss_coef")
 _SHARED_WIDTH = 128
@@ -20,7 +23,8 @@ class Qwen35MoeHost(Qwen35Host):
     """Qwen3-MoE in `Qwen3_5MoeForCausalLM` (`qwen3_5_moe_text`)."""
 
     name = "Qwen3_5MoeForCausalLM"
-    teachers: tuple[str, ...] = ("qwen3_moe",)
+    teachers: Mapping[str, str] = {"qwen3_moe": "Qwen3-MoE, where the router normalises (norm_topk_prob)"}
+    serves: tuple[Engine, ...] = (TRANSFORMERS, VLLM, SGLANG)
     model_class: type[PreTrainedModel] = Qwen3_5MoeForCausalLM
     mixer_class: type[nn.Module] = Qwen3_5MoeGatedDeltaNet
     model_type = "qwen3_5_moe_text"

@@ -23,6 +23,7 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 
 from flashmorph.errors import UserError
 from flashmorph.hosts.checks import refuse_rope, refuse_windows
+from flashmorph.hosts.serving import READ, TRANSFORMERS, Engine
 from flashmorph.plan import FULL
 
 SLIDING = "sliding"
@@ -41,13 +42,15 @@ class WindowHost:
     modelling = ""
     kernels: tuple[str, ...] = ()
     branches_train = False
-    serves = "transformers"
+    mixers: Mapping[str, str] = {FULL: "attention", SLIDING: "sliding window"}
+    settings: Mapping[str, str] = {"window": "tokens that a switched layer sees, the token itself included"}
 
-    def __init__(self, model_class: type[PreTrainedModel], teachers: tuple[str, ...]):
+    def __init__(self, model_class: type[PreTrainedModel], teachers: Mapping[str, str], *engines: Engine):
         self.model_class = model_class
         self.name = model_class.__name__
         self.model_type = cast(Any, model_class.config_class).model_type
         self.teachers = teachers
+        self.serves = (TRANSFORMERS, *engines)
 
     def check(self, config: PreTrainedConfig) -> None:
         """Refuse windows that are there already, and what Ministral does not compute of a teacher of another class."""
@@ -142,9 +145,13 @@ class _Window(nn.Module):
             attention.sliding_window = None
 
 
+_VLLM = Engine("vLLM", "0.33", READ, "start it with --model-impl transformers: its own class ignores windows by layer")
 WINDOW_HOSTS = (
-    WindowHost(Qwen3ForCausalLM, ("qwen3",)),
-    WindowHost(Qwen2ForCausalLM, ("qwen2",)),
-    WindowHost(SmolLM3ForCausalLM, ("smollm3",)),
-    WindowHost(MinistralForCausalLM, ("ministral", "llama", "mistral")),
+    WindowHost(Qwen3ForCausalLM, {"qwen3": "Qwen3 (dense)"}, _VLLM),
+    WindowHost(Qwen2ForCausalLM, {"qwen2": "Qwen2 and 2.5"}),
+    WindowHost(SmolLM3ForCausalLM, {"smollm3": "SmolLM3, also with layers without RoPE"}),
+    WindowHost(
+        MinistralForCausalLM,
+        {"ministral": "Ministral", "llama": "Llama without biases", "mistral": "Mistral without a window of its own"},
+    ),
 )

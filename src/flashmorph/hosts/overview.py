@@ -1,0 +1,24 @@
+"""All hosts as one table: which teachers, which settings, what serves them, and who has none."""
+
+from typing import Any
+
+from flashmorph.hosts import HOSTS, WINDOW_HOSTS, host_settings
+from flashmorph.hosts.refused import REFUSED
+
+
+def overview() -> dict[str, Any]:
+    """What `flashmorph hosts --json` prints: `hosts`, and `refused` families with their reasons."""
+    hosts = [
+        {
+            "host": host.name,
+            "model_type": host.model_type,
+            "teachers": dict(host.teachers),
+            "options": {option: host.mixers[option] for option in host.options},
+            "settings": {
+                name: {"default": value, "about": host.settings[name]} for name, value in host_settings(host).items()
+            },
+            "serves": [engine.to_dict() for engine in host.serves],
+        }
+        for host in (*HOSTS, *WINDOW_HOSTS)
+    ]
+    return {"hosts": hosts, "refused": dict(REFUSED)}
