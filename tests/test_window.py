@@ -118,7 +118,7 @@ def test_the_whole_path_with_windows(teacher_folder, recipe_file, tmp_path, caps
     hybrid = AutoModelForCausalLM.from_pretrained(out)
     assert sorted(hybrid.config.layer_types) == ["full_attention", "sliding_attention"]
     assert hybrid.config.sliding_window == 16 and hybrid.config.model_type == "qwen3"
-    assert "□ sliding" in (out / "README.md").read_text()
+    assert "□ sliding window" in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_the_whole_path_with_windows(teacher_folder, recipe_file, tmp_path, caps
         ("qwen3: grouped", {}, 1, "host.window must be a number of tokens from 2"),
         ("qwen3: grouped", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, 8, "sliding"),
         ("llama: grouped", {"attention_bias": True}, 8, "the teacher has biases \\(attention_bias\\); Ministral"),
-        ("granite: grouped", {}, 8, "'granite' have no host for sliding windows; these have one: llama, ministral"),
+        ("granite: grouped", {}, 8, "'granite' have no host for windows; these have one: llama, ministral"),
     ],
 )
 def test_what_a_window_cannot_be_is_refused(name, changes, window, problem):
