@@ -49,8 +49,7 @@ class TokenClasses:
                   for when, mask in (("first", run == 0), ("repeated", run > 0))}  # fmt: skip
         masks |= {("completes a repeated n-gram of", _name(*ends)): _within(run, *ends) for ends in _RUNS}
         masks |= {
-            (f"how far back (n of {_COPY} and more)", _name(*ends)): _within(distance, *ends)
-            & (run >= _COPY)
+            (f"how far back (n of {_COPY} and more)", _name(*ends)): _within(distance, *ends) & (run >= _COPY)
             for ends in _DISTANCES
         }
         return cls({key: mask for key, mask in masks.items() if mask.any()}, sample)

@@ -61,11 +61,33 @@ def cache_bytes(config: PreTrainedConfig, context: int) -> int:
     Raises:
         UserError: the configuration is neither.
     """
+    return sum(cache_by_layer(config, context))
+
+
+def cache_by_layer(config: PreTrainedConfig, context: int) -> list[int]:
+    """`cache_bytes`, layer by layer."""
+    host, config, options = _layers(config)
+    return [host.cache_bytes(config, option, context) for option in options]
+
+
+def mixing_operations(config: PreTrainedConfig, context: int) -> int:
+    """Multiplications and additions of all mixers for one token that sees `context` tokens; see `Host`.
+
+    Raises:
+        UserError: the configuration is neither a host's nor a teacher's.
+    """
+    host, config, options = _layers(config)
+    return sum(host.mixing_operations(config, option, context) for option in options)
+
+
+def _layers(config: PreTrainedConfig) -> tuple[Host, PreTrainedConfig, list[str]]:
+    """The host, its configuration and the option of each layer."""
     if any(config.model_type in host.teachers for host in HOSTS):
-        config = host_for(config).host_config(config)
+        dtype, config = config.dtype, host_for(config).host_config(config)
+        config.dtype = dtype
     host = host_of(config)
     options = {word: option for option, word in host.options.items()}
-    return sum(host.cache_bytes(config, options[word], context) for word in config.layer_types)
+    return host, config, [options[word] for word in config.layer_types]
 
 
 def cache_by_context(config: PreTrainedConfig) -> dict[str, int]:
@@ -73,4 +95,15 @@ def cache_by_context(config: PreTrainedConfig) -> dict[str, int]:
     return {str(context): cache_bytes(config, context) for context in CACHE_CONTEXTS}
 
 
-__all__ = ["HOSTS", "LINEAR", "Host", "cache_by_context", "cache_bytes", "host_for", "host_of", "require_known"]
+__all__ = [
+    "HOSTS",
+    "LINEAR",
+    "Host",
+    "cache_by_context",
+    "cache_by_layer",
+    "cache_bytes",
+    "host_for",
+    "host_of",
+    "mixing_operations",
+    "require_known",
+]
