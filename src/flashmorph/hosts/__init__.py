@@ -103,11 +103,33 @@ def cache_bytes(config: PreTrainedConfig, context: int) -> int:
     Raises:
         UserError: the configuration is neither.
     """
+    return sum(cache_by_layer(config, context))
+
+
+def cache_by_layer(config: PreTrainedConfig, context: int) -> list[int]:
+    """`cache_bytes`, layer by layer."""
+    host, config, options = _layers(config)
+    return [host.cache_bytes(config, option, context) for option in options]
+
+
+def mixing_operations(config: PreTrainedConfig, context: int) -> int:
+    """Multiplications and additions of all mixers for one token that sees `context` tokens; see `Host`.
+
+    Raises:
+        UserError: the configuration is neither a host's nor a teacher's.
+    """
+    host, config, options = _layers(config)
+    return sum(host.mixing_operations(config, option, context) for option in options)
+
+
+def _layers(config: PreTrainedConfig) -> tuple[Host, PreTrainedConfig, list[str]]:
+    """The host, its configuration and the option of each layer."""
     if config.model_type not in {host.model_type for host in (*HOSTS, *WINDOW_HOSTS)}:
-        _, config = configure(config)
+        dtype, (_, config) = config.dtype, configure(config)
+        config.dtype = dtype
     host = host_of(config)
     options = {word: option for option, word in host.options.items()}
-    return sum(host.cache_bytes(config, options[word], context) for word in config.layer_types)
+    return host, config, [options[word] for word in config.layer_types]
 
 
 def cache_by_context(config: PreTrainedConfig) -> dict[str, int]:
@@ -122,11 +144,13 @@ __all__ = [
     "WINDOW_HOSTS",
     "Host",
     "cache_by_context",
+    "cache_by_layer",
     "cache_bytes",
     "configure",
     "host_for",
     "host_of",
     "host_settings",
+    "mixing_operations",
     "require_known",
     "takes_with_windows",
 ]

@@ -238,6 +238,14 @@ class GraniteHybridHost:
         convolved = inner + 2 * config.mamba_n_groups * config.mamba_d_state
         return convolved * config.mamba_d_conv * width + inner * config.mamba_d_state * _FLOAT32_BYTES
 
+    def mixing_operations(self, config: PreTrainedConfig, option: str, context: int) -> int:
+        """Scores and their weighted sum; or decay, write and query of the state, and the convolution."""
+        if option == FULL:
+            return 4 * config.num_attention_heads * _head_dim(config) * context
+        inner = config.mamba_n_heads * config.mamba_d_head
+        convolved = inner + 2 * config.mamba_n_groups * config.mamba_d_state
+        return 5 * inner * config.mamba_d_state + 2 * convolved * config.mamba_d_conv
+
 
 dispatch_by_device(GraniteHybridHost.modelling, GraniteHybridHost.kernels)
 

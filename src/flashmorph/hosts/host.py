@@ -83,3 +83,10 @@ class Host(Protocol):
     def cache_bytes(self, config: PreTrainedConfig, option: str, context: int) -> int:
         """Bytes of cache of one layer for one sequence of `context` tokens in the configuration's dtype."""
         ...
+
+    def mixing_operations(self, config: PreTrainedConfig, option: str, context: int) -> int:
+        """Multiplications and additions of one layer's mixer for one token that sees `context` tokens.
+
+        Those of its projections are not counted. At most linear in `context`.
+        """
+        ...

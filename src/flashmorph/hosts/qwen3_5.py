@@ -207,6 +207,15 @@ class Qwen35Host:
         state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
         return (2 * keys + values) * config.linear_conv_kernel_dim * width + state * _FLOAT32_BYTES
 
+    def mixing_operations(self, config: PreTrainedConfig, option: str, context: int) -> int:
+        """Scores and their weighted sum; or decay, read, write and query of the state, and the convolution."""
+        if option == FULL:
+            return 4 * config.num_attention_heads * config.head_dim * context
+        keys = config.linear_num_key_heads * config.linear_key_head_dim
+        values = config.linear_num_value_heads * config.linear_value_head_dim
+        state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
+        return 7 * state + 2 * (2 * keys + values) * config.linear_conv_kernel_dim
+
 
 dispatch_by_device(Qwen35Host.modelling, Qwen35Host.kernels)
 
