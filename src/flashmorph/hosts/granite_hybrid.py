@@ -16,7 +16,7 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import Grani
 
 from flashmorph.errors import UserError
 from flashmorph.hosts.checks import refuse_activation, refuse_rope, refuse_windows
-from flashmorph.hosts.host import LINEAR
+from flashmorph.hosts.host import LINEAR, head_dim_of
 from flashmorph.hosts.kernels import dispatch_by_device
 from flashmorph.hosts.serving import READ, RUN, TRANSFORMERS, Engine
 from flashmorph.hosts.start import constant_row, fit_head_scales, mean_distance
@@ -109,7 +109,7 @@ class GraniteHybridHost:
         """
         if mamba_expand not in (1, 2) or isinstance(mamba_expand, bool):
             raise UserError(f"host.mamba_expand must be 1 or 2; got {mamba_expand!r}")
-        head_dim, heads = _head_dim(teacher), teacher.num_attention_heads
+        head_dim, heads = head_dim_of(teacher), teacher.num_attention_heads
         inner = mamba_expand * teacher.hidden_size
         about = f"mamba_expand × hidden size = {mamba_expand} × {teacher.hidden_size:,}"
         if inner % head_dim:
@@ -142,7 +142,7 @@ class GraniteHybridHost:
     def host_state(self, teacher: PreTrainedModel) -> dict[str, torch.Tensor]:
         """The teacher's weights under the host's names, none of them changed; a bias that it lacks is zero."""
         config, state = teacher.config, dict(teacher.state_dict())
-        key_rows = config.num_key_value_heads * _head_dim(config)
+        key_rows = config.num_key_value_heads * head_dim_of(config)
         for layer in range(config.num_hidden_layers):
             mixer, mlp, shared = (f"model.layers.{layer}.{name}." for name in ("self_attn", "mlp", "shared_mlp"))
             if f"{mixer}qkv_proj.weight" in state:
@@ -233,7 +233,7 @@ class GraniteHybridHost:
         """Keys and values; or the convolution's inputs and the recurrent state, which is kept in float32."""
         width = torch.empty(0, dtype=cast(torch.dtype, config.dtype)).element_size()
         if option == FULL:
-            return 2 * config.num_key_value_heads * _head_dim(config) * context * width
+            return 2 * config.num_key_value_heads * head_dim_of(config) * context * width
         inner = config.mamba_n_heads * config.mamba_d_head
         convolved = inner + 2 * config.mamba_n_groups * config.mamba_d_state
         return convolved * config.mamba_d_conv * width + inner * config.mamba_d_state * _FLOAT32_BYTES
@@ -241,7 +241,7 @@ class GraniteHybridHost:
     def mixing_operations(self, config: PreTrainedConfig, option: str, context: int) -> int:
         """Scores and their weighted sum; or decay, write and query of the state, and the convolution."""
         if option == FULL:
-            return 4 * config.num_attention_heads * _head_dim(config) * context
+            return 4 * config.num_attention_heads * head_dim_of(config) * context
         inner = config.mamba_n_heads * config.mamba_d_head
         convolved = inner + 2 * config.mamba_n_groups * config.mamba_d_state
         return 5 * inner * config.mamba_d_state + 2 * convolved * config.mamba_d_conv
@@ -250,12 +250,8 @@ class GraniteHybridHost:
 dispatch_by_device(GraniteHybridHost.modelling, GraniteHybridHost.kernels)
 
 
-def _head_dim(config: PreTrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def _is_square(config: PreTrainedConfig) -> bool:
-    return config.num_attention_heads * _head_dim(config) == config.hidden_size
+    return config.num_attention_heads * head_dim_of(config) == config.hidden_size
 
 
 def _is_as_in_llama_cpp(config: PreTrainedConfig) -> bool:

@@ -90,3 +90,8 @@ class Host(Protocol):
         Those of its projections are not counted. At most linear in `context`.
         """
         ...
+
+
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """Width of an attention head; some families leave it to the hidden size."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

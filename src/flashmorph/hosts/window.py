@@ -23,6 +23,7 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 
 from flashmorph.errors import UserError
 from flashmorph.hosts.checks import refuse_rope, refuse_windows
+from flashmorph.hosts.host import head_dim_of
 from flashmorph.hosts.serving import READ, TRANSFORMERS, Engine
 from flashmorph.plan import FULL
 
@@ -115,18 +116,14 @@ class WindowHost:
     def cache_bytes(self, config: PreTrainedConfig, option: str, context: int) -> int:
         """Keys and values, of a window all but one token's: the newest is in the forward that reads them."""
         width = torch.empty(0, dtype=cast(torch.dtype, config.dtype)).element_size()
-        head_dim = _head_dim(config)
+        head_dim = head_dim_of(config)
         tokens = context if option == FULL else min(context, config.sliding_window - 1)
         return 2 * config.num_key_value_heads * head_dim * tokens * width
 
     def mixing_operations(self, config: PreTrainedConfig, option: str, context: int) -> int:
         """Scores and their weighted sum, over the window at most."""
         tokens = context if option == FULL else min(context, config.sliding_window)
-        return 4 * config.num_attention_heads * _head_dim(config) * tokens
-
-
-def _head_dim(config: PreTrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 4 * config.num_attention_heads * head_dim_of(config) * tokens
 
 
 class _Window(nn.Module):
