@@ -215,7 +215,8 @@ def test_hosts_lists_every_family_and_what_serves_it(capsys):
 
 
 def test_a_setting_of_the_host_reaches_the_checkpoint(capsys, tmp_path):
-    random_teacher("llama").save_pretrained(tmp_path / "llama")
+    random_teacher("llama: multi-head, linear").save_pretrained(tmp_path / "llama")
+    capsys.readouterr()
     options = ("transplant", tmp_path / "llama", "--output", tmp_path / "host", "--set")
     assert "must be 1 or 2" in refused(capsys, *options, "host.mamba_expand=3")
     assert "it has mamba_expand" in refused(capsys, *options, "host.expand=1")
