@@ -8,7 +8,9 @@ import pytest
 import torch
 import yaml
 from conftest import FEW_STEPS, run_command
+from families import FAMILIES, random_teacher
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, Gemma3TextConfig, Olmo2Config, Qwen2_5_VLConfig, Qwen2AudioConfig, T5Config
 from typer.main import get_command
 
 from flashmorph.cli import app
@@ -48,6 +50,55 @@ def test_teachers_that_cannot_be_read(capsys, tmp_path, teacher_folder):
     (unknown / "config.json").write_text(json.dumps({"model_type": "nothing_like_it"}))
     assert "cannot be read" in refused(capsys, "transplant", unknown, "--output", output)
     assert not output.exists()
+
+
+OTHER_KINDS = {
+    "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised (quantization_config)"),
+    "an encoder": (BertConfig(architectures=["BertForMaskedLM"]), "no causal language model but BertForMaskedLM"),
+    "an encoder without a head": ({"architectures": ["Qwen3Model"]}, "no causal language model but Qwen3Model"),
+    "a classifier": ({"architectures": ["Qwen3ForSequenceClassification"]}, "no causal language model"),
+    "an encoder-decoder": (T5Config(architectures=["T5ForConditionalGeneration"]), "no causal language model but T5"),
+    "vision and language": (
+        Qwen2_5_VLConfig(architectures=["Qwen2_5_VLForConditionalGeneration"]),
+        "a multimodal checkpoint (Qwen2_5_VLForConditionalGeneration, with vision_config)",
+    ),
+    "audio and language": (Qwen2AudioConfig(), "a multimodal checkpoint (qwen2_audio, with audio_config)"),
+    "remote code only": (
+        {
+            "model_type": "nobodys_own",
+            "architectures": ["NobodysForCausalLM"],
+            "auto_map": {"AutoConfig": "configuration.Config", "AutoModelForCausalLM": "modeling.Model"},
+        },
+        "needs modelling code of its own (NobodysForCausalLM",
+    ),
+    "OLMo2": (Olmo2Config(architectures=["Olmo2ForCausalLM"]), "no exact host (its norms stand behind attention"),
+    "Gemma3": (Gemma3TextConfig(architectures=["Gemma3ForCausalLM"]), "no exact host (it has norms before and behind"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+@pytest.mark.parametrize("command", ["morph", "transplant"])
+def test_teachers_of_other_kinds(capsys, monkeypatch, tmp_path, teacher_folder, kind, command):
+    monkeypatch.setattr("builtins.input", lambda *asked: pytest.fail("a question was asked"))
+    folder = broken_copy(teacher_folder, tmp_path / "other")
+    values, says = OTHER_KINDS[kind]
+    if isinstance(values, dict):
+        values = json.loads((folder / "config.json").read_text()) | values
+    else:
+        values = values.to_dict()
+    (folder / "config.json").write_text(json.dumps(values))
+    sentence = refused(capsys, command, folder, "--output", tmp_path / "out")
+    assert says in sentence
+    assert not (tmp_path / "out").exists()
+
+
+def test_code_beside_a_checkpoint_that_transformers_knows_is_not_run(tmp_path, teacher_folder):
+    folder = broken_copy(teacher_folder, tmp_path / "with_code")
+    (folder / "modeling.py").write_text("raise SystemExit('this was run')")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}))
+    assert run_command("transplant", folder, "--output", tmp_path / "host") == 0
+    assert "auto_map" not in json.loads((tmp_path / "host" / "config.json").read_text())
 
 
 def test_teachers_whose_parts_do_not_fit(capsys, tmp_path, teacher_folder):
@@ -146,6 +197,33 @@ def test_every_command_helps_with_an_example(capsys):
     for name in commands:
         assert run_command(name, "--help") == 0
         assert f"flashmorph {name}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_hosts_lists_every_family_and_what_serves_it(capsys):
+    assert run_command("hosts", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {family for host in found["hosts"] for family in host["teachers"]} == set(FAMILIES)
+    assert not {family for host in found["hosts"] for family in host["teachers"]} & set(found["refused"])
+    for host in found["hosts"]:
+        assert host["serves"][0]["name"] == "transformers"
+        assert all(engine["version"] and engine["known"] for engine in host["serves"])
+        assert all(setting["about"] for setting in host["settings"].values())
+    assert run_command("hosts") == 0
+    printed = capsys.readouterr().out
+    assert all(family in printed for family in (*FAMILIES, *found["refused"]))
+    assert "host.mamba_expand=2" in printed
+
+
+def test_a_setting_of_the_host_reaches_the_checkpoint(capsys, tmp_path):
+    random_teacher("llama: multi-head, linear").save_pretrained(tmp_path / "llama")
+    capsys.readouterr()
+    options = ("transplant", tmp_path / "llama", "--output", tmp_path / "host", "--set")
+    assert "must be 1 or 2" in refused(capsys, *options, "host.mamba_expand=3")
+    assert "it has mamba_expand" in refused(capsys, *options, "host.expand=1")
+    assert not (tmp_path / "host").exists()
+    assert "settings of the host only" in refused(capsys, *options, "budget=1")
+    assert run_command(*options, "host.mamba_expand=1") == 0
+    assert json.loads((tmp_path / "host" / "config.json").read_text())["mamba_expand"] == 1
 
 
 def test_env_names_versions_device_and_kernels(capsys):

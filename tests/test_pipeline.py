@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FEW_STEPS, run_command
+from conftest import FEW_STEPS, run_command, tiny_tokenizer
+from families import random_teacher
 from safetensors.torch import load_file
 
 import flashmorph
@@ -78,6 +79,31 @@ except ImportError:
         for _ in range(8):
             row = torch.cat([row, model(row, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(row[:, : generated.shape[1]], generated)
+
+
+def test_another_host_goes_the_same_way_and_its_settings_make_other_stages(tmp_path, recipe_file, capsys):
+    teacher, output, tokenizer = tmp_path / "granite", tmp_path / "out", tiny_tokenizer()
+    random_teacher("granite", vocab_size=len(tokenizer)).to(torch.bfloat16).save_pretrained(teacher)
+    tokenizer.save_pretrained(teacher)
+    options = ("--recipe", recipe_file, "--output", output, "--set", "baseline=null", "--set", "extend=null")
+    assert run_command("morph", teacher, *options) == 0
+    config = json.loads((output / "config.json").read_text())
+    assert (config["model_type"], config["mamba_expand"]) == ("granitemoehybrid", 2)
+    assert sorted(config["layer_types"]) == ["attention", "mamba"]
+    card = (output / "README.md").read_text()
+    assert "| vLLM | 0.33 (read in its source, not run) |" in card and "gguf_set_metadata.py" in card
+    capsys.readouterr()
+    assert run_command("evaluate", teacher, output, "--recipe", recipe_file, "--json") == 0
+    figures, results = json.loads(capsys.readouterr().out), json.loads((output / "results.json").read_text())
+    for model, name in ((teacher, "teacher"), (output, "hybrid")):
+        assert figures[str(model)]["perplexity"] == pytest.approx(results[name]["perplexity"], rel=1e-4)
+        assert figures[str(model)]["cache_bytes"] == results[name]["cache_bytes"]
+    assert run_command("align", teacher, *options, "--set", "host.mamba_expand=1") == 0
+    assert "transplant: settings or inputs differ from transplant-" in capsys.readouterr().out
+    expands = [
+        json.loads(path.read_text())["mamba_expand"] for path in output.glob("stages/transplant-*/model/config.json")
+    ]
+    assert sorted(expands) == [1, 2]
 
 
 def test_the_same_command_again_finds_everything_done(finished, teacher_folder, recipe_file, capsys):

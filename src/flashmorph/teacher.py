@@ -8,12 +8,22 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from flashmorph.errors import UserError
+from flashmorph.files import read_json
 from flashmorph.hosts import host_for, takes_with_windows
 
 EMBEDDED = ("tiny",)
+_QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+_SENSES = ("vision", "visual", "audio", "vision_tower", "speech", "vit")
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
@@ -80,17 +90,44 @@ def load_config(folder: Path):
     """The configuration in `folder`.
 
     Raises:
-        UserError: none there, not readable, of an unknown kind, or quantised.
+        UserError: none there, not readable, of an unknown kind, quantised, or not of a causal language model alone.
     """
-    if not (folder / "config.json").is_file():
+    path = folder / "config.json"
+    if not path.is_file():
         raise UserError(f"{folder} has no config.json: it is no Hugging Face checkpoint")
+    _refuse_other_kinds(folder, read_json(path))
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read: {_first_line(error)}") from error
-    if getattr(config, "quantization_config", None):
-        raise UserError(f"{folder} is quantised; give the checkpoint it was made from")
-    return config
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {_first_line(error)}") from error
+
+
+def _refuse_other_kinds(folder: Path, values: Any) -> None:
+    """Say of a config.json what transformers would say late, in many lines, or with a question.
+
+    Raises:
+        UserError: names what the checkpoint is, and what to give instead.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{folder / 'config.json'} cannot be read: it is no JSON object")
+    quantised = [name for name in ("quantization_config", "compression_config") if values.get(name)]
+    quantised += [name for name in _QUANTISED if (folder / name).is_file()]
+    if quantised:
+        raise UserError(f"{folder} is quantised ({quantised[0]}); give the checkpoint it was made from")
+    made_for = ", ".join(values.get("architectures") or []) or str(values.get("model_type"))
+    parts = [name for name in values if name.endswith("_config") and name.removesuffix("_config") in _SENSES]
+    if parts:
+        raise UserError(
+            f"{folder} is a multimodal checkpoint ({made_for}, with {parts[0]}); give a language model without it"
+        )
+    if values.get("auto_map") and values.get("model_type") not in CONFIG_MAPPING:
+        raise UserError(
+            f"{folder} needs modelling code of its own ({made_for}, auto_map in its config.json), which is not run; "
+            "give a teacher of an architecture that transformers has"
+        )
+    names = values.get("architectures") or ["ForCausalLM"]
+    if values.get("is_encoder_decoder") or not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+        raise UserError(f"{folder} is no causal language model but {made_for}; give a decoder with its language head")
 
 
 def load_model(folder: Path, dtype: torch.dtype | str, device: torch.device | None = None) -> PreTrainedModel:
@@ -102,7 +139,7 @@ def load_model(folder: Path, dtype: torch.dtype | str, device: torch.device | No
     require_safetensors(folder)
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
         model, info = opened
     except Exception as error:

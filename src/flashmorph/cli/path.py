@@ -29,6 +29,7 @@ from flashmorph.cli.options import (
     quiet,
     recipe_of,
 )
+from flashmorph.errors import UserError
 
 
 @app.command()
@@ -110,13 +111,17 @@ def transplant(
     from flashmorph.pipeline import move_proven
     from flashmorph.progress import silent
     from flashmorph.publish import claim_empty, save_model
+    from flashmorph.recipe import parse_changes
     from flashmorph.teacher import load_config, open_teacher
 
     quiet()
     claim_empty(output)
     source = open_teacher(teacher)
     source.tokenizer()
-    settings = recipe_of(Options(teacher, output, changes=changes)).host
+    given = parse_changes(changes or [])
+    if other := [key for key in given if not key.startswith("host.")]:
+        raise UserError(f"--set {other[0]}: transplant has settings of the host only, --set host.NAME=VALUE")
+    settings = {key.removeprefix("host."): value for key, value in given.items()}
     configure(load_config(source.folder), settings)
     with ERR.status(f"moving {teacher}"):
         model, record = move_proven(source, settings, pick_device(device), silent)
