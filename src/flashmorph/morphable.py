@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from flashmorph.hosts import LINEAR, Host, host_of
+from flashmorph.hosts import LINEAR, Host, host_of, layer_space
 from flashmorph.move import empty_model
 from flashmorph.plan import FULL, Budget, Plan, Space
 
@@ -96,12 +95,7 @@ class Morphable(nn.Module):
 
     def space(self, budget: Budget) -> Space:
         """The space of plans, its cost in the budget's resource."""
-        if budget.resource != "kv":
-            return Space.of_layers(len(self.layers), self.options)
-        config = self.model.config
-        row = [float(self.host.cache_bytes(config, option, budget.context or 0)) for option in self.options]
-        space = Space.of_layers(len(self.layers), self.options)
-        return Space(space.groups, space.options, np.tile(row, (len(self.layers), 1)))
+        return layer_space(self.host, self.model.config, budget, self.options)
 
     def forward(self, input_ids: torch.Tensor, gates: torch.Tensor | None = None) -> torch.Tensor:
         """Last hidden states `[batch, time, width]` under `gates` `[groups, options]` (the teacher's without).

@@ -122,7 +122,7 @@ def run_align(run: Run, host: Stage) -> Stage:
         errors = alignment_errors(morphable, calibration(run, rows))
         save_file(morphable.branch_state(), folder / "branches.safetensors")
         summary = f"relative error by layer {_listed(start)} at the start, {_listed(errors)} now"
-        tokens = settings.steps * settings.batch_rows * settings.length
+        tokens = settings.tokens_run
         return {"errors_at_start": start, "errors": errors, "tokens": tokens, "summary": summary}
 
     wanted = {**training_settings(run, settings), "calibration_rows": run.recipe.calibration_rows}
@@ -205,7 +205,7 @@ def run_distill(run: Run, host: Stage, built: Stage, label: str) -> Stage:
         student, teacher = open_stage(run, built), open_host(run, host)
         distill(student, teacher, rows, settings, folder, run.recipe.seed, run.bf16, report)
         save_model(student, folder / "model", built.folder / "model")
-        return {"tokens": settings.steps * settings.batch_rows * settings.length, "summary": _last_loss(folder, "KL")}
+        return {"tokens": settings.tokens_run, "summary": _last_loss(folder, "KL")}
 
     about = f"{label}{settings.tokens:,} tokens of length {settings.length:,}"
     return run.stage("distill", about, training_settings(run, settings), [built.digest], work)
@@ -221,7 +221,7 @@ def run_extend(run: Run, distilled: Stage, label: str) -> Stage:
         model = open_stage(run, distilled)
         extend(model, rows, settings, folder, run.recipe.seed, run.bf16, report)
         save_model(model, folder / "model", distilled.folder / "model")
-        return {"tokens": settings.steps * settings.batch_rows * settings.length, "summary": _last_loss(folder, "loss")}
+        return {"tokens": settings.tokens_run, "summary": _last_loss(folder, "loss")}
 
     about = f"{label}{settings.tokens:,} tokens of length {settings.length:,}"
     return run.stage("extend", about, training_settings(run, settings), [distilled.digest], work)

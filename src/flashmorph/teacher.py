@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmorph.errors import UserError
@@ -72,6 +72,19 @@ def locate(name: str) -> tuple[Path, str, str]:
         raise UserError(f"there is no folder {name!r}: give a folder with config.json and safetensors, or a hub name")
     folder = _download(name)
     return folder, folder.name, ""
+
+
+def open_config(name: str):
+    """The configuration of a teacher that has an exact host, without its weights: of a model of the hub, config.json
+    alone is fetched, and a local folder needs no more.
+
+    Raises:
+        UserError: nothing there, not readable, or no exact host.
+    """
+    local = name in EMBEDDED or Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    config = load_config(locate(name)[0] if local else _fetch_config(name))
+    host_for(config)
+    return config
 
 
 def load_config(folder: Path):
@@ -145,11 +158,23 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(_FILES)))
     except Exception as error:
-        embedded = ", ".join(EMBEDDED)
-        raise UserError(
-            f"there is no teacher {name!r}: it is no folder here, not embedded ({embedded}), and the hub says: "
-            f"{_first_line(error)}"
-        ) from error
+        raise _not_on_the_hub(name, error) from error
+
+
+def _fetch_config(name: str) -> Path:
+    """The folder of config.json, fetched alone."""
+    try:
+        return Path(hf_hub_download(name, "config.json")).parent
+    except Exception as error:
+        raise _not_on_the_hub(name, error) from error
+
+
+def _not_on_the_hub(name: str, error: Exception) -> UserError:
+    embedded = ", ".join(EMBEDDED)
+    return UserError(
+        f"there is no teacher {name!r}: it is no folder here, not embedded ({embedded}), and the hub says: "
+        f"{_first_line(error)}"
+    )
 
 
 def _digest(folder: Path) -> str:

@@ -3,11 +3,13 @@
 A new family of teachers is one file with one class and one line in `HOSTS`.
 """
 
+import numpy as np
 from transformers import PreTrainedConfig
 
 from flashmorph.errors import UserError
-from flashmorph.hosts.host import LINEAR, Host
+from flashmorph.hosts.host import FEED_FORWARD, LINEAR, Host, Products
 from flashmorph.hosts.qwen3_5 import Qwen35Host
+from flashmorph.plan import FULL, Budget, Space
 
 HOSTS: tuple[Host, ...] = (Qwen35Host(),)
 CACHE_CONTEXTS = (512, 8192, 131072)
@@ -53,9 +55,31 @@ def cache_bytes(config: PreTrainedConfig, context: int) -> int:
     return sum(host.cache_bytes(config, options[word], context) for word in config.layer_types)
 
 
+def layer_space(
+    host: Host, config: PreTrainedConfig, budget: Budget, options: tuple[str, ...] = (FULL, LINEAR)
+) -> Space:
+    """The space of plans for a host's configuration, its cost in the budget's resource."""
+    space = Space.of_layers(config.num_hidden_layers, options)
+    if budget.resource != "kv":
+        return space
+    row = [float(host.cache_bytes(config, option, budget.context or 0)) for option in options]
+    return Space(space.groups, space.options, np.tile(row, (len(space.groups), 1)))
+
+
 def cache_by_context(config: PreTrainedConfig) -> dict[str, int]:
     """`cache_bytes` at each of `CACHE_CONTEXTS`, the context as text, as it stands in results.json."""
     return {str(context): cache_bytes(config, context) for context in CACHE_CONTEXTS}
 
 
-__all__ = ["HOSTS", "LINEAR", "Host", "cache_by_context", "cache_bytes", "host_for", "host_of"]
+__all__ = [
+    "FEED_FORWARD",
+    "HOSTS",
+    "LINEAR",
+    "Host",
+    "Products",
+    "cache_by_context",
+    "cache_bytes",
+    "host_for",
+    "host_of",
+    "layer_space",
+]

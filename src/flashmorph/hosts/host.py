@@ -1,13 +1,29 @@
 """What a host is: a stock hybrid architecture that a teacher can be moved into without changing what it computes."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 LINEAR = "linear"
+FEED_FORWARD = "feed-forward"
+"""The part of a decoder layer that is not its mixer, for `Host.flops_per_token`."""
+
+
+class Products(NamedTuple):
+    """Matrix products that one part of a decoder layer does for each token; a multiply-add counts as two.
+
+    `kind` says what a backward adds to them: `input` multiplies the part's own input by weights, `weights` something
+    computed by weights, `state` two computed things; `scores` is a `state` of which causal attention needs one half.
+    `formula` is how `flops` came about, in the names of the configuration.
+    """
+
+    name: str
+    kind: Literal["input", "weights", "state", "scores"]
+    formula: str
+    flops: float
 
 
 class Host(Protocol):
@@ -61,4 +77,13 @@ class Host(Protocol):
 
     def cache_bytes(self, config: PreTrainedConfig, option: str, context: int) -> int:
         """Bytes of cache of one layer for one sequence of `context` tokens in the configuration's dtype."""
+        ...
+
+    def flops_per_token(self, config: PreTrainedConfig, part: str, context: int) -> list[Products]:
+        """What a forward of one decoder layer does for each token of a sequence of `context` tokens.
+
+        `part` is one of `options`, for that mixer, or `FEED_FORWARD`. Counted as
+        `torch.utils.flop_counter.FlopCounterMode` counts eager attention and PyTorch's reference of the linear mixer:
+        all of the scores, also those above the diagonal.
+        """
         ...

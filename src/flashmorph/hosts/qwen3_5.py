@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Qwen3_5ForCausalLM, 
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5Attention, Qwen3_5GatedDeltaNet
 
 from flashmorph.errors import UserError
-from flashmorph.hosts.host import LINEAR
+from flashmorph.hosts.host import FEED_FORWARD, LINEAR, Products
 from flashmorph.hosts.kernels import dispatch_by_device
 from flashmorph.plan import FULL
 
@@ -40,6 +40,7 @@ _READERS = {
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
 }
 _CONVOLUTION = 4
+_CHUNK = 64
 _FLOAT32_BYTES = 4
 _TAP = 0.1
 _GATE = 2.0
@@ -180,6 +181,35 @@ class Qwen35Host:
         values = config.linear_num_value_heads * config.linear_value_head_dim
         state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
         return (2 * keys + values) * config.linear_conv_kernel_dim * width + state * _FLOAT32_BYTES
+
+    def flops_per_token(self, config: PreTrainedConfig, part: str, context: int) -> list[Products]:
+        """Gated attention; Gated DeltaNet in chunks of 64 (arXiv 2412.06464, section 3.3); a gated feed-forward."""
+        width, head_dim = config.hidden_size, config.head_dim
+        if part == FEED_FORWARD:
+            flops = 6 * width * config.intermediate_size
+            return [Products("gate, up, down", "weights", "6 · hidden · intermediate", flops)]
+        if part == FULL:
+            heads, groups = config.num_attention_heads, config.num_key_value_heads
+            into = 2 * width * (2 * heads + 2 * groups) * head_dim
+            return [
+                Products("q, gate, k, v", "input", "2 · hidden · (2 · heads + 2 · kv_heads) · head_dim", into),
+                Products("scores, values", "scores", "4 · context · heads · head_dim", 4 * context * heads * head_dim),
+                Products("out", "weights", "2 · heads · head_dim · hidden", 2 * heads * head_dim * width),
+            ]
+        key, value, heads = config.linear_key_head_dim, config.linear_value_head_dim, config.linear_num_value_heads
+        keys, values = key * config.linear_num_key_heads, value * heads
+        mixed = 2 * keys + values
+        padded = math.ceil(context / _CHUNK) * _CHUNK / context
+        into = 2 * width * (mixed + values + 2 * heads)
+        rule = padded * heads * (6 * key * value + _CHUNK * (4 * key + 2 * value))
+        rule_formula = f"heads · (6 · key_dim · value_dim + {_CHUNK} · (4 · key_dim + 2 · value_dim))"
+        convolution = 2 * config.linear_conv_kernel_dim * mixed
+        return [
+            Products("q, k, v, z, a, b", "input", "2 · hidden · (2 · keys + 2 · values + 2 · heads)", into),
+            Products("convolution", "weights", "2 · kernel · (2 · keys + values)", convolution),
+            Products("delta rule", "state", rule_formula, rule),
+            Products("out", "weights", "2 · values · hidden", 2 * values * width),
+        ]
 
 
 def _exact_factor(weight: torch.Tensor) -> torch.Tensor:

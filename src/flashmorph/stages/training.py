@@ -51,6 +51,18 @@ class TrainSettings(BaseModel):
         """Rows in a step."""
         return max(1, self.batch_tokens // self.length)
 
+    @property
+    def tokens_run(self) -> int:
+        """Tokens in all steps: `tokens` less what does not fill a step."""
+        return self.rows * self.length
+
+    @property
+    def accumulation(self) -> int:
+        """Parts of equal size that a step is run in, so that each fits `micro_batch_tokens`."""
+        micro_rows = max(1, (self.micro_batch_tokens or self.batch_tokens) // self.length)
+        parts = (parts for parts in range(1, self.batch_rows + 1) if self.batch_rows % parts == 0)
+        return next(number for number in parts if self.batch_rows // number <= micro_rows)
+
 
 class StageTrainer(Trainer):
     """Trainer that saves what it trains, and nothing else.
@@ -99,14 +111,11 @@ def train(
         UserError: the loss is not finite.
     """
     device = next(model.parameters()).device
-    micro_rows = max(1, (settings.micro_batch_tokens or settings.batch_tokens) // settings.length)
-    parts = [parts for parts in range(1, settings.batch_rows + 1) if settings.batch_rows % parts == 0]
-    accumulation = next(number for number in parts if settings.batch_rows // number <= micro_rows)
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_rows // accumulation,
-        gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=settings.batch_rows // settings.accumulation,
+        gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr": min(settings.final_learning_rate, settings.learning_rate)},
