@@ -71,6 +71,13 @@ class Host(Protocol):
         """The mixer's output `[batch, time, width]`, given what the decoder layer passes to its attention."""
         ...
 
+    def takes_boundaries(self, device: torch.device) -> bool:
+        """Whether the mixers keep documents in one row apart on this device, given `packing.marked`'s arguments.
+
+        Where they do not, rows are cut at the boundaries.
+        """
+        ...
+
     def initialise(self, branch: Any, attention: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
         """Start a linear branch from the attention's weights and from its input `[batch, time, width]`."""
         ...

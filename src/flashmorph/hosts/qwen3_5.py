@@ -17,7 +17,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5Attention, Qwen3
 
 from flashmorph.errors import UserError
 from flashmorph.hosts.host import FEED_FORWARD, LINEAR, Products
-from flashmorph.hosts.kernels import dispatch_by_device
+from flashmorph.hosts.kernels import REFERENCE, convolve_apart, dispatch_by_device, implementation_in_use
 from flashmorph.plan import FULL
 
 MODELLING = "transformers.models.qwen3_5.modeling_qwen3_5"
@@ -27,7 +27,7 @@ KERNELS = (
     "causal_conv1d_fn",
     "causal_conv1d_update",
 )
-dispatch_by_device(MODELLING, KERNELS)
+dispatch_by_device(MODELLING, KERNELS, apart={"causal_conv1d_fn": convolve_apart})
 
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 _SAME = (
@@ -39,6 +39,7 @@ _READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
 }
+_BOUNDARIES = ("cu_seq_lens_q", "seq_idx")
 _CONVOLUTION = 4
 _CHUNK = 64
 _FLOAT32_BYTES = 4
@@ -129,8 +130,15 @@ class Qwen35Host:
         return Qwen3_5GatedDeltaNet(cast(Any, config), layer)
 
     def run_branch(self, branch: Any, option: str, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-        """Attention gets everything its decoder layer passes; Gated DeltaNet only the hidden states."""
-        return branch(hidden_states=hidden, **arguments)[0] if option == FULL else branch(hidden_states=hidden)
+        """Attention gets everything its decoder layer passes; Gated DeltaNet where documents begin, if anything."""
+        if option == FULL:
+            return branch(hidden_states=hidden, **arguments)[0]
+        boundaries = {name: arguments[name] for name in _BOUNDARIES if name in arguments}
+        return branch(hidden_states=hidden, **boundaries)
+
+    def takes_boundaries(self, device: torch.device) -> bool:
+        """Where the delta rule's kernel runs; the convolution can do with PyTorch."""
+        return device.type == "cuda" and implementation_in_use(MODELLING, KERNELS[0]) != REFERENCE
 
     @torch.no_grad()
     def initialise(

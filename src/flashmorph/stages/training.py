@@ -30,6 +30,7 @@ class TrainSettings(BaseModel):
     batch_tokens: int = Field(gt=0, description="tokens in a step, over all devices")
     micro_batch_tokens: int | None = Field(default=None, gt=0, description="tokens at once on one device")
     retrieval_share: float = Field(default=0.0, ge=0, le=1, description="share of rows that are retrieval questions")
+    isolate_documents: bool = Field(default=True, description="documents in one row do not see each other")
     learning_rate: float = Field(gt=0)
     final_learning_rate: float = Field(default=1e-5, ge=0)
     warmup_steps: int = Field(default=50, ge=0)
@@ -105,7 +106,8 @@ def train(
 ) -> None:
     """Train `model` in place, from the last whole checkpoint in `folder` on if there is one.
 
-    `model(input_ids)` returns `{"loss": ...}`. The log is `folder/log.jsonl`, one line a step.
+    `model(input_ids)` returns `{"loss": ...}`; where documents are isolated and a row has several, `starts`
+    `[batch, time]` tells it the first token of each. The log is `folder/log.jsonl`, one line a step.
 
     Raises:
         UserError: the loss is not finite.
@@ -140,7 +142,7 @@ def train(
         model=model,
         args=arguments,
         train_dataset=rows,
-        data_collator=lambda batch: {"input_ids": torch.tensor([row["input_ids"] for row in batch])},
+        data_collator=lambda batch: collate(batch, settings.isolate_documents),
         callbacks=[*callbacks, _Keeper(folder, report)],
     )
     trainer.remove_callback(PrinterCallback)
@@ -149,6 +151,20 @@ def train(
         trainer._load_from_checkpoint(checkpoint)
         return
     trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def collate(batch: Sequence[dict[str, list[int]]], isolate: bool = True) -> dict[str, torch.Tensor]:
+    """Rows as `input_ids` `[batch, time]`.
+
+    With `starts` `[batch, time]`, True at first tokens, if documents are to be kept apart and a row has several.
+    """
+    ids = torch.tensor([row["input_ids"] for row in batch])
+    if not isolate or all(len(row["starts"]) == 1 for row in batch):
+        return {"input_ids": ids}
+    starts = torch.zeros_like(ids, dtype=torch.bool)
+    for number, row in enumerate(batch):
+        starts[number, row["starts"]] = True
+    return {"input_ids": ids, "starts": starts}
 
 
 def last_checkpoint(folder: Path) -> str | None:
