@@ -1,5 +1,8 @@
 """Documents in one row are kept apart: in attention, linear state and convolution, in every stage that trains."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import transformers.models.qwen3_5.modeling_qwen3_5 as modelling
@@ -12,6 +15,7 @@ from flashmorph.move import transplant
 from flashmorph.packing import Packed, apart, cut, how_apart, marked
 from flashmorph.plan import Budget
 from flashmorph.recipe import load_recipe
+from flashmorph.rundata import training_settings
 from flashmorph.stages import AlignSettings, collate
 from flashmorph.stages.align import AlignmentLoss
 from flashmorph.stages.distill import DistillationLoss
@@ -55,9 +59,9 @@ def hybrid(*full: str):
     return morphable.instantiate(morphable.space(budget).plan(full, budget)).requires_grad_(False)
 
 
-def in_place(batches: list[Packed], places: list[Packed], values: list[torch.Tensor]) -> torch.Tensor:
+def in_place(places: list[Packed], values: list[torch.Tensor]) -> torch.Tensor:
     """`values` of each batch's tokens, `[tokens, width]`, where the tokens stood: `[rows, LENGTH, width]`."""
-    found = torch.full((2 * LENGTH, values[0].shape[-1]), torch.nan)
+    found = values[0].new_full((2 * LENGTH, values[0].shape[-1]), torch.nan)
     for place, value in zip(places, values, strict=True):
         found[place.tokens(place.input_ids[..., None])[:, 0]] = value
     return found.view(2, LENGTH, -1)
@@ -70,7 +74,9 @@ def run_apart(decoder, ids: torch.Tensor, starts: torch.Tensor | None, way=None)
         return way(values, starts) if way else apart(values, starts, HOSTS[0])
 
     found = batches(ids)
-    return in_place(found, batches(torch.arange(ids.numel()).view_as(ids)), [each.run(decoder) for each in found])
+    return in_place(
+        batches(torch.arange(ids.numel(), device=ids.device).view_as(ids)), [each.run(decoder) for each in found]
+    )
 
 
 def branch_outputs(ids: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
@@ -88,7 +94,7 @@ def branch_outputs(ids: torch.Tensor, starts: torch.Tensor | None) -> torch.Tens
         ):
             morphable(each.input_ids, boundaries=each.boundaries)
         found.append(torch.cat([each.tokens(output) for output in outputs], 1))
-    return in_place(batches, places, found)
+    return in_place(places, found)
 
 
 def planted(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,7 +173,7 @@ def test_gradients_do_not_cross_a_boundary():
     model.model.embed_tokens.register_forward_hook(lambda *_: embedded_part[0])
     embedded_part = [None]
     total = 0
-    places = cut(torch.arange(ids.numel()).view_as(ids), starts)
+    places = cut(torch.arange(ids.numel(), device=ids.device).view_as(ids), starts)
     for each, place in zip(cut(ids, starts), places, strict=True):
         embedded_part[0] = embedded.flatten(0, 1)[place.input_ids]
         inside = (place.tokens(place.input_ids[..., None])[:, 0] >= 7) & (
@@ -274,6 +280,13 @@ def test_the_convolution_of_packed_rows_is_that_of_each_document(time, bias):
             alone = hidden[row : row + 1, :, seq_idx[row] == number]
             expected = modelling.causal_conv1d_fn(alone, weight, added, activation="silu")
             torch.testing.assert_close(found[row : row + 1, :, seq_idx[row] == number], expected)
+
+
+def test_what_was_trained_without_isolation_keeps_its_digest():
+    run: Any = SimpleNamespace(recipe=load_recipe("default"), bf16=True)
+    on, off = (AlignSettings(isolate_documents=isolate) for isolate in (True, False))
+    assert training_settings(run, on)["train"] == {**off.model_dump(mode="json"), "isolate_documents": True}
+    assert "isolate_documents" not in training_settings(run, off)["train"]
 
 
 def test_demo_trains_on_rows_as_when_it_was_measured_and_default_on_documents_apart():

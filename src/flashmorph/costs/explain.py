@@ -78,7 +78,7 @@ def explain(found: Estimate) -> Iterator[str]:
             yield f"  {part:<12} {product.name:<20} {product.formula} = {product.flops:,.0f}"
     yield (
         "  Counted as on eager attention, with all scores. Causal kernels leave out those above the diagonal: half of "
-        "`scores, values`,\n  which is what hours take. The delta rule works in chunks of 64 tokens. "
+        "`scores, values`,\n  which is what hours take. Rows count as one document each. The delta rule works in chunks of 64 tokens. "
         f"Head: 2 · hidden · vocabulary = {model.head:,.0f}."
     )
     yield "\nFLOPs of each stage = tokens · sum (with the causal half in brackets):"
