@@ -331,3 +331,24 @@ def test_a_folder_called_demo_does_not_change_the_demo_text(tmp_path, monkeypatc
     expected = [len(text) for text in Corpus().documents("train", 0)]
     monkeypatch.chdir(tmp_path)
     assert [len(text) for text in Corpus().documents("train", 0)] == expected
+
+
+def test_rows_tell_where_documents_begin(corpus, tokenizer, tmp_path):
+    """A document is what stands from one start to the next, across rows; ids are those of the text alone."""
+    rows = pack(corpus, tokenizer, "train", 40, 30, 0, tmp_path / "rows.npy")
+    end = tokenizer.eos_token_id
+    before = None
+    for number in range(len(rows)):
+        ids, starts = rows[number]["input_ids"], rows[number]["starts"]
+        assert max(ids) < len(tokenizer) and starts[0] == 0
+        assert starts[1:] == [place + 1 for place, token in enumerate(ids[:-1]) if token == end]
+        before = ids if before is None else before + ids
+    assert tokenizer.decode(before).startswith("Document")
+
+
+def test_other_rows_are_single_documents(corpus, tokenizer, tmp_path):
+    question = [tokenizer.eos_token_id] * 40
+    rows = pack(corpus, tokenizer, "train", 40, 4, 0, tmp_path / "rows.npy", others=[question, question])
+    found = [rows[number] for number in range(4)]
+    assert [row["starts"] for row in found if row["input_ids"] == question] == [[0], [0]]
+    assert any(len(row["starts"]) > 1 for row in found)

@@ -5,8 +5,11 @@ import json
 import pytest
 import torch
 from conftest import run_command
+from test_packing import hybrid, packed_rows, planted, run_apart
 
 from flashmorph.environment import describe
+from flashmorph.hosts import HOSTS
+from flashmorph.packing import cut, marked
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,3 +40,20 @@ def test_cuda_reaches_the_same_recall(on_both):
 def test_the_fast_kernels_are_used_where_they_are_installed():
     pytest.importorskip("fla")
     assert describe()["torch_chunk_gated_delta_rule"].startswith("fla.")
+
+
+@pytest.mark.parametrize("full", [("layers.0",), ("layers.1",)])
+@torch.no_grad()
+def test_kernels_keep_documents_apart(full):
+    """With the boundaries that kernels take: nothing leaks, and the result is that of single documents."""
+    device = torch.device("cuda")
+    if not HOSTS[0].takes_boundaries(device):
+        pytest.skip("needs flash-linear-attention")
+    decoder = hybrid(*full).to(device).model
+    starts = packed_rows()[1].to(device)
+    before, after = (run_apart(decoder, ids.to(device), starts, way=lambda *rows: [marked(*rows)]) for ids in planted())
+    moved = (before != after).any(-1)
+    assert moved[0, 12:75].any()
+    assert not moved[0, :12].any() and not moved[0, 75:].any() and not moved[1].any()
+    expected = run_apart(decoder, packed_rows()[0].to(device), starts, way=cut)
+    torch.testing.assert_close(before, expected, rtol=2e-2, atol=2e-2)

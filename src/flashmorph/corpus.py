@@ -25,6 +25,7 @@ _HELD_OUT_SHARES = {"validation": 0.05, "referee": 0.05, "test": 0.05}
 _SHUFFLE_BUFFER = 1_000
 _POOL_CHARACTERS = 8_000_000
 _LONG, _PIECE = 60_000, 20_000
+_FIRST = np.uint32(1 << 31)
 
 
 def split_of(text: str) -> str:
@@ -150,7 +151,11 @@ def _reader(path: Path) -> str | None:
 
 
 class Rows(Dataset[dict[str, list[int]]]):
-    """Rows of token ids `[rows, length]`, mapped from a file and read as they are needed."""
+    """Rows of token ids `[rows, length]`, mapped from a file and read as they are needed.
+
+    The highest bit of an id marks the first token of a document; `starts` are the places of those tokens in a row, its
+    first among them.
+    """
 
     def __init__(self, path: Path):
         self._ids = np.load(path, mmap_mode="r")
@@ -159,7 +164,9 @@ class Rows(Dataset[dict[str, list[int]]]):
         return len(self._ids)
 
     def __getitem__(self, row: int) -> dict[str, list[int]]:
-        return {"input_ids": self._ids[row].tolist()}
+        stored = self._ids[row]
+        places = np.flatnonzero(stored[1:] & _FIRST) + 1
+        return {"input_ids": (stored & ~_FIRST).tolist(), "starts": [0, *places.tolist()]}
 
 
 def pack(
@@ -176,6 +183,7 @@ def pack(
 ) -> Rows:
     """Tokenise documents of `split`, join them end to end and cut rows of `length` tokens into the file `path`.
 
+    Where documents begin is kept, so that training can hold them apart (`packing.py`).
     `others` are rows of that length that stand among those of text at regular intervals. The rows are on disk before
     training starts: any step can be resumed at without reading the text again. An existing file is taken as it is.
 
@@ -205,7 +213,10 @@ def _text_tokens(
     max_passes: int | None,
     report: Report,
 ) -> Iterator[int]:
-    """`needed` tokens of running text, documents apart by the end-of-text token, the text repeated where it must be."""
+    """`needed` tokens of running text, the text repeated where it must be.
+
+    The end-of-text token stands after each document; its first token is marked.
+    """
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     made, passes = 0, 0
     while made < needed:
@@ -218,7 +229,7 @@ def _text_tokens(
         before = made
         for text in corpus.documents(split, seed + passes):
             tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids + separator
-            yield from tokens
+            yield from (token | int(_FIRST) if place == 0 else token for place, token in enumerate(tokens))
             made += len(tokens)
             report(min(made, needed), needed)
             if made >= needed:

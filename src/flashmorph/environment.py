@@ -8,7 +8,8 @@ import torch
 import flashmorph
 from flashmorph.devices import pick_device, use_bf16
 from flashmorph.hosts import HOSTS
-from flashmorph.hosts.kernels import implementation_in_use
+from flashmorph.hosts.kernels import REFERENCE, implementation_in_use
+from flashmorph.packing import how_apart
 
 _PACKAGES = (
     "torch",
@@ -33,6 +34,8 @@ def describe() -> dict[str, str]:
     facts["bfloat16 products"] = "used" if use_bf16(device) else "not used (slow or missing on this device)"
     for host in HOSTS:
         facts |= {name: _kernel(host.modelling, name, device) for name in host.kernels}
+    for host in HOSTS:
+        facts[f"{host.name}, packed documents"] = how_apart(True, host, device)
     return facts
 
 
@@ -40,7 +43,7 @@ def _kernel(modelling: str, name: str, device: torch.device) -> str:
     if device.type != "cuda":
         return f"PyTorch reference (tensors are on {device.type}; the fast kernels need CUDA)"
     used = implementation_in_use(modelling, name)
-    return used if used != "PyTorch reference" else "PyTorch reference (no kernel package; see the extra `gpu`)"
+    return used if used != REFERENCE else "PyTorch reference (no kernel package; see the extra `gpu`)"
 
 
 def _version(package: str) -> str:

@@ -53,7 +53,7 @@ def _in_chunks(loss: Callable[..., torch.Tensor], size: int, *tensors: torch.Ten
 def forward_kl(
     student: torch.Tensor, student_head: nn.Linear | Head, teacher: torch.Tensor, teacher_head: nn.Linear | Head
 ) -> torch.Tensor:
-    """Mean KL(teacher || student) a token, temperature 1, from last hidden states `[batch, time, width]`."""
+    """Mean KL(teacher || student) a token, temperature 1, from last hidden states `[..., width]`."""
 
     def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -61,18 +61,22 @@ def forward_kl(
         found = F.log_softmax(student_head(student).float(), -1)
         return F.kl_div(found, target, log_target=True, reduction="sum")
 
-    student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
+    student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
     return _in_chunks(divergence, chunk_tokens(student_head.out_features), student, teacher) / len(student)
 
 
 def next_token_loss(hidden: torch.Tensor, head: nn.Linear | Head, input_ids: torch.Tensor) -> torch.Tensor:
     """Mean next-token cross-entropy in nats, from last hidden states `[batch, time, width]`."""
+    return label_loss(hidden[:, :-1].flatten(0, 1), head, input_ids[:, 1:].flatten())
+
+
+def label_loss(hidden: torch.Tensor, head: nn.Linear | Head, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy in nats of `labels` `[tokens]`, from hidden states `[tokens, width]`; 0 without any."""
 
     def cross_entropy(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
 
-    hidden, labels = hidden[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
-    return _in_chunks(cross_entropy, chunk_tokens(head.out_features), hidden, labels) / len(labels)
+    return _in_chunks(cross_entropy, chunk_tokens(head.out_features), hidden, labels) / max(1, len(labels))
 
 
 @torch.no_grad()

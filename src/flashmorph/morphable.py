@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from flashmorph.hosts import Host, host_of
+from flashmorph.hosts import Host, host_of, layer_space
 from flashmorph.move import empty_model
 from flashmorph.plan import FULL, Budget, Plan, Space
 
@@ -96,21 +95,19 @@ class Morphable(nn.Module):
 
     def space(self, budget: Budget) -> Space:
         """The space of plans, its cost in the budget's resource."""
-        if budget.resource != "kv":
-            return Space.of_layers(len(self.layers), self.options)
-        config = self.model.config
-        row = [float(self.host.cache_bytes(config, option, budget.context or 0)) for option in self.options]
-        space = Space.of_layers(len(self.layers), self.options)
-        return Space(space.groups, space.options, np.tile(row, (len(self.layers), 1)))
+        return layer_space(self.host, self.model.config, budget)
 
-    def forward(self, input_ids: torch.Tensor, gates: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, gates: torch.Tensor | None = None, boundaries: dict[str, Any] | None = None
+    ) -> torch.Tensor:
         """Last hidden states `[batch, time, width]` under `gates` `[groups, options]` (the teacher's without).
 
-        Rows are of equal length and without padding.
+        Rows are of equal length; padding may only be on the right, where nothing looks. `boundaries` are the arguments
+        that keep documents in a row apart (`packing.marked`).
         """
         for number, layer in enumerate(self.layers):
             layer.gates = None if gates is None else gates[number]
-        return self.model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return self.model.model(input_ids=input_ids, use_cache=False, **(boundaries or {})).last_hidden_state
 
     @torch.no_grad()
     def each_plan(self, input_ids: torch.Tensor, gates: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
@@ -263,8 +260,14 @@ def attach(model: PreTrainedModel, calibration: torch.Tensor) -> tuple[Morphable
 
 def relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """`|output - target|^2 / |target|^2`, in float32: 1 is what a silent branch would have."""
+    difference, size = squares(output, target)
+    return difference / size
+
+
+def squares(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """`|output - target|^2` and `|target|^2`, in float32, `[2]`."""
     target = target.float()
-    return (output.float() - target).square().sum() / target.square().sum()
+    return torch.stack([(output.float() - target).square().sum(), target.square().sum()])
 
 
 def build(morphable: Morphable, plan: Plan) -> PreTrainedModel:

@@ -2,11 +2,15 @@
 
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from flashmorph.errors import UserError
 from flashmorph.hosts import configure
 from flashmorph.plan import Budget, Space
 from flashmorph.recipe import Recipe
-from flashmorph.selection.search import check_settings
+from flashmorph.selection import FOLLOW_GRADIENTS, SEARCH_NOTHING
+from flashmorph.selection.search import check_settings, own_settings
+from flashmorph.selection.searchdata import step_shape
 from flashmorph.stages import TrainSettings
 from flashmorph.teacher import Teacher, load_config
 
@@ -15,10 +19,19 @@ def check(teacher: Teacher, recipe: Recipe) -> None:
     """What can be known to fail before anything is written.
 
     Raises:
-        UserError: a budget that leaves no choice, settings that the host or the strategy does not have, a context
-            longer than the teacher's, or a tokenizer that does not fit.
+        UserError: see `check_recipe`; or a tokenizer that does not fit.
     """
-    config = load_config(teacher.folder)
+    check_recipe(load_config(teacher.folder), recipe)
+    teacher.tokenizer()
+
+
+def check_recipe(config: PreTrainedConfig, recipe: Recipe) -> None:
+    """What a teacher's configuration and a recipe alone tell.
+
+    Raises:
+        UserError: a budget that leaves no choice, settings that the host or the strategy does not have, or a context
+            longer than the teacher's.
+    """
     configure(config, recipe.host)
     budget = Budget.parse(recipe.budget)
     strategy = recipe.select.strategy
@@ -33,31 +46,55 @@ def check(teacher: Teacher, recipe: Recipe) -> None:
             f"the recipe asks for contexts of {longest:,} tokens and the teacher's limit is "
             f"{config.max_position_embeddings:,}: lower select.search.length and evaluate.length"
         )
-    teacher.tokenizer()
 
 
-def outlook(teacher: Teacher, recipe: Recipe) -> list[dict[str, Any]]:
-    """What each stage of a run will spend: tokens, length and data."""
-    source, search = recipe.data.source, recipe.select.search
+def outlook(name: str, config: PreTrainedConfig, recipe: Recipe) -> list[dict[str, Any]]:
+    """What each stage will spend on a teacher of this configuration: tokens, length and data.
+
+    Tokens are None where they show on the way.
+    """
+    source = recipe.data.source
     plans = 2 if recipe.baseline else 1
-    host, _ = configure(load_config(teacher.folder), recipe.host)
-    align = _cost_row("align", recipe.align, source, 1) if host.branches_train else ("align", 0, 0, "nothing to train")
-    rows = [("transplant", 0, 0, f"{teacher.name}: a probe batch"), align]
-    strategy = recipe.select.strategy
-    steps = recipe.select.settings.get("steps", 0)
-    data = f"{strategy}: {', '.join(recipe.tasks)}, in {source}"
-    rows += [("select", steps * search.batch_tokens, search.longest, data), ("build", 0, 0, "")]
-    rows.append(_cost_row("distill", recipe.distill, source, plans))
+    host, _ = configure(config, recipe.host)
+    rows: list[tuple[str, int | None, int, str]] = [("transplant", 0, 0, f"{name}: a probe batch")]
+    if host.branches_train:
+        rows.append(_training_row("align", recipe.align, source, 1))
+    else:
+        rows.append(("align", 0, 0, "nothing to train"))
+    about = f"{recipe.select.strategy}: {', '.join(recipe.tasks)}, in {source}"
+    rows += [("select", search_tokens(recipe)[0], recipe.select.search.longest, about), ("build", 0, 0, "")]
+    rows.append(_training_row("distill", recipe.distill, source, plans))
     if recipe.extend:
-        rows.append(_cost_row("extend", recipe.extend, source, plans))
-    settings = recipe.evaluate
+        rows.append(_training_row("extend", recipe.extend, source, plans))
+    settings, models = recipe.evaluate, num_models(recipe)
     tokens = settings.questions * settings.length * len(recipe.tasks) + settings.perplexity_tokens
-    models = 2 + plans + (plans - 1) + bool(recipe.extend)
-    rows.append(
-        ("evaluate", tokens * models, settings.length, f"{models} models, {settings.questions} questions a task")
-    )
+    about = f"{models} models, {settings.questions} questions a task"
+    rows.append(("evaluate", tokens * models, settings.length, about))
     return [dict(zip(("stage", "tokens", "length", "data"), row, strict=True)) for row in rows]
 
 
-def _cost_row(name: str, settings: TrainSettings, source: str, times: int) -> tuple[str, int, int, str]:
-    return name, settings.tokens * times, settings.length, source + (f", {times} plans" if times > 1 else "")
+def num_models(recipe: Recipe) -> int:
+    """Models that are evaluated: the teacher, and each plan before distillation and at its end; the hybrid also before
+    it is extended."""
+    plans = 2 if recipe.baseline else 1
+    return 1 + 2 * plans + bool(recipe.extend)
+
+
+def search_tokens(recipe: Recipe) -> tuple[int | None, float]:
+    """Tokens that a search reads, and the mean length of the rows that they stand in.
+
+    Known beforehand where a strategy follows gradients or searches nothing; None where it goes by what it finds.
+    """
+    search, strategy = recipe.select.search, recipe.select.strategy
+    if strategy in SEARCH_NOTHING:
+        return 0, 0.0
+    if strategy not in FOLLOW_GRADIENTS:
+        return None, search.longest
+    steps = own_settings(strategy, recipe.select.settings)["steps"]
+    shapes = [step_shape(search, recipe.seed, step) for step in range(steps)]
+    tokens = sum(length * rows for length, rows in shapes)
+    return tokens, sum(length * length * rows for length, rows in shapes) / max(1, tokens)
+
+
+def _training_row(name: str, settings: TrainSettings, source: str, times: int) -> tuple[str, int, int, str]:
+    return name, settings.tokens_run * times, settings.length, source + (f", {times} plans" if times > 1 else "")

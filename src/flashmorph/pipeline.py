@@ -21,6 +21,7 @@ from flashmorph.files import read_json, write_json
 from flashmorph.hosts import cache_by_context, host_for, host_of, host_settings
 from flashmorph.morphable import Morphable, attach, build
 from flashmorph.move import round_both, transplant
+from flashmorph.packing import how_apart
 from flashmorph.plan import Budget, Plan
 from flashmorph.progress import Report, silent
 from flashmorph.publish import publish, save_model
@@ -42,7 +43,7 @@ from flashmorph.selection.objective import MorphableObjective
 from flashmorph.selection.search import select
 from flashmorph.selection.searchdata import SearchSettings
 from flashmorph.selection.uniform import uniform
-from flashmorph.stages import DistillSettings, align, alignment_errors, distill, extend
+from flashmorph.stages import DistillSettings, TrainSettings, align, alignment_errors, distill, extend
 from flashmorph.teacher import Teacher, load_config, load_model
 
 SEARCH_TEXT_TOKENS = 16_384
@@ -126,13 +127,13 @@ def run_align(run: Run, host: Stage) -> Stage:
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
         rows = training_rows(run, settings, "align", report)
-        morphable, start = attach(open_host(run, host), calibration(run, rows))
+        first = calibration(run, rows)
+        morphable, start = attach(open_host(run, host), first["input_ids"])
         align(morphable, rows, settings, folder, run.recipe.seed, run.bf16, report)
-        errors = alignment_errors(morphable, calibration(run, rows))
+        errors = alignment_errors(morphable, **first)
         save_file(morphable.branch_state(), folder / "branches.safetensors")
         summary = f"relative error by layer {_listed(start)} at the start, {_listed(errors)} now"
-        tokens = settings.steps * settings.batch_rows * settings.length
-        return {"errors_at_start": start, "errors": errors, "tokens": tokens, "summary": summary}
+        return {"errors_at_start": start, "errors": errors, **_trained(run, settings), "summary": summary}
 
     wanted = {**training_settings(run, settings), "calibration_rows": run.recipe.calibration_rows}
     return run.stage("align", f"{settings.tokens:,} tokens", wanted, [host.digest], work)
@@ -214,7 +215,7 @@ def run_distill(run: Run, host: Stage, built: Stage, label: str) -> Stage:
         student, teacher = open_stage(run, built), open_host(run, host)
         distill(student, teacher, rows, settings, folder, run.recipe.seed, run.bf16, report)
         save_model(student, folder / "model", built.folder / "model")
-        return {"tokens": settings.steps * settings.batch_rows * settings.length, "summary": _last_loss(folder, "KL")}
+        return {**_trained(run, settings), "summary": _last_loss(folder, "KL")}
 
     about = f"{label}{settings.tokens:,} tokens of length {settings.length:,}"
     return run.stage("distill", about, training_settings(run, settings), [built.digest], work)
@@ -230,7 +231,7 @@ def run_extend(run: Run, distilled: Stage, label: str) -> Stage:
         model = open_stage(run, distilled)
         extend(model, rows, settings, folder, run.recipe.seed, run.bf16, report)
         save_model(model, folder / "model", distilled.folder / "model")
-        return {"tokens": settings.steps * settings.batch_rows * settings.length, "summary": _last_loss(folder, "loss")}
+        return {**_trained(run, settings), "summary": _last_loss(folder, "loss")}
 
     about = f"{label}{settings.tokens:,} tokens of length {settings.length:,}"
     return run.stage("extend", about, training_settings(run, settings), [distilled.digest], work)
@@ -279,6 +280,12 @@ def open_morphable(run: Run, host: Stage, branches: Stage) -> Morphable:
 def _no_branches(folder: Path, report: Report) -> dict[str, Any]:
     save_file({}, folder / "branches.safetensors")
     return {"tokens": 0, "summary": "the attention itself looks through it"}
+
+
+def _trained(run: Run, settings: TrainSettings) -> dict[str, Any]:
+    """What a stage that trains says of its data."""
+    host = host_for(load_config(run.teacher.folder), run.recipe.host)
+    return {"tokens": settings.tokens_run, "documents": how_apart(settings.isolate_documents, host, run.device)}
 
 
 def _listed(values: list[float]) -> str:

@@ -14,7 +14,7 @@ from flashmorph.runfolder import digest_of
 from flashmorph.selection import NEED_TRAINING
 from flashmorph.selection.search import own_settings
 from flashmorph.selection.searchdata import SearchData, SearchSettings
-from flashmorph.stages import TrainSettings
+from flashmorph.stages import TrainSettings, collate
 from flashmorph.tasks import STYLES, Example, Haystack, Layout, TaskSettings, make_example
 
 
@@ -58,6 +58,7 @@ def training_rows(run: Run, settings: TrainSettings, stage: str, report: Report)
     questions = round(settings.retrieval_share * settings.rows)
     tasks = list(recipe.tasks.values()) if questions else []
     wanted = {"train": [settings.length, settings.rows], **common_settings(run), "questions": [questions, recipe.style]}
+    wanted["documents"] = "marked"  # Rows of earlier versions do not tell where documents begin.
     path = run.folder.data / f"{stage}-{digest_of([run.teacher.digest, wanted, plain(tasks)])}.npy"
     rows: list[list[int]] = []
     if questions and not path.exists():
@@ -79,9 +80,10 @@ def held_out_rows(run: Run, split: str, length: int, rows: int) -> Rows:
     return pack(run.corpus, run.tokenizer, split, length, rows, run.recipe.seed, path, None)
 
 
-def calibration(run: Run, rows: Rows) -> torch.Tensor:
-    """The rows that branches are started from, `[rows, length]`."""
-    return torch.tensor([rows[row]["input_ids"] for row in range(min(run.recipe.calibration_rows, len(rows)))])
+def calibration(run: Run, rows: Rows) -> dict[str, torch.Tensor]:
+    """The rows that branches are started from, as a batch of the stage `align`."""
+    numbers = range(min(run.recipe.calibration_rows, len(rows)))
+    return collate([rows[row] for row in numbers], run.recipe.align.isolate_documents)
 
 
 def common_settings(run: Run) -> dict[str, Any]:
@@ -100,14 +102,20 @@ def select_settings(run: Run) -> dict[str, Any]:
     resolved = own_settings(chosen.strategy, chosen.settings)
     wanted = {"select": {**chosen.model_dump(mode="json"), "settings": resolved}, **task_settings(run)}
     if chosen.strategy in NEED_TRAINING:
-        wanted["distill"] = run.recipe.distill.model_dump(mode="json")
+        wanted["distill"] = _train_settings(run.recipe.distill)
     return wanted
 
 
 def training_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
     """What the digest of a stage that trains depends on."""
     about = task_settings(run) if settings.retrieval_share else common_settings(run)
-    return {"train": settings.model_dump(mode="json"), **about}
+    return {"train": _train_settings(settings), **about}
+
+
+def _train_settings(settings: TrainSettings) -> dict[str, Any]:
+    """As JSON values. `isolate_documents` is left out where it is off: what was trained before there was such a setting
+    keeps its digest."""
+    return settings.model_dump(mode="json", exclude=None if settings.isolate_documents else {"isolate_documents"})
 
 
 def plain(tasks: Iterable[TaskSettings]) -> list[dict[str, Any]]:

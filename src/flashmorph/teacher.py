@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -61,9 +62,7 @@ def open_teacher(name: str) -> Teacher:
         UserError: nothing there, no weights, or no exact host.
     """
     folder, revision, note = locate(name)
-    config = load_config(folder)
-    if not takes_with_windows(config):
-        host_for(config)
+    _require_host(load_config(folder))
     require_safetensors(folder)
     return Teacher(name, folder, _digest(folder), revision, note)
 
@@ -84,6 +83,19 @@ def locate(name: str) -> tuple[Path, str, str]:
         raise UserError(f"there is no folder {name!r}: give a folder with config.json and safetensors, or a hub name")
     folder = _download(name)
     return folder, folder.name, ""
+
+
+def open_config(name: str):
+    """The configuration of a teacher that has an exact host, without its weights: of a model of the hub, config.json
+    alone is fetched, and a local folder needs no more.
+
+    Raises:
+        UserError: nothing there, not readable, or no exact host.
+    """
+    local = name in EMBEDDED or Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    config = load_config(locate(name)[0] if local else _fetch_config(name))
+    _require_host(config)
+    return config
 
 
 def load_config(folder: Path):
@@ -180,15 +192,33 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     return tokenizer
 
 
+def _require_host(config: PreTrainedConfig) -> None:
+    """Refuse a teacher that no host takes; one that takes it with windows only is left to the recipe's settings."""
+    if not takes_with_windows(config):
+        host_for(config)
+
+
 def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(_FILES)))
     except Exception as error:
-        embedded = ", ".join(EMBEDDED)
-        raise UserError(
-            f"there is no teacher {name!r}: it is no folder here, not embedded ({embedded}), and the hub says: "
-            f"{_first_line(error)}"
-        ) from error
+        raise _not_on_the_hub(name, error) from error
+
+
+def _fetch_config(name: str) -> Path:
+    """The folder of config.json, fetched alone."""
+    try:
+        return Path(hf_hub_download(name, "config.json")).parent
+    except Exception as error:
+        raise _not_on_the_hub(name, error) from error
+
+
+def _not_on_the_hub(name: str, error: Exception) -> UserError:
+    embedded = ", ".join(EMBEDDED)
+    return UserError(
+        f"there is no teacher {name!r}: it is no folder here, not embedded ({embedded}), and the hub says: "
+        f"{_first_line(error)}"
+    )
 
 
 def _digest(folder: Path) -> str:

@@ -162,13 +162,13 @@ def _dry_run(options: Options) -> None:
     from rich.table import Table
 
     from flashmorph.outlook import check, outlook
-    from flashmorph.teacher import open_teacher
+    from flashmorph.teacher import load_config, open_teacher
 
     quiet()
     recipe = recipe_of(options)
     teacher = open_teacher(options.teacher)
     check(teacher, recipe)
-    rows = outlook(teacher, recipe)
+    rows = outlook(teacher.name, load_config(teacher.folder), recipe)
     if options.json:
         print(json.dumps(rows, indent=2))
         return
@@ -176,9 +176,8 @@ def _dry_run(options: Options) -> None:
     for column in ("stage", "tokens", "length", "data"):
         table.add_column(column, justify="left" if column in ("stage", "data") else "right")
     for row in rows:
-        table.add_row(
-            row["stage"], f"{row['tokens']:,}" if row["tokens"] else "", str(row["length"] or ""), row["data"]
-        )
+        tokens = "as it goes" if row["tokens"] is None else f"{row['tokens']:,}" if row["tokens"] else ""
+        table.add_row(row["stage"], tokens, str(row["length"] or ""), row["data"])
     OUT.print(table)
 
 

@@ -7,15 +7,17 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, cast
 
+import numpy as np
 from transformers import PreTrainedConfig
 
 from flashmorph.errors import UserError
 from flashmorph.hosts.granite_hybrid import GraniteHybridHost
-from flashmorph.hosts.host import LINEAR, Host
+from flashmorph.hosts.host import FEED_FORWARD, LINEAR, Host, Products
 from flashmorph.hosts.qwen3_5 import Qwen35Host
 from flashmorph.hosts.qwen3_5_moe import Qwen35MoeHost
 from flashmorph.hosts.refused import REFUSED
 from flashmorph.hosts.window import SLIDING, WINDOW_HOSTS
+from flashmorph.plan import Budget, Space
 
 HOSTS: tuple[Host, ...] = (Qwen35Host(), Qwen35MoeHost(), GraniteHybridHost())
 CACHE_CONTEXTS = (512, 8192, 131072)
@@ -132,17 +134,29 @@ def _layers(config: PreTrainedConfig) -> tuple[Host, PreTrainedConfig, list[str]
     return host, config, [options[word] for word in config.layer_types]
 
 
+def layer_space(host: Host, config: PreTrainedConfig, budget: Budget) -> Space:
+    """The space of plans for a host's configuration, its cost in the budget's resource."""
+    options = tuple(host.options)
+    space = Space.of_layers(config.num_hidden_layers, options)
+    if budget.resource != "kv":
+        return space
+    row = [float(host.cache_bytes(config, option, budget.context or 0)) for option in options]
+    return Space(space.groups, space.options, np.tile(row, (len(space.groups), 1)))
+
+
 def cache_by_context(config: PreTrainedConfig) -> dict[str, int]:
     """`cache_bytes` at each of `CACHE_CONTEXTS`, the context as text, as it stands in results.json."""
     return {str(context): cache_bytes(config, context) for context in CACHE_CONTEXTS}
 
 
 __all__ = [
+    "FEED_FORWARD",
     "HOSTS",
     "LINEAR",
     "SLIDING",
     "WINDOW_HOSTS",
     "Host",
+    "Products",
     "cache_by_context",
     "cache_by_layer",
     "cache_bytes",
@@ -150,6 +164,7 @@ __all__ = [
     "host_for",
     "host_of",
     "host_settings",
+    "layer_space",
     "mixing_operations",
     "require_known",
     "takes_with_windows",

@@ -5,6 +5,7 @@ Granite's multipliers are 1, or the teacher's own where it is a Granite.
 """
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -16,8 +17,9 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import Grani
 
 from flashmorph.errors import UserError
 from flashmorph.hosts.checks import refuse_activation, refuse_rope, refuse_windows
-from flashmorph.hosts.host import LINEAR, head_dim_of
-from flashmorph.hosts.kernels import dispatch_by_device
+from flashmorph.hosts.host import FEED_FORWARD, LINEAR, Products
+from flashmorph.hosts.kernels import boundaries_in, dispatch_by_device
+from flashmorph.hosts.products import attention_products, feed_forward_products, head_dim_of
 from flashmorph.hosts.serving import READ, RUN, TRANSFORMERS, Engine
 from flashmorph.hosts.start import constant_row, fit_head_scales, mean_distance
 from flashmorph.plan import FULL
@@ -187,8 +189,17 @@ class GraniteHybridHost:
         return GraniteMoeHybridMambaLayer(cast(Any, config), layer)
 
     def run_branch(self, branch: Any, option: str, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-        """Attention gets everything its decoder layer passes; Mamba2 only the hidden states."""
-        return branch(hidden_states=hidden, **arguments)[0] if option == FULL else branch(hidden_states=hidden)
+        """Attention gets everything its decoder layer passes; Mamba2 where documents begin, if anything."""
+        if option == FULL:
+            return branch(hidden_states=hidden, **arguments)[0]
+        return branch(hidden_states=hidden, **boundaries_in(arguments))
+
+    def takes_boundaries(self, device: torch.device) -> bool:
+        """Never: this class makes its attention mask without positions, so its full layers would look across.
+
+        Only variable-length flash attention is told by `cu_seq_lens_*` instead, and Mamba2's kernels by `seq_idx`.
+        """
+        return False
 
     @torch.no_grad()
     def initialise(self, branch: Any, attention: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
@@ -245,6 +256,31 @@ class GraniteHybridHost:
         inner = config.mamba_n_heads * config.mamba_d_head
         convolved = inner + 2 * config.mamba_n_groups * config.mamba_d_state
         return 5 * inner * config.mamba_d_state + 2 * convolved * config.mamba_d_conv
+
+    def flops_per_token(self, config: PreTrainedConfig, part: str, context: int) -> list[Products]:
+        """Attention; Mamba2 in chunks (arXiv 2405.21060, section 6), each head with B and C of its own; a feed-forward.
+
+        PyTorch's reference makes each chunk's first state from those of all chunks; kernels hand it on.
+        """
+        width, chunk = config.hidden_size, config.mamba_chunk_size
+        if part == FEED_FORWARD:
+            return feed_forward_products(width, config.shared_intermediate_size)
+        if part == FULL:
+            return attention_products(config, context)
+        heads, head_dim, state = config.mamba_n_heads, config.mamba_d_head, config.mamba_d_state
+        inner, chunks = heads * head_dim, math.ceil(context / chunk)
+        mixed = inner + 2 * config.mamba_n_groups * state
+        into = 2 * width * (inner + mixed + heads)
+        scan = chunks * chunk / context * heads * (chunk * (2 * state + 2 * head_dim) + 4 * state * head_dim)
+        scan_formula = f"heads · ({chunk} · (2 · state + 2 · head_dim) + 4 · state · head_dim)"
+        between, handed_on = 2 * (chunks + 1) ** 2 * inner * state / context, chunks / (chunks + 1) ** 2
+        return [
+            Products("z, x, B, C, dt", "input", "2 · hidden · (2 · inner + 2 · groups · state + heads)", into),
+            Products("convolution", "weights", "2 · kernel · (inner + 2 · groups · state)", 2 * _CONVOLUTION * mixed),
+            Products("scan", "state", scan_formula, scan),
+            Products("between chunks", "state", "2 · (chunks + 1)² · inner · state / context", between, handed_on),
+            Products("out", "weights", "2 · inner · hidden", 2 * inner * width),
+        ]
 
 
 dispatch_by_device(GraniteHybridHost.modelling, GraniteHybridHost.kernels)

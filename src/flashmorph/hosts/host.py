@@ -1,7 +1,7 @@
 """What a host is: a stock hybrid architecture that a teacher can be moved into without changing what it computes."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -10,6 +10,24 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from flashmorph.hosts.serving import Engine
 
 LINEAR = "linear"
+FEED_FORWARD = "feed-forward"
+"""The part of a decoder layer that is not its mixer, for `Host.flops_per_token`."""
+
+
+class Products(NamedTuple):
+    """Matrix products that one part of a decoder layer does for each token; a multiply-add counts as two.
+
+    `kind` says what a backward adds to them: `input` multiplies the part's own input by weights, `weights` something
+    computed by weights, `state` two computed things. `formula` is how `flops` came about, in the names of the
+    configuration. `causal` is the share of them that kernels do: they leave out scores that a causal mask or a window
+    hides, and hand states on from chunk to chunk.
+    """
+
+    name: str
+    kind: Literal["input", "weights", "state"]
+    formula: str
+    flops: float
+    causal: float = 1.0
 
 
 class Host(Protocol):
@@ -76,6 +94,13 @@ class Host(Protocol):
         """The mixer's output `[batch, time, width]`, given what the decoder layer passes to its attention."""
         ...
 
+    def takes_boundaries(self, device: torch.device) -> bool:
+        """Whether the mixers keep documents in one row apart on this device, given `packing.marked`'s arguments.
+
+        Where they do not, rows are cut at the boundaries.
+        """
+        ...
+
     def initialise(self, branch: Any, attention: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
         """Start a linear branch from the attention's weights and from its input `[batch, time, width]`."""
         ...
@@ -91,7 +116,11 @@ class Host(Protocol):
         """
         ...
 
+    def flops_per_token(self, config: PreTrainedConfig, part: str, context: int) -> list[Products]:
+        """What a forward of one decoder layer does for each token of a sequence of `context` tokens.
 
-def head_dim_of(config: PreTrainedConfig) -> int:
-    """Width of an attention head; some families leave it to the hidden size."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        `part` is one of `options`, for that mixer, or `FEED_FORWARD`, of experts those that a token goes through.
+        Counted as `torch.utils.flop_counter.FlopCounterMode` counts eager attention and PyTorch's reference of the
+        linear mixer: all of the scores, also those above the diagonal; but of a window none outside it.
+        """
+        ...

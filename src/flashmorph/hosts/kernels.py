@@ -8,44 +8,101 @@ that looks at the tensor; the reference stands behind the decorated function as 
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
+from transformers.activations import ACT2FN
 
+REFERENCE = "PyTorch reference"
 _PACKED = ("cu_seqlens", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
-def dispatch_by_device(module_name: str, functions: Iterable[str]) -> None:
-    """Make these functions of a transformers modelling module choose by the device of their first tensor."""
+def dispatch_by_device(
+    module_name: str, functions: Iterable[str], apart: Mapping[str, Callable] = MappingProxyType({})
+) -> None:
+    """Make these functions of a transformers modelling module choose by the device of their first tensor.
+
+    `apart` are our own versions that keep packed documents apart on CUDA where no kernel does.
+    """
     module = importlib.import_module(module_name)
     for name in functions:
         decorated = getattr(module, name)
         if not hasattr(decorated, "dispatches_by_device"):
-            setattr(module, name, _dispatching(decorated))
+            setattr(module, name, _dispatching(decorated, apart.get(name)))
 
 
 def implementation_in_use(module_name: str, function: str) -> str:
     """What the decorated function would call on CUDA tensors: the module it comes from."""
     decorated = getattr(importlib.import_module(module_name), function)
-    decorated = getattr(decorated, "decorated", decorated)
+    return _implementation(getattr(decorated, "decorated", decorated))
+
+
+def in_one_row(function: Callable, first: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`function(first, ...)` on rows `[batch, time, ...]` put end to end: kernels take packed documents as one row."""
+
+    def flat(value):
+        aligned = isinstance(value, torch.Tensor) and value.shape[:2] == first.shape[:2]
+        return value.flatten(0, 1)[None] if aligned else value
+
+    values = {name: flat(value) for name, value in kwargs.items()}
+    output, state = function(flat(first), *map(flat, args), **values)
+    return output[0].unflatten(0, first.shape[:2]), state
+
+
+def boundaries_in(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells a linear mixer where documents begin, among the arguments of a decoder layer's attention."""
+    return {name: arguments[name] for name in ("cu_seq_lens_q", "seq_idx") if name in arguments}
+
+
+def convolve_apart(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    *,
+    seq_idx: torch.Tensor,
+    **kwargs,
+) -> torch.Tensor:
+    """Causal depthwise convolution of `hidden_states` `[batch, channels, time]` by `weight` `[channels, taps]`.
+
+    No tap looks beyond the document, `seq_idx` `[batch, time]`, of its token.
+    """
+    time = hidden_states.shape[-1]
+    output = hidden_states * weight[:, -1, None]
+    for back in range(1, min(weight.shape[-1], time)):
+        same = (seq_idx[:, back:] == seq_idx[:, :-back])[:, None]
+        earlier = torch.where(same, hidden_states[..., :-back], 0) * weight[:, -1 - back, None]
+        output = output + torch.nn.functional.pad(earlier, (back, 0))
+    output = output if bias is None else output + bias[:, None]
+    return (ACT2FN[activation](output) if activation else output).to(hidden_states.dtype)
+
+
+def _implementation(decorated: Callable) -> str:
     for cell in getattr(decorated, "__closure__", None) or ():
-        if callable(cell.cell_contents) and cell.cell_contents is not decorated.__wrapped__:
+        if callable(cell.cell_contents) and cell.cell_contents is not decorated.__wrapped__:  # type: ignore[attr-defined]
             return cell.cell_contents.__module__
-    return "PyTorch reference"
+    return REFERENCE
 
 
-def _dispatching(decorated: Callable) -> Callable:
-    reference = decorated.__wrapped__
+def _dispatching(decorated: Callable, apart: Callable | None = None) -> Callable:
+    reference = decorated.__wrapped__  # type: ignore[attr-defined]
     known = inspect.signature(reference).parameters
 
     @functools.wraps(reference)
     def choose(tensor: torch.Tensor, *args, **kwargs):
-        if tensor.is_cuda:
-            return decorated(tensor, *args, **kwargs)
-        if any(kwargs.get(name) is not None for name in _PACKED):
+        packed = any(kwargs.get(name) is not None for name in _PACKED)
+        if packed and not (tensor.is_cuda and _implementation(decorated) != REFERENCE):
+            if tensor.is_cuda and apart and kwargs.get("seq_idx") is not None:
+                return apart(tensor, *args, **kwargs)
             raise ValueError(
                 f"{reference.__name__} cannot keep packed sequences apart on {tensor.device}: split them into a batch"
             )
+        if tensor.is_cuda:
+            if kwargs.get("cu_seqlens") is not None and len(tensor) > 1:
+                return in_one_row(decorated, tensor, *args, **kwargs)
+            return decorated(tensor, *args, **kwargs)
         return reference(tensor, *args, **{name: value for name, value in kwargs.items() if name in known})
 
     choose.__dict__.update(dispatches_by_device=True, decorated=decorated)

@@ -16,8 +16,15 @@ from transformers import PreTrainedConfig, PreTrainedModel, Qwen3_5ForCausalLM, 
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
 from flashmorph.hosts.checks import refuse_activation, refuse_rope, refuse_windows
-from flashmorph.hosts.host import LINEAR
-from flashmorph.hosts.kernels import dispatch_by_device
+from flashmorph.hosts.host import FEED_FORWARD, LINEAR, Products
+from flashmorph.hosts.kernels import (
+    REFERENCE,
+    boundaries_in,
+    convolve_apart,
+    dispatch_by_device,
+    implementation_in_use,
+)
+from flashmorph.hosts.products import attention_products, feed_forward_products
 from flashmorph.hosts.serving import READ, RUN, TRANSFORMERS, Engine, full_interval
 from flashmorph.hosts.start import constant_row, fit_head_scales, mean_distance, softplus_inverse
 from flashmorph.plan import FULL
@@ -29,6 +36,7 @@ _SAME = (
     "attention_dropout pad_token_id bos_token_id eos_token_id"
 ).split()
 _CONVOLUTION = 4
+_CHUNK = 64
 _FLOAT32_BYTES = 4
 _TAP = 0.1
 _GATE = 2.0
@@ -159,8 +167,14 @@ class Qwen35Host:
         return cast(Any, self.mixer_class)(config, layer)
 
     def run_branch(self, branch: Any, option: str, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-        """Attention gets everything its decoder layer passes; Gated DeltaNet only the hidden states."""
-        return branch(hidden_states=hidden, **arguments)[0] if option == FULL else branch(hidden_states=hidden)
+        """Attention gets everything its decoder layer passes; Gated DeltaNet where documents begin, if anything."""
+        if option == FULL:
+            return branch(hidden_states=hidden, **arguments)[0]
+        return branch(hidden_states=hidden, **boundaries_in(arguments))
+
+    def takes_boundaries(self, device: torch.device) -> bool:
+        """Where the delta rule's kernel runs; the convolution can do with PyTorch."""
+        return device.type == "cuda" and implementation_in_use(self.modelling, self.kernels[0]) != REFERENCE
 
     @torch.no_grad()
     def initialise(self, branch: Any, attention: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
@@ -216,8 +230,30 @@ class Qwen35Host:
         state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
         return 7 * state + 2 * (2 * keys + values) * config.linear_conv_kernel_dim
 
+    def flops_per_token(self, config: PreTrainedConfig, part: str, context: int) -> list[Products]:
+        """Gated attention; Gated DeltaNet in chunks of 64 (arXiv 2412.06464, section 3.3); a gated feed-forward."""
+        if part == FEED_FORWARD:
+            return feed_forward_products(config.hidden_size, config.intermediate_size)
+        if part == FULL:
+            return attention_products(config, context, gated=True)
+        width = config.hidden_size
+        key, value, heads = config.linear_key_head_dim, config.linear_value_head_dim, config.linear_num_value_heads
+        keys, values = key * config.linear_num_key_heads, value * heads
+        mixed = 2 * keys + values
+        padded = math.ceil(context / _CHUNK) * _CHUNK / context
+        into = 2 * width * (mixed + values + 2 * heads)
+        rule = padded * heads * (6 * key * value + _CHUNK * (4 * key + 2 * value))
+        rule_formula = f"heads · (6 · key_dim · value_dim + {_CHUNK} · (4 · key_dim + 2 · value_dim))"
+        convolution = 2 * config.linear_conv_kernel_dim * mixed
+        return [
+            Products("q, k, v, z, a, b", "input", "2 · hidden · (2 · keys + 2 · values + 2 · heads)", into),
+            Products("convolution", "weights", "2 · kernel · (2 · keys + values)", convolution),
+            Products("delta rule", "state", rule_formula, rule),
+            Products("out", "weights", "2 · values · hidden", 2 * values * width),
+        ]
 
-dispatch_by_device(Qwen35Host.modelling, Qwen35Host.kernels)
+
+dispatch_by_device(Qwen35Host.modelling, Qwen35Host.kernels, apart={"causal_conv1d_fn": convolve_apart})
 
 
 def _exact_factor(weight: torch.Tensor) -> torch.Tensor:

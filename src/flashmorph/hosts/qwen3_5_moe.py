@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, Qwen3_5MoeForCausalL
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeGatedDeltaNet
 
 from flashmorph.errors import UserError
-from flashmorph.hosts.kernels import dispatch_by_device
+from flashmorph.hosts.host import FEED_FORWARD, Products
+from flashmorph.hosts.kernels import convolve_apart, dispatch_by_device
 from flashmorph.hosts.qwen3_5 import SGLANG, VLLM, Qwen35Host
 from flashmorph.hosts.serving import TRANSFORMERS, Engine
 
@@ -70,8 +71,22 @@ class Qwen35MoeHost(Qwen35Host):
             state[f"{prefix}shared_expert_gate.weight"] = gate.new_zeros(1, gate.shape[1])
         return state
 
+    def flops_per_token(self, config: PreTrainedConfig, part: str, context: int) -> list[Products]:
+        """The mixers as in the dense host; of the experts those that the router chooses, and the shared one."""
+        if part != FEED_FORWARD:
+            return super().flops_per_token(config, part, context)
+        width, chosen, inner = config.hidden_size, config.num_experts_per_tok, config.moe_intermediate_size
+        shared = config.shared_expert_intermediate_size
+        formula = "6 · hidden · moe_intermediate · experts_per_token"
+        return [
+            Products("router", "input", "2 · hidden · experts", 2 * width * config.num_experts),
+            Products("experts", "weights", formula, 6 * width * inner * chosen),
+            Products("shared expert", "weights", "6 · hidden · shared_intermediate", 6 * width * shared),
+            Products("its gate", "input", "2 · hidden", 2 * width),
+        ]
 
-dispatch_by_device(Qwen35MoeHost.modelling, Qwen35MoeHost.kernels)
+
+dispatch_by_device(Qwen35MoeHost.modelling, Qwen35MoeHost.kernels, apart={"causal_conv1d_fn": convolve_apart})
 
 
 def _shared_width(config: PreTrainedConfig) -> int:

@@ -23,7 +23,8 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 
 from flashmorph.errors import UserError
 from flashmorph.hosts.checks import refuse_rope, refuse_windows
-from flashmorph.hosts.host import head_dim_of
+from flashmorph.hosts.host import FEED_FORWARD, Products
+from flashmorph.hosts.products import attention_products, feed_forward_products, head_dim_of
 from flashmorph.hosts.serving import READ, TRANSFORMERS, Engine
 from flashmorph.plan import FULL
 
@@ -110,15 +111,24 @@ class WindowHost:
         """Attention with the mask that its decoder layer passes, or with the window's."""
         return branch(hidden_states=hidden, **arguments)[0]
 
+    def takes_boundaries(self, device: torch.device) -> bool:
+        """On CUDA: both kinds of layer go by `position_ids`, in their mask or in variable-length flash attention."""
+        return device.type == "cuda"
+
     def initialise(self, branch: Any, attention: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
         """Nothing to start: a window has no weights."""
 
     def cache_bytes(self, config: PreTrainedConfig, option: str, context: int) -> int:
         """Keys and values, of a window all but one token's: the newest is in the forward that reads them."""
         width = torch.empty(0, dtype=cast(torch.dtype, config.dtype)).element_size()
-        head_dim = head_dim_of(config)
         tokens = context if option == FULL else min(context, config.sliding_window - 1)
-        return 2 * config.num_key_value_heads * head_dim * tokens * width
+        return 2 * config.num_key_value_heads * head_dim_of(config) * tokens * width
+
+    def flops_per_token(self, config: PreTrainedConfig, part: str, context: int) -> list[Products]:
+        """Attention over the context or over its window, and a gated feed-forward."""
+        if part == FEED_FORWARD:
+            return feed_forward_products(config.hidden_size, config.intermediate_size)
+        return attention_products(config, context, None if part == FULL else config.sliding_window)
 
     def mixing_operations(self, config: PreTrainedConfig, option: str, context: int) -> int:
         """Scores and their weighted sum, over the window at most."""

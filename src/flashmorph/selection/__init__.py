@@ -47,6 +47,10 @@ NEED_TRAINING = ("kl", "tolerance")
 """Strategies that train weights (`Objective.distill`)."""
 SERVE_EVERY_BUDGET = ("add-one", "drop-one", "first", "gates", "halo", "kl", "last", "middle", "nll")
 """Strategies whose scores do not depend on the budget: one search is cut at every count."""
+FOLLOW_GRADIENTS = {"budgeted-gates": "answers", "gates": "hidden", "l0": "answers"}
+"""Strategies that run one batch in each of their `steps`, and the loss that they ask for."""
+SEARCH_NOTHING = ("first", "last", "middle", "uniform")
+"""Strategies that ask the model nothing."""
 DEFAULT_STRATEGY = "budgeted-gates"
 
 
@@ -68,7 +72,9 @@ def needs_of(strategy: str) -> Needs:
 __all__ = [
     "NOTHING",
     "DEFAULT_STRATEGY",
+    "FOLLOW_GRADIENTS",
     "NEED_TRAINING",
+    "SEARCH_NOTHING",
     "SERVE_EVERY_BUDGET",
     "STRATEGIES",
     "Cost",

@@ -25,6 +25,14 @@ class SearchSettings(BaseModel):
         return self.length if isinstance(self.length, int) else self.length[1]
 
 
+def step_shape(settings: SearchSettings, seed: int, step: int) -> tuple[int, int]:
+    """Length and number of the rows of one training step."""
+    length = settings.length
+    if not isinstance(length, int):
+        length = int(np.random.default_rng([seed, step]).integers(length[0], length[1] + 1))
+    return length, max(1, settings.batch_tokens // length)
+
+
 class SearchData:
     """Questions of the tasks in turn. `layouts` has one for the split `train` and one for the split that judges.
 
@@ -45,12 +53,12 @@ class SearchData:
 
     def batch(self, step: int) -> list[Example]:
         """The rows of one training step, of one length."""
-        length, rows = self._shape(step)
+        length, rows = step_shape(self.settings, self._seed, step)
         return [self._example("train", length, step * rows + row) for row in range(rows)]
 
     def text_batch(self, step: int) -> list[Example]:
         """The same, of text alone: every token counts as an answer."""
-        length, rows = self._shape(step)
+        length, rows = step_shape(self.settings, self._seed, step)
         rng = random.Random(f"{self._seed} text {step}")
         return [self._layouts["train"].plain(length, rng) for _ in range(rows)]
 
@@ -65,13 +73,6 @@ class SearchData:
         """`batch` in pieces that are run at once."""
         rows = max(1, self.settings.micro_batch_tokens // self.settings.longest)
         return [batch[start : start + rows] for start in range(0, len(batch), rows)]
-
-    def _shape(self, step: int) -> tuple[int, int]:
-        """Length and number of the rows of a step."""
-        length = self.settings.length
-        if not isinstance(length, int):
-            length = int(np.random.default_rng([self._seed, step]).integers(length[0], length[1] + 1))
-        return length, max(1, self.settings.batch_tokens // length)
 
     def _example(self, split: str, length: int, number: int) -> Example:
         task = self._tasks[number % len(self._tasks)]

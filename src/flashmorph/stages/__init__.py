@@ -3,7 +3,7 @@
 from flashmorph.stages.align import AlignSettings, align, alignment_errors
 from flashmorph.stages.distill import DistillSettings, distill
 from flashmorph.stages.extend import ExtendSettings, extend
-from flashmorph.stages.training import TrainSettings
+from flashmorph.stages.training import TrainSettings, collate
 
 __all__ = [
     "AlignSettings",
@@ -12,6 +12,7 @@ __all__ = [
     "TrainSettings",
     "align",
     "alignment_errors",
+    "collate",
     "distill",
     "extend",
 ]

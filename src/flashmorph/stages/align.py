@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
 from flashmorph.corpus import Rows
-from flashmorph.morphable import Morphable, MorphableLayer, relative_error
+from flashmorph.morphable import Morphable, MorphableLayer, squares
+from flashmorph.packing import Packed, apart
 from flashmorph.plan import FULL
 from flashmorph.progress import Report, silent
 from flashmorph.stages.training import TrainSettings, train
@@ -40,28 +41,44 @@ class AlignmentLoss(nn.Module):
         super().__init__()
         self.morphable = morphable
 
-    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The summed loss for `input_ids` `[batch, time]`, and each layer's part `[layers]`, detached."""
-        errors: list[torch.Tensor] = []
+    def forward(self, input_ids: torch.Tensor, starts: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """The summed loss for `input_ids` `[batch, time]`, and each layer's part `[layers]`, detached.
 
-        def compare(layer: MorphableLayer, hidden: torch.Tensor, arguments: dict[str, Any], output: torch.Tensor):
-            for option in layer.branches:
-                if option != FULL:
-                    errors.append(
-                        checkpoint(
-                            _error, layer, option, hidden.detach(), arguments, output.detach(), use_reentrant=False
-                        )
-                    )
+        Documents are kept apart where `starts` `[batch, time]` marks their first tokens.
+        """
+        found: list[torch.Tensor] = []
+        packed = apart(input_ids, starts, self.morphable.host)
+        for each in packed:
 
-        with self.morphable.observed(compare):
-            self.morphable(input_ids)
-        return {"loss": torch.stack(errors).sum(), "errors": torch.stack(errors).detach()}
+            def compare(
+                layer: MorphableLayer,
+                hidden: torch.Tensor,
+                arguments: dict[str, Any],
+                output: torch.Tensor,
+                each: Packed = each,
+            ) -> None:
+                for option in layer.branches:
+                    if option != FULL:
+                        values = (layer, option, hidden.detach(), arguments, output.detach(), each)
+                        found.append(checkpoint(_squares, *values, use_reentrant=False))
+
+            with self.morphable.observed(compare):
+                self.morphable(each.input_ids, boundaries=each.boundaries)
+        difference, size = torch.stack(found).unflatten(0, (len(packed), -1)).sum(0).unbind(1)
+        errors = difference / size
+        return {"loss": errors.sum(), "errors": errors.detach()}
 
 
-def _error(
-    layer: MorphableLayer, option: str, hidden: torch.Tensor, arguments: dict[str, Any], target: torch.Tensor
+def _squares(
+    layer: MorphableLayer,
+    option: str,
+    hidden: torch.Tensor,
+    arguments: dict[str, Any],
+    target: torch.Tensor,
+    packed: Packed,
 ) -> torch.Tensor:
-    return relative_error(layer.branch(option, hidden, arguments), target)
+    """`|M(h) - A(h)|^2` and `|A(h)|^2` over all tokens that are none of padding."""
+    return squares(packed.tokens(layer.branch(option, hidden, arguments)), packed.tokens(target))
 
 
 class _ClipEachBranch(TrainerCallback):
@@ -102,6 +119,10 @@ def align(
 
 
 @torch.no_grad()
-def alignment_errors(morphable: Morphable, input_ids: torch.Tensor) -> list[float]:
-    """Relative error of each layer's branch on `input_ids` `[batch, time]`: below 1 is better than a silent branch."""
-    return AlignmentLoss(morphable)(input_ids.to(morphable.device))["errors"].tolist()
+def alignment_errors(morphable: Morphable, input_ids: torch.Tensor, starts: torch.Tensor | None = None) -> list[float]:
+    """Relative error of each layer's branch on `input_ids` `[batch, time]`: below 1 is better than a silent branch.
+
+    Documents are kept apart where `starts` `[batch, time]` marks their first tokens.
+    """
+    starts = None if starts is None else starts.to(morphable.device)
+    return AlignmentLoss(morphable)(input_ids.to(morphable.device), starts)["errors"].tolist()

@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 
 from flashmorph.corpus import Rows
 from flashmorph.errors import UserError
+from flashmorph.hosts import host_of
 from flashmorph.losses import Head, forward_kl
+from flashmorph.packing import apart
 from flashmorph.progress import Report, silent
 from flashmorph.stages.training import TrainSettings, train
 
@@ -30,13 +32,16 @@ class DistillationLoss(nn.Module):
         super().__init__()
         self.student = student
         self._teacher = (teacher,)
+        self._host = host_of(student.config)
 
-    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The loss for `input_ids` `[batch, time]`."""
+    def forward(self, input_ids: torch.Tensor, starts: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """The loss for `input_ids` `[batch, time]`, documents apart where `starts` `[batch, time]` marks their first
+        tokens."""
         (teacher,) = self._teacher
+        packed = apart(input_ids, starts, self._host)
         with torch.no_grad():
-            target = teacher.model(input_ids=input_ids, use_cache=False).last_hidden_state
-        found = self.student.model(input_ids=input_ids, use_cache=False).last_hidden_state
+            target = torch.cat([each.run(teacher.model) for each in packed])
+        found = torch.cat([each.run(self.student.model) for each in packed])
         return {"loss": forward_kl(found, Head.of(self.student), target, Head.of(teacher))}
 
 

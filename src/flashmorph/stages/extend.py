@@ -8,7 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flashmorph.corpus import Rows
-from flashmorph.losses import Head, next_token_loss
+from flashmorph.hosts import host_of
+from flashmorph.losses import Head, label_loss
+from flashmorph.packing import apart
 from flashmorph.progress import Report, silent
 from flashmorph.stages.training import TrainSettings, train
 
@@ -28,11 +30,17 @@ class NextTokenLoss(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.student = model
+        self._host = host_of(model.config)
 
-    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The loss for `input_ids` `[batch, time]`."""
-        hidden = self.student.model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return {"loss": next_token_loss(hidden, Head.of(self.student), input_ids)}
+    def forward(self, input_ids: torch.Tensor, starts: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """The loss for `input_ids` `[batch, time]`; where `starts` `[batch, time]` marks the first tokens of documents,
+        they are kept apart and those tokens are not predicted."""
+        hidden, labels = [], []
+        for each in apart(input_ids, starts, self._host):
+            places, following = each.next_tokens()
+            hidden.append(each.run(self.student.model)[places])
+            labels.append(following)
+        return {"loss": label_loss(torch.cat(hidden), Head.of(self.student), torch.cat(labels))}
 
 
 def extend(

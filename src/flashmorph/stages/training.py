@@ -30,6 +30,7 @@ class TrainSettings(BaseModel):
     batch_tokens: int = Field(gt=0, description="tokens in a step, over all devices")
     micro_batch_tokens: int | None = Field(default=None, gt=0, description="tokens at once on one device")
     retrieval_share: float = Field(default=0.0, ge=0, le=1, description="share of rows that are retrieval questions")
+    isolate_documents: bool = Field(default=True, description="documents in one row do not see each other")
     learning_rate: float = Field(gt=0)
     final_learning_rate: float = Field(default=1e-5, ge=0)
     warmup_steps: int = Field(default=50, ge=0)
@@ -50,6 +51,18 @@ class TrainSettings(BaseModel):
     def batch_rows(self) -> int:
         """Rows in a step."""
         return max(1, self.batch_tokens // self.length)
+
+    @property
+    def tokens_run(self) -> int:
+        """Tokens in all steps: `tokens` less what does not fill a step."""
+        return self.rows * self.length
+
+    @property
+    def accumulation(self) -> int:
+        """Parts of equal size that a step is run in, so that each fits `micro_batch_tokens`."""
+        micro_rows = max(1, (self.micro_batch_tokens or self.batch_tokens) // self.length)
+        parts = (parts for parts in range(1, self.batch_rows + 1) if self.batch_rows % parts == 0)
+        return next(number for number in parts if self.batch_rows // number <= micro_rows)
 
 
 class StageTrainer(Trainer):
@@ -93,20 +106,18 @@ def train(
 ) -> None:
     """Train `model` in place, from the last whole checkpoint in `folder` on if there is one.
 
-    `model(input_ids)` returns `{"loss": ...}`. The log is `folder/log.jsonl`, one line a step.
+    `model(input_ids)` returns `{"loss": ...}`; where documents are isolated and a row has several, `starts`
+    `[batch, time]` tells it the first token of each. The log is `folder/log.jsonl`, one line a step.
 
     Raises:
         UserError: the loss is not finite.
     """
     device = next(model.parameters()).device
-    micro_rows = max(1, (settings.micro_batch_tokens or settings.batch_tokens) // settings.length)
-    parts = [parts for parts in range(1, settings.batch_rows + 1) if settings.batch_rows % parts == 0]
-    accumulation = next(number for number in parts if settings.batch_rows // number <= micro_rows)
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_rows // accumulation,
-        gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=settings.batch_rows // settings.accumulation,
+        gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr": min(settings.final_learning_rate, settings.learning_rate)},
@@ -131,7 +142,7 @@ def train(
         model=model,
         args=arguments,
         train_dataset=rows,
-        data_collator=lambda batch: {"input_ids": torch.tensor([row["input_ids"] for row in batch])},
+        data_collator=lambda batch: collate(batch, settings.isolate_documents),
         callbacks=[*callbacks, _Keeper(folder, report)],
     )
     trainer.remove_callback(PrinterCallback)
@@ -140,6 +151,20 @@ def train(
         trainer._load_from_checkpoint(checkpoint)
         return
     trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def collate(batch: Sequence[dict[str, list[int]]], isolate: bool = True) -> dict[str, torch.Tensor]:
+    """Rows as `input_ids` `[batch, time]`.
+
+    With `starts` `[batch, time]`, True at first tokens, if documents are to be kept apart and a row has several.
+    """
+    ids = torch.tensor([row["input_ids"] for row in batch])
+    if not isolate or all(len(row["starts"]) == 1 for row in batch):
+        return {"input_ids": ids}
+    starts = torch.zeros_like(ids, dtype=torch.bool)
+    for number, row in enumerate(batch):
+        starts[number, row["starts"]] = True
+    return {"input_ids": ids, "starts": starts}
 
 
 def last_checkpoint(folder: Path) -> str | None:

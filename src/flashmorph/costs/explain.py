@@ -1,0 +1,110 @@
+"""An estimate in words: what it assumes, what does not fit, and the formula behind each figure."""
+
+from collections.abc import Iterator
+
+from flashmorph.costs.estimate import Estimate, Stage
+from flashmorph.hosts import FEED_FORWARD
+from flashmorph.plan import FULL
+
+_POWERS = (("", 1e0), ("K", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12), ("P", 1e15), ("E", 1e18), ("Z", 1e21))
+_BYTES = (("B", 1), ("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30), ("TiB", 2**40))
+
+
+def amount(value: float) -> str:
+    """Three digits and a letter for the power of ten: `1.72G`."""
+    letter, power = next(pair for pair in reversed(_POWERS) if value >= 0.9995 * pair[1] or pair[1] == 1)
+    return f"{value / power:.3g}{letter}"
+
+
+def byte_size(value: float) -> str:
+    """Bytes in the largest unit that leaves at least 1."""
+    unit, size = next(pair for pair in reversed(_BYTES) if value >= pair[1] or pair[1] == 1)
+    return f"{value / size:,.1f} {unit}"
+
+
+def notes(found: Estimate) -> Iterator[str]:
+    """What the tables assume, and what to change where a stage does not fit."""
+    gpu = found.gpu
+    if not gpu:
+        yield "Hours and what fits: name a GPU, for example --gpu h200. Formulas: --explain."
+        return
+    yield (
+        f"Hours assume {found.utilisation:.0%} of the peak of {found.num_gpus} x {gpu.name} ({amount(gpu.flops)}FLOP/s "
+        "in bfloat16; --utilisation), and text that is read fast enough; milliseconds: weights and cache read once."
+    )
+    yield "transplant and evaluate run in float32 and have no hours here. Every formula: --explain."
+    if found.num_gpus > 1:
+        yield "memory of a GPU: each holds all weights; sharded: weights, gradients and moments divided among them."
+        yield "This version trains in one process: figures for several GPUs say what dividing the batch would give."
+    for stage in found.stages:
+        if stage.memory and stage.memory.bytes() > gpu.memory_bytes:
+            yield _does_not_fit(found, stage)
+
+
+def _does_not_fit(found: Estimate, stage: Stage) -> str:
+    assert stage.memory and found.gpu
+    memory, gpu = stage.memory, found.gpu
+    whole, shared = memory.tokens_within(gpu.memory_bytes), memory.tokens_within(gpu.memory_bytes, found.num_gpus)
+    if whole:
+        return f"! {stage.name} does not fit; it does with --set {memory.setting}={whole}"
+    if memory.bytes(found.num_gpus) <= gpu.memory_bytes:
+        return f"! {stage.name} fits only where weights are sharded"
+    if shared:
+        return f"! {stage.name} fits only where weights are sharded, with --set {memory.setting}={shared}"
+    return f"! {stage.name} does not fit, whatever the batch: more memory, or more GPUs that share the weights"
+
+
+def explain(found: Estimate) -> Iterator[str]:
+    """Every figure with its formula, a line each."""
+    model, sizes = found.model, found.sizes
+    config, layers, num_full, switched = model.config, model.layers, model.num_full, model.switched
+    yield "\nParameters, counted on models without memory:"
+    yield f"  teacher {sizes.teacher:,}; host, every layer full {sizes.host:,}"
+    yield (
+        f"  hybrid = host + {switched} layers · ({switched} mixer - attention) = {sizes.host:,} + "
+        f"{layers - num_full} · ({sizes.parts[switched].parameters:,} - {sizes.parts[FULL].parameters:,}) = "
+        f"{found.hybrid_parameters:,}"
+    )
+    yield "\nCache of one sequence, bytes:"
+    for context, (teacher, hybrid) in found.cache.items():
+        full, other = (model.host.cache_bytes(config, option, context) for option in (FULL, switched))
+        yield (
+            f"  at {context:,}: teacher {layers} · {full:,} = {teacher:,}; "
+            f"hybrid {num_full} · {full:,} + {layers - num_full} · {other:,} = {hybrid:,}"
+        )
+    length = max(stage.length for stage in found.stages if stage.memory)
+    yield f"\nFLOPs of one layer for each token, forward, at a context of {length:,} (a multiply-add counts as two):"
+    for part in (FULL, switched, FEED_FORWARD):
+        for product in model.part(part, length):
+            yield f"  {part:<12} {product.name:<20} {product.formula} = {product.flops:,.0f}"
+    yield (
+        "  Counted as on eager attention, with all scores (of a window those inside). Hours take what kernels do: they "
+        "leave out\n  scores above the diagonal, half of them where a layer sees everything. Linear mixers fill whole "
+        "chunks. Rows count as one document each.\n  "
+        f"Head: 2 · hidden · vocabulary = {model.head:,.0f}."
+    )
+    yield "\nFLOPs of each stage = tokens · sum (what kernels do in brackets):"
+    for stage in found.stages:
+        if stage.work and stage.work.tokens:
+            yield f"  {stage.name}: {stage.work.tokens:,} · ("
+            for each in stage.work.passes:
+                yield f"      {each.name}: {amount(each.flops)} ({amount(each.causal)})"
+            yield f"    ) = {amount(stage.work.flops)} ({amount(stage.work.causal)})"
+        elif stage.tokens is None:
+            yield f"  {stage.name}: known only as the search goes"
+    if found.gpu:
+        yield (
+            f"\nHours = FLOPs that kernels do / ({found.num_gpus} GPUs · {amount(found.gpu.flops)}FLOP/s · "
+            f"{found.utilisation}) / 3600. The share of the peak is an assumption."
+        )
+        yield (
+            "Least time of a generated token = (weights in the teacher's dtype, of experts the chosen ones, + cache) / "
+            f"{amount(found.gpu.bandwidth)}B/s."
+        )
+    yield "\nMemory of a GPU, bytes (tokens at once: an estimate; `sharded` divides all else but the chunks of logits):"
+    for stage in found.stages:
+        if stage.memory:
+            parts = [f"{share.name} {share.formula} = {share.bytes:,.0f}" for share in stage.memory.shares]
+            if stage.memory.tokens:
+                parts.append(f"{stage.memory.tokens:,} tokens at once · {stage.memory.per_token:,.0f} kept for each")
+            yield f"  {stage.name}: " + "; ".join(parts) + f"; in all {stage.memory.bytes():,.0f}"

@@ -1,0 +1,119 @@
+"""Memory of each stage on one GPU: what stands there throughout, and what grows with the tokens that run at once.
+
+Weights, gradients and moments of Adam are exact. What is kept for the backward is an estimate: inputs and outputs of
+every linear map in the width that products run in, and six hidden states in float32 for norms and residuals. With
+attention that does not store its scores that is within 15 % of what PyTorch keeps on a CPU. Kernels of linear mixers
+are taken to keep no more than that either; PyTorch's reference of Gated DeltaNet keeps more than twice as much.
+"""
+
+import math
+from typing import NamedTuple
+
+from flashmorph.costs.sizes import Sizes
+from flashmorph.costs.work import Model
+from flashmorph.hosts import FEED_FORWARD
+from flashmorph.losses import LOGITS_BYTES
+from flashmorph.plan import FULL
+from flashmorph.recipe import Recipe
+from flashmorph.stages import TrainSettings
+
+_FLOAT32, _FLOAT64, _BF16 = 4, 8, 2
+_TRAINED = 4 * _FLOAT32
+_HIDDEN_STATES = 6
+_CHUNKS_OF_LOGITS = 5
+
+
+class Share(NamedTuple):
+    """One share of a stage's memory in bytes; `sharded` ones are divided among GPUs where weights are."""
+
+    name: str
+    formula: str
+    bytes: float
+    sharded: bool = True
+
+
+class Memory(NamedTuple):
+    """`shares` stand throughout; `per_token` bytes are kept for each of `tokens`, in rows of `length`.
+
+    `setting` is what to lower where they do not fit.
+    """
+
+    shares: list[Share]
+    per_token: float = 0.0
+    tokens: int = 0
+    length: int = 1
+    setting: str = ""
+
+    def bytes(self, gpus: int = 1) -> float:
+        """All of it on each of `gpus` GPUs that share weights, gradients and moments."""
+        fixed = sum(share.bytes / (gpus if share.sharded else 1) for share in self.shares)
+        return fixed + self.per_token * self.tokens
+
+    def tokens_within(self, limit: float, gpus: int = 1) -> int:
+        """The most tokens at once, in whole rows, that stay within `limit` bytes; 0 where no row does."""
+        room = limit - self._replace(tokens=0).bytes(gpus)
+        if room <= 0 or not self.per_token:
+            return 0
+        return int(room / self.per_token) // self.length * self.length
+
+
+def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16: bool) -> dict[str, Memory]:
+    """The memory of each stage, its batch divided among `num_gpus`."""
+    host, branches, switched = sizes.host, sizes.branches, model.switched
+    hybrid, width = sizes.hybrid(switched, model.num_full), model.config.hidden_size
+    number = _BF16 if bf16 else _FLOAT32
+    host_share = Share("host", "4 · host", _FLOAT32 * host)
+    student = [
+        Share("student: weights, gradients, two moments", "16 · hybrid", _TRAINED * hybrid),
+        *([Share("its weights in bfloat16", "2 · hybrid", _BF16 * hybrid)] if bf16 else []),
+        Share("chunks of logits", f"{_CHUNKS_OF_LOGITS} · {LOGITS_BYTES}", _CHUNKS_OF_LOGITS * LOGITS_BYTES, False),
+    ]
+
+    def kept(part: str) -> float:
+        """Bytes a token that one part of one layer keeps."""
+        return number * sizes.parts[part].widths
+
+    residual = _HIDDEN_STATES * _FLOAT32 * width
+    mixers = model.num_full * kept(FULL) + (model.layers - model.num_full) * kept(switched)
+    trained = mixers + model.layers * (kept(FEED_FORWARD) + residual)
+    searched = model.layers * (kept(FULL) + kept(switched) + kept(FEED_FORWARD) + residual)
+    aligned = model.layers * (_FLOAT32 + number) * width + kept(switched) + residual
+    search = recipe.select.search
+    stages = {
+        "transplant": Memory([
+            Share("teacher in float64, for the proof", "8 · teacher", _FLOAT64 * sizes.teacher),
+            host_share,
+        ]),
+        "align": _batched(recipe.align, "align", num_gpus, aligned, [
+            host_share,
+            Share("branches: weights, gradients, two moments", "16 · branches", _TRAINED * branches),
+        ]),
+        "select": Memory(
+            [
+                host_share,
+                Share("branches", "4 · branches", _FLOAT32 * branches),
+                *([Share("both in bfloat16", "2 · (host + branches)", _BF16 * (host + branches))] if bf16 else []),
+            ],
+            searched,
+            max(1, search.micro_batch_tokens // search.longest) * search.longest,
+            search.longest,
+            "select.search.micro_batch_tokens",
+        ),
+        "build": Memory([
+            host_share,
+            Share("branches", "4 · branches", _FLOAT32 * branches),
+            Share("hybrid", "4 · hybrid", _FLOAT32 * hybrid),
+        ]),
+        "distill": _batched(recipe.distill, "distill", num_gpus, trained, [host_share, *student]),
+    }  # fmt: skip
+    if not model.host.branches_train:
+        del stages["align"]
+    if recipe.extend:
+        stages["extend"] = _batched(recipe.extend, "extend", num_gpus, trained, student)
+    return stages
+
+
+def _batched(settings: TrainSettings, stage: str, num_gpus: int, per_token: float, shares: list[Share]) -> Memory:
+    """A stage that trains: the rows that one GPU runs at once."""
+    rows = min(settings.batch_rows // settings.accumulation, math.ceil(settings.batch_rows / num_gpus))
+    return Memory(shares, per_token, rows * settings.length, settings.length, f"{stage}.micro_batch_tokens")

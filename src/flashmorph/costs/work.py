@@ -1,0 +1,179 @@
+"""Operations of each stage: what runs forward, what backward, how often."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from transformers import PreTrainedConfig
+
+from flashmorph.hosts import FEED_FORWARD, Host, Products
+from flashmorph.outlook import num_models, search_tokens
+from flashmorph.plan import FULL
+from flashmorph.recipe import Recipe
+from flashmorph.selection import FOLLOW_GRADIENTS
+
+
+class Pass(NamedTuple):
+    """One share of a stage's work for each of its tokens: all products, and what is left of them in kernels that skip
+    what a causal mask or a window hides."""
+
+    name: str
+    flops: float
+    causal: float
+
+
+class Work(NamedTuple):
+    """`tokens` through `passes`."""
+
+    tokens: int
+    passes: list[Pass]
+
+    @property
+    def flops(self) -> float:
+        """All operations, as counted on eager attention."""
+        return self.tokens * sum(each.flops for each in self.passes)
+
+    @property
+    def causal(self) -> float:
+        """Operations of kernels that skip what a causal mask or a window hides."""
+        return self.tokens * sum(each.causal for each in self.passes)
+
+
+class Model(NamedTuple):
+    """A host's configuration and how many of its layers stay full in the hybrid."""
+
+    host: Host
+    config: PreTrainedConfig
+    num_full: int
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return self.config.num_hidden_layers
+
+    @property
+    def switched(self) -> str:
+        """The option of layers that are not full."""
+        return next(option for option in self.host.options if option != FULL)
+
+    @property
+    def head(self) -> float:
+        """Operations a token of the map to the vocabulary."""
+        return 2 * self.config.hidden_size * self.config.vocab_size
+
+    def part(self, name: str, context: int) -> list[Products]:
+        """One part of a layer."""
+        return self.host.flops_per_token(self.config, name, context)
+
+
+def operations(
+    products: Sequence[Products], forward: int = 1, weights: int = 0, inputs: int = 0
+) -> tuple[float, float]:
+    """Operations a token, all of them and those that kernels do.
+
+    `forward` is how often they run forward; a backward follows if there are gradients for the `weights` (1) or for what
+    goes in (`inputs`, 1): a product with weights takes one product for each of the two, any other product two.
+    """
+    back = {"input": weights + inputs, "weights": weights + 1, "state": 2}
+    backward = weights or inputs
+    whole = [(each, each.flops * (forward + (back[each.kind] if backward else 0))) for each in products]
+    return sum(flops for _, flops in whole), sum(flops * each.causal for each, flops in whole)
+
+
+def align_work(model: Model, recipe: Recipe) -> Work:
+    """The teacher forward; each branch forward twice, since its error is recomputed, and backward to its weights.
+
+    Nothing where branches have no weights.
+    """
+    if not model.host.branches_train:
+        return Work(0, [])
+    length, layers = recipe.align.length, model.layers
+    branch = model.part(model.switched, length)
+    teacher = [*model.part(FULL, length), *model.part(FEED_FORWARD, length)]
+    return Work(
+        recipe.align.tokens_run,
+        [
+            _times("teacher forward", layers, operations(teacher)),
+            _times("branches forward, twice, and backward", layers, operations(branch, 2, 1)),
+        ],
+    )
+
+
+def select_work(model: Model, recipe: Recipe) -> Work | None:
+    """Every branch forward, and backward to the gates; None where only the search itself will tell."""
+    tokens, mean = search_tokens(recipe)
+    if tokens is None or not tokens:
+        return None if tokens is None else Work(0, [])
+    length = max(1, round(mean))
+    mixers = [*model.part(FULL, length), *model.part(model.switched, length)]
+    passes = [
+        _times("every branch forward", model.layers, operations([*mixers, *model.part(FEED_FORWARD, length)])),
+        # The first layer's mixers have nothing below them that a gradient is asked for.
+        _times("mixers backward, no weights", model.layers - 1, operations(mixers, 0, 0, 1)),
+        _times("feed-forward backward", model.layers, operations(model.part(FEED_FORWARD, length), 0, 0, 1)),
+    ]
+    if FOLLOW_GRADIENTS[recipe.select.strategy] == "hidden":
+        teacher = [*model.part(FULL, length), *model.part(FEED_FORWARD, length)]
+        passes.append(_times("teacher forward", model.layers, operations(teacher)))
+    return Work(tokens, passes)
+
+
+def distill_work(model: Model, recipe: Recipe) -> Work:
+    """The teacher forward, the student forward and backward; chunks of logits are computed twice."""
+    settings, plans = recipe.distill, 2 if recipe.baseline else 1
+    teacher = [*model.part(FULL, settings.length), *model.part(FEED_FORWARD, settings.length)]
+    return Work(
+        settings.tokens_run * plans,
+        [
+            _times("teacher forward", model.layers, operations(teacher)),
+            Pass("teacher's logits, twice", 2 * model.head, 2 * model.head),
+            *_training(model, settings.length),
+        ],
+    )
+
+
+def extend_work(model: Model, recipe: Recipe) -> Work:
+    """The student forward and backward."""
+    assert recipe.extend
+    plans = 2 if recipe.baseline else 1
+    return Work(recipe.extend.tokens_run * plans, _training(model, recipe.extend.length))
+
+
+def evaluate_work(model: Model, recipe: Recipe) -> Work:
+    """All models forward over questions and held-out text; logits of the text alone; generated tokens are left out."""
+    settings, models = recipe.evaluate, num_models(recipe)
+    questions = settings.questions * settings.length * len(recipe.tasks)
+    tokens = questions + settings.perplexity_tokens
+    share = settings.perplexity_tokens / tokens
+    whole = Model(model.host, model.config, model.layers)
+    bodies = [("teacher forward", 1, whole), (f"{models - 1} hybrids forward", models - 1, model)]
+    return Work(
+        tokens,
+        [
+            *(_times(name, times, body_forward(each, settings.length)) for name, times, each in bodies),
+            Pass("logits of the text", models * model.head * share, models * model.head * share),
+        ],
+    )
+
+
+def body_forward(model: Model, length: int) -> tuple[float, float]:
+    """Operations a token of the hybrid's layers, forward."""
+    return _body(model, length, 1, 0, 0)
+
+
+def _training(model: Model, length: int) -> list[Pass]:
+    """The hybrid forward and backward; its logits twice forward, once backward."""
+    return [
+        _times("student forward and backward", 1, _body(model, length, 1, 1, 1)),
+        Pass("student's logits, twice, and backward", 4 * model.head, 4 * model.head),
+    ]
+
+
+def _body(model: Model, length: int, forward: int, weights: int, inputs: int) -> tuple[float, float]:
+    switched = model.layers - model.num_full
+    counts = {FULL: model.num_full, model.switched: switched, FEED_FORWARD: model.layers}
+    found = [(count, operations(model.part(part, length), forward, weights, inputs)) for part, count in counts.items()]
+    return sum(count * flops for count, (flops, _) in found), sum(count * causal for count, (_, causal) in found)
+
+
+def _times(name: str, times: int, flops: tuple[float, float]) -> Pass:
+    return Pass(name, times * flops[0], times * flops[1])

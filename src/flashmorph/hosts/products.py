@@ -1,0 +1,41 @@
+"""Matrix products that hosts have in common, for `Host.flops_per_token`."""
+
+from transformers import PreTrainedConfig
+
+from flashmorph.hosts.host import Products
+
+
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """Width of a head; not every family's configuration states it."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def attention_products(
+    config: PreTrainedConfig, context: int, window: int | None = None, gated: bool = False
+) -> list[Products]:
+    """Attention over `context` tokens, through a `window` if there is one; `gated` has a gate row for each query row.
+
+    Of the first tokens a window sees less, so kernels do `1 - window / (2 · context)` of its scores: one half where it
+    is as long as the context.
+    """
+    width, heads, groups, head_dim = (
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        head_dim_of(config),
+    )
+    seen = context if window is None else min(context, window)
+    of_scores = "context" if window is None else "min(context, window)"
+    rows, gate, twice = (2 * heads, "gate, ", "2 · ") if gated else (heads, "", "")
+    into = 2 * width * (rows + 2 * groups) * head_dim
+    scores, scores_formula = 4 * seen * heads * head_dim, f"4 · {of_scores} · heads · head_dim"
+    return [
+        Products(f"q, {gate}k, v", "input", f"2 · hidden · ({twice}heads + 2 · kv_heads) · head_dim", into),
+        Products("scores, values", "state", scores_formula, scores, 1 - seen / (2 * context)),
+        Products("out", "weights", "2 · heads · head_dim · hidden", 2 * heads * head_dim * width),
+    ]
+
+
+def feed_forward_products(width: int, inner: int) -> list[Products]:
+    """A gated feed-forward from `width` to `inner` and back."""
+    return [Products("gate, up, down", "weights", "6 · hidden · intermediate", 6 * width * inner)]

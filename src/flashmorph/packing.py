@@ -1,0 +1,113 @@
+"""Several documents in one row, kept apart: nothing of one reaches another, through attention, state or convolution.
+
+Where a host's kernels take the boundaries, rows go through as they are (`marked`); elsewhere they are cut at the
+boundaries into batches of single documents (`cut`). `apart` says which, and a stage keeps it in its record.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from flashmorph.hosts import Host
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What one forward is given: `input_ids` `[batch, time]`, and `boundaries`, further arguments of the model.
+
+    `real` `[batch, time]` is False at padding, `continues` `[batch, time]` where a token does not follow another of its
+    document; None: no padding, and each row is one document.
+    """
+
+    input_ids: torch.Tensor
+    boundaries: dict[str, Any] = field(default_factory=dict)
+    real: torch.Tensor | None = None
+    continues: torch.Tensor | None = None
+
+    def run(self, decoder: Any) -> torch.Tensor:
+        """Last hidden states of each token, `[tokens, width]`, padding left out.
+
+        Without a cache and a mask: with either, transformers does not look for boundaries.
+        """
+        return self.tokens(decoder(input_ids=self.input_ids, use_cache=False, **self.boundaries).last_hidden_state)
+
+    def tokens(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`hidden` `[batch, time, width]` of each token that is none of padding, `[tokens, width]`."""
+        return hidden.flatten(0, 1) if self.real is None else hidden[self.real]
+
+    def next_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places among `tokens` that have a next token in their document, and those next tokens."""
+        continues = torch.ones_like(self.input_ids, dtype=torch.bool) if self.continues is None else self.continues
+        if self.continues is None:
+            continues[:, 0] = False
+        (labelled,) = self.tokens(continues[..., None])[:, 0].nonzero(as_tuple=True)
+        return labelled - 1, self.tokens(self.input_ids[..., None])[:, 0][labelled]
+
+
+def apart(input_ids: torch.Tensor, starts: torch.Tensor | None, host: Host) -> list[Packed]:
+    """The documents of `input_ids` `[batch, time]`, apart.
+
+    `starts` `[batch, time]` is True at each document's first token (None: each row is one document).
+    """
+    if starts is None:
+        return [Packed(input_ids)]
+    return [marked(input_ids, starts)] if host.takes_boundaries(input_ids.device) else cut(input_ids, starts)
+
+
+def how_apart(isolated: bool, host: Host, device: torch.device) -> str:
+    """In words, for a stage's record."""
+    if not isolated:
+        return "joined"
+    return "apart by kernels" if host.takes_boundaries(device) else "apart, rows cut at the boundaries"
+
+
+def marked(input_ids: torch.Tensor, starts: torch.Tensor) -> Packed:
+    """Rows as they are, with the arguments that tell each kind of layer where documents begin.
+
+    `position_ids` and `cu_seq_lens_*` are for attention, `cu_seq_lens_q` also for linear states, `seq_idx` for short
+    convolutions. A row's first token begins a document whatever `starts` says.
+    """
+    starts = _with_rows(starts)
+    time = torch.arange(input_ids.shape[1], device=input_ids.device)
+    begun = torch.where(starts, time, 0).cummax(1).values
+    edges = _edges(starts)
+    longest = int(edges.diff().max())
+    boundaries = {
+        "position_ids": time - begun,
+        "seq_idx": (starts.cumsum(1) - 1).int(),
+        **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), edges.int()),
+        **dict.fromkeys(("max_length_q", "max_length_k"), longest),
+    }
+    return Packed(input_ids, boundaries, continues=~starts)
+
+
+def cut(input_ids: torch.Tensor, starts: torch.Tensor) -> list[Packed]:
+    """One document a row, padded on the right, where causal layers do not look.
+
+    Documents whose lengths lie between the same two powers of two share a batch, so that less than half is padding.
+    """
+    starts = _with_rows(starts)
+    edges, flat = _edges(starts), input_ids.flatten()
+    lengths = edges.diff()
+    sizes = torch.tensor([int(length - 1).bit_length() for length in lengths.tolist()], device=input_ids.device)
+    batches = []
+    for size in sizes.unique().tolist():
+        chosen, first = lengths[sizes == size], edges[:-1][sizes == size]
+        time = torch.arange(int(chosen.max()), device=input_ids.device)
+        real = time < chosen[:, None]
+        ids = torch.where(real, flat[(first[:, None] + time).clamp_max(len(flat) - 1)], 0)
+        batches.append(Packed(ids, real=real, continues=real & (time > 0)))
+    return batches
+
+
+def _with_rows(starts: torch.Tensor) -> torch.Tensor:
+    """`starts`, and the first token of each row."""
+    starts = starts.clone()
+    starts[:, 0] = True
+    return starts
+
+
+def _edges(starts: torch.Tensor) -> torch.Tensor:
+    """Where documents begin in the rows end to end, and the end of the last, `[documents + 1]`."""
+    return torch.cat([starts.flatten().nonzero()[:, 0], starts.new_tensor([starts.numel()], dtype=torch.long)])

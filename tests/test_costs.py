@@ -1,0 +1,275 @@
+"""What `flashmorph plan` says is what real models have and do."""
+
+import json
+import math
+import time
+
+import pytest
+import torch
+from conftest import random_qwen3, run_command
+from torch.utils.flop_counter import FlopCounterMode
+
+from flashmorph.costs import Estimate, estimate, find_gpu
+from flashmorph.costs.memory import stage_memory
+from flashmorph.costs.work import body_forward
+from flashmorph.errors import UserError
+from flashmorph.hosts import cache_bytes
+from flashmorph.morphable import attach
+from flashmorph.move import transplant
+from flashmorph.plan import Budget
+from flashmorph.recipe import load_recipe
+from flashmorph.stages.align import AlignmentLoss
+from flashmorph.stages.distill import DistillationLoss
+from flashmorph.stages.extend import NextTokenLoss
+
+LENGTH, ROWS, KEPT = 128, 2, 1
+SHAPE = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+STEP = {"tokens": ROWS * LENGTH, "length": LENGTH, "batch_tokens": ROWS * LENGTH}
+RECIPE = load_recipe(
+    "demo",
+    {
+        "budget": str(KEPT),
+        "baseline": None,
+        "select.search": {"length": LENGTH, "batch_tokens": ROWS * LENGTH},
+        "select.settings": {"steps": 1},
+        "evaluate.length": LENGTH,
+        **{f"{stage}.{name}": value for stage in ("align", "distill", "extend") for name, value in STEP.items()},
+    },
+)
+
+
+def expected(**options) -> Estimate:
+    return estimate("random", random_qwen3(**SHAPE).config, RECIPE, **options)
+
+
+def depthwise_backward(grad_shape, x_shape, w_shape, *args, out_shape, **kwargs) -> int:
+    """Twice the forward. FlopCounterMode's own formula takes the gradient of a depthwise kernel for that of a dense
+    one, `channels` times too much."""
+    return 2 * 2 * math.prod(x_shape) * w_shape[-1]
+
+
+def counted(work) -> int:
+    formulas = {torch.ops.aten.convolution_backward: depthwise_backward}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+@pytest.fixture
+def models():
+    """A morphable model and a hybrid of one teacher, with eager attention."""
+    host, _ = transplant(random_qwen3(**SHAPE))
+    ids = torch.randint(SHAPE["vocab_size"], (ROWS, LENGTH))
+    morphable, _ = attach(host, ids)
+    morphable.model.set_attn_implementation("eager")
+    budget = Budget("layers", KEPT)
+    hybrid = morphable.instantiate(morphable.space(budget).plan(["layers.1"], budget))
+    hybrid.set_attn_implementation("eager")
+    return morphable, hybrid, ids
+
+
+def stage_of(found: Estimate, name: str):
+    return next(stage for stage in found.stages if stage.name == name)
+
+
+def test_parameters_are_those_of_the_real_models(models):
+    morphable, hybrid, _ = models
+    found = expected()
+    assert found.sizes.teacher == random_qwen3(**SHAPE).num_parameters()
+    assert found.hybrid_parameters == hybrid.num_parameters()
+    branches = sum(len(weight.flatten()) for weights in morphable.branch_parameters() for weight in weights)
+    assert found.sizes.branches == branches
+    assert found.sizes.host == sum(weight.numel() for weight in morphable.parameters()) - branches
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_that_is_the_head_counts_once(tied):
+    model = random_qwen3(**SHAPE, tie_word_embeddings=tied)
+    found = estimate("random", model.config, RECIPE)
+    assert found.sizes.teacher == model.num_parameters()
+    assert found.sizes.host == transplant(model)[0].num_parameters()
+
+
+def test_the_cache_is_that_of_the_real_models(models):
+    _, hybrid, _ = models
+    found = expected(contexts=(LENGTH, 4096))
+    for context, (teacher, after) in found.cache.items():
+        assert teacher == cache_bytes(random_qwen3(**SHAPE).config, context)
+        assert after == cache_bytes(hybrid.config, context) < teacher
+
+
+@pytest.mark.parametrize("length", [100, LENGTH])
+def test_a_forward_takes_the_operations_that_are_counted(models, length):
+    morphable, hybrid, ids = models
+    ids = ids[:, :length]
+    model = expected().model
+    for real, kept in ((hybrid, KEPT), (morphable.model, model.layers)):
+        found = counted(lambda real=real: real.model(input_ids=ids, use_cache=False))
+        assert body_forward(model._replace(num_full=kept), length)[0] * ids.numel() == pytest.approx(found, rel=0.02)
+
+
+@pytest.mark.parametrize("stage", ["align", "select", "distill", "extend"])
+def test_a_step_of_each_stage_takes_the_operations_that_are_counted(models, stage):
+    morphable, hybrid, ids = models
+
+    for weights in morphable.branch_parameters() if stage == "align" else ():
+        for weight in weights:
+            weight.requires_grad_(True)
+    teacher, _ = transplant(random_qwen3(**SHAPE))
+    teacher.set_attn_implementation("eager")
+    gates = torch.full((SHAPE["num_hidden_layers"], 2), 0.5, requires_grad=True)
+    loss = {
+        "align": lambda: AlignmentLoss(morphable)(ids)["loss"],
+        "select": lambda: morphable(ids, gates).square().mean(),
+        "distill": lambda: DistillationLoss(hybrid, teacher)(ids)["loss"],
+        "extend": lambda: NextTokenLoss(hybrid)(ids)["loss"],
+    }[stage]
+    work = stage_of(expected(), stage).work
+    assert work.tokens == ids.numel()
+    assert work.flops == pytest.approx(counted(lambda: loss().backward()), rel=0.02)
+    assert work.causal < work.flops
+
+
+def kept_bytes(model, ids: torch.Tensor, bf16: bool) -> int:
+    """Bytes that autograd keeps of a forward, weights in any form left out."""
+    weights = {shape for weight in model.parameters() for shape in (weight.shape, weight.shape[::-1])}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            model.model(input_ids=ids, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_memory_of_a_full_layer_is_about_what_autograd_keeps(bf16):
+    shape = {**SHAPE, "hidden_size": 256, "intermediate_size": 640, "head_dim": 64}
+    ids = torch.randint(SHAPE["vocab_size"], (1, 200))
+    found = []
+    for layers in (2, 4):
+        model, _ = transplant(random_qwen3(**{**shape, "num_hidden_layers": layers}))
+        found.append(kept_bytes(model, ids, bf16))
+    plan = estimate("random", random_qwen3(**shape).config, RECIPE)
+    all_full = plan.model._replace(num_full=plan.model.layers)
+    per_token = stage_memory(all_full, plan.sizes, RECIPE, 1, bf16)["extend"].per_token / plan.model.layers
+    assert per_token == pytest.approx((found[1] - found[0]) / 2 / ids.numel(), rel=0.15)
+
+
+@pytest.mark.parametrize("name, gpus", [("a100-40gb", 1), ("l4", 8)])
+def test_what_it_says_to_lower_makes_a_stage_fit(name, gpus):
+    shape = {**SHAPE, "hidden_size": 2048, "num_hidden_layers": 28, "head_dim": 128, "intermediate_size": 6144}
+    config = type(random_qwen3().config)(**shape, dtype="bfloat16")
+    recipe = load_recipe("default", {"evaluate.length": 16384})
+    gpu = find_gpu(name)
+    found = estimate("random", config, recipe, gpu, gpus)
+    settled = 0
+    for stage in found.stages:
+        if stage.memory and stage.memory.tokens and stage.memory.bytes(gpus) > gpu.memory_bytes:
+            tokens = stage.memory.tokens_within(gpu.memory_bytes, gpus)
+            if tokens:
+                settled += 1
+                lowered = load_recipe("default", {stage.memory.setting: tokens})
+                again = stage_of(estimate("random", config, lowered, gpu, gpus), stage.name)
+                assert again.memory.bytes(gpus) <= gpu.memory_bytes
+    assert settled
+
+
+def test_hours_follow_from_operations_and_gpus():
+    one, eight = expected(gpu=find_gpu("H200")), expected(gpu=find_gpu("h200"), num_gpus=8, utilisation=0.6)
+    for stage, other in zip(one.stages, eight.stages, strict=True):
+        if one.hours(stage):
+            assert one.hours(stage) == pytest.approx(16 * eight.hours(other))
+    align = stage_of(one, "align")
+    assert one.hours(align) == pytest.approx(align.work.causal / 0.3 / 989e12 / 3600)
+    assert one.hours(stage_of(one, "evaluate")) is None and expected().hours(align) is None
+
+
+def test_a_gpu_that_there_is_not_is_told_with_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'h200'"):
+        find_gpu("h20o")
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A folder with the configuration of a 70B model, and nothing else."""
+    shape = {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64}
+    config = type(random_qwen3().config)(
+        **shape,
+        vocab_size=151936,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+        dtype="bfloat16",
+    )
+    config.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_70b_configuration_is_enough(large, capsys):
+    started = time.process_time()
+    assert run_command("plan", large, "--budget", "25%", "--gpu", "h200", "--gpus", "8", "--json") == 0
+    assert time.process_time() - started < 10
+    found = json.loads(capsys.readouterr().out)
+    assert found["full_layers"] == 20 and found["models"]["teacher"]["parameters"] == 72_703_307_776
+    assert (
+        found["models"]["hybrid"]["cache_bytes"]["131072"] < 0.26 * found["models"]["teacher"]["cache_bytes"]["131072"]
+    )
+    assert run_command("plan", large, "--gpu", "h200", "--gpus", "8") == 0
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) < 40 and "distill does not fit" in printed
+
+
+def test_plan_and_dry_run_say_the_same(teacher_folder, recipe_file, tmp_path, capsys):
+    options = (teacher_folder, "--recipe", recipe_file, "--json")
+    assert run_command("plan", *options) == 0
+    planned = json.loads(capsys.readouterr().out)["stages"]
+    assert run_command("morph", *options, "--output", tmp_path / "out", "--dry-run") == 0
+    dry = json.loads(capsys.readouterr().out)
+    assert [{name: stage[name] for name in dry[0]} for stage in planned] == dry
+
+
+def test_explain_ends_in_the_figures_of_the_tables(teacher_folder, recipe_file, capsys):
+    options = ("plan", teacher_folder, "--recipe", recipe_file, "--gpu", "l4", "--gpus", "2")
+    assert run_command(*options, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert run_command(*options, "--explain") == 0
+    printed = capsys.readouterr().out
+    for model in found["models"].values():
+        assert f"{model['parameters']:,}" in printed and f"{model['cache_bytes']['8192']:,}" in printed
+    for stage in found["stages"]:
+        assert not stage["memory_bytes"] or f"{stage['memory_bytes']:,.0f}" in printed
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--budget", "loss=1%", "--strategy", "tolerance"], "plan with 7, 25% or kv="),
+        (["--budget", "2"], "everything full"),
+        (["--gpu", "h2000"], "did you mean 'h200'"),
+        (["--contexts", "8k"], "must be context lengths"),
+    ],
+)
+def test_bad_input_is_one_sentence(teacher_folder, recipe_file, capsys, options, says):
+    assert run_command("plan", teacher_folder, "--recipe", recipe_file, *options) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_bytes_of_cache_become_a_number_of_layers():
+    config = random_qwen3(**SHAPE).config
+    one = cache_bytes(config, 4096) // SHAPE["num_hidden_layers"]
+    found = estimate("random", config, load_recipe("demo", {"budget": f"kv={2.5 * one}B@4096", "evaluate.length": 256}))
+    assert found.model.num_full == 2
+    assert estimate("random", config, RECIPE, contexts=(4096,)).cache[4096][1] <= found.cache[8192][1]
