@@ -1,6 +1,5 @@
 """Open a teacher: an embedded one, a local folder or a model of the hub. Refuse what cannot be a teacher."""
 
-import hashlib
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -11,6 +10,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmorph.errors import UserError
+from flashmorph.files import weights_digest
 from flashmorph.hosts import host_for, takes_with_windows
 
 EMBEDDED = ("tiny",)
@@ -55,7 +55,7 @@ def open_teacher(name: str) -> Teacher:
     if not takes_with_windows(config):
         host_for(config)
     require_safetensors(folder)
-    return Teacher(name, folder, _digest(folder), revision, note)
+    return Teacher(name, folder, weights_digest(folder), revision, note)
 
 
 def locate(name: str) -> tuple[Path, str, str]:
@@ -152,16 +152,6 @@ def _download(name: str) -> Path:
             f"there is no teacher {name!r}: it is no folder here, not embedded ({embedded}), and the hub says: "
             f"{_first_line(error)}"
         ) from error
-
-
-def _digest(folder: Path) -> str:
-    """Of the configuration, the weights and the tokenizer, so that a changed file is a new teacher."""
-    digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("tokenizer*.json")]):
-        digest.update(path.name.encode())
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:12]
 
 
 def _first_line(error: Exception) -> str:
