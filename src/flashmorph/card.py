@@ -1,9 +1,10 @@
 """The model card of a finished run."""
 
+import flashmorph
 from flashmorph.hosts import configure
 from flashmorph.plan import FULL
 from flashmorph.run import Results, Run
-from flashmorph.teacher import EMBEDDED, load_config
+from flashmorph.teacher import load_config
 
 _NAMES = {
     "teacher": "teacher",
@@ -20,18 +21,26 @@ def model_card(run: Run, results: Results) -> str:
     host, _ = configure(load_config(run.teacher.folder), run.recipe.host)
     (other,) = set(host.options) - {FULL}
     plan = results.plan
-    base = "" if run.teacher.name in EMBEDDED else f"base_model: {run.teacher.name}\nbase_model_relation: finetune\n"
+    kept, number = len(plan.full_groups), len(plan.assignments)
+    selected = any(stage.name == "select" for stage in results.stages)
+    given = "" if selected else " --plan plan.json"
+    # The hub links what has a name there; a folder or an embedded teacher is named in the text.
+    base = f"base_model: {run.teacher.name}\nbase_model_relation: finetune\n" if run.teacher.revision else ""
+    revision = f" at revision `{run.teacher.revision}`" if run.teacher.revision else ""
     rows = "\n".join(_row(name, score) for name, score in results.scores.items())
     tasks = ", ".join(run.recipe.tasks)
     return f"""---
 library_name: transformers
-{base}tags: [flashmorph, hybrid-attention, linear-attention]
+pipeline_tag: text-generation
+{base}tags: [flashmorph, hybrid-attention, {other}-attention]
 ---
 
 # Hybrid of {run.teacher.name}
 
-`{plan.strip()}` (■ full attention, □ {other}): {len(plan.full_groups)} of {len(plan.assignments)} layers keep full
+Made from `{run.teacher.name}`{revision} by flashmorph {flashmorph.__version__}. {kept} of {number} layers keep full
 attention, chosen by `{plan.strategy}` for the budget {plan.budget}: layers {", ".join(map(str, plan.full_layers))}.
+
+`{plan.strip()}` (■ full attention, □ {other})
 
 An ordinary `{host.name}` checkpoint. Nothing of flashmorph's is needed to use it:
 
@@ -47,13 +56,28 @@ model = AutoModelForCausalLM.from_pretrained("{run.folder.path.name}")
 
 Recall: greedy generation, exact match of the whole answer, mean over {tasks}; {run.recipe.evaluate.questions} questions
 each at {run.recipe.evaluate.length:,} tokens. Perplexity: held-out text. Cache: one sequence of 131,072 tokens.
+{_worth(results)}
+[report.html](report.html) shows the choice, recall by task, perplexity by position, the cache and what each stage
+took, on one page; its figures lie in `figures/`.
 
 Served by: {host.serves}. On a machine without a GPU, leave flash-linear-attention uninstalled (or Triton): transformers
 picks its kernels where they can be imported, and they do not run there.
 
-Made with `flashmorph morph {run.teacher.name} --recipe recipe.yaml`; `recipe.yaml`, `plan.json` and `results.json` lie
-beside this file.
+Made with `flashmorph morph {run.teacher.name} --recipe recipe.yaml{given} --output FOLDER`; `recipe.yaml`, `plan.json`
+and `results.json` lie beside this file.
 """
+
+
+def _worth(results: Results) -> str:
+    """What the choice of layers is worth, where the uniform layout was trained as well."""
+    found = results.to_dict().get("recall_hybrid_minus_uniform")
+    if not found:
+        return ""
+    worth, low, high = (100 * value for value in (found["difference"], *found["interval"]))
+    return (
+        f"\nThe choice of layers is worth {worth:.1f} points of recall ({low:.1f} to {high:.1f}, paired) over the uniform\n"
+        "layout of the same budget and training.\n"
+    )
 
 
 def _row(name: str, score) -> str:

@@ -35,8 +35,8 @@ def evaluate(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="Whose tasks, text and lengths: `demo`, `default` or a YAML file. Default: the first model's own, "
-            "else `demo`."
+            help="Whose tasks, text and lengths: `demo`, `default` or a YAML file. Default: that of `--report`'s run, "
+            "else the first model's own, else `demo`."
         ),
     ] = None,
     lengths: Annotated[
@@ -98,7 +98,7 @@ def evaluate(
     quiet()
     if report:
         require_finished(report)
-    chosen = recipe or own_recipe(models[0])
+    chosen = recipe or (str(report / "recipe.yaml") if report else own_recipe(models[0]))
     settings = recipe_of(Options("", Path(), chosen or "demo", None, changes, data))
     if questions:
         settings = settings.model_copy(

@@ -34,13 +34,16 @@ def kept(run: Path, kind: str) -> tuple[dict[str, Any] | None, str]:
     """What `keep` wrote, and a sentence where it is about a hybrid that is no longer the run's.
 
     None where there is nothing, or nothing that still holds.
+
+    Raises:
+        UserError: the file holds something else.
     """
     path = run / f"{kind}.json"
     if not path.is_file():
         return None, ""
     found = read_json(path)
     if not isinstance(found, dict) or not isinstance(found.get("models"), dict):
-        raise UserError(f"{path} is not what `flashmorph {kind} --report` writes: remove it, or run that again")
+        raise UserError(f"{path} does not hold what `flashmorph {kind}` finds: remove it, or run that again")
     weights = found.get("weights", {}).get(HYBRID)
     if weights and weights != weights_digest(run):
         return None, f"{kind}.json is about an earlier hybrid of this run and left out: run it again."
