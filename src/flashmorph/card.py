@@ -75,8 +75,8 @@ def _worth(results: Results) -> str:
         return ""
     worth, low, high = (100 * value for value in (found["difference"], *found["interval"]))
     return (
-        f"\nThe choice of layers is worth {worth:.1f} points of recall ({low:.1f} to {high:.1f}, paired) over the uniform\n"
-        "layout of the same budget and training.\n"
+        f"\nThe choice of layers is worth {worth:.1f} points of recall ({low:.1f} to {high:.1f}, paired) over\n"
+        "the uniform layout of the same budget and training.\n"
     )
 
 

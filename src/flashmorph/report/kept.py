@@ -73,5 +73,5 @@ def _labels(run: Path, folders: Mapping[str, Path]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, folder in folders.items():
         label = "teacher" if name == teacher else known.get(folder.resolve(), short[name])
-        found[name] = label if label not in found.values() else short[name]
+        found[name] = next(each for each in (label, short[name], name) if each not in found.values())
     return found

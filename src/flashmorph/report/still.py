@@ -29,7 +29,7 @@ def draw(chart: Chart, path: Path) -> None:
     columns = min(_PER_ROW, len(chart.panels))
     rows = -(-len(chart.panels) // columns)
     width = _WIDE if columns == 1 else _NARROW * columns
-    height = sum(max(_height(panel) for panel in chart.panels[row::columns]) for row in range(1)) * rows
+    height = rows * max(map(_height, chart.panels))
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
     for place, axis in enumerate(axes.flat):
         if place < len(chart.panels):

@@ -99,7 +99,8 @@ def classes(source: Source) -> Chart | None:
                     ],
                 )
             )
-        panels.append(Dots(group, "added loss, nats a token", "class of token", names, series, limits))
+        title = "kind of token" if group == "kind" else group
+        panels.append(Dots(title, "added loss, nats a token", "class of token", names, series, limits))
     note = f"Mean loss minus {first}'s on the same held-out text: right of 0 is worse. Bars are 95 % intervals."
     return Chart("tokens", "Which tokens are lost", note, panels)
 

@@ -110,7 +110,7 @@ def _models(source: Source) -> str:
 
 def _how_to_get_more(source: Source) -> str:
     """The command that adds the grid and the token classes, where they are not there yet."""
-    if source.evaluated:
+    if source.evaluated or not source.plan.teacher:
         return ""
     length = yaml.safe_load(source.recipe)["evaluate"]["length"]
     folders = [source.folder / "stages" / name / "model" for name in _uniform(source)]
