@@ -103,6 +103,7 @@ def _dots(panel: Dots) -> list[go.Scatter]:
 def _dot_axes(figure: go.Figure, panel: Dots) -> None:
     count = len(panel.categories)
     figure.update_yaxes(tickvals=list(range(count)), ticktext=panel.categories, range=[count - 0.5, -0.5])
+    figure.update_xaxes(nticks=5, tickangle=0)
     if panel.x_range:
         low, high = panel.x_range
         room = 0.03 * (high - low)

@@ -47,9 +47,7 @@ def _positions(found: dict[str, list[dict[str, Any]]]) -> Chart:
     parts = next(iter(found.values()))
     ticks = {(part["from"] + part["to"]) / 2: f"{part['from']:,}-{part['to']:,}" for part in parts}
     panel = Lines("", "position in the context, tokens", "perplexity", series, log_x=True, x_ticks=ticks)
-    note = (
-        "Held-out text; bars are 95 % intervals over rows of text. The models read the same rows: compare their order."
-    )
+    note = "Held-out text, the same rows for all; bars are 95 % intervals over rows."
     return Chart("perplexity", "Perplexity by position", note, [panel])
 
 
@@ -125,7 +123,7 @@ def samples(source: Source) -> str:
             )
         blocks.append(f'<h4>{escape(label(name))}</h4><p class="sample">{"".join(spans)}</p>')
     about = (
-        f"The beginning of the held-out text. Red tokens cost more than in {first}, blue ones less; full colour is "
-        f"{_STRONG:g} nats. Hover for figures."
+        f"The beginning of the held-out text. Red: more loss than {first}'s, blue: less, at {_STRONG:g} nats in "
+        "full colour. Hover for figures."
     )
     return f"<h3>Token by token</h3><p>{escape(about)}</p>{''.join(blocks)}"

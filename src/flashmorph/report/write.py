@@ -7,7 +7,7 @@ import yaml
 
 import flashmorph
 from flashmorph.files import atomic_path
-from flashmorph.plan import FULL
+from flashmorph.plan import FULL, Plan
 from flashmorph.report import choice, costs, recall, text
 from flashmorph.report.charts import Chart
 from flashmorph.report.looks import label
@@ -29,7 +29,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     source = read_run(run)
     output = output or run / "report.html"
     sections = _sections(source)
-    name = f"Hybrid of {source.plan.teacher}" if source.plan.teacher else "Hybrid"
+    name = " of ".join(["Hybrid", *_teacher(source.plan)])
     html = page(name, _head(name, source), sections)
     for section in sections:
         for block in section.blocks:
@@ -55,6 +55,11 @@ def _head(name: str, source: Source) -> str:
     kept, number = len(plan.full_groups), len(plan.assignments)
     about = f"{kept} of {number} layers keep full attention. Made by flashmorph {flashmorph.__version__}."
     return f"<h1>{escape(name)}</h1><p class='note'>{escape(about)}</p><div class='tiles'>{''.join(tiles)}</div>"
+
+
+def _teacher(plan: Plan) -> list[str]:
+    """What to call the teacher: a folder by its own name, without the way to it."""
+    return [plan.teacher if plan.revision else Path(plan.teacher).name] if plan.teacher else []
 
 
 def _sections(source: Source) -> list[Section]:
@@ -84,8 +89,8 @@ def _plan(source: Source) -> str:
     others = sorted(set(plan.assignments.values()) - {FULL})
     kept = ", ".join(map(str, plan.full_layers))
     about = (
-        f"Chosen by {plan.strategy} for the budget {plan.budget}, seed {plan.seed}: layers {kept} stay full. Hover for "
-        "scores and for how near each layer's branch came to its attention."
+        f"Chosen by {plan.strategy} for the budget {plan.budget}, seed {plan.seed}; full: {kept}. Hover for scores "
+        "and for how near each layer's branch came to its attention."
     )
     key = f'<span class="key full"></span>full attention <span class="key other"></span>{escape(", ".join(others))}'
     return f'{strip(plan, choice.tips(source))}<p class="note">{key}</p>{paragraph(about)}'
