@@ -2,11 +2,12 @@
 
 from transformers import PreTrainedConfig
 
+import flashmorph
 from flashmorph.hosts import LINEAR, configure
 from flashmorph.hosts.serving import Engine
 from flashmorph.plan import FULL
 from flashmorph.run import Results, Run
-from flashmorph.teacher import EMBEDDED, load_config
+from flashmorph.teacher import load_config
 
 _NAMES = {
     "teacher": "teacher",
@@ -26,18 +27,26 @@ def model_card(run: Run, results: Results) -> str:
     plan = results.plan
     config = host.with_layer_types(config, list(plan.assignments.values()))
     engines = "\n".join(_served(engine, config) for engine in host.serves)
-    base = "" if run.teacher.name in EMBEDDED else f"base_model: {run.teacher.name}\nbase_model_relation: finetune\n"
+    kept, number = len(plan.full_groups), len(plan.assignments)
+    selected = any(stage.name == "select" for stage in results.stages)
+    given = "" if selected else " --plan plan.json"
+    # The hub links what has a name there; a folder or an embedded teacher is named in the text.
+    base = f"base_model: {run.teacher.name}\nbase_model_relation: finetune\n" if run.teacher.revision else ""
+    revision = f" at revision `{run.teacher.revision}`" if run.teacher.revision else ""
     rows = "\n".join(_row(name, score) for name, score in results.scores.items())
     tasks = ", ".join(run.recipe.tasks)
     return f"""---
 library_name: transformers
+pipeline_tag: text-generation
 {base}tags: [flashmorph, hybrid-attention, {tag}]
 ---
 
 # Hybrid of {run.teacher.name}
 
-`{plan.strip()}` (■ full attention, □ {mixer}): {len(plan.full_groups)} of {len(plan.assignments)} layers keep full
+Made from `{run.teacher.name}`{revision} by flashmorph {flashmorph.__version__}. {kept} of {number} layers keep full
 attention, chosen by `{plan.strategy}` for the budget {plan.budget}: layers {", ".join(map(str, plan.full_layers))}.
+
+`{plan.strip()}` (■ full attention, □ {mixer})
 
 An ordinary `{host.name}` checkpoint. Nothing of flashmorph's is needed to use it:
 
@@ -53,6 +62,9 @@ model = AutoModelForCausalLM.from_pretrained("{run.folder.path.name}")
 
 Recall: greedy generation, exact match of the whole answer, mean over {tasks}; {run.recipe.evaluate.questions} questions
 each at {run.recipe.evaluate.length:,} tokens. Perplexity: held-out text. Cache: one sequence of 131,072 tokens.
+{_worth(results)}
+[report.html](report.html) shows the choice, recall by task, perplexity by position, the cache and what each stage
+took, on one page; its figures lie in `figures/`.
 
 | engine | serves this checkpoint |
 |---|---|
@@ -61,8 +73,8 @@ each at {run.recipe.evaluate.length:,} tokens. Perplexity: held-out text. Cache:
 On a machine without a GPU, leave flash-linear-attention and mamba-ssm uninstalled (or Triton): transformers picks its
 kernels where they can be imported, and they do not run there.
 
-Made with `flashmorph morph {run.teacher.name} --recipe recipe.yaml`; `recipe.yaml`, `plan.json` and `results.json` lie
-beside this file.
+Made with `flashmorph morph {run.teacher.name} --recipe recipe.yaml{given} --output FOLDER`; `recipe.yaml`, `plan.json`
+and `results.json` lie beside this file.
 """
 
 
@@ -72,6 +84,18 @@ def _served(engine: Engine, config: PreTrainedConfig) -> str:
         return f"| {engine.name} | no: it needs {engine.needs} |"
     takes = f"; {engine.takes}" if engine.takes else ""
     return f"| {engine.name} | {engine.version} ({engine.known}){takes} |"
+
+
+def _worth(results: Results) -> str:
+    """What the choice of layers is worth, where the uniform layout was trained as well."""
+    found = results.to_dict().get("recall_hybrid_minus_uniform")
+    if not found:
+        return ""
+    worth, low, high = (100 * value for value in (found["difference"], *found["interval"]))
+    return (
+        f"\nThe choice of layers is worth {worth:.1f} points of recall ({low:.1f} to {high:.1f}, paired) over\n"
+        "the uniform layout of the same budget and training.\n"
+    )
 
 
 def _row(name: str, score) -> str:

@@ -1,5 +1,6 @@
 """Files that are either written whole or not at all."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -56,6 +57,16 @@ def read_json(path: Path) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def weights_digest(folder: Path) -> str:
+    """Of a checkpoint's configuration, weights and tokenizer, so that a changed file is another model."""
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("tokenizer*.json")]):
+        digest.update(path.name.encode())
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:12]
 
 
 def short_names(names: Sequence[str], most: int = 20) -> dict[str, str]:

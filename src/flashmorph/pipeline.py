@@ -1,4 +1,4 @@
-"""The whole path, top to bottom: transplant, align, select, build, distill, extend, evaluate, save.
+"""The whole path, top to bottom: transplant, align, select, build, distill, extend, evaluate, save, report.
 
 Each stage reads an earlier stage's folder and writes its own (`runfolder.py`); the functions that do the work are the
 library's own.
@@ -25,6 +25,7 @@ from flashmorph.packing import how_apart
 from flashmorph.plan import Budget, Plan
 from flashmorph.progress import Report, silent
 from flashmorph.publish import publish, save_model
+from flashmorph.report import write_report
 from flashmorph.run import Results, Run
 from flashmorph.rundata import (
     calibration,
@@ -70,6 +71,7 @@ def morph(run: Run, plan: Plan | None = None) -> Results:
     scores = {name: run_evaluate(run, name, stage) for name, stage in models.items()}
     results = Results(plan, scores, list(run.done.values()))
     publish(run.folder.path, hybrid["extend"].folder, plan, results.to_dict(), run.recipe, model_card(run, results))
+    write_report(run.folder.path)
     return results
 
 

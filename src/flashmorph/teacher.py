@@ -1,6 +1,5 @@
 """Open a teacher: an embedded one, a local folder or a model of the hub. Refuse what cannot be a teacher."""
 
-import hashlib
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers import (
 )
 
 from flashmorph.errors import UserError
-from flashmorph.files import read_json
+from flashmorph.files import read_json, weights_digest
 from flashmorph.hosts import host_for, takes_with_windows
 
 EMBEDDED = ("tiny",)
@@ -64,7 +63,7 @@ def open_teacher(name: str) -> Teacher:
     folder, revision, note = locate(name)
     _require_host(load_config(folder))
     require_safetensors(folder)
-    return Teacher(name, folder, _digest(folder), revision, note)
+    return Teacher(name, folder, weights_digest(folder), revision, note)
 
 
 def locate(name: str) -> tuple[Path, str, str]:
@@ -219,16 +218,6 @@ def _not_on_the_hub(name: str, error: Exception) -> UserError:
         f"there is no teacher {name!r}: it is no folder here, not embedded ({embedded}), and the hub says: "
         f"{_first_line(error)}"
     )
-
-
-def _digest(folder: Path) -> str:
-    """Of the configuration, the weights and the tokenizer, so that a changed file is a new teacher."""
-    digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("tokenizer*.json")]):
-        digest.update(path.name.encode())
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:12]
 
 
 def _first_line(error: Exception) -> str:

@@ -35,8 +35,8 @@ def evaluate(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="Whose tasks, text and lengths: `demo`, `default` or a YAML file. Default: the first model's own, "
-            "else `demo`."
+            help="Whose tasks, text and lengths: `demo`, `default` or a YAML file. Default: that of `--report`'s run, "
+            "else the first model's own, else `demo`."
         ),
     ] = None,
     lengths: Annotated[
@@ -69,6 +69,12 @@ def evaluate(
         bool,
         typer.Option("--tokens", help="Also the loss of every further model minus the first's, by class of token."),
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep the figures in this run's folder (evaluate.json) and renew its report.html.", metavar="RUN"
+        ),
+    ] = None,
     data: DataOption = None,
     changes: SetOption = None,
     device: DeviceOption = "auto",
@@ -80,15 +86,19 @@ def evaluate(
     and by the depth of the needle. All figures come with 95 % intervals (Wilson for recall, bootstrap for the rest,
     paired where two models are compared); the tables show the most important ones, `--json` has all.
 
-    Example: `flashmorph evaluate tiny runs/demo --lengths 256,512`
+    Example: `flashmorph evaluate tiny runs/demo --lengths 256,512 --report runs/demo`
     """
     from flashmorph.devices import pick_device
     from flashmorph.evaluation.harness import Harness
+    from flashmorph.report import keep, require_finished, write_report
     from flashmorph.screen import RichScreen
     from flashmorph.sidebyside import Wanted, compare_models, own_recipe
+    from flashmorph.teacher import locate
 
     quiet()
-    chosen = recipe or own_recipe(models[0])
+    if report:
+        require_finished(report)
+    chosen = recipe or (str(report / "recipe.yaml") if report else own_recipe(models[0]))
     settings = recipe_of(Options("", Path(), chosen or "demo", None, changes, data))
     if questions:
         settings = settings.model_copy(
@@ -103,6 +113,9 @@ def evaluate(
     )
     wanted = Wanted(settings, grid, harness, tokens)
     figures = compare_models(models, wanted, pick_device(device), RichScreen(ERR))
+    if report:
+        keep(report, "evaluate", {"models": figures}, {name: locate(name)[0] for name in figures})
+        write_report(report)
     if as_json:
         print(json.dumps(figures, indent=2))
         return

@@ -94,6 +94,7 @@ def morph(
                 highlight=False,
             )
     OUT.print(f"written: {output} (open it with AutoModelForCausalLM.from_pretrained)", highlight=False, soft_wrap=True)
+    OUT.print(f"what it kept, lost and won: {output / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 @app.command()

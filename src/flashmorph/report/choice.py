@@ -1,0 +1,100 @@
+"""What was chosen, how the search came to it, and how good the choice is among all plans."""
+
+from typing import Any
+
+from flashmorph.plan import FULL
+from flashmorph.report.charts import Chart, Dots, Lines, Series
+from flashmorph.report.looks import QUIET, Look, colour
+from flashmorph.report.source import Source
+
+_MOST_STEPS = 300
+_GATES = {"gates": "gate α", "l0": "log α of the gate"}
+_FLOOR = 1e-4
+
+
+def tips(source: Source) -> dict[str, str]:
+    """By group: what the search ranked it by, and how near its branch came to its attention."""
+    found = {}
+    errors = source.align.get("errors", [])
+    for place, group in enumerate(source.plan.assignments):
+        text = f", score {source.plan.scores[place][0]:.3g}" if source.plan.scores else ""
+        found[group] = text + (f", error of the aligned branch {errors[place]:.2f}" if errors else "")
+    return found
+
+
+def scores(source: Source) -> Chart | None:
+    """What the search ranked layers by."""
+    plan = source.plan
+    if not plan.scores:
+        return None
+    groups = list(plan.assignments)
+    values = [row[0] - max(row[1:]) for row in plan.scores]
+    series = []
+    for name, kept, look in (
+        ("stays full", True, Look(colour(0), line=False)),
+        ("gets a mixer", False, Look(QUIET, line=False)),
+    ):
+        places = [place for place, group in enumerate(groups) if (plan.assignments[group] == FULL) == kept]
+        series.append(Series(name, [values[place] for place in places], places, look))
+    numbers = [str(number) for number in range(len(groups))]
+    panel = Dots("", "score of staying full", "layer", numbers, series)
+    return Chart("scores", "What the choice was made by", f"The score that {plan.strategy} gives each layer.", [panel])
+
+
+def gates(source: Source) -> Chart | None:
+    """Gates over the steps of a search that follows gradients; races and other searches have none."""
+    entries = [entry for entry in source.trace if "logits" in entry]
+    if not entries:
+        return None
+    thinned = entries[:: max(1, len(entries) // _MOST_STEPS)]
+    if thinned[-1] is not entries[-1]:
+        thinned.append(entries[-1])
+    steps = [entry["step"] for entry in thinned]
+    kept = source.plan.full_layers
+    others = [layer for layer in range(len(source.plan.assignments)) if layer not in kept]
+    series = []
+    for layer in [*others, *kept]:
+        place = kept.index(layer) if layer in kept else None
+        look = Look(QUIET if place is None else colour(place), mark=None)
+        name = f"layer {layer}" if place is not None else "other layers"
+        values = [entry["logits"][layer] for entry in thinned]
+        series.append(Series(name, steps, values, look, hover=[f"layer {layer}"] * len(steps)))
+    y_label = _GATES.get(source.plan.strategy, "logit, full minus other")
+    note = f"{len(entries)} steps of {source.plan.strategy}; coloured layers stay full."
+    return Chart("gates", "Gates over time", note, [Lines("", "step of the search", y_label, series)])
+
+
+def regret(source: Source) -> Chart | None:
+    """Regret against what a search cost, by budget, where `compare` ran."""
+    if not source.compared:
+        return None
+    rows = [row for row in source.compared["rows"] if row["regret"] is not None]
+    names = sorted({row["strategy"] for row in rows})
+    panels = []
+    for budget, truth in source.compared["truths"].items():
+        here = [row for row in rows if row["budget"] == budget]
+        spent = [row["flops"] for row in here if row["flops"]] or [1.0]
+        series = [
+            _regrets(name, colour(place), some, (min(spent), max(spent)))
+            for place, name in enumerate(names)
+            if (some := sorted((row for row in here if row["strategy"] == name), key=lambda row: row["flops"]))
+        ]
+        title = f"budget {budget}: {truth['plans']} plans, best {', '.join(map(str, truth['best']))}"
+        y_label = f"regret + {_FLOOR:g}, nats a token"
+        panels.append(Lines(title, "search cost, FLOPs", y_label, series, log_x=True, log_y=True))
+    note = (
+        "Loss of each strategy's plan minus the best plan's, mean over seeds, before distillation, on questions that "
+        "no search has seen. Dashed: strategies that search nothing."
+    )
+    return Chart("regret", "The choice against all plans", note, panels) if panels else None
+
+
+def _regrets(name: str, shade: str, rows: list[dict[str, Any]], ends: tuple[float, float]) -> Series:
+    about = []
+    for row in rows:
+        spread = f" ± {row['regret_spread']:.4f}" if row["regret_spread"] else ""
+        about.append(f"{name}: regret {row['regret']:.4f}{spread}, rank {row['rank']:.1f}, {row['seeds']} seeds")
+    values = [row["regret"] + _FLOOR for row in rows]
+    if not rows[-1]["flops"]:
+        return Series(name, list(ends), [values[-1]] * 2, Look(shade, None, dashed=True), hover=[about[-1]] * 2)
+    return Series(name, [row["flops"] for row in rows], values, Look(shade), hover=about)

@@ -1,0 +1,77 @@
+"""Figures that other commands leave in a run's folder for its report, and to which weights they belong."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flashmorph.errors import UserError
+from flashmorph.files import read_json, short_names, weights_digest, write_json
+from flashmorph.plan import Plan
+from flashmorph.runfolder import MARKER
+
+HYBRID = "hybrid"
+
+
+def keep(run: Path, kind: str, found: dict[str, Any], folders: Mapping[str, Path]) -> Path:
+    """Write `found` as `<kind>.json` into a run's folder.
+
+    `found["models"]` has figures by model, `folders` where each model's weights lie. Models of the run get the names
+    that results.json has for them (`teacher`, `hybrid`, `uniform`), others the end of their path.
+
+    Raises:
+        UserError: `run` is no finished run.
+    """
+    require_finished(run)
+    labels = _labels(run, folders)
+    models = {labels[name]: figures for name, figures in found["models"].items()}
+    weights = {labels[name]: weights_digest(folder) for name, folder in folders.items()}
+    path = run / f"{kind}.json"
+    write_json(path, {**found, "models": models, "weights": weights})
+    return path
+
+
+def kept(run: Path, kind: str) -> tuple[dict[str, Any] | None, str]:
+    """What `keep` wrote, and a sentence where it is about a hybrid that is no longer the run's.
+
+    None where there is nothing, or nothing that still holds.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    path = run / f"{kind}.json"
+    if not path.is_file():
+        return None, ""
+    found = read_json(path)
+    if not isinstance(found, dict) or not isinstance(found.get("models"), dict):
+        raise UserError(f"{path} does not hold what `flashmorph {kind}` finds: remove it, or run that again")
+    weights = found.get("weights", {}).get(HYBRID)
+    if weights and weights != weights_digest(run):
+        return None, f"{kind}.json is about an earlier hybrid of this run and left out: run it again."
+    return found, ""
+
+
+def require_finished(run: Path) -> None:
+    """Refuse what is no finished run.
+
+    Raises:
+        UserError: there is no such folder, or it has no results.
+    """
+    if not (run / MARKER).is_file():
+        raise UserError(f"{run} is no run of flashmorph's: give the folder that `flashmorph morph --output` wrote")
+    if not (run / "results.json").is_file():
+        raise UserError(f"{run} has no results.json yet: finish it with `flashmorph morph`")
+
+
+def _labels(run: Path, folders: Mapping[str, Path]) -> dict[str, str]:
+    last = read_json(run / MARKER)["last"]
+    teacher = Plan.load(run / "plan.json").teacher
+    known = {run.resolve(): HYBRID}
+    for label, name in (("transplant", "teacher"), ("distill uniform", "uniform"), ("extend uniform", "uniform")):
+        if label in last:
+            known[(run / "stages" / last[label] / "model").resolve()] = name
+    short = short_names(list(folders))
+    found: dict[str, str] = {}
+    for name, folder in folders.items():
+        label = "teacher" if name == teacher else known.get(folder.resolve(), short[name])
+        found[name] = next(each for each in (label, short[name], name) if each not in found.values())
+    return found

@@ -1,0 +1,49 @@
+"""What models are called, and the colour and mark that each has in every figure."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+_PALETTE = (
+    "#2a7de1", "#e0762f", "#1f9d6b", "#b0489c", "#b08a00", "#5f6bd8", "#d24b5a", "#159aa8",
+    "#8a6d4f", "#7a9a1f", "#9c5bd6", "#d0679d", "#4d8f8a", "#c2571a", "#6c7a89",
+)  # fmt: skip
+"""Apart from each other, and readable on white and on black."""
+QUIET = "#8c8c8c"
+
+Mark = Literal["circle", "diamond"]
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a series is drawn; with `mark` None it is a line without points."""
+
+    colour: str
+    mark: Mark | None = "circle"
+    filled: bool = True
+    dashed: bool = False
+    line: bool = True
+
+
+_KNOWN = {
+    "teacher": ("teacher", Look(QUIET)),
+    "hybrid": ("hybrid", Look(_PALETTE[0])),
+    "hybrid_before_extend": ("hybrid, before extension", Look(_PALETTE[0], "diamond", filled=False)),
+    "hybrid_undistilled": ("hybrid, before distillation", Look(_PALETTE[0], filled=False)),
+    "uniform": ("uniform layout, same budget", Look(_PALETTE[1])),
+    "uniform_undistilled": ("uniform layout, before distillation", Look(_PALETTE[1], filled=False)),
+}
+
+
+def colour(place: int) -> str:
+    """The colour of the nth of many."""
+    return _PALETTE[place % len(_PALETTE)]
+
+
+def label(name: str) -> str:
+    """What a model of results.json is called; other names are their own."""
+    return _KNOWN[name][0] if name in _KNOWN else name
+
+
+def look(name: str, place: int = 0) -> Look:
+    """How a model is drawn; `place` tells unknown ones apart."""
+    return _KNOWN[name][1] if name in _KNOWN else Look(colour(place + 2))

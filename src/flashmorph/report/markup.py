@@ -1,0 +1,70 @@
+"""Pieces of the page."""
+
+from collections.abc import Sequence
+from html import escape
+
+from flashmorph.plan import FULL, Plan
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], strong: int | None = None) -> str:
+    """A table of plain texts, its first column on the left; row `strong` stands out."""
+    head = "".join(f"<th>{escape(text)}</th>" for text in header)
+    lines = []
+    for place, row in enumerate(rows):
+        cells = "".join(f"<td>{escape(text)}</td>" for text in row)
+        kind = ' class="strong"' if place == strong else ""
+        lines.append(f"<tr{kind}>{cells}</tr>")
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def paragraph(text: str) -> str:
+    """Plain text."""
+    return f"<p>{escape(text)}</p>" if text else ""
+
+
+def listing(lines: Sequence[str]) -> str:
+    """A list of plain texts."""
+    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else ""
+
+
+def tile(name: str, value: str, about: str) -> str:
+    """One figure that matters, and what it is to be held against."""
+    return (
+        f'<div class="tile"><span class="name">{escape(name)}</span><strong>{escape(value)}</strong>'
+        f'<span class="about">{escape(about)}</span></div>'
+    )
+
+
+def strip(plan: Plan, tips: dict[str, str]) -> str:
+    """A plan as a row of layers; `tips` is what hovering says of a group."""
+    cells = []
+    for number, (group, option) in enumerate(plan.assignments.items()):
+        tip = f"{group}: {option}{tips.get(group, '')}"
+        kind = "full" if option == FULL else "other"
+        cells.append(f'<span class="{kind}" title="{escape(tip)}"><i>{number}</i></span>')
+    size = " many" if len(cells) > 20 else ""
+    return f'<div class="strip{size}" role="img" aria-label="{escape(plan.strip())}">{"".join(cells)}</div>'
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share as percent."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def span(interval: Sequence[float] | None, form: str = "{:.2f}", times: float = 1) -> str:
+    """An interval, or nothing."""
+    return f"{form.format(times * interval[0])} to {form.format(times * interval[1])}" if interval else ""
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in MiB or GiB."""
+    return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    minutes, rest = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:.0f} h {minutes:.0f} min"
+    return f"{minutes:.0f} min {rest:.0f} s" if minutes else f"{rest:.1f} s"

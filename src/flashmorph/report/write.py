@@ -1,0 +1,132 @@
+"""A run's report: what was kept, lost and won, on one page, with its figures as PNG beside it."""
+
+from html import escape
+from pathlib import Path
+
+import yaml
+
+import flashmorph
+from flashmorph.files import atomic_path
+from flashmorph.plan import FULL, Plan
+from flashmorph.report import choice, costs, recall, text
+from flashmorph.report.charts import Chart
+from flashmorph.report.looks import label
+from flashmorph.report.markup import listing, paragraph, percent, size, span, strip, table, tile
+from flashmorph.report.page import Section, page
+from flashmorph.report.source import Source, read_run
+from flashmorph.report.still import draw
+
+FIGURES = "figures"
+_CONTEXT = "131072"
+
+
+def write_report(run: Path, output: Path | None = None) -> Path:
+    """Write the report of a finished run to `output` (`report.html` in the run), its charts to `figures` beside it.
+
+    Raises:
+        UserError: `run` is no finished run, a file of it is damaged, or the place cannot be written.
+    """
+    source = read_run(run)
+    output = output or run / "report.html"
+    sections = _sections(source)
+    name = " of ".join(["Hybrid", *_teacher(source.plan)])
+    html = page(name, _head(name, source), sections)
+    for section in sections:
+        for block in section.blocks:
+            if isinstance(block, Chart):
+                draw(block, output.parent / FIGURES / f"{block.name}.png")
+    with atomic_path(output) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+    return output
+
+
+def _head(name: str, source: Source) -> str:
+    plan, models = source.plan, source.models
+    teacher, hybrid = models["teacher"], models["hybrid"]
+    cache, teachers = hybrid["cache_bytes"][_CONTEXT], teacher["cache_bytes"][_CONTEXT]
+    tiles = [
+        tile("recall", percent(hybrid["recall"]), f"teacher {percent(teacher['recall'])}"),
+        tile("perplexity", f"{hybrid['perplexity']:.2f}", f"teacher {teacher['perplexity']:.2f}"),
+        tile("cache at 128K tokens", size(cache), f"{percent(cache / teachers)} of the teacher's {size(teachers)}"),
+    ]
+    if worth := source.results.get("recall_hybrid_minus_uniform"):
+        about = f"points of recall over the uniform layout ({span(worth['interval'], '{:.1f}', 100)})"
+        tiles.append(tile("what the choice is worth", f"{100 * worth['difference']:+.1f}", about))
+    kept, number = len(plan.full_groups), len(plan.assignments)
+    about = f"{kept} of {number} layers keep full attention. Made by flashmorph {flashmorph.__version__}."
+    return f"<h1>{escape(name)}</h1><p class='note'>{escape(about)}</p><div class='tiles'>{''.join(tiles)}</div>"
+
+
+def _teacher(plan: Plan) -> list[str]:
+    """What to call the teacher: a folder by its own name, without the way to it."""
+    return [plan.teacher if plan.revision else Path(plan.teacher).name] if plan.teacher else []
+
+
+def _sections(source: Source) -> list[Section]:
+    charts = {
+        "The plan": [_plan(source), choice.scores(source), choice.gates(source), choice.regret(source)],
+        "What it can do": [
+            _models(source),
+            *map(paragraph, source.notes),
+            recall.by_task(source),
+            *recall.grids(source),
+            listing(recall.worst(source)),
+            _how_to_get_more(source),
+        ],
+        "Text": [text.by_position(source), text.classes(source), text.samples(source)],
+        "What it saves": [costs.cache(source), costs.speed(source)],
+        "What it took": [costs.stages(source), _recipe(source)],
+    }
+    return [Section(title, [block for block in blocks if block]) for title, blocks in charts.items()]
+
+
+def _recipe(source: Source) -> str:
+    return f'<h3>Recipe</h3><pre class="columns">{escape(source.recipe)}</pre>'
+
+
+def _plan(source: Source) -> str:
+    plan = source.plan
+    others = sorted(set(plan.assignments.values()) - {FULL})
+    kept = ", ".join(map(str, plan.full_layers))
+    about = (
+        f"Chosen by {plan.strategy} for the budget {plan.budget}, seed {plan.seed}; full: {kept}. Hover for scores "
+        "and for how near each layer's branch came to its attention."
+    )
+    key = f'<span class="key full"></span>full attention <span class="key other"></span>{escape(", ".join(others))}'
+    return f'{strip(plan, choice.tips(source))}<p class="note">{key}</p>{paragraph(about)}'
+
+
+def _models(source: Source) -> str:
+    rows = []
+    for name, each in source.models.items():
+        recall_interval = span(each["recall_interval"], "{:.1f}", 100)
+        text_interval = span(each.get("perplexity_interval"))
+        perplexity = f"{each['perplexity']:.2f}" + (f" ({text_interval})" if text_interval else "")
+        cache = size(each["cache_bytes"][_CONTEXT])
+        rows.append((label(name), f"{percent(each['recall'])} ({recall_interval})", perplexity, cache))
+    settings = yaml.safe_load(source.recipe)["evaluate"]
+    about = (
+        f"Recall is the mean over tasks of right answers, {settings['questions']} questions a task at "
+        f"{settings['length']:,} tokens; perplexity is on held-out text; intervals in brackets are 95 %."
+    )
+    header = ("model", "recall", "perplexity", "cache at 128K")
+    return paragraph(about) + table(header, rows, list(source.models).index("hybrid"))
+
+
+def _how_to_get_more(source: Source) -> str:
+    """The command that adds the grid and the token classes, where they are not there yet."""
+    if source.evaluated or not source.plan.teacher:
+        return ""
+    length = yaml.safe_load(source.recipe)["evaluate"]["length"]
+    folders = [source.folder / "stages" / name / "model" for name in _uniform(source)]
+    models = [source.plan.teacher, *map(str, [source.folder, *(folder for folder in folders if folder.is_dir())])]
+    lengths = ",".join(str(length // part) for part in (4, 2, 1))
+    command = f"flashmorph evaluate {' '.join(models)} --lengths {lengths} --tokens --report {source.folder}"
+    return f"<h3>More</h3><p>Recall by length and depth, and losses by class of token:</p><pre>{escape(command)}</pre>"
+
+
+def _uniform(source: Source) -> list[str]:
+    """The folder of the finished uniform layout."""
+    digests = {label: digest for digest, label in source.labels.items()}
+    last = [name for name in ("extend", "distill") if f"{name} uniform" in digests]
+    return [f"{last[0]}-{digests[f'{last[0]} uniform']}"] if last else []
