@@ -70,6 +70,10 @@ class Qwen35MoeHost(Qwen35Host):
             state[f"{prefix}shared_expert_gate.weight"] = gate.new_zeros(1, gate.shape[1])
         return state
 
+    def share_run(self, config: PreTrainedConfig, name: str) -> float:
+        """Some of the experts, and all else."""
+        return config.num_experts_per_tok / config.num_experts if ".experts." in name else 1.0
+
 
 dispatch_by_device(Qwen35MoeHost.modelling, Qwen35MoeHost.kernels)
 
