@@ -51,7 +51,7 @@ model = AutoModelForCausalLM.from_pretrained("{run.folder.path.name}")
 Recall: greedy generation, exact match of the whole answer, mean over {tasks}; {run.recipe.evaluate.questions} questions
 each at {run.recipe.evaluate.length:,} tokens. Perplexity: held-out text. Cache: one sequence of 131,072 tokens.
 
-| engine | serves this checkpoint |
+| served by | from version |
 |---|---|
 {engines}
 

@@ -37,8 +37,6 @@ _FLOAT32_BYTES = 4
 _TAP = 0.1
 _GATE = 2.0
 _SURPLUS_DISTANCE = 0.25
-
-
 _SQUARE = "heads × head_dim = hidden size"
 
 
