@@ -18,6 +18,7 @@ from flashmorph.morphable import Morphable, attach, build
 from flashmorph.move import transplant
 from flashmorph.plan import Budget
 from flashmorph.publish import save_model
+from flashmorph.selection.meter import Meter
 from flashmorph.selection.search import select
 from flashmorph.stages import AlignSettings, DistillSettings, align, alignment_errors, distill
 from flashmorph.teacher import load_model
@@ -71,6 +72,17 @@ def test_losses_go_to_the_vocabulary_as_the_model_does(teacher):
     for model in (random_teacher(teacher), hybrid_of(teacher)[1]):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         torch.testing.assert_close(Head.of(model)(hidden), model(input_ids=ids, use_cache=False).logits)
+
+
+def test_experts_that_a_token_does_not_run_through_cost_nothing():
+    flops = []
+    for experts in (4, 8):
+        morphable = Morphable(transplant(random_teacher("qwen3_moe", num_experts=experts))[0])
+        meter = Meter(morphable)
+        meter.count(torch.empty(2, 16, device="meta"))
+        routers = 2 * experts * morphable.model.config.hidden_size
+        flops.append(meter.cost.flops - 2 * routers * 2 * 16)
+    assert flops[0] == flops[1] > 0
 
 
 @pytest.mark.parametrize("teacher", ONE_OF_EACH_FAMILY)

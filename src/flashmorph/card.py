@@ -66,7 +66,7 @@ each at {run.recipe.evaluate.length:,} tokens. Perplexity: held-out text. Cache:
 [report.html](report.html) shows the choice, recall by task, perplexity by position, the cache and what each stage
 took, on one page; its figures lie in `figures/`.
 
-| engine | serves this checkpoint |
+| served by | from version |
 |---|---|
 {engines}
 

@@ -16,15 +16,15 @@ def refuse_windows(config: PreTrainedConfig, host: str) -> None:
         UserError: names the kind of layer, or the window.
     """
     window = getattr(config, "sliding_window", None)
+    narrow = window is not None and window < config.max_position_embeddings
     types = set(getattr(config, "layer_types", None) or [])
-    if window is not None and window >= config.max_position_embeddings:
-        return
-    if types - {"full_attention"}:
+    others = types - {"full_attention"} - (set() if narrow else {"sliding_attention"})
+    if others:
         raise UserError(
-            f"the teacher has layers of type {', '.join(sorted(types - {'full_attention'}))}; "
+            f"the teacher has layers of type {', '.join(sorted(others))}; "
             f"{host} can hold full attention only, so the move would not be exact"
         )
-    if window is not None and not types:
+    if narrow and not types:
         raise UserError(
             f"the teacher attends through a sliding window of {window:,} tokens (its limit is "
             f"{config.max_position_embeddings:,}); {host} can hold full attention only, so the move would not be exact"

@@ -39,8 +39,6 @@ _FLOAT32_BYTES = 4
 _TAP = 0.1
 _GATE = 2.0
 _SURPLUS_DISTANCE = 0.25
-
-
 _SQUARE = "heads × head_dim = hidden size"
 
 
@@ -239,6 +237,10 @@ class GraniteHybridHost:
         branch.out_proj.weight.copy_(attention.o_proj.weight.unflatten(1, (heads, head_dim))[:, source].flatten(1))
         target = self.run_branch(attention, FULL, hidden, arguments)
         fit_head_scales(branch.out_proj, head_dim, lambda: branch(hidden_states=hidden), target)
+
+    def share_run(self, config: PreTrainedConfig, name: str) -> float:
+        """Every weight is run."""
+        return 1.0
 
     def cache_bytes(self, config: PreTrainedConfig, option: str, context: int) -> int:
         """Keys and values; or the convolution's inputs and the recurrent state, which is kept in float32."""

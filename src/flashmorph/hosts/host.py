@@ -105,6 +105,10 @@ class Host(Protocol):
         """Start a linear branch from the attention's weights and from its input `[batch, time, width]`."""
         ...
 
+    def share_run(self, config: PreTrainedConfig, name: str) -> float:
+        """The share of a layer's weight of this name that one token runs through: below 1 for experts."""
+        ...
+
     def cache_bytes(self, config: PreTrainedConfig, option: str, context: int) -> int:
         """Bytes of cache of one layer for one sequence of `context` tokens in the configuration's dtype."""
         ...

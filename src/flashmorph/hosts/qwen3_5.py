@@ -211,6 +211,10 @@ class Qwen35Host:
         target = self.run_branch(attention, FULL, hidden, arguments)
         fit_head_scales(branch.out_proj, head_dim, lambda: branch(hidden_states=hidden), target)
 
+    def share_run(self, config: PreTrainedConfig, name: str) -> float:
+        """Every weight is run."""
+        return 1.0
+
     def cache_bytes(self, config: PreTrainedConfig, option: str, context: int) -> int:
         """Keys and values; or the convolution's inputs and the recurrent state, which is kept in float32."""
         width = torch.empty(0, dtype=cast(torch.dtype, config.dtype)).element_size()

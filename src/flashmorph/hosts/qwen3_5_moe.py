@@ -85,6 +85,10 @@ class Qwen35MoeHost(Qwen35Host):
             Products("its gate", "input", "2 · hidden", 2 * width),
         ]
 
+    def share_run(self, config: PreTrainedConfig, name: str) -> float:
+        """Some of the experts, and all else."""
+        return config.num_experts_per_tok / config.num_experts if ".experts." in name else 1.0
+
 
 dispatch_by_device(Qwen35MoeHost.modelling, Qwen35MoeHost.kernels, apart={"causal_conv1d_fn": convolve_apart})
 

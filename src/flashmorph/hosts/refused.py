@@ -1,4 +1,4 @@
-"""Families that have been looked at and have no exact host, with the reason (docs/decisions/0011)."""
+"""Families that have been looked at and have no exact host, with the reason: docs/decisions/0011."""
 
 from collections.abc import Mapping
 

@@ -118,6 +118,10 @@ class WindowHost:
     def initialise(self, branch: Any, attention: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
         """Nothing to start: a window has no weights."""
 
+    def share_run(self, config: PreTrainedConfig, name: str) -> float:
+        """All of it."""
+        return 1.0
+
     def cache_bytes(self, config: PreTrainedConfig, option: str, context: int) -> int:
         """Keys and values, of a window all but one token's: the newest is in the forward that reads them."""
         width = torch.empty(0, dtype=cast(torch.dtype, config.dtype)).element_size()

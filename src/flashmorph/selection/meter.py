@@ -11,8 +11,8 @@ from flashmorph.selection.strategy import Cost
 class Meter:
     """Counts tokens and FLOPs of runs of a morphable model.
 
-    FLOPs: two for each weight and token, forward and backward through activations alike; attention adds its causal half
-    of `4 * time * width` a token and layer.
+    FLOPs: two for each weight and token that runs through it, forward and backward through activations alike;
+    attention adds its causal half of `4 * time * width` a token and layer.
     """
 
     def __init__(self, morphable: Morphable):
@@ -20,7 +20,8 @@ class Meter:
         self._started = time.perf_counter()
         config = morphable.model.config
         branches = sum(weight.numel() for weights in morphable.branch_parameters() for weight in weights)
-        self._every = sum(weight.numel() for weight in morphable.model.model.layers.parameters())
+        weights = morphable.model.model.layers.named_parameters()
+        self._every = round(sum(weight.numel() * morphable.host.share_run(config, name) for name, weight in weights))
         self._one = self._every - branches
         self._attention_width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
 
