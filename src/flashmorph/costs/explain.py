@@ -51,7 +51,8 @@ def _does_not_fit(found: Estimate, stage: Stage) -> str:
         return f"! {stage.name} fits only where weights are sharded"
     if shared:
         return f"! {stage.name} fits only where weights are sharded, with --set {memory.setting}={shared}"
-    return f"! {stage.name} does not fit, whatever the batch: more memory, or more GPUs that share the weights"
+    least = f", not even one row of {memory.length:,} tokens" if memory.tokens else ""
+    return f"! {stage.name} does not fit{least}: more memory, or more GPUs that share the weights"
 
 
 def explain(found: Estimate) -> Iterator[str]:
@@ -76,11 +77,12 @@ def explain(found: Estimate) -> Iterator[str]:
     for part in (FULL, LINEAR, FEED_FORWARD):
         for product in model.part(part, length):
             yield f"  {part:<12} {product.name:<20} {product.formula} = {product.flops:,.0f}"
+    yield f"  {'head':<12} {'logits':<20} 2 · hidden · vocabulary = {model.head:,.0f}"
     yield (
-        "  Counted as on eager attention, with all scores. Causal kernels leave out those above the diagonal: half of "
-        "`scores, values`,\n  which is what hours take. Rows count as one document each. The delta rule works in chunks of 64 tokens. "
-        f"Head: 2 · hidden · vocabulary = {model.head:,.0f}."
+        "  Counted as on eager attention, with all scores. Causal kernels leave out those above the diagonal, half of "
+        "`scores, values`:"
     )
+    yield "  hours take that. A row counts as one document. The delta rule works in chunks of 64 tokens."
     yield "\nFLOPs of each stage = tokens · sum (with the causal half in brackets):"
     for stage in found.stages:
         if stage.work and stage.work.tokens:
