@@ -91,7 +91,7 @@ def in_place(places: list[Packed], values: list[torch.Tensor]) -> torch.Tensor:
     """`values` of each batch's tokens, `[tokens, width]`, where the tokens stood: `[rows, LENGTH, width]`."""
     found = values[0].new_full((2 * LENGTH, values[0].shape[-1]), torch.nan)
     for place, value in zip(places, values, strict=True):
-        found[place.tokens(place.input_ids[..., None])[:, 0]] = value
+        found[place.tokens(place.input_ids)] = value
     return found.view(2, LENGTH, -1)
 
 
@@ -226,9 +226,7 @@ def test_gradients_do_not_cross_a_boundary():
     places = cut(torch.arange(ids.numel(), device=ids.device).view_as(ids), starts)
     for each, place in zip(cut(ids, starts), places, strict=True):
         embedded_part[0] = embedded.flatten(0, 1)[place.input_ids]
-        inside = (place.tokens(place.input_ids[..., None])[:, 0] >= 7) & (
-            place.tokens(place.input_ids[..., None])[:, 0] < 75
-        )
+        inside = (place.tokens(place.input_ids) >= 7) & (place.tokens(place.input_ids) < 75)
         total = total + each.run(model.model)[inside].square().sum()
     hook.remove()
     total.backward()
@@ -241,8 +239,8 @@ def test_less_than_half_is_padding_and_nothing_is_lost():
     batches = cut(ids, starts)
     assert sum(int(each.real.sum()) for each in batches) == ids.numel()
     assert all(each.real.float().mean(1).min() > 0.5 for each in batches)
-    tokens = torch.cat([each.tokens(each.input_ids[..., None]) for each in batches])
-    assert torch.equal(tokens.flatten().sort().values, ids.flatten().sort().values)
+    tokens = torch.cat([each.tokens(each.input_ids) for each in batches])
+    assert torch.equal(tokens.sort().values, ids.flatten().sort().values)
 
 
 def test_rows_of_one_document_go_through_as_they_are():
