@@ -7,22 +7,24 @@ import time
 import pytest
 import torch
 from conftest import random_qwen3, run_command
+from families import config_of, random_teacher
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashmorph.costs import Estimate, estimate, find_gpu
 from flashmorph.costs.memory import stage_memory
-from flashmorph.costs.work import body_forward
+from flashmorph.costs.work import Model, body_forward
 from flashmorph.errors import UserError
-from flashmorph.hosts import cache_bytes
-from flashmorph.morphable import attach
+from flashmorph.hosts import FEED_FORWARD, SLIDING, WINDOW_HOSTS, cache_bytes, configure
+from flashmorph.morphable import Morphable, attach, build
 from flashmorph.move import transplant
-from flashmorph.plan import Budget
-from flashmorph.recipe import load_recipe
+from flashmorph.plan import FULL, Budget
+from flashmorph.recipe import Recipe, load_recipe
 from flashmorph.stages.align import AlignmentLoss
 from flashmorph.stages.distill import DistillationLoss
 from flashmorph.stages.extend import NextTokenLoss
 
 LENGTH, ROWS, KEPT = 128, 2, 1
+SCORES = "scores, values"
 SHAPE = {
     "vocab_size": 512,
     "hidden_size": 128,
@@ -46,8 +48,27 @@ RECIPE = load_recipe(
 )
 
 
-def expected(**options) -> Estimate:
-    return estimate("random", random_qwen3(**SHAPE).config, RECIPE, **options)
+CASES = {
+    "qwen3": {},
+    "qwen3_moe": {"moe_intermediate_size": 96, "num_experts": 8, "num_experts_per_tok": 3},
+    "llama": {},
+    "qwen3, window": {},
+}
+"""Every host, and a window as long as the rows, whose scores FlopCounterMode counts alike."""
+
+
+def recipe_of(case: str, window: int = LENGTH) -> Recipe:
+    return RECIPE.model_copy(update={"host": {"window": window} if case.endswith("window") else {}})
+
+
+def teacher_of(case: str):
+    family = case.partition(",")[0]
+    return random_teacher(f"{family}: grouped", **SHAPE, **CASES[case])
+
+
+def expected(case: str = "qwen3", **options) -> Estimate:
+    config = config_of(f"{case.partition(',')[0]}: grouped", **SHAPE, **CASES[case])
+    return estimate("random", config, recipe_of(case), **options)
 
 
 def depthwise_backward(grad_shape, x_shape, w_shape, *args, out_shape, **kwargs) -> int:
@@ -63,27 +84,39 @@ def counted(work) -> int:
     return counter.get_total_flops()
 
 
+@pytest.fixture(params=CASES)
+def case(request) -> str:
+    return request.param
+
+
 @pytest.fixture
-def models():
-    """A morphable model and a hybrid of one teacher, with eager attention."""
-    host, _ = transplant(random_qwen3(**SHAPE))
+def models(case):
+    """A morphable model and a hybrid of one teacher; attention and experts as FlopCounterMode counts them."""
+    host, _ = transplant(teacher_of(case), recipe_of(case).host)
     ids = torch.randint(SHAPE["vocab_size"], (ROWS, LENGTH))
     morphable, _ = attach(host, ids)
-    morphable.model.set_attn_implementation("eager")
     budget = Budget("layers", KEPT)
     hybrid = morphable.instantiate(morphable.space(budget).plan(["layers.1"], budget))
-    hybrid.set_attn_implementation("eager")
-    return morphable, hybrid, ids
+    return counts_all(morphable), counts_all(hybrid), ids
+
+
+def counts_all(model):
+    """Makes `model` run what FlopCounterMode can count."""
+    inner = model.model if isinstance(model, Morphable) else model
+    inner.set_attn_implementation("eager")
+    if getattr(inner.config, "num_experts", 0):
+        inner.set_experts_implementation("eager")
+    return model
 
 
 def stage_of(found: Estimate, name: str):
     return next(stage for stage in found.stages if stage.name == name)
 
 
-def test_parameters_are_those_of_the_real_models(models):
+def test_parameters_are_those_of_the_real_models(case, models):
     morphable, hybrid, _ = models
-    found = expected()
-    assert found.sizes.teacher == random_qwen3(**SHAPE).num_parameters()
+    found = expected(case)
+    assert found.sizes.teacher == teacher_of(case).num_parameters()
     assert found.hybrid_parameters == hybrid.num_parameters()
     branches = sum(len(weight.flatten()) for weights in morphable.branch_parameters() for weight in weights)
     assert found.sizes.branches == branches
@@ -98,33 +131,36 @@ def test_an_embedding_that_is_the_head_counts_once(tied):
     assert found.sizes.host == transplant(model)[0].num_parameters()
 
 
-def test_the_cache_is_that_of_the_real_models(models):
+def test_the_cache_is_that_of_the_real_models(case, models):
     _, hybrid, _ = models
-    found = expected(contexts=(LENGTH, 4096))
+    found = expected(case, contexts=(LENGTH, 4096))
     for context, (teacher, after) in found.cache.items():
-        assert teacher == cache_bytes(random_qwen3(**SHAPE).config, context)
-        assert after == cache_bytes(hybrid.config, context) < teacher
+        assert teacher == cache_bytes(configure(teacher_of(case).config, recipe_of(case).host)[1], context)
+        assert after == cache_bytes(hybrid.config, context)
+    assert after < teacher
 
 
 @pytest.mark.parametrize("length", [100, LENGTH])
-def test_a_forward_takes_the_operations_that_are_counted(models, length):
+def test_a_forward_takes_the_operations_that_are_counted(case, models, length):
     morphable, hybrid, ids = models
     ids = ids[:, :length]
-    model = expected().model
+    model = expected(case).model
     for real, kept in ((hybrid, KEPT), (morphable.model, model.layers)):
         found = counted(lambda real=real: real.model(input_ids=ids, use_cache=False))
         assert body_forward(model._replace(num_full=kept), length)[0] * ids.numel() == pytest.approx(found, rel=0.02)
 
 
 @pytest.mark.parametrize("stage", ["align", "select", "distill", "extend"])
-def test_a_step_of_each_stage_takes_the_operations_that_are_counted(models, stage):
+def test_a_step_of_each_stage_takes_the_operations_that_are_counted(case, models, stage):
     morphable, hybrid, ids = models
-
+    work = stage_of(expected(case), stage).work
+    if stage == "align" and case.endswith("window"):
+        assert work == (0, [])
+        return
     for weights in morphable.branch_parameters() if stage == "align" else ():
         for weight in weights:
             weight.requires_grad_(True)
-    teacher, _ = transplant(random_qwen3(**SHAPE))
-    teacher.set_attn_implementation("eager")
+    teacher = counts_all(transplant(teacher_of(case), recipe_of(case).host)[0])
     gates = torch.full((SHAPE["num_hidden_layers"], 2), 0.5, requires_grad=True)
     loss = {
         "align": lambda: AlignmentLoss(morphable)(ids)["loss"],
@@ -132,10 +168,73 @@ def test_a_step_of_each_stage_takes_the_operations_that_are_counted(models, stag
         "distill": lambda: DistillationLoss(hybrid, teacher)(ids)["loss"],
         "extend": lambda: NextTokenLoss(hybrid)(ids)["loss"],
     }[stage]
-    work = stage_of(expected(), stage).work
     assert work.tokens == ids.numel()
     assert work.flops == pytest.approx(counted(lambda: loss().backward()), rel=0.02)
     assert work.causal < work.flops
+
+
+@torch.no_grad()
+def test_mamba_takes_the_operations_that_are_counted_also_over_many_chunks():
+    """PyTorch's reference relates every chunk to every other."""
+    length = 200
+    model, _ = transplant(teacher_of("llama"))
+    own = model.config
+    own.mamba_chunk_size = 16
+    hybrid = counts_all(attach(model, torch.randint(SHAPE["vocab_size"], (ROWS, 32)))[0])
+    plan = hybrid.space(Budget("layers", 1)).plan([], Budget("layers", 1))
+    ids = torch.randint(SHAPE["vocab_size"], (1, length))
+    found = counted(lambda: counts_all(hybrid.instantiate(plan)).model(input_ids=ids, use_cache=False))
+    expected_there = Model(hybrid.host, own, 0)
+    assert body_forward(expected_there, length)[0] * length == pytest.approx(found, rel=0.02)
+    (between,) = (product for product in expected_there.part("linear", length) if product.name == "between chunks")
+    inner = own.mamba_n_heads * own.mamba_d_head
+    assert between.flops * between.causal * length == pytest.approx(2 * 13 * inner * own.mamba_d_state)
+
+
+@pytest.mark.parametrize("window", [2, 16, 100, LENGTH, 200])
+def test_of_a_window_only_what_it_sees_is_counted(window):
+    """Eager attention computes all scores and hides those outside."""
+    _, own = configure(teacher_of("qwen3, window").config, {"window": window})
+    model = Model(WINDOW_HOSTS[0], own, 0)
+    scores, full = ({each.name: each for each in model.part(option, LENGTH)}[SCORES] for option in (SLIDING, FULL))
+    one = full.flops / LENGTH
+    assert scores.flops == one * min(window, LENGTH)
+    distance = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
+    for product, width in ((scores, min(window, LENGTH)), (full, LENGTH)):
+        inside = int(((distance >= 0) & (distance < width)).sum())
+        # The diagonal counts half, as where causal attention is taken for half of all scores.
+        assert product.flops * product.causal * LENGTH == pytest.approx(one * (inside - width / 2))
+
+
+@pytest.mark.parametrize("expand", [1, 2])
+def test_settings_of_a_host_are_kept(expand):
+    recipe = RECIPE.model_copy(update={"host": {"mamba_expand": expand}})
+    found = estimate("random", teacher_of("llama").config, recipe)
+    host, _ = transplant(teacher_of("llama"), recipe.host)
+    morphable, _ = attach(host, torch.randint(SHAPE["vocab_size"], (ROWS, 32)))
+    budget = Budget("layers", KEPT)
+    assert (
+        found.hybrid_parameters == build(morphable, morphable.space(budget).plan(["layers.1"], budget)).num_parameters()
+    )
+    with pytest.raises(UserError, match="host.mamba_expand must be 1 or 2"):
+        estimate("random", teacher_of("llama").config, RECIPE.model_copy(update={"host": {"mamba_expand": 3}}))
+
+
+def test_of_experts_a_token_reads_and_keeps_those_that_it_goes_through():
+    every = CASES["qwen3_moe"]
+    found, dense = expected("qwen3_moe"), expected("qwen3")
+    feed_forward, own = found.sizes.parts[FEED_FORWARD], found.model.config
+    one = 3 * SHAPE["hidden_size"] * every["moe_intermediate_size"]
+    assert feed_forward.idle == (every["num_experts"] - every["num_experts_per_tok"]) * one
+    assert found.sizes.idle == SHAPE["num_hidden_layers"] * feed_forward.idle and not dense.sizes.idle
+    inner, width = every["moe_intermediate_size"], SHAPE["hidden_size"]
+    experts = every["num_experts_per_tok"] * (2 * inner + width + width + inner)
+    shared = 3 * (width + own.shared_expert_intermediate_size)
+    assert feed_forward.widths == experts + shared + (width + every["num_experts"]) + (width + 1)
+    told = expected("qwen3_moe", gpu=find_gpu("h200"))
+    looked_up = 0 if own.tie_word_embeddings else own.vocab_size * width
+    read = found.weight_bytes(found.sizes.teacher - found.sizes.idle - looked_up)
+    assert told.seconds_per_token(found.sizes.teacher, 0) == pytest.approx(read / 4.8e12)
 
 
 def kept_bytes(model, ids: torch.Tensor, bf16: bool) -> int:
@@ -232,8 +331,9 @@ def test_a_70b_configuration_is_enough(large, capsys):
     assert len(printed.splitlines()) < 40 and "distill does not fit" in printed
 
 
-def test_plan_and_dry_run_say_the_same(teacher_folder, recipe_file, tmp_path, capsys):
-    options = (teacher_folder, "--recipe", recipe_file, "--json")
+@pytest.mark.parametrize("more", [(), ("--window", "16")])
+def test_plan_and_dry_run_say_the_same(teacher_folder, recipe_file, tmp_path, capsys, more):
+    options = (teacher_folder, "--recipe", recipe_file, "--json", *more)
     assert run_command("plan", *options) == 0
     planned = json.loads(capsys.readouterr().out)["stages"]
     assert run_command("morph", *options, "--output", tmp_path / "out", "--dry-run") == 0
@@ -241,8 +341,9 @@ def test_plan_and_dry_run_say_the_same(teacher_folder, recipe_file, tmp_path, ca
     assert [{name: stage[name] for name in dry[0]} for stage in planned] == dry
 
 
-def test_explain_ends_in_the_figures_of_the_tables(teacher_folder, recipe_file, capsys):
-    options = ("plan", teacher_folder, "--recipe", recipe_file, "--gpu", "l4", "--gpus", "2")
+@pytest.mark.parametrize("more", [(), ("--window", "16")])
+def test_explain_ends_in_the_figures_of_the_tables(teacher_folder, recipe_file, capsys, more):
+    options = ("plan", teacher_folder, "--recipe", recipe_file, "--gpu", "l4", "--gpus", "2", *more)
     assert run_command(*options, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert run_command(*options, "--explain") == 0

@@ -1,14 +1,14 @@
 """What only a GPU can show. Run with `make test-gpu`; skipped where there is none."""
 
+import copy
 import json
 
 import pytest
 import torch
 from conftest import run_command
-from test_packing import hybrid, packed_rows, planted, run_apart
+from test_packing import CASES, hybrid, morphable_model, moved, packed_rows, planted, run_apart
 
 from flashmorph.environment import describe
-from flashmorph.hosts import HOSTS
 from flashmorph.packing import cut, marked
 
 pytestmark = [
@@ -42,18 +42,21 @@ def test_the_fast_kernels_are_used_where_they_are_installed():
     assert describe()["torch_chunk_gated_delta_rule"].startswith("fla.")
 
 
-@pytest.mark.parametrize("full", [("layers.0",), ("layers.1",)])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("full", ["layers.0", "layers.1"])
 @torch.no_grad()
-def test_kernels_keep_documents_apart(full):
+def test_kernels_keep_documents_apart(full, case):
     """With the boundaries that kernels take: nothing leaks, and the result is that of single documents."""
-    device = torch.device("cuda")
-    if not HOSTS[0].takes_boundaries(device):
-        pytest.skip("needs flash-linear-attention")
-    decoder = hybrid(*full).to(device).model
+    device, host = torch.device("cuda"), morphable_model(case).host
+    if not host.takes_boundaries(device):
+        pytest.skip(f"{host.name} takes no boundaries here")
+    decoder = copy.deepcopy(hybrid(case, full)).to(device).model
     starts = packed_rows()[1].to(device)
-    before, after = (run_apart(decoder, ids.to(device), starts, way=lambda *rows: [marked(*rows)]) for ids in planted())
-    moved = (before != after).any(-1)
-    assert moved[0, 12:75].any()
-    assert not moved[0, :12].any() and not moved[0, 75:].any() and not moved[1].any()
-    expected = run_apart(decoder, packed_rows()[0].to(device), starts, way=cut)
+    before, after = (
+        run_apart(decoder, host, ids.to(device), starts, way=lambda *rows: [marked(*rows)]) for ids in planted()
+    )
+    found = moved(before, after)
+    assert found[0, 12:75].any()
+    assert not found[0, :12].any() and not found[0, 75:].any() and not found[1].any()
+    expected = run_apart(decoder, host, packed_rows()[0].to(device), starts, way=cut)
     torch.testing.assert_close(before, expected, rtol=2e-2, atol=2e-2)

@@ -33,16 +33,17 @@ class Packed:
         return self.tokens(decoder(input_ids=self.input_ids, use_cache=False, **self.boundaries).last_hidden_state)
 
     def tokens(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`hidden` `[batch, time, width]` of each token that is none of padding, `[tokens, width]`."""
+        """`hidden` `[batch, time, ...]` of each token that is none of padding, `[tokens, ...]`."""
         return hidden.flatten(0, 1) if self.real is None else hidden[self.real]
 
     def next_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Places among `tokens` that have a next token in their document, and those next tokens."""
-        continues = torch.ones_like(self.input_ids, dtype=torch.bool) if self.continues is None else self.continues
-        if self.continues is None:
+        continues = self.continues
+        if continues is None:
+            continues = torch.ones_like(self.input_ids, dtype=torch.bool)
             continues[:, 0] = False
-        (labelled,) = self.tokens(continues[..., None])[:, 0].nonzero(as_tuple=True)
-        return labelled - 1, self.tokens(self.input_ids[..., None])[:, 0][labelled]
+        (labelled,) = self.tokens(continues).nonzero(as_tuple=True)
+        return labelled - 1, self.tokens(self.input_ids)[labelled]
 
 
 def apart(input_ids: torch.Tensor, starts: torch.Tensor | None, host: Host) -> list[Packed]:

@@ -51,7 +51,8 @@ def _does_not_fit(found: Estimate, stage: Stage) -> str:
         return f"! {stage.name} fits only where weights are sharded"
     if shared:
         return f"! {stage.name} fits only where weights are sharded, with --set {memory.setting}={shared}"
-    return f"! {stage.name} does not fit, whatever the batch: more memory, or more GPUs that share the weights"
+    least = f", not even one row of {memory.length:,} tokens" if memory.tokens else ""
+    return f"! {stage.name} does not fit{least}: more memory, or more GPUs that share the weights"
 
 
 def explain(found: Estimate) -> Iterator[str]:
@@ -76,13 +77,11 @@ def explain(found: Estimate) -> Iterator[str]:
     yield f"\nFLOPs of one layer for each token, forward, at a context of {length:,} (a multiply-add counts as two):"
     for part in (FULL, switched, FEED_FORWARD):
         for product in model.part(part, length):
-            yield f"  {part:<12} {product.name:<20} {product.formula} = {product.flops:,.0f}"
-    yield (
-        "  Counted as on eager attention, with all scores (of a window those inside). Hours take what kernels do: they "
-        "leave out\n  scores above the diagonal, half of them where a layer sees everything. Linear mixers fill whole "
-        "chunks. Rows count as one document each.\n  "
-        f"Head: 2 · hidden · vocabulary = {model.head:,.0f}."
-    )
+            kernels = f"; kernels {product.flops * product.causal:,.0f}" if product.causal < 1 else ""
+            yield f"  {part:<12} {product.name:<20} {product.formula} = {product.flops:,.0f}{kernels}"
+    yield f"  {'head':<12} {'logits':<20} 2 · hidden · vocabulary = {model.head:,.0f}"
+    yield "  Counted as on eager attention, with all scores (of a window, those inside); hours take what kernels do."
+    yield "  A row counts as one document. Linear mixers work in whole chunks."
     yield "\nFLOPs of each stage = tokens · sum (what kernels do in brackets):"
     for stage in found.stages:
         if stage.work and stage.work.tokens:
