@@ -148,6 +148,10 @@ def test_chromium_draws_every_figure_without_a_complaint(finished, tmp_path):
                 assert page.ask("document.documentElement.scrollWidth") <= width
                 assert page.ask("innerWidth") == width
                 pictures.add(page.picture())
+        # On paper every figure is as wide as the paper at most, and dark on white.
+        page.ask("dispatchEvent(new Event('beforeprint'))")
+        assert page.ask("Math.max(...[...document.querySelectorAll('.main-svg')].map(n => n.clientWidth))") <= 700
+        assert page.ask("document.querySelector('.xtitle').style.fill") == "rgb(28, 31, 36)"
         assert page.complaints == []
         assert {address.split(":")[0] for address in page.asked} <= {"file", "data"}
     assert len(pictures) == 4

@@ -124,7 +124,7 @@ def _heat(panel: Heat) -> list[go.Heatmap]:
             hoverongaps=False,
             zmin=0,
             zmax=100,
-            colorscale="Cividis",
+            colorscale="Viridis",
             showscale=False,
             xgap=2,
             ygap=2,

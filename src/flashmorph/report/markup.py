@@ -5,6 +5,8 @@ from html import escape
 
 from flashmorph.plan import FULL, Plan
 
+_ON_ONE_LINE = "\u00a0"
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], strong: int | None = None) -> str:
     """A table of plain texts, its first column on the left; row `strong` stands out."""
@@ -57,14 +59,17 @@ def span(interval: Sequence[float] | None, form: str = "{:.2f}", times: float = 
 
 
 def size(num_bytes: float) -> str:
-    """Bytes in MiB or GiB."""
-    return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
+    """Bytes in MiB or GiB, on one line."""
+    text = f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
+    return text.replace(" ", _ON_ONE_LINE)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """Seconds as a person says them, on one line."""
     minutes, rest = divmod(seconds, 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
-        return f"{hours:.0f} h {minutes:.0f} min"
-    return f"{minutes:.0f} min {rest:.0f} s" if minutes else f"{rest:.1f} s"
+        text = f"{hours:.0f} h {minutes:.0f} min"
+    else:
+        text = f"{minutes:.0f} min {rest:.0f} s" if minutes else f"{rest:.1f} s"
+    return text.replace(" ", _ON_ONE_LINE)

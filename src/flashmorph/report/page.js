@@ -38,8 +38,14 @@
     waiting = setTimeout(draw, 80);
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-  addEventListener("beforeprint", () => { printing = true; draw(); });
-  addEventListener("afterprint", () => { printing = false; draw(); });
+  // Figures do not follow the paper's width by themselves: the page takes it on before they are drawn.
+  const print = (now) => {
+    printing = now;
+    document.documentElement.classList.toggle("printing", now);
+    draw();
+  };
+  addEventListener("beforeprint", () => print(true));
+  addEventListener("afterprint", () => print(false));
   width = innerWidth;
   draw().then(() => { document.documentElement.dataset.drawn = String(plots.length); });
 })();

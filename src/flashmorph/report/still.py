@@ -67,8 +67,11 @@ def _draw(axis: Any, panel: Panel) -> None:
     else:
         axis.set_yticks(range(len(panel.categories)), panel.categories)
         axis.set_ylim(len(panel.categories) - 0.5, -0.5)
-        if panel.x_range and panel.x_range[0] < 0 < panel.x_range[1]:
-            axis.axvline(0, color="grey", linewidth=0.8)
+        if panel.x_range:
+            low, high = panel.x_range
+            axis.set_xlim(low - 0.03 * (high - low), high + 0.03 * (high - low))
+            if low < 0 < high:
+                axis.axvline(0, color="grey", linewidth=0.8)
 
 
 def _line_axes(axis: Any, panel: Lines) -> None:
@@ -114,11 +117,11 @@ def _handle(series: Series) -> Line2D:
 
 def _heat(axis: Any, panel: Heat) -> None:
     values = [[float("nan") if value is None else value for value in row] for row in panel.values]
-    axis.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    axis.imshow(values, cmap="viridis", vmin=0, vmax=100, aspect="auto")
     axis.set_xticks(range(len(panel.columns)), panel.columns)
     axis.set_yticks(range(len(panel.rows)), panel.rows)
     for row, some in enumerate(panel.values):
         for column, value in enumerate(some):
             if value is not None:
-                shade = "black" if value > 50 else "white"
+                shade = "black" if value > 60 else "white"
                 axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=shade, fontsize=8)
