@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flashmorph.corpus import Corpus, pack
+from flashmorph.corpus import Corpus, Rows, pack
 from flashmorph.errors import UserError
 from flashmorph.evaluation import Score, answers_right, evaluate
 from flashmorph.files import read_json, write_json
@@ -42,14 +42,22 @@ def score_model(name: str, recipe: Recipe, device: torch.device) -> Score:
         UserError: see `open_model`; or the corpus has no text of the test split.
     """
     model, tokenizer = open_model(name, device)
-    settings = recipe.evaluate
     corpus = Corpus(recipe.data.source, recipe.data.config, recipe.data.column)
     with TemporaryDirectory() as folder:
-        rows = settings.perplexity_tokens // settings.length
-        path = Path(folder) / "rows.npy"
-        held_out = pack(corpus, tokenizer, "test", settings.length, rows, recipe.seed, path, None)
+        rows = held_out(recipe, corpus, tokenizer, Path(folder))
         questions = open_questions(recipe, corpus, tokenizer)
-        return evaluate(model, tokenizer, questions, held_out, settings, cache_by_context(model.config))
+        return evaluate(model, tokenizer, questions, rows, recipe.evaluate, cache_by_context(model.config))
+
+
+def held_out(recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Rows:
+    """The rows of text that perplexity is measured on, in `folder`.
+
+    Raises:
+        UserError: the corpus has no text of the test split.
+    """
+    settings = recipe.evaluate
+    rows = max(1, settings.perplexity_tokens // settings.length)
+    return pack(corpus, tokenizer, "test", settings.length, rows, recipe.seed, folder / "rows.npy", None)
 
 
 def recall_of_plan(

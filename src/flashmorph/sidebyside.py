@@ -9,9 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from flashmorph.corpus import Corpus, Rows, pack
+from flashmorph.corpus import Corpus
 from flashmorph.errors import UserError
 from flashmorph.evaluation import (
     ASKERS,
@@ -29,7 +28,7 @@ from flashmorph.evaluation import (
 from flashmorph.evaluation.harness import Harness, HarnessFigure
 from flashmorph.evaluation.tokens import TokenClasses
 from flashmorph.hosts import cache_by_context, require_known
-from flashmorph.judge import open_model
+from flashmorph.judge import held_out, open_model
 from flashmorph.progress import Report
 from flashmorph.recipe import Recipe
 from flashmorph.rundata import open_questions
@@ -141,7 +140,7 @@ def _judge(
             grid = make_questions(asker, wanted.grid, report)
     with TemporaryDirectory() as folder, screen.stage("evaluate", f"{name}: tasks, text") as report:
         questions = open_questions(recipe, corpus, tokenizer)
-        rows = held_out(wanted, tokenizer, Path(folder))
+        rows = held_out(recipe, corpus, tokenizer, Path(folder))
         score = evaluate(model, tokenizer, questions, rows, recipe.evaluate, cache_by_context(model.config), report)
         found = Found(score, tokenizer.get_vocab())
         if wanted.tokens:
@@ -156,14 +155,6 @@ def _judge(
             batch_size = max(1, settings.batch_tokens // settings.length)
             found.harness = wanted.harness.scores(model, tokenizer, locate(name)[0], batch_size)
     return found
-
-
-def held_out(wanted: Wanted, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Rows:
-    """The rows of text that perplexity is measured on, in `folder`."""
-    settings = wanted.recipe.evaluate
-    rows = max(1, settings.perplexity_tokens // settings.length)
-    path = folder / "rows.npy"
-    return pack(wanted.corpus, tokenizer, "test", settings.length, rows, wanted.recipe.seed, path, None)
 
 
 def _figures(found: Found, first: Found | None) -> dict[str, Any]:
