@@ -99,8 +99,8 @@ def _grid(found: dict[str, Any], tasks: list[str], length: int) -> Chart:
         columns = [*(f"{100 * depth:.0f}" for depth in depths), _ALL]
         panels.append(Heat(label(name), "depth of the needle, %", "task", columns, tasks, values, hover))
     note = (
-        f"Right answers in % by depth; {_ALL}: the task as a whole. {every[0]['questions']} questions "
-        "a task, spread over the depths."
+        f"Right answers in % by depth of what is asked for; {_ALL}: the task as a whole. "
+        f"{every[0]['questions']} questions a task, spread over the depths."
     )
     return Chart(f"grid_{length}", f"Recall at {length:,} tokens", note, panels)
 
