@@ -31,7 +31,7 @@ LENGTH, WINDOW = 90, 8
 STARTS = ((0, 7, 75, 76), (0, 30))
 """Documents of 7, 68, 1 and 14 tokens, and of 30 and 60."""
 MIXERS = ["qwen3: grouped", "qwen3_moe: grouped", "granite: grouped"]
-WINDOWS = [f"{host.teachers[-1]}, window" for host in WINDOW_HOSTS]
+WINDOWS = [f"{list(host.teachers)[-1]}, window" for host in WINDOW_HOSTS]
 CASES = [*MIXERS, *WINDOWS]
 """Every host with its linear mixer (granite divides its logits), and every class with windows."""
 MARKED = [case for case in CASES if not case.startswith("granite")]
