@@ -360,7 +360,7 @@ def test_explain_ends_in_the_figures_of_the_tables(teacher_folder, recipe_file, 
         (["--budget", "loss=1%", "--strategy", "tolerance"], "plan with 7, 25% or kv="),
         (["--budget", "2"], "everything full"),
         (["--gpu", "h2000"], "did you mean 'h200'"),
-        (["--contexts", "8k"], "must be context lengths"),
+        (["--contexts", "8k"], "must be whole numbers"),
     ],
 )
 def test_bad_input_is_one_sentence(teacher_folder, recipe_file, capsys, options, says):
