@@ -56,6 +56,12 @@ def apart(input_ids: torch.Tensor, starts: torch.Tensor | None, host: Host) -> l
     return [marked(input_ids, starts)] if host.takes_boundaries(input_ids.device) else cut(input_ids, starts)
 
 
+def token_order(input_ids: torch.Tensor, starts: torch.Tensor | None, host: Host) -> torch.Tensor:
+    """Where the tokens that `apart` runs stand in `input_ids` `[batch, time]` end to end, in its order, `[tokens]`."""
+    places = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)
+    return torch.cat([each.tokens(each.input_ids) for each in apart(places, starts, host)])
+
+
 def how_apart(isolated: bool, host: Host, device: torch.device) -> str:
     """In words, for a stage's record."""
     if not isolated:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from flashmorph.errors import UserError
 from flashmorph.files import atomic_path, read_json, write_json
@@ -28,8 +28,6 @@ _TRAVELS = (
 def save_model(model: PreTrainedModel, folder: Path, origin: Path) -> None:
     """Save `model` in the dtype of the checkpoint in `origin`, with its tokenizer, template and generation settings.
 
-    Its config.json says what engines read, not only what transformers does (`Host.written`).
-
     Raises:
         UserError: the place cannot be written.
     """
@@ -37,12 +35,21 @@ def save_model(model: PreTrainedModel, folder: Path, origin: Path) -> None:
     with atomic_path(folder) as temporary:
         nn.Module.to(model, dtype)
         model.save_pretrained(temporary)
-        values = read_json(temporary / "config.json")
-        if (wanted := host_of(model.config).written(values)) != values:
-            write_json(temporary / "config.json", wanted)
-        for pattern in _TRAVELS:
-            for path in origin.glob(pattern):
-                shutil.copy2(path, temporary / path.name)
+        complete(temporary, model.config, origin)
+
+
+def complete(folder: Path, config: PreTrainedConfig, origin: Path) -> None:
+    """Make what transformers has saved in `folder`, with this configuration, what we publish.
+
+    Its config.json says what engines read, not only what transformers does (`Host.written`); tokenizer, template and
+    generation settings come from `origin`.
+    """
+    values = read_json(folder / "config.json")
+    if (wanted := host_of(config).written(values)) != values:
+        write_json(folder / "config.json", wanted)
+    for pattern in _TRAVELS:
+        for path in origin.glob(pattern):
+            shutil.copy2(path, folder / path.name)
 
 
 def publish(folder: Path, model: Path, plan: Plan, results: dict[str, Any], recipe: Recipe, card: str) -> None:

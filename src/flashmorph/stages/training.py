@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from flashmorph.corpus import Rows
 from flashmorph.errors import UserError
 from flashmorph.progress import Report
 
@@ -95,7 +96,7 @@ def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def train(
     model: nn.Module,
-    rows: Rows,
+    rows: Dataset[dict[str, Any]],
     settings: TrainSettings,
     folder: Path,
     seed: int,
@@ -153,18 +154,20 @@ def train(
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def collate(batch: Sequence[dict[str, list[int]]], isolate: bool = True) -> dict[str, torch.Tensor]:
-    """Rows as `input_ids` `[batch, time]`.
+def collate(batch: Sequence[dict[str, Any]], isolate: bool = True) -> dict[str, torch.Tensor]:
+    """Rows as `input_ids` `[batch, time]`, and whatever arrays they have besides.
 
     With `starts` `[batch, time]`, True at first tokens, if documents are to be kept apart and a row has several.
     """
     ids = torch.tensor([row["input_ids"] for row in batch])
+    others = batch[0].keys() - {"input_ids", "starts"}
+    tensors = {"input_ids": ids, **{name: torch.from_numpy(np.stack([row[name] for row in batch])) for name in others}}
     if not isolate or all(len(row["starts"]) == 1 for row in batch):
-        return {"input_ids": ids}
+        return tensors
     starts = torch.zeros_like(ids, dtype=torch.bool)
     for number, row in enumerate(batch):
         starts[number, row["starts"]] = True
-    return {"input_ids": ids, "starts": starts}
+    return {**tensors, "starts": starts}
 
 
 def last_checkpoint(folder: Path) -> str | None:
