@@ -250,7 +250,8 @@ def test_of_experts_a_token_reads_and_keeps_those_that_it_goes_through():
 
 def kept_bytes(model, ids: torch.Tensor, bf16: bool) -> int:
     """Bytes that autograd keeps of a forward, weights in any form left out."""
-    weights = {shape for weight in model.parameters() for shape in (weight.shape, weight.mT.shape) if weight.ndim > 1}
+    shapes = [weight.shape for weight in model.parameters()]
+    weights = {*shapes, *((*shape[:-2], *shape[-2:][::-1]) for shape in shapes)}
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
