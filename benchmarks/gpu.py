@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from flashmorph.bench import BenchSettings, bench, measure_rates
+from flashmorph.bench import BenchSettings, bench, kernels_of, measure_rates
 from flashmorph.bench.limit import timed
 from flashmorph.bench.memory import peak_bytes
 from flashmorph.cli.bench import show
@@ -81,15 +81,26 @@ class Run:
 
     def __init__(self, shape: dict[str, int], recipe: Recipe, device: torch.device, gpu: Gpu | None, steps: int):
         self.config = Qwen3Config(
-            **shape, max_position_embeddings=2**19, tie_word_embeddings=True, rope_theta=1e6, dtype=torch.bfloat16
+            **shape, max_position_embeddings=2**19, tie_word_embeddings=True, dtype=torch.bfloat16
         )
-        self.recipe, self.device, self.gpu, self.steps = recipe, device, gpu, steps
+        self.device, self.gpu, self.steps = device, gpu, steps
         self.bf16 = use_bf16(device)
         self.host = host_for(self.config)
         self.budget = Budget("layers", shape["num_hidden_layers"] // 4)
         space = layer_space(self.host, self.host.host_config(self.config), self.budget)
         self.plan = uniform(space, self.budget, None, 0).plan
+        self.recipe = self.fitting(recipe)
         self.found: dict[str, Any] = {}
+
+    def fitting(self, recipe: Recipe) -> Recipe:
+        """With fewer tokens at once where `flashmorph plan` says that a stage does not fit into nine tenths of this
+        GPU."""
+        if self.device.type != "cuda":
+            return recipe
+        room = 0.9 * torch.cuda.get_device_properties(self.device).total_memory
+        needs = [stage.memory for stage in self.plan_says(recipe).stages if stage.memory and stage.memory.tokens]
+        fitting = {memory.setting: memory.tokens_within(room) for memory in needs if memory.bytes() > room}
+        return load_recipe("default", {setting: tokens for setting, tokens in fitting.items() if tokens})
 
     def part(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
         """Run one part; where memory is too small for it, that is what was found."""
@@ -135,13 +146,14 @@ class Run:
         return self.measure(name, steps, self.plan_says(self.recipe))
 
     def measure(self, name: str, steps: list[tuple[Callable[[], object], int]], expected: Estimate) -> dict[str, Any]:
-        """Time steps, each given with its tokens, after one that warms up and shows the peak of memory.
+        """Time steps, each given with its tokens, after a round that compiles kernels and shows the peak of memory.
 
         The share of the peak (MFU) is of the operations that `flashmorph plan` counts for kernels, without those that
         are done a second time to save memory.
         """
         fixed = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else None
-        above = peak_bytes(lambda: max(steps, key=lambda step: step[1])[0](), self.device)
+        different = {id(work): work for work, _ in steps}.values()
+        above = peak_bytes(lambda: [work() for work in different], self.device)
         seconds = [timed(work, self.device) for work, _ in steps]
         tokens = sum(number for _, number in steps)
         stage = next(stage for stage in expected.stages if stage.name == name)
@@ -174,7 +186,7 @@ class Run:
         return {**found, "kernels": kernels_of(once, self.device)}
 
     def gates(self, whole_search: bool) -> dict[str, Any]:
-        """The first steps of the default search on retrieval questions, and the hours that all of them would take."""
+        """Some steps of the default search on retrieval questions, and the hours that all of them would take."""
         morphable, chosen = self.morphable(), self.recipe.select
         tokenizer = load_tokenizer(open_teacher("tiny").folder)
         assert tokenizer
@@ -220,34 +232,15 @@ class Run:
         }
         for name, model in models.items():
             models[name] = model.to(self.device, torch.bfloat16).eval()
-        return bench(models, BenchSettings(lengths=tuple(lengths), repeats=repeats))
-
-
-def kernels_of(work: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """Names of the CUDA kernels that `work` runs, those of flash-linear-attention apart: found by the profiler among
-    the Triton functions that its modules hold."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    ran = {event.key for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA}
-    theirs = triton_functions("fla")
-    return {"flash_linear_attention": sorted(ran & theirs), "all": sorted(ran)}
-
-
-def triton_functions(package: str) -> set[str]:
-    """Names of the Triton functions in the modules of `package` that are loaded, decorators taken off."""
-    names = set()
-    for name, module in list(sys.modules.items()):
-        if name.split(".")[0] == package:
-            for value in list(vars(module).values()):
-                while type(value).__module__.startswith("triton") and hasattr(value, "fn"):
-                    value = value.fn
-                    names.add(getattr(value, "__name__", ""))
-    return names - {""}
+        left_out = []
+        while True:
+            try:
+                figures = bench(models, BenchSettings(lengths=tuple(lengths), repeats=repeats))
+                return {**figures, "out_of_memory": left_out}
+            except torch.OutOfMemoryError:
+                left_out.append(lengths.pop())
+                if not lengths:
+                    raise
 
 
 def main() -> None:
@@ -257,7 +250,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="timed steps of each stage, after one that is not")
     parser.add_argument("--lengths", default="32768,65536,131072,262144")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of prefill and decode")
-    parser.add_argument("--search", action="store_true", help="run the whole search, not only its first steps")
+    parser.add_argument("--search", action="store_true", help="run the whole search, not only some of its steps")
     parser.add_argument("--toy", action="store_true", help="toy size on the CPU; measures nothing")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu.json"))
     arguments = parser.parse_args()
@@ -279,6 +272,7 @@ def main() -> None:
         "command": f"python benchmarks/gpu.py {shlex.join(sys.argv[1:])}".strip(),
         "machine": {**describe(), **measure_rates(device, torch.bfloat16).to_dict()},
         "shape": SHAPE,
+        "settings": run.recipe.model_dump(mode="json", include={"align", "select", "distill"}),
         **run.found,
     }
     write_json(arguments.output, figures)
@@ -294,7 +288,7 @@ def show_steps(found: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column == "stage" else "right")
     for name in ("align", "gates", "distill"):
         each = found[name]
-        if "out_of_memory" in each:
+        if "seconds" not in each:
             table.add_row(name, "out of memory")
             continue
         share = "" if each["share_of_peak"] is None else f"{each['share_of_peak']:.0%}"
@@ -305,7 +299,7 @@ def show_steps(found: dict[str, Any]) -> None:
         print(f"gates: {hours:.2f} hours for all steps of the descent, without the neighbours tried at its end")
     if whole := found["gates"].get("whole_search"):
         print(f"gates: {whole['hours']:.2f} hours for the whole search")
-    kernels = found["align"].get("kernels", {}).get("flash_linear_attention", [])
+    kernels = found["align"].get("kernels", {}).get("fla", [])
     print(f"kernels of flash-linear-attention: {', '.join(kernels) or 'none ran'}")
 
 

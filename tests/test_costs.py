@@ -10,7 +10,7 @@ from conftest import random_qwen3, run_command
 from families import config_of, random_teacher
 from torch.utils.flop_counter import FlopCounterMode
 
-import flashmorph.morphable
+import flashmorph.recompute
 from flashmorph.costs import Estimate, estimate, find_gpu
 from flashmorph.costs.memory import stage_memory
 from flashmorph.costs.work import Model, body_forward
@@ -175,7 +175,7 @@ def test_a_step_of_each_stage_takes_the_operations_that_are_counted(case, models
 
 
 def test_a_search_that_runs_layers_again_takes_the_operations_that_are_counted(case, models, monkeypatch):
-    monkeypatch.setattr(flashmorph.morphable, "KEPT_BYTES", 0)
+    monkeypatch.setattr(flashmorph.recompute, "KEPT_BYTES", 0)
     morphable, _, ids = models
     gates = torch.full((SHAPE["num_hidden_layers"], 2), 0.5, requires_grad=True)
     work = stage_of(expected(case), "select").work
@@ -238,9 +238,10 @@ def test_of_experts_a_token_reads_and_keeps_those_that_it_goes_through():
     assert feed_forward.idle == (every["num_experts"] - every["num_experts_per_tok"]) * one
     assert found.sizes.idle == SHAPE["num_hidden_layers"] * feed_forward.idle and not dense.sizes.idle
     inner, width = every["moe_intermediate_size"], SHAPE["hidden_size"]
-    experts = every["num_experts_per_tok"] * (2 * inner + width + width + inner)
+    gated = inner
+    assert feed_forward.expert_widths == every["num_experts_per_tok"] * (2 * inner + width + gated + width + inner)
     shared = 3 * (width + own.shared_expert_intermediate_size)
-    assert feed_forward.widths == experts + shared + (width + every["num_experts"]) + (width + 1)
+    assert feed_forward.widths == shared + (width + every["num_experts"]) + (width + 1)
     told = expected("qwen3_moe", gpu=find_gpu("h200"))
     looked_up = 0 if own.tie_word_embeddings else own.vocab_size * width
     read = found.weight_bytes(found.sizes.teacher - found.sizes.idle - looked_up)
@@ -249,7 +250,8 @@ def test_of_experts_a_token_reads_and_keeps_those_that_it_goes_through():
 
 def kept_bytes(model, ids: torch.Tensor, bf16: bool) -> int:
     """Bytes that autograd keeps of a forward, weights in any form left out."""
-    weights = {shape for weight in model.parameters() for shape in (weight.shape, weight.shape[::-1])}
+    shapes = [weight.shape for weight in model.parameters()]
+    weights = {*shapes, *((*shape[:-2], *shape[-2:][::-1]) for shape in shapes)}
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

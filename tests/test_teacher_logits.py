@@ -1,6 +1,7 @@
 """Distillation from logits on disk: the same loss, with nothing lost at the largest k, and safe to kill."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from flashmorph.move import transplant
 from flashmorph.recipe import load_recipe
 from flashmorph.stages import DistillSettings, RowsWithLogits, collate, distill, write_logits
 from flashmorph.stages.distill import DistillationLoss, StoredDistillationLoss
+from flashmorph.teacher import load_model
 
 VOCABULARY, LENGTH, NUMBER = 97, 24, 8
 SETTINGS = DistillSettings(
@@ -152,7 +154,12 @@ def test_without_them_the_settings_have_the_digest_that_they_had():
 
 
 def test_a_run_writes_them_once_and_says_how_large_they_are(teacher_folder, recipe_file, tmp_path, capsys):
-    options = ("morph", teacher_folder, "--recipe", recipe_file, "--set", "distill.teacher_logits.top_k=9")
+    """Also from a teacher in many files."""
+    teacher = tmp_path / "teacher"
+    load_model(teacher_folder, torch.bfloat16).save_pretrained(teacher, max_shard_size="20KB")
+    for path in teacher_folder.glob("tokenizer*"):
+        shutil.copy2(path, teacher)
+    options = ("morph", teacher, "--recipe", recipe_file, "--set", "distill.teacher_logits.top_k=9")
     assert run_command(*options, "--output", tmp_path / "out", "--dry-run", "--json") == 0
     (row,) = [row for row in json.loads(capsys.readouterr().out) if row["stage"] == "logits"]
     assert "512 tokens of 76 bytes" in row["data"] and row["tokens"] == FEW_STEPS["distill"]["tokens"]
@@ -161,6 +168,7 @@ def test_a_run_writes_them_once_and_says_how_large_they_are(teacher_folder, reci
     assert "512 tokens of 76 bytes" in printed.out + printed.err
     (folder,) = (tmp_path / "out" / "stages").glob("logits-*")
     assert np.load(folder / "log_probabilities.npy", mmap_mode="r").shape == (8, 64, 10)
+    assert len(list((tmp_path / "out" / "stages").glob("transplant-*/model/*.safetensors"))) > 2
     digest = folder.name.removeprefix("logits-")
     for stage in (tmp_path / "out" / "stages").glob("distill-*/stage.json"):
         assert json.loads(stage.read_text())["inputs"][1:] == [digest]

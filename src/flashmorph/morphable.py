@@ -12,19 +12,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from flashmorph.hosts import Host, host_of, layer_space
 from flashmorph.move import empty_model
 from flashmorph.plan import FULL, Budget, Plan, Space
+from flashmorph.recompute import recomputed, recomputes
 
 Observer = Callable[["MorphableLayer", torch.Tensor, dict[str, Any], torch.Tensor], None]
-KEPT_BYTES = 2**30
-"""What a forward may keep for the gradient of the gates; beyond that, layers run again in the backward."""
-_KEPT_FOR_EACH_CHANNEL = 100
-"""Bytes that all branches and the feed-forward of a layer keep of a token, over its width: 83 in bfloat16 and 140 in
-float32 for the shape of Qwen3-1.7B, counted as in `costs/memory.py`."""
 
 
 class MorphableLayer(nn.Module):
@@ -114,24 +109,9 @@ class Morphable(nn.Module):
         for number, layer in enumerate(self.layers):
             layer.gates = None if gates is None else gates[number]
         learning = torch.is_grad_enabled() and gates is not None and gates.requires_grad
-        again = learning and runs_again(self.model.config, input_ids.numel())
-        with self._run_again() if again else nullcontext():
+        again = learning and recomputes(self.model.config, input_ids.numel())
+        with recomputed(self.model.model.layers, self.layers) if again else nullcontext():
             return self.model.model(input_ids=input_ids, use_cache=False, **(boundaries or {})).last_hidden_state
-
-    @contextmanager
-    def _run_again(self) -> Iterator[None]:
-        """Of each decoder layer keep the input alone; the rest is computed again in the backward.
-
-        Around `forward`, not around the call: hooks, such as those that gather a sharded layer, stay outside.
-        """
-        every = self.model.model.layers
-        for decoder_layer, layer in zip(every, self.layers, strict=True):
-            decoder_layer.forward = _again_in_backward(decoder_layer.forward, layer)
-        try:
-            yield
-        finally:
-            for decoder_layer in every:
-                del decoder_layer.forward
 
     @torch.no_grad()
     def each_plan(self, input_ids: torch.Tensor, gates: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
@@ -244,27 +224,6 @@ class Morphable(nn.Module):
         model = empty_model(self.host, config, state)
         model.generation_config = self.model.generation_config
         return model.requires_grad_(True)
-
-
-def runs_again(config: PreTrainedConfig, tokens: int) -> bool:
-    """Whether layers run a second time in the backward to the gates: where `tokens` at once would keep too much."""
-    per_token = config.num_hidden_layers * config.hidden_size * _KEPT_FOR_EACH_CHANNEL
-    return tokens * per_token > KEPT_BYTES
-
-
-def _again_in_backward(run: Callable[..., torch.Tensor], layer: MorphableLayer) -> Callable[..., torch.Tensor]:
-    """`run`, the forward of the decoder layer around `layer`; both times with the gates and the observer of now."""
-    now = layer.gates, layer.observer
-
-    def forward(*inputs: Any, **arguments: Any) -> torch.Tensor:
-        before = layer.gates, layer.observer
-        layer.gates, layer.observer = now
-        try:
-            return run(*inputs, **arguments)
-        finally:
-            layer.gates, layer.observer = before
-
-    return lambda *inputs, **arguments: checkpoint(forward, *inputs, use_reentrant=False, **arguments)
 
 
 class _Resume(nn.Module):

@@ -5,7 +5,6 @@ library's own.
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,13 @@ from transformers import PreTrainedModel
 from flashmorph.card import model_card
 from flashmorph.corpus import Rows
 from flashmorph.evaluation import RangeLosses, Score, evaluate
-from flashmorph.files import atomic_path, read_json, write_json
+from flashmorph.files import read_json, write_json
 from flashmorph.hosts import cache_by_context, host_for, host_of, host_settings
-from flashmorph.layerwise import transplant_checkpoint
 from flashmorph.morphable import Morphable, attach, build
 from flashmorph.packing import how_apart
 from flashmorph.plan import Budget, Plan
 from flashmorph.progress import Report, silent
-from flashmorph.publish import complete, publish, save_model
+from flashmorph.publish import publish, save_model, write_host
 from flashmorph.report import write_report
 from flashmorph.run import Results, Run
 from flashmorph.rundata import (
@@ -56,7 +54,7 @@ from flashmorph.stages import (
     logits_on_disk,
     write_logits,
 )
-from flashmorph.teacher import Teacher, load_config, load_model
+from flashmorph.teacher import load_config, load_model
 
 SEARCH_TEXT_TOKENS = 16_384
 
@@ -99,34 +97,10 @@ def run_transplant(run: Run) -> Stage:
     settings = host_settings(host_for(load_config(run.teacher.folder), run.recipe.host), run.recipe.host)
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
-        return move_proven(run.teacher, folder / "model", settings, run.device, report)
+        return write_host(run.teacher, folder / "model", settings, run.device, report)
 
     wanted = {"format": 1, **({"host": settings} if settings else {})}
     return run.stage("transplant", run.teacher.name, wanted, [run.teacher.digest], work)
-
-
-def move_proven(
-    teacher: Teacher, folder: Path, settings: Mapping[str, Any], device: torch.device, report: Report
-) -> dict[str, Any]:
-    """Write the host in the teacher's own dtype into `folder`; what the move was proven by, and a `summary`.
-
-    `settings` are the host's own.
-
-    Raises:
-        UserError: see `flashmorph.layerwise.transplant_checkpoint`; or `folder` cannot be written.
-    """
-    with atomic_path(folder) as temporary:
-        temporary.mkdir()
-        config, moved = transplant_checkpoint(teacher.folder, temporary, settings, device, report)
-        complete(temporary, config, teacher.folder)
-    proof, parts = moved.proof, {name: part.to_dict() for name, part in moved.parts.items()}
-    record: dict[str, Any] = {"proof": proof.to_dict(), "proof_of_parts": parts}
-    summary = f"logits differ by at most {proof.difference:.1e} (allowed: {proof.tolerance:.1e})"
-    if moved.rounding is not None:
-        record["rounding"] = moved.rounding
-        dtype = str(config.dtype).removeprefix("torch.")
-        summary += f"; in {dtype} {moved.rounding:.2f} x the teacher's own rounding noise"
-    return {**record, "summary": summary}
 
 
 def run_align(run: Run, host: Stage) -> Stage:

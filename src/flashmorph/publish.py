@@ -1,6 +1,7 @@
 """Checkpoints on disk: models with the teacher's tokenizer beside them, and the run's final result."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from flashmorph.errors import UserError
 from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.hosts import host_of
+from flashmorph.layerwise import transplant_checkpoint
 from flashmorph.plan import Plan
+from flashmorph.progress import Report
 from flashmorph.recipe import Recipe
+from flashmorph.teacher import Teacher
 
 _TRAVELS = (
     "tokenizer*",
@@ -50,6 +54,30 @@ def complete(folder: Path, config: PreTrainedConfig, origin: Path) -> None:
     for pattern in _TRAVELS:
         for path in origin.glob(pattern):
             shutil.copy2(path, folder / path.name)
+
+
+def write_host(
+    teacher: Teacher, folder: Path, settings: Mapping[str, Any], device: torch.device, report: Report
+) -> dict[str, Any]:
+    """Write the host in the teacher's own dtype into `folder`; what the move was proven by, and a `summary`.
+
+    `settings` are the host's own.
+
+    Raises:
+        UserError: see `flashmorph.layerwise.transplant_checkpoint`; or `folder` cannot be written.
+    """
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        config, moved = transplant_checkpoint(teacher.folder, temporary, settings, device, report)
+        complete(temporary, config, teacher.folder)
+    proof, parts = moved.proof, {name: part.to_dict() for name, part in moved.parts.items()}
+    record: dict[str, Any] = {"proof": proof.to_dict(), "proof_of_parts": parts}
+    summary = f"logits differ by at most {proof.difference:.1e} (allowed: {proof.tolerance:.1e})"
+    if moved.rounding is not None:
+        record["rounding"] = moved.rounding
+        dtype = str(config.dtype).removeprefix("torch.")
+        summary += f"; in {dtype} {moved.rounding:.2f} x the teacher's own rounding noise"
+    return {**record, "summary": summary}
 
 
 def publish(folder: Path, model: Path, plan: Plan, results: dict[str, Any], recipe: Recipe, card: str) -> None:

@@ -25,7 +25,6 @@ class ShardReader:
             UserError: no weights, or a file of the index is missing or damaged.
         """
         index = folder / SAFE_WEIGHTS_INDEX_NAME
-        self._folder = folder
         if (folder / SAFE_WEIGHTS_NAME).is_file():
             files = [SAFE_WEIGHTS_NAME]
         elif index.is_file():
@@ -35,8 +34,11 @@ class ShardReader:
         if missing := [file for file in files if not (folder / file).is_file()]:
             raise UserError(f"{folder} lacks {missing[0]}, which its index names: the checkpoint is incomplete")
         self.files = [folder / file for file in files]
-        with self._opened(self.files) as handles:
-            self._places = {name: file for file, handle in handles.items() for name in handle.keys()}
+        try:
+            with _opened(self.files) as handles:
+                self._places = {name: file for file, handle in handles.items() for name in handle.keys()}
+        except Exception as error:
+            raise UserError(f"the weights in {folder} cannot be read, are they complete? {error}") from error
 
     @property
     def names(self) -> list[str]:
@@ -52,18 +54,15 @@ class ShardReader:
     def slices(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
         """These tensors, each read when it is indexed; only their files are open, and only inside this context."""
         wanted = {name: self._places[name] for name in names}
-        with self._opened(set(wanted.values())) as handles:
+        with _opened(set(wanted.values())) as handles:
             yield {name: handles[file].get_slice(name) for name, file in wanted.items()}
 
-    @contextmanager
-    def _opened(self, files: Iterable[Path]) -> Iterator[dict[Path, Any]]:
-        # Read, not mapped: pages of a mapped file count as this process's memory for as long as it is open.
-        with ExitStack() as stack:
-            try:
-                handles = {file: stack.enter_context(safe_open(file, "pt", backend="pread")) for file in files}
-            except Exception as error:
-                raise UserError(f"the weights in {self._folder} cannot be read, are they complete? {error}") from error
-            yield handles
+
+@contextmanager
+def _opened(files: Iterable[Path]) -> Iterator[dict[Path, Any]]:
+    # Read, not mapped: pages of a mapped file count as this process's memory for as long as it is open.
+    with ExitStack() as stack:
+        yield {file: stack.enter_context(safe_open(file, "pt", backend="pread")) for file in files}
 
 
 class ShardWriter:

@@ -109,9 +109,8 @@ def transplant(
     """
     from flashmorph.devices import pick_device
     from flashmorph.hosts import configure
-    from flashmorph.pipeline import move_proven
     from flashmorph.progress import silent
-    from flashmorph.publish import claim_empty
+    from flashmorph.publish import claim_empty, write_host
     from flashmorph.recipe import parse_changes
     from flashmorph.teacher import load_config, open_teacher
 
@@ -127,7 +126,7 @@ def transplant(
     with ERR.status(f"moving {teacher}"):
         if output.is_dir():
             output.rmdir()
-        record = move_proven(source, output, settings, pick_device(device), silent)
+        record = write_host(source, output, settings, pick_device(device), silent)
     OUT.print(
         f"{output}: {host.name}, all {config.num_hidden_layers} layers full; {record['summary']}",
         highlight=False,

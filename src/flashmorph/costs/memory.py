@@ -14,9 +14,9 @@ from flashmorph.costs.sizes import Sizes
 from flashmorph.costs.work import Model
 from flashmorph.hosts import FEED_FORWARD
 from flashmorph.losses import LOGITS_BYTES
-from flashmorph.morphable import runs_again
 from flashmorph.plan import FULL
 from flashmorph.recipe import Recipe
+from flashmorph.recompute import recomputes
 from flashmorph.stages import TrainSettings
 
 _FLOAT32, _FLOAT64, _BF16 = 4, 8, 2
@@ -74,7 +74,8 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
 
     def kept(part: str) -> float:
         """Bytes a token that one part of one layer keeps."""
-        return number * sizes.parts[part].widths
+        # transformers runs routed experts in the dtype of their weights, whatever autocast says.
+        return number * sizes.parts[part].widths + _FLOAT32 * sizes.parts[part].expert_widths
 
     residual = _HIDDEN_STATES * _FLOAT32 * width
     mixers = model.num_full * kept(FULL) + (model.layers - model.num_full) * kept(switched)
@@ -84,7 +85,7 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
     search, stored = recipe.select.search, recipe.distill.teacher_logits
     tokens = search.rows_at_once * search.longest
     # A layer that runs again keeps its input; what its gradient needs besides stands for one layer at a time.
-    again = runs_again(model.config, tokens)
+    again = recomputes(model.config, tokens)
     searched = model.layers * _FLOAT32 * width + every if again else model.layers * every
     cast = ("2 · (host + branches) / layers", model.layers) if again else ("2 · (host + branches)", 1)
     part = max(sizes.parts[FULL].parameters + sizes.parts[FEED_FORWARD].parameters, model.config.vocab_size * width)

@@ -6,10 +6,10 @@ from typing import NamedTuple
 from transformers import PreTrainedConfig
 
 from flashmorph.hosts import FEED_FORWARD, Host, Products
-from flashmorph.morphable import runs_again
 from flashmorph.outlook import num_models, search_tokens
 from flashmorph.plan import FULL
 from flashmorph.recipe import Recipe
+from flashmorph.recompute import recomputes
 from flashmorph.selection import FOLLOW_GRADIENTS
 
 
@@ -115,15 +115,17 @@ def select_work(model: Model, recipe: Recipe) -> Work | None:
         return None if tokens is None else Work(0, [])
     length = max(1, round(mean))
     mixers = [*model.part(FULL, length), *model.part(model.switched, length)]
-    every = operations([*mixers, *model.part(FEED_FORWARD, length)])
+    feed_forward = model.part(FEED_FORWARD, length)
     passes = [
-        _times("every branch forward", model.layers, every),
+        _times("every branch forward", model.layers, operations([*mixers, *feed_forward])),
         # The first layer's mixers have nothing below them that a gradient is asked for.
         _times("mixers backward, no weights", model.layers - 1, operations(mixers, 0, 0, 1)),
-        _times("feed-forward backward", model.layers, operations(model.part(FEED_FORWARD, length), 0, 0, 1)),
+        _times("feed-forward backward", model.layers, operations(feed_forward, 0, 0, 1)),
     ]
-    if runs_again(model.config, recipe.select.search.rows_at_once * length):
-        passes.append(_times("every branch again, in the backward", model.layers, every, every[1]))
+    if recomputes(model.config, recipe.select.search.rows_at_once * length):
+        # All but a layer's last product, whose result the backward does not need.
+        again = operations([*mixers, *feed_forward[:-1]])
+        passes.append(_times("every branch again, in the backward", model.layers, again, again[1]))
     if FOLLOW_GRADIENTS[recipe.select.strategy] == "hidden":
         teacher = [*model.part(FULL, length), *model.part(FEED_FORWARD, length)]
         passes.append(_times("teacher forward", model.layers, operations(teacher)))
