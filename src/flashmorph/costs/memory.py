@@ -6,7 +6,6 @@ attention that does not store its scores that is within 15 % of what PyTorch kee
 are taken to keep no more than that either; PyTorch's reference of Gated DeltaNet keeps more than twice as much.
 """
 
-import math
 from typing import NamedTuple
 
 from flashmorph.costs.sizes import Sizes
@@ -58,7 +57,11 @@ class Memory(NamedTuple):
 
 
 def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16: bool) -> dict[str, Memory]:
-    """The memory of each stage, its batch divided among `num_gpus`."""
+    """The memory of each stage, its batch divided among `num_gpus`.
+
+    Raises:
+        UserError: so many GPUs cannot share a stage's batch evenly.
+    """
     host, branches, switched = sizes.host, sizes.branches, model.switched
     hybrid, width = sizes.hybrid(switched, model.num_full), model.config.hidden_size
     number = _BF16 if bf16 else _FLOAT32
@@ -115,5 +118,5 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
 
 def _batched(settings: TrainSettings, stage: str, num_gpus: int, per_token: float, shares: list[Share]) -> Memory:
     """A stage that trains: the rows that one GPU runs at once."""
-    rows = min(settings.batch_rows // settings.accumulation, math.ceil(settings.batch_rows / num_gpus))
+    rows = settings.division(num_gpus).rows
     return Memory(shares, per_token, rows * settings.length, settings.length, f"{stage}.micro_batch_tokens")

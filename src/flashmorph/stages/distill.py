@@ -1,9 +1,10 @@
 """Distillation: the hybrid learns the teacher's distribution of next tokens on text (forward KL on all tokens)."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -13,16 +14,19 @@ from flashmorph.hosts import host_of
 from flashmorph.losses import Head, forward_kl
 from flashmorph.packing import apart
 from flashmorph.progress import Report, silent
-from flashmorph.stages.training import TrainSettings, train
+from flashmorph.sharding import shard_loss
+from flashmorph.stages.training import TrainSettings, keep_activations, train
 
 
 class DistillSettings(TrainSettings):
     """The published budget: 1B tokens at length 512, learning rate 1e-4 to 1e-5."""
 
+    stage: ClassVar[str] = "distill"
     tokens: PositiveInt = 1_000_000_000
     length: PositiveInt = 512
     batch_tokens: PositiveInt = 49_152
     learning_rate: PositiveFloat = 1e-4
+    activation_checkpointing: bool = Field(default=False, description="compute layers again instead of keeping them")
 
 
 class DistillationLoss(nn.Module):
@@ -60,11 +64,12 @@ def distill(
     Interrupted work goes on from the last whole checkpoint in `folder`.
 
     Raises:
-        UserError: the vocabularies differ, or the loss is not finite.
+        UserError: the vocabularies differ, the loss is not finite, or the processes cannot share a step evenly.
     """
     sizes = student.config.vocab_size, teacher.config.vocab_size
     if sizes[0] != sizes[1]:
         raise UserError(f"the student has {sizes[0]:,} tokens in its vocabulary and the teacher {sizes[1]:,}")
-    student.requires_grad_(True).train()
-    train(DistillationLoss(student, teacher.eval()), rows, settings, folder, seed, bf16, report)
+    keep_activations(student.requires_grad_(True).train(), not settings.activation_checkpointing)
+    loss = shard_loss(DistillationLoss(student, teacher.eval()), student)
+    train(loss, rows, settings, folder, seed, bf16, report)
     student.eval()

@@ -1,0 +1,104 @@
+"""Models that are too large for one device: their weights divided among all processes by FSDP2 (`fully_shard`).
+
+What trains is divided whole. Of what is frozen the matrices of the decoder layers are; the rest (embedding, norms,
+head) stays on every device. `fully_shard` is called here and Trainer is told so: there is one path on every device, and
+no launcher's settings that could fall back to whole copies.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from flashmorph import ranks
+from flashmorph.morphable import Morphable
+
+Model = TypeVar("Model", PreTrainedModel, Morphable)
+
+
+def shard_student(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Divide a model that trains, a decoder layer a unit; `shard_loss` takes the rest.
+
+    `model` may be on the CPU: its weights go to `device` unit by unit.
+    """
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=_mesh(device.type))
+    return model
+
+
+def shard_loss(loss: nn.Module, student: PreTrainedModel) -> nn.Module:
+    """Make the module that computes the loss the root of a divided student, so that embedding and head, which may be
+    one matrix, are whole wherever its forward needs them."""
+    return fully_shard(loss, mesh=_mesh(student.device.type)) if is_sharded(student) else loss
+
+
+def shard_teacher(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Divide the decoder layers of a model that does not train."""
+    _shard_frozen(model, device)
+    return model
+
+
+def shard_morphable(morphable: Morphable, device: torch.device) -> Morphable:
+    """Divide the decoder layers, each branch a unit of its own.
+
+    A branch's error and a mixer's output reach the loss without passing through the end of their decoder layer, so the
+    layer's own hooks would not have the branch's weights back for the backward.
+    """
+    for layer in morphable.layers:
+        for branch in layer.branches.values():
+            if next(branch.parameters(), None) is not None:
+                fully_shard(branch, mesh=_mesh(device.type))
+    _shard_frozen(morphable.model, device)
+    return morphable
+
+
+def _shard_frozen(model: PreTrainedModel, device: torch.device) -> None:
+    """Units for the decoder layers and a root without weights. Frozen weights that no unit holds need no reduction."""
+    mesh = _mesh(device.type)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, ignored_params={weight for weight in layer.parameters() if weight.ndim < 2})
+    kept = {weight for weight in model.parameters() if not isinstance(weight, DTensor)}
+    fully_shard(model.model, mesh=mesh, ignored_params=kept)
+    for tensor in (*kept, *model.buffers()):
+        tensor.data = tensor.data.to(device)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether weights of `model` are divided."""
+    return any(isinstance(weight, DTensor) for weight in model.parameters())
+
+
+@torch.no_grad()
+def whole(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state` on the CPU with its divided tensors put together, in the first process; empty in the others.
+
+    To be called by all at once.
+    """
+    found = {}
+    for name, tensor in state.items():
+        together = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if ranks.is_first():
+            found[name] = together.detach().cpu()
+    return found
+
+
+def in_turn(make: Callable[[], Model]) -> Model:
+    """What `make` returns, made by one process of a machine after the other: each holds a whole model until then."""
+    made: list[Model] = []
+    for turn in range(ranks.local_count()):
+        if turn == ranks.local_rank():
+            made.append(make())
+        ranks.wait()
+    return made[0]
+
+
+@cache
+def _mesh(device: str) -> DeviceMesh:
+    return init_device_mesh(device, (dist.get_world_size(),))
