@@ -184,8 +184,8 @@ class MorphableObjective:
                 tokens = torch.empty(settings.steps * settings.batch_rows, settings.length, device="meta")
                 self._meter.count(tokens, forward=2, backward=1, weights=1)
         key = self._key([about, settings.model_dump(mode="json", exclude={"activation_checkpointing"})])
-        path = self._evaluations / f"{key}.distilled.json"
-        found = _kept(path)
+        file = self._evaluations / f"{key}.distilled.json"
+        found = _kept(file)
         if found is None:
             model, kl = self._distiller.run(path, steps)
             head = Head.of(model)
@@ -199,7 +199,7 @@ class MorphableObjective:
                         losses += _question_losses(hidden, head, ids, marks).tolist()
             _check_finite([kl, text, *losses], "distilled", path[-1])
             found = {"path": about, "steps": steps, "kl": kl, "text_loss": text, "losses": losses}
-            _keep(path, found)
+            _keep(file, found)
         return Distilled(found["kl"], found["text_loss"], np.array(found["losses"]))
 
     def restore(self, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[dict]) -> int:
