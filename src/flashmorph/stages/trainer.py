@@ -1,5 +1,6 @@
 """`transformers.Trainer` for stages: it saves what it trains and nothing else, whole or divided among processes."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,10 @@ class StageTrainer(Trainer):
         dcp.load({"moments": moments}, checkpoint_id=Path(checkpoint) / _SHARDS)
         set_optimizer_state_dict(_module(self.model), self._adam(), moments, options=_TRAINABLE)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULE, weights_only=True))
+
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
+        """Gradients of divided weights are reduced after each micro-batch, so that no device ever holds them whole."""
+        return nullcontext()
 
     def _weights(self) -> dict[str, Any]:
         return get_model_state_dict(_module(self.model), options=_TRAINABLE)
