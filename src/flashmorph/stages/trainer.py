@@ -61,7 +61,7 @@ class StageTrainer(Trainer):
         if (folder / _SHARDS).is_dir():
             weights = self._weights()
             dcp.load({"weights": weights}, checkpoint_id=folder / _SHARDS)
-            set_model_state_dict(_module(self.model), weights, options=_TRAINABLE)
+            set_model_state_dict(_module(self.model), weights, options=StateDictOptions(strict=False))
             return
         if self._divided:
             raise UserError(f"{folder} was written by processes that hold all weights: go on with --set shard=false")
