@@ -16,7 +16,7 @@ import yaml
 from conftest import FEW_STEPS, run_command, tiny_tokenizer
 from families import SHAPE
 from safetensors.torch import load_file
-from test_training import SETTINGS, settings_of
+from test_training import SETTINGS, log_of, settings_of
 from together import searched, trained
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -160,6 +160,12 @@ def divided(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_divided_weights_learn_what_whole_ones_learn(divided, tmp_path, kind):
     near(trained(kind, tmp_path, False), load_file(divided / f"{kind}-sharded.safetensors"))
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_weights_that_are_gathered_in_bfloat16_learn_as_under_autocast(divided, kind):
+    one, other = (log_of(divided / f"{kind}-bf16-{sharded}") for sharded in (False, True))
+    assert [entry["loss"] for entry in one] == pytest.approx([entry["loss"] for entry in other], rel=0.02)
 
 
 def test_neither_parts_nor_activations_that_are_computed_again_change_what_is_learned(divided):

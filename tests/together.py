@@ -29,24 +29,25 @@ def morphable_of(seed: int = 0) -> Morphable:
     return attach(model, tokens)[0]
 
 
-def trained(kind: str, folder: Path, sharded: bool, **changes) -> dict[str, torch.Tensor]:
+def trained(kind: str, folder: Path, sharded: bool, bf16: bool = False, **changes) -> dict[str, torch.Tensor]:
     """The weights that five steps of a stage end with, whole; empty in all processes but the first."""
     settings = settings_of(SETTINGS[kind], **{"steps": 5, "checkpoint_steps": 3, **changes})
     rows = rows_in(folder / str(ranks.rank()), settings.rows)
     if kind == "align":
-        morphable = in_turn(lambda: shard_morphable(morphable_of(), CPU)) if sharded else morphable_of()
+        morphable = in_turn(lambda: shard_morphable(morphable_of(), CPU, bf16)) if sharded else morphable_of()
         assert is_sharded(morphable) == sharded
-        align(morphable, rows, settings, folder)
+        align(morphable, rows, settings, folder, 0, bf16)
         ids = torch.tensor([rows[row]["input_ids"] for row in range(4)])
-        assert all(0 < error < 10 for error in alignment_errors(morphable, ids))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            assert all(0 < error < 10 for error in alignment_errors(morphable, ids))
         return whole(morphable.branch_state())
     student, teacher = student_and_teacher()
     if sharded:
-        shard_student(student, CPU)
-        shard_teacher(teacher, CPU)
+        shard_student(student, CPU, bf16)
+        shard_teacher(teacher, CPU, bf16)
         assert all(isinstance(weight, DTensor) for weight in student.model.layers.parameters())
-    run = {"distill": lambda: distill(student, teacher, rows, settings, folder)}
-    run["extend"] = lambda: extend(student, rows, settings, folder)
+    run = {"distill": lambda: distill(student, teacher, rows, settings, folder, 0, bf16)}
+    run["extend"] = lambda: extend(student, rows, settings, folder, 0, bf16)
     run[kind]()
     assert all(isinstance(weight, DTensor) for weight in student.parameters()) == sharded
     return whole(dict(student.named_parameters()))
@@ -90,6 +91,8 @@ def main(folder: Path) -> None:
         weights = trained(kind, folder / f"{kind}-sharded", True)
         if ranks.is_first():
             save_file(weights, folder / f"{kind}-sharded.safetensors")
+        for sharded in (False, True):
+            trained(kind, folder / f"{kind}-bf16-{sharded}", sharded, bf16=True)
     weights = trained("extend", folder / "extend-again", True, activation_checkpointing=True, micro_batch_tokens=24)
     if ranks.is_first():
         save_file(weights, folder / "extend-again.safetensors")

@@ -32,7 +32,10 @@ def _remedy(stage: str, recipe: Recipe) -> str:
     setting, tokens, row = asked
     if tokens > row:
         return f"lower {setting}, now {tokens}: --set {setting}={max(row, tokens // 2 // row * row)}"
-    return f"{setting} is one row already, {row:,} tokens: lower the length of its rows"
+    others = [f"--set {stage}.activation_checkpointing=true"] if stage in ("distill", "extend") else []
+    if stage != "evaluate" and ranks.count() > 1 and not recipe.shard:
+        others.append("--set shard=true")
+    return f"{setting} is one row already, {row:,} tokens: {' or '.join([*others, 'shorter rows'])}"
 
 
 def _tokens_at_once(stage: str, recipe: Recipe) -> tuple[str, int, int] | None:

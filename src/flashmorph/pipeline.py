@@ -97,7 +97,7 @@ def run_transplant(run: Run) -> Stage:
     settings = host_settings(host_for(load_config(run.teacher.folder), run.recipe.host), run.recipe.host)
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
-        model, record = move_proven(run.teacher, settings, run.device, report)
+        model, record = move_proven(run.teacher, settings, run.loads_on, report)
         save_model(model, folder / "model", run.teacher.folder)
         return record
 
@@ -147,7 +147,8 @@ def run_align(run: Run, host: Stage) -> Stage:
 
         morphable = divided(run, open_attached, shard_morphable)
         align(morphable, rows, settings, folder, run.recipe.seed, run.bf16, report)
-        errors = alignment_errors(morphable, **first)
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16 and run.shards):
+            errors = alignment_errors(morphable, **first)
         state = whole(morphable.branch_state())
         if ranks.is_first():
             save_file(state, folder / "branches.safetensors")
@@ -290,9 +291,9 @@ def open_stage(run: Run, stage: Stage) -> PreTrainedModel:
     return load_model(stage.folder / "model", torch.float32, run.loads_on)
 
 
-def divided(run: Run, make: Callable[[], Model], shard: Callable[[Model, torch.device], Model]) -> Model:
+def divided(run: Run, make: Callable[[], Model], shard: Callable[[Model, torch.device, bool], Model]) -> Model:
     """What `make` returns; where the recipe says so, its weights divided among the processes."""
-    return in_turn(lambda: shard(make(), run.device)) if run.shards else make()
+    return in_turn(lambda: shard(make(), run.device, run.bf16)) if run.shards else make()
 
 
 def open_host(run: Run, host: Stage) -> PreTrainedModel:

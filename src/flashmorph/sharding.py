@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -23,13 +23,14 @@ from flashmorph.morphable import Morphable
 Model = TypeVar("Model", PreTrainedModel, Morphable)
 
 
-def shard_student(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+def shard_student(model: PreTrainedModel, device: torch.device, bf16: bool = False) -> PreTrainedModel:
     """Divide a model that trains, a decoder layer a unit; `shard_loss` takes the rest.
 
-    `model` may be on the CPU: its weights go to `device` unit by unit.
+    `model` may be on the CPU: its weights go to `device` unit by unit. With `bf16` layers are gathered in bfloat16, for
+    forwards under autocast.
     """
     for layer in model.model.layers:
-        fully_shard(layer, mesh=_mesh(device.type))
+        fully_shard(layer, mesh=_mesh(device.type), mp_policy=_policy(bf16))
     return model
 
 
@@ -39,13 +40,13 @@ def shard_loss(loss: nn.Module, student: PreTrainedModel) -> nn.Module:
     return fully_shard(loss, mesh=_mesh(student.device.type)) if is_sharded(student) else loss
 
 
-def shard_teacher(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+def shard_teacher(model: PreTrainedModel, device: torch.device, bf16: bool = False) -> PreTrainedModel:
     """Divide the decoder layers of a model that does not train."""
-    _shard_frozen(model, device)
+    _shard_frozen(model, device, bf16)
     return model
 
 
-def shard_morphable(morphable: Morphable, device: torch.device) -> Morphable:
+def shard_morphable(morphable: Morphable, device: torch.device, bf16: bool = False) -> Morphable:
     """Divide the decoder layers, each branch a unit of its own.
 
     A branch's error and a mixer's output reach the loss without passing through the end of their decoder layer, so the
@@ -54,16 +55,17 @@ def shard_morphable(morphable: Morphable, device: torch.device) -> Morphable:
     for layer in morphable.layers:
         for branch in layer.branches.values():
             if next(branch.parameters(), None) is not None:
-                fully_shard(branch, mesh=_mesh(device.type))
-    _shard_frozen(morphable.model, device)
+                fully_shard(branch, mesh=_mesh(device.type), mp_policy=_policy(bf16))
+    _shard_frozen(morphable.model, device, bf16)
     return morphable
 
 
-def _shard_frozen(model: PreTrainedModel, device: torch.device) -> None:
+def _shard_frozen(model: PreTrainedModel, device: torch.device, bf16: bool) -> None:
     """Units for the decoder layers and a root without weights. Frozen weights that no unit holds need no reduction."""
     mesh = _mesh(device.type)
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, ignored_params={weight for weight in layer.parameters() if weight.ndim < 2})
+        vectors = {weight for weight in layer.parameters() if weight.ndim < 2}
+        fully_shard(layer, mesh=mesh, mp_policy=_policy(bf16), ignored_params=vectors)
     kept = {weight for weight in model.parameters() if not isinstance(weight, DTensor)}
     fully_shard(model.model, mesh=mesh, ignored_params=kept)
     for tensor in (*kept, *model.buffers()):
@@ -97,6 +99,13 @@ def in_turn(make: Callable[[], Model]) -> Model:
             made.append(make())
         ranks.wait()
     return made[0]
+
+
+def _policy(bf16: bool) -> MixedPrecisionPolicy:
+    """Weights are gathered in bfloat16, which autocast would otherwise copy them to and keep for the backward after
+    their unit has given them back. Activations are autocast's business, as without units."""
+    dtype = torch.bfloat16 if bf16 else None
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 @cache

@@ -117,7 +117,9 @@ def open_run(options: Options) -> Any:
     if teacher.note:
         screen.say(teacher.note)
     check(teacher, recipe, ranks.count())
-    if ranks.count() > 1:
+    if recipe.shard and not ranks.are_several():
+        raise UserError("shard=true divides weights among processes, and there is one: start it with torchrun")
+    if ranks.are_several():
         atexit.register(ranks.leave)
         screen.say(f"{ranks.count()} processes share the work, this one on {device}")
     return Run(teacher, recipe, RunFolder(options.output, tuple(options.others or [])), device, screen)

@@ -14,7 +14,7 @@ from flashmorph.hosts import FEED_FORWARD
 from flashmorph.losses import LOGITS_BYTES
 from flashmorph.plan import FULL
 from flashmorph.recipe import Recipe
-from flashmorph.stages import TrainSettings
+from flashmorph.stages import DistillSettings, ExtendSettings, TrainSettings
 
 _FLOAT32, _FLOAT64, _BF16 = 4, 8, 2
 _TRAINED = 4 * _FLOAT32
@@ -23,18 +23,23 @@ _CHUNKS_OF_LOGITS = 5
 
 
 class Share(NamedTuple):
-    """One share of a stage's memory in bytes; `sharded` ones are divided among GPUs where weights are."""
+    """One share of a stage's memory in bytes; `sharded` ones are divided among GPUs where weights are.
+
+    `gathered` bytes then stand whole beside them.
+    """
 
     name: str
     formula: str
     bytes: float
     sharded: bool = True
+    gathered: float = 0.0
 
 
 class Memory(NamedTuple):
     """`shares` stand throughout; `per_token` bytes are kept for each of `tokens`, in rows of `length`.
 
-    `setting` is what to lower where they do not fit.
+    `setting` is what to lower where they do not fit. Where weights are sharded, what the first process does `alone` is
+    done in the memory of its CPU.
     """
 
     shares: list[Share]
@@ -42,10 +47,14 @@ class Memory(NamedTuple):
     tokens: int = 0
     length: int = 1
     setting: str = ""
+    alone: bool = False
 
     def bytes(self, gpus: int = 1) -> float:
         """All of it on each of `gpus` GPUs that share weights, gradients and moments."""
+        if gpus > 1 and self.alone:
+            return 0.0
         fixed = sum(share.bytes / (gpus if share.sharded else 1) for share in self.shares)
+        fixed += sum(share.gathered for share in self.shares) if gpus > 1 else 0
         return fixed + self.per_token * self.tokens
 
     def tokens_within(self, limit: float, gpus: int = 1) -> int:
@@ -65,9 +74,19 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
     host, branches, switched = sizes.host, sizes.branches, model.switched
     hybrid, width = sizes.hybrid(switched, model.num_full), model.config.hidden_size
     number = _BF16 if bf16 else _FLOAT32
+    outer = host - model.layers * (sizes.parts[FULL].parameters + sizes.parts[FEED_FORWARD].parameters)
     host_share = Share("host", "4 · host", _FLOAT32 * host)
+    frozen = [
+        Share("host's decoder layers", "4 · (host - embedding and head)", _FLOAT32 * (host - outer)),
+        Share("its embedding and head", "4 · embedding and head", _FLOAT32 * outer, False),
+    ]
     student = [
-        Share("student: weights, gradients, two moments", "16 · hybrid", _TRAINED * hybrid),
+        Share(
+            "student: weights, gradients, two moments",
+            "16 · hybrid (sharded: and 8 · embedding and head)",
+            _TRAINED * hybrid,
+            gathered=2 * _FLOAT32 * outer,
+        ),
         *([Share("its weights in bfloat16", "2 · hybrid", _BF16 * hybrid)] if bf16 else []),
         Share("chunks of logits", f"{_CHUNKS_OF_LOGITS} · {LOGITS_BYTES}", _CHUNKS_OF_LOGITS * LOGITS_BYTES, False),
     ]
@@ -78,22 +97,29 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
 
     residual = _HIDDEN_STATES * _FLOAT32 * width
     mixers = model.num_full * kept(FULL) + (model.layers - model.num_full) * kept(switched)
-    trained = mixers + model.layers * (kept(FEED_FORWARD) + residual)
+    largest = max(kept(FULL), kept(switched)) + kept(FEED_FORWARD) + residual
     searched = model.layers * (kept(FULL) + kept(switched) + kept(FEED_FORWARD) + residual)
     aligned = model.layers * (_FLOAT32 + number) * width + kept(switched) + residual
     search = recipe.select.search
+
+    def trained(settings: DistillSettings | ExtendSettings) -> float:
+        """Bytes a token of a backward: of every layer, or each layer's input and the layer at work."""
+        if settings.activation_checkpointing:
+            return model.layers * _FLOAT32 * width + largest
+        return mixers + model.layers * (kept(FEED_FORWARD) + residual)
+
     stages = {
         "transplant": Memory([
             Share("teacher in float64, for the proof", "8 · teacher", _FLOAT64 * sizes.teacher),
             host_share,
-        ]),
-        "align": _batched(recipe.align, "align", num_gpus, aligned, [
-            host_share,
+        ], alone=True),
+        "align": _batched(recipe.align, num_gpus, aligned, [
+            *frozen,
             Share("branches: weights, gradients, two moments", "16 · branches", _TRAINED * branches),
         ]),
         "select": Memory(
             [
-                host_share,
+                *frozen,
                 Share("branches", "4 · branches", _FLOAT32 * branches),
                 *([Share("both in bfloat16", "2 · (host + branches)", _BF16 * (host + branches))] if bf16 else []),
             ],
@@ -106,17 +132,17 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
             host_share,
             Share("branches", "4 · branches", _FLOAT32 * branches),
             Share("hybrid", "4 · hybrid", _FLOAT32 * hybrid),
-        ]),
-        "distill": _batched(recipe.distill, "distill", num_gpus, trained, [host_share, *student]),
+        ], alone=True),
+        "distill": _batched(recipe.distill, num_gpus, trained(recipe.distill), [*frozen, *student]),
     }  # fmt: skip
     if not model.host.branches_train:
         del stages["align"]
     if recipe.extend:
-        stages["extend"] = _batched(recipe.extend, "extend", num_gpus, trained, student)
+        stages["extend"] = _batched(recipe.extend, num_gpus, trained(recipe.extend), student)
     return stages
 
 
-def _batched(settings: TrainSettings, stage: str, num_gpus: int, per_token: float, shares: list[Share]) -> Memory:
+def _batched(settings: TrainSettings, num_gpus: int, per_token: float, shares: list[Share]) -> Memory:
     """A stage that trains: the rows that one GPU runs at once."""
     rows = settings.division(num_gpus).rows
-    return Memory(shares, per_token, rows * settings.length, settings.length, f"{stage}.micro_batch_tokens")
+    return Memory(shares, per_token, rows * settings.length, settings.length, f"{settings.stage}.micro_batch_tokens")
