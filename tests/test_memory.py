@@ -47,6 +47,7 @@ def test_a_search_and_a_row_that_is_too_long_are_told(teacher_folder, recipe_fil
         assert run_command("distill", *common) == 2
         told = " ".join(capsys.readouterr().err.split())
         assert "select ran out of memory: select.search.micro_batch_tokens is one row already, 96 tokens" in told
+        assert "--set select.search.activation_checkpointing=true or shorter rows" in told
     with monkeypatch.context() as patch:
         patch.setattr(DistillationLoss, "forward", full_after(0, DistillationLoss.forward))
         one_row = ("--set", "distill.micro_batch_tokens=64")

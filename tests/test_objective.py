@@ -35,10 +35,17 @@ def objective_on(
     text_rows: torch.Tensor | None = None,
     micro_batch_tokens: int = 96,
     batch_tokens: int = 96,
+    activation_checkpointing: bool = False,
 ):
     layout = Layout(tiny_tokenizer(), STYLES["lines"], Haystack.repeated())
     tasks = [TaskSettings.model_validate({"task": "many_keys", "num_keys": 1})]
-    search = SearchSettings(length=96, batch_tokens=batch_tokens, micro_batch_tokens=micro_batch_tokens, questions=5)
+    search = SearchSettings(
+        length=96,
+        batch_tokens=batch_tokens,
+        micro_batch_tokens=micro_batch_tokens,
+        questions=5,
+        activation_checkpointing=activation_checkpointing,
+    )
     data = SearchData({"train": layout, "validation": layout}, STYLES["lines"], tasks, search)
     return MorphableObjective(morphable, data, folder, text_rows=text_rows, distiller=distiller(morphable, folder))
 
@@ -192,3 +199,21 @@ def test_every_strategy_runs_on_a_model(morphable, tmp_path):
         assert len(selection.plan.full_layers) == 1
         assert np.isfinite(selection.scores).all()
         assert selection.plan == space.best(selection.scores, budget)
+
+
+def test_a_search_that_computes_layers_again_finds_the_same_gradient(tmp_path):
+    found = []
+    for again in (False, True):
+        model, _ = transplant(random_qwen3(vocab_size=len(tiny_tokenizer())))
+        morphable = Morphable(model)
+        morphable.initialise(torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(2)))
+        objective = objective_on(morphable, tmp_path / str(again), activation_checkpointing=again)
+        gates = torch.tensor([[0.7, 0.3], [0.0, 1.0]])
+        results = [objective.gradient(gates, 0, loss) for loss in ("answers", "hidden")]
+        space, budget = morphable.space(Budget("layers", 1)), Budget("layers", 1)
+        losses = objective.evaluate([space.plan(["layers.1"], budget)])
+        found.append((results, losses))
+    for (value, gradient), (expected, other) in zip(found[1][0], found[0][0], strict=True):
+        assert value == pytest.approx(expected, rel=1e-6)
+        torch.testing.assert_close(gradient, other, rtol=1e-5, atol=1e-9)
+    np.testing.assert_array_equal(found[0][1], found[1][1])

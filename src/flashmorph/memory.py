@@ -32,7 +32,8 @@ def _remedy(stage: str, recipe: Recipe) -> str:
     setting, tokens, row = asked
     if tokens > row:
         return f"lower {setting}, now {tokens}: --set {setting}={max(row, tokens // 2 // row * row)}"
-    others = [f"--set {stage}.activation_checkpointing=true"] if stage in ("distill", "extend") else []
+    group = {"distill": "distill", "extend": "extend", "select": "select.search", "curve": "select.search"}.get(stage)
+    others = [f"--set {group}.activation_checkpointing=true"] if group else []
     if stage != "evaluate" and ranks.count() > 1 and not recipe.shard:
         others.append("--set shard=true")
     return f"{setting} is one row already, {row:,} tokens: {' or '.join([*others, 'shorter rows'])}"

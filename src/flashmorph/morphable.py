@@ -141,6 +141,15 @@ class Morphable(nn.Module):
                     hook.remove()
             yield place, hidden
 
+    def recompute_layers(self) -> None:
+        """From now on keep only each decoder layer's input for the backward, and compute the rest again.
+
+        transformers does that in training alone: the layers are told so, what is in them (dropout) is not.
+        """
+        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        for layer in self.model.model.layers:
+            layer.training = True
+
     @contextmanager
     def observed(self, observer: Observer) -> Iterator[None]:
         """Show every layer's forward to `observer`."""

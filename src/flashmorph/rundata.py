@@ -110,7 +110,8 @@ def select_settings(run: Run) -> dict[str, Any]:
     """What the digest of a stage that searches depends on, the strategy's defaults written out."""
     chosen = run.recipe.select
     resolved = own_settings(chosen.strategy, chosen.settings)
-    wanted = {"select": {**chosen.model_dump(mode="json"), "settings": resolved}, **task_settings(run)}
+    select = {"strategy": chosen.strategy, "settings": resolved, "search": chosen.search.to_digest()}
+    wanted = {"select": select, **task_settings(run)}
     if chosen.strategy in NEED_TRAINING:
         wanted["distill"] = _train_settings(run.recipe.distill)
     return wanted

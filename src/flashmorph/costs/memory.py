@@ -101,6 +101,8 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
     searched = model.layers * (kept(FULL) + kept(switched) + kept(FEED_FORWARD) + residual)
     aligned = model.layers * (_FLOAT32 + number) * width + kept(switched) + residual
     search = recipe.select.search
+    if search.activation_checkpointing:
+        searched = model.layers * _FLOAT32 * width + kept(FULL) + kept(switched) + kept(FEED_FORWARD) + residual
 
     def trained(settings: DistillSettings | ExtendSettings) -> float:
         """Bytes a token of a backward: of every layer, or each layer's input and the layer at work."""

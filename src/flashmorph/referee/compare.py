@@ -111,7 +111,7 @@ class Referee:
         branches = run_align(run, host)
         self._morphable = open_morphable(run, host, branches)
         self._search = run.recipe.select.search.model_copy(update={"questions": settings.questions})
-        about = [task_settings(run), run.recipe.select.search.model_dump(mode="json"), settings.questions]
+        about = [task_settings(run), run.recipe.select.search.to_digest(), settings.questions]
         self.context = digest_of([run.teacher.digest, branches.digest, *about])
         self._work = run.folder.path / "compare" / self.context
         self.truths = self._enumerate()

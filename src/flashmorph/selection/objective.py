@@ -65,6 +65,8 @@ class MorphableObjective:
         self._morphable, self._data, self._folder, self._bf16, self._report = morphable, data, folder, bf16, report
         self._text_rows, self._distiller, self._say = text_rows, distiller, say
         self._evaluations = evaluations or folder / "evaluations"
+        if data.settings.activation_checkpointing:
+            morphable.recompute_layers()
         self._head = Head.of(morphable.model)
         self._meter = Meter(morphable)
         self._asked: set[tuple[str, int]] = set()

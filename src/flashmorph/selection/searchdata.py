@@ -18,11 +18,16 @@ class SearchSettings(BaseModel):
     batch_tokens: int = Field(default=16_384, gt=0, description="tokens in a step")
     micro_batch_tokens: int = Field(default=16_384, gt=0, description="tokens at once on one device")
     questions: int = Field(default=64, gt=0, description="questions of the search-validation split, over all tasks")
+    activation_checkpointing: bool = Field(default=False, description="compute layers again instead of keeping them")
 
     @property
     def longest(self) -> int:
         """The longest context."""
         return self.length if isinstance(self.length, int) else self.length[1]
+
+    def to_digest(self) -> dict[str, Any]:
+        """What the result depends on, as JSON values: not what only trades time for memory."""
+        return self.model_dump(mode="json", exclude={"activation_checkpointing"})
 
 
 def step_shape(settings: SearchSettings, seed: int, step: int) -> tuple[int, int]:
