@@ -53,14 +53,14 @@ def trained(kind: str, folder: Path, sharded: bool, bf16: bool = False, **change
     return whole(dict(student.named_parameters()))
 
 
-def searched(folder: Path, sharded: bool) -> dict[str, list]:
+def searched(folder: Path, sharded: bool, again: bool = False) -> dict[str, list]:
     """Losses and gradients of gates, and losses of plans, on more parts than there are processes."""
     morphable = morphable_of()
     if sharded:
         shard_morphable(morphable, CPU)
         assert is_sharded(morphable)
     rows = torch.randint(97, (3, 40), generator=torch.Generator().manual_seed(1))
-    objective = objective_on(morphable, folder, rows, batch_tokens=3 * 96)
+    objective = objective_on(morphable, folder, rows, batch_tokens=3 * 96, activation_checkpointing=again)
     gates = torch.tensor([[0.7, 0.3], [0.2, 0.8]])
     space, budget = morphable.space(Budget("layers", 1)), Budget("layers", 1)
     plans = [space.plan([group], budget) for group in space.groups]
@@ -96,7 +96,8 @@ def main(folder: Path) -> None:
     weights = trained("extend", folder / "extend-again", True, activation_checkpointing=True, micro_batch_tokens=24)
     if ranks.is_first():
         save_file(weights, folder / "extend-again.safetensors")
-    every = [ranks.gather(searched(folder / f"search-{sharded}", sharded)) for sharded in (False, True)]
+    kinds = {"whole": (False, False), "divided": (True, False), "divided-again": (True, True)}
+    every = [ranks.gather(searched(folder / name, *kind)) for name, kind in kinds.items()]
     assert all(one == other for one, other in every), "both must be told the same"
     if ranks.is_first():
         (folder / "searched.json").write_text(json.dumps([one for one, _ in every]))
