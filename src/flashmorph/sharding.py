@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from flashmorph import ranks
-from flashmorph.morphable import Morphable
+from flashmorph.morphable import Morphable, MorphableLayer
 
 Model = TypeVar("Model", PreTrainedModel, Morphable)
 
@@ -34,38 +34,38 @@ def shard_student(model: PreTrainedModel, device: torch.device, bf16: bool = Fal
     return model
 
 
-def shard_loss(loss: nn.Module, student: PreTrainedModel) -> nn.Module:
+def shard_loss(loss: nn.Module, student: PreTrainedModel) -> None:
     """Make the module that computes the loss the root of a divided student, so that embedding and head, which may be
-    one matrix, are whole wherever its forward needs them."""
-    return fully_shard(loss, mesh=_mesh(student.device.type)) if is_sharded(student) else loss
+    one matrix, are whole wherever its forward needs them. Nothing where the student is whole."""
+    if is_sharded(student):
+        fully_shard(loss, mesh=_mesh(next(student.model.layers.parameters()).device.type))
 
 
 def shard_teacher(model: PreTrainedModel, device: torch.device, bf16: bool = False) -> PreTrainedModel:
     """Divide the decoder layers of a model that does not train."""
-    _shard_frozen(model, device, bf16)
+    _shard_parts(model, device, bf16)
     return model
 
 
 def shard_morphable(morphable: Morphable, device: torch.device, bf16: bool = False) -> Morphable:
-    """Divide the decoder layers, each branch a unit of its own.
-
-    A branch's error and a mixer's output reach the loss without passing through the end of their decoder layer, so the
-    layer's own hooks would not have the branch's weights back for the backward.
-    """
-    for layer in morphable.layers:
-        for branch in layer.branches.values():
-            if next(branch.parameters(), None) is not None:
-                fully_shard(branch, mesh=_mesh(device.type), mp_policy=_policy(bf16))
-    _shard_frozen(morphable.model, device, bf16)
+    """Divide the decoder layers with all their branches."""
+    _shard_parts(morphable.model, device, bf16)
     return morphable
 
 
-def _shard_frozen(model: PreTrainedModel, device: torch.device, bf16: bool) -> None:
-    """Units for the decoder layers and a root without weights. Frozen weights that no unit holds need no reduction."""
+def _shard_parts(model: PreTrainedModel, device: torch.device, bf16: bool) -> None:
+    """A unit for each mixer and feed-forward, and a root without weights.
+
+    Not for each layer: a branch's error and a mixer's output reach the loss without passing through the end of their
+    decoder layer, so the layer's hooks would not have the weights back for the backward. What no unit holds is frozen,
+    and needs no reduction.
+    """
     mesh = _mesh(device.type)
     for layer in model.model.layers:
-        vectors = {weight for weight in layer.parameters() if weight.ndim < 2}
-        fully_shard(layer, mesh=mesh, mp_policy=_policy(bf16), ignored_params=vectors)
+        for part in layer.children():
+            for unit in part.branches.values() if isinstance(part, MorphableLayer) else (part,):
+                if any(weight.ndim > 1 for weight in unit.parameters()):
+                    fully_shard(unit, mesh=mesh, mp_policy=_policy(bf16))
     kept = {weight for weight in model.parameters() if not isinstance(weight, DTensor)}
     fully_shard(model.model, mesh=mesh, ignored_params=kept)
     for tensor in (*kept, *model.buffers()):

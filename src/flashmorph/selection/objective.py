@@ -19,7 +19,7 @@ from flashmorph import ranks
 from flashmorph.errors import UserError
 from flashmorph.files import read_json, write_json
 from flashmorph.losses import Head, token_losses
-from flashmorph.morphable import Morphable, run_order
+from flashmorph.morphable import Morphable, MorphableLayer, run_order
 from flashmorph.plan import Plan
 from flashmorph.progress import Report, silent
 from flashmorph.selection.distilling import Distiller
@@ -302,13 +302,18 @@ class MorphableObjective:
         ids, marks = self._tensors(batch)
         places = marks.roll(-1, 1)
         outputs: list[torch.Tensor] = []
-        with self._morphable.observed(lambda layer, hidden, arguments, output: outputs.append(output[places])):
+
+        def keep(layer: MorphableLayer, hidden: torch.Tensor, arguments: dict[str, Any], output: torch.Tensor) -> None:
+            # Layers that are computed again for the backward are not observed then: nothing may depend on it.
+            outputs.append(output if torch.is_grad_enabled() else output[places])
+
+        with self._morphable.observed(keep):
             with torch.no_grad():
                 self._morphable(ids)
             teacher, outputs[:] = list(outputs), []
             self._morphable(ids, gates)
         pairs = zip(outputs, teacher, strict=True)
-        return torch.stack([(mixed.float() - full.float()).square().mean() for mixed, full in pairs]).mean()
+        return torch.stack([(mixed[places].float() - full.float()).square().mean() for mixed, full in pairs]).mean()
 
     def _mean_text_loss(self, run: Callable[[torch.Tensor], torch.Tensor], head: Head) -> float:
         """Mean next-token loss on the text rows of what `run(ids)` gives as last hidden states."""

@@ -70,6 +70,7 @@ def distill(
     if sizes[0] != sizes[1]:
         raise UserError(f"the student has {sizes[0]:,} tokens in its vocabulary and the teacher {sizes[1]:,}")
     keep_activations(student.requires_grad_(True).train(), not settings.activation_checkpointing)
-    loss = shard_loss(DistillationLoss(student, teacher.eval()), student)
+    loss = DistillationLoss(student, teacher.eval())
+    shard_loss(loss, student)
     train(loss, rows, settings, folder, seed, bf16, report)
     student.eval()

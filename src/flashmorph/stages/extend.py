@@ -72,6 +72,7 @@ def extend(
     """
     mean = ranks.shared_mean(settings.division(ranks.count()).sharing)
     keep_activations(model.requires_grad_(True).train(), not settings.activation_checkpointing)
-    loss = shard_loss(NextTokenLoss(model, mean), model)
+    loss = NextTokenLoss(model, mean)
+    shard_loss(loss, model)
     train(loss, rows, settings, folder, seed, bf16, report)
     model.eval()

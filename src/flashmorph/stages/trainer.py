@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -52,15 +52,16 @@ class StageTrainer(Trainer):
         if not self._divided:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        dcp.save({"weights": self._weights(), "moments": self._moments()}, checkpoint_id=Path(output_dir) / _SHARDS)
+        state = {"weights": self._weights(), "moments": self._moments()}
+        state_dict_saver.save(state, checkpoint_id=Path(output_dir) / _SHARDS)
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULE)
+            torch.save(self._schedule().state_dict(), Path(output_dir) / _SCHEDULE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         if (folder / _SHARDS).is_dir():
             weights = self._weights()
-            dcp.load({"weights": weights}, checkpoint_id=folder / _SHARDS)
+            state_dict_loader.load({"weights": weights}, checkpoint_id=folder / _SHARDS)
             set_model_state_dict(_module(self.model), weights, options=StateDictOptions(strict=False))
             return
         if self._divided:
@@ -75,9 +76,9 @@ class StageTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         moments = self._moments()
-        dcp.load({"moments": moments}, checkpoint_id=Path(checkpoint) / _SHARDS)
+        state_dict_loader.load({"moments": moments}, checkpoint_id=Path(checkpoint) / _SHARDS)
         set_optimizer_state_dict(_module(self.model), self._adam(), moments, options=_TRAINABLE)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULE, weights_only=True))
+        self._schedule().load_state_dict(torch.load(Path(checkpoint) / _SCHEDULE, weights_only=True))
 
     def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
         """Gradients of divided weights are reduced after each micro-batch, so that no device ever holds them whole."""
@@ -91,7 +92,13 @@ class StageTrainer(Trainer):
 
     def _adam(self) -> torch.optim.Optimizer:
         """The optimiser itself: accelerate puts a wrapper around it."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        return optimizer
+
+    def _schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
+        assert isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
+        return self.lr_scheduler
 
 
 def _module(model: Any) -> nn.Module:

@@ -141,7 +141,6 @@ def train(
         disable_tqdm=True,
         dataloader_pin_memory=device.type == "cuda",
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
     )
     # One process, one device: DataParallel over all that it sees would multiply the batch.
     arguments._n_gpu = min(1, arguments.n_gpu)
