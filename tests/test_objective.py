@@ -29,10 +29,16 @@ def morphable() -> Morphable:
     return Morphable(model)
 
 
-def objective_on(morphable: Morphable, folder, text_rows: torch.Tensor | None = None, micro_batch_tokens: int = 96):
+def objective_on(
+    morphable: Morphable,
+    folder,
+    text_rows: torch.Tensor | None = None,
+    micro_batch_tokens: int = 96,
+    batch_tokens: int = 96,
+):
     layout = Layout(tiny_tokenizer(), STYLES["lines"], Haystack.repeated())
     tasks = [TaskSettings.model_validate({"task": "many_keys", "num_keys": 1})]
-    search = SearchSettings(length=96, batch_tokens=96, micro_batch_tokens=micro_batch_tokens, questions=5)
+    search = SearchSettings(length=96, batch_tokens=batch_tokens, micro_batch_tokens=micro_batch_tokens, questions=5)
     data = SearchData({"train": layout, "validation": layout}, STYLES["lines"], tasks, search)
     return MorphableObjective(morphable, data, folder, text_rows=text_rows, distiller=distiller(morphable, folder))
 

@@ -15,14 +15,17 @@ from flashmorph.stages import TrainSettings, logits_on_disk
 from flashmorph.teacher import Teacher, load_config
 
 
-def check(teacher: Teacher, recipe: Recipe) -> None:
+def check(teacher: Teacher, recipe: Recipe, processes: int = 1) -> None:
     """What can be known to fail before anything is written.
 
     Raises:
-        UserError: see `check_recipe`; or a tokenizer that does not fit.
+        UserError: see `check_recipe`; a tokenizer that does not fit, or a batch that so many processes cannot share.
     """
     check_recipe(load_config(teacher.folder), recipe)
     teacher.tokenizer()
+    for settings in (recipe.align, recipe.distill, recipe.extend):
+        if settings:
+            settings.division(processes)
 
 
 def check_recipe(config: PreTrainedConfig, recipe: Recipe) -> None:

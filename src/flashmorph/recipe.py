@@ -48,6 +48,7 @@ class Recipe(BaseModel):
     budget: str = "25%"
     seed: int = 0
     bf16: Literal["auto"] | bool = "auto"
+    shard: bool = Field(default=False, description="divide weights among processes (`sharding.py`)")
     baseline: Literal["uniform"] | None = None
     style: Literal["lines", "prose"] = "prose"
     tasks: dict[str, TaskSettings]

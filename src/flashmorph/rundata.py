@@ -1,11 +1,13 @@
 """The rows and questions of a run: tokenised once into its data folder, the splits kept apart."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from flashmorph import ranks
 from flashmorph.corpus import Corpus, Rows, pack
 from flashmorph.progress import Report
 from flashmorph.recipe import Recipe
@@ -54,6 +56,10 @@ def search_data(run: Run, judging: str, search: SearchSettings) -> SearchData:
 
 def training_rows(run: Run, settings: TrainSettings, stage: str, report: Report) -> Rows:
     """Rows for one stage, tokenised once into the run's data folder: text, and retrieval questions where asked for."""
+    return Rows(ranks.first(lambda: _pack_training_rows(run, settings, stage, report)))
+
+
+def _pack_training_rows(run: Run, settings: TrainSettings, stage: str, report: Report) -> Path:
     recipe = run.recipe
     questions = round(settings.retrieval_share * settings.rows)
     tasks = list(recipe.tasks.values()) if questions else []
@@ -69,15 +75,19 @@ def training_rows(run: Run, settings: TrainSettings, stage: str, report: Report)
             rows.append(make_example(task, layout, style, "train", length, recipe.seed, number).input_ids)
             report(number + 1, questions)
     passes = recipe.data.max_passes
-    return pack(
-        run.corpus, run.tokenizer, "train", settings.length, settings.rows, recipe.seed, path, passes, report, rows
-    )
+    pack(run.corpus, run.tokenizer, "train", settings.length, settings.rows, recipe.seed, path, passes, report, rows)
+    return path
 
 
 def held_out_rows(run: Run, split: str, length: int, rows: int) -> Rows:
     """Text that no stage trains on, repeated where there is too little of it."""
     path = run.folder.data / f"{split}-{digest_of([run.teacher.digest, length, rows, common_settings(run)])}.npy"
-    return pack(run.corpus, run.tokenizer, split, length, rows, run.recipe.seed, path, None)
+
+    def tokenise() -> None:
+        pack(run.corpus, run.tokenizer, split, length, rows, run.recipe.seed, path, None)
+
+    ranks.first(tokenise)
+    return Rows(path)
 
 
 def calibration(run: Run, rows: Rows) -> dict[str, torch.Tensor]:
@@ -100,7 +110,8 @@ def select_settings(run: Run) -> dict[str, Any]:
     """What the digest of a stage that searches depends on, the strategy's defaults written out."""
     chosen = run.recipe.select
     resolved = own_settings(chosen.strategy, chosen.settings)
-    wanted = {"select": {**chosen.model_dump(mode="json"), "settings": resolved}, **task_settings(run)}
+    select = {"strategy": chosen.strategy, "settings": resolved, "search": chosen.search.model_dump(mode="json")}
+    wanted = {"select": select, **task_settings(run)}
     if chosen.strategy in NEED_TRAINING:
         wanted["distill"] = _train_settings(run.recipe.distill)
     return wanted
@@ -121,8 +132,9 @@ def row_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
 
 def _train_settings(settings: TrainSettings) -> dict[str, Any]:
     """As JSON values. `isolate_documents` is left out where it is off: what was trained before there was such a setting
-    keeps its digest."""
-    return settings.model_dump(mode="json", exclude=None if settings.isolate_documents else {"isolate_documents"})
+    keeps its digest. What only trades time for memory is left out."""
+    left_out = {"activation_checkpointing", *(() if settings.isolate_documents else ("isolate_documents",))}
+    return settings.model_dump(mode="json", exclude=left_out)
 
 
 def plain(tasks: Iterable[TaskSettings]) -> list[dict[str, Any]]:

@@ -99,6 +99,9 @@ def recipe_of(options: Options) -> Any:
 
 def open_run(options: Options) -> Any:
     """The run: recipe, teacher, device and folder, checked in this order, so that bad input harms nothing."""
+    import atexit
+
+    from flashmorph import ranks
     from flashmorph.devices import pick_device
     from flashmorph.outlook import check
     from flashmorph.run import Run
@@ -107,13 +110,18 @@ def open_run(options: Options) -> Any:
     from flashmorph.teacher import open_teacher
 
     quiet()
-    screen = RichScreen(ERR if options.json else OUT)
+    device = ranks.join(pick_device(options.device))
+    screen = RichScreen(ERR if options.json and ranks.is_first() else OUT)
     recipe = recipe_of(options)
-    teacher = open_teacher(options.teacher)
+    teacher = ranks.first(lambda: open_teacher(options.teacher))
     if teacher.note:
         screen.say(teacher.note)
-    device = pick_device(options.device)
-    check(teacher, recipe)
+    check(teacher, recipe, ranks.count())
+    if recipe.shard and not ranks.are_several():
+        raise UserError("shard=true divides weights among processes, and there is one: start it with torchrun")
+    if ranks.are_several():
+        atexit.register(ranks.leave)
+        screen.say(f"{ranks.count()} processes share the work, this one on {device}")
     return Run(teacher, recipe, RunFolder(options.output, tuple(options.others or [])), device, screen)
 
 

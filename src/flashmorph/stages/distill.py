@@ -4,10 +4,10 @@ The teacher runs beside the student, or what it says was written before (`teache
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from pydantic import PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -17,17 +17,20 @@ from flashmorph.hosts import host_of
 from flashmorph.losses import Head, forward_kl, top_kl
 from flashmorph.packing import apart, token_order
 from flashmorph.progress import Report, silent
+from flashmorph.sharding import shard_loss
 from flashmorph.stages.teacher_logits import LogitSettings, RowsWithLogits
-from flashmorph.stages.training import TrainSettings, train
+from flashmorph.stages.training import TrainSettings, keep_activations, train
 
 
 class DistillSettings(TrainSettings):
     """The published budget: 1B tokens at length 512, learning rate 1e-4 to 1e-5."""
 
+    stage: ClassVar[str] = "distill"
     tokens: PositiveInt = 1_000_000_000
     length: PositiveInt = 512
     batch_tokens: PositiveInt = 49_152
     learning_rate: PositiveFloat = 1e-4
+    activation_checkpointing: bool = Field(default=False, description="compute layers again instead of keeping them")
     teacher_logits: LogitSettings | None = None
 
     @model_serializer(mode="wrap")
@@ -97,12 +100,13 @@ def distill(
     Interrupted work goes on from the last whole checkpoint in `folder`.
 
     Raises:
-        UserError: the vocabularies differ, or the loss is not finite.
+        UserError: the vocabularies differ, the loss is not finite, or the processes cannot share a step evenly.
     """
     if teacher and student.config.vocab_size != teacher.config.vocab_size:
         sizes = student.config.vocab_size, teacher.config.vocab_size
         raise UserError(f"the student has {sizes[0]:,} tokens in its vocabulary and the teacher {sizes[1]:,}")
-    student.requires_grad_(True).train()
+    keep_activations(student.requires_grad_(True).train(), not settings.activation_checkpointing)
     loss = DistillationLoss(student, teacher.eval()) if teacher else StoredDistillationLoss(student)
+    shard_loss(loss, student)
     train(loss, rows, settings, folder, seed, bf16, report)
     student.eval()

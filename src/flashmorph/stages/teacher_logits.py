@@ -84,7 +84,7 @@ def write_logits(
     values = _mapped(folder / _VALUES, (len(rows), settings.length, top_k + 1), np.float32)
     places = _mapped(folder / _PLACES, (len(rows), settings.length, top_k), np.uint32)
     done = read_json(folder / _WRITTEN) if (folder / _WRITTEN).exists() else 0
-    at_once = settings.batch_rows // settings.accumulation
+    at_once = settings.division(1).rows
     kept_at = time.perf_counter()
     while done < len(rows):
         number = min(at_once, len(rows) - done)

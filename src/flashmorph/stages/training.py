@@ -1,31 +1,43 @@
 """What all training stages share: settings, `transformers.Trainer` made safe to kill, and its progress."""
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
+from flashmorph import ranks
 from flashmorph.errors import UserError
 from flashmorph.progress import Report
+from flashmorph.stages.trainer import FINISHED, StageTrainer, last_checkpoint
 
-FINISHED = "finished"
-_WEIGHTS = "trainable.safetensors"
 _LOG = "log.jsonl"
+
+
+class Division(NamedTuple):
+    """How processes divide a step: each runs `rows` rows at once, `accumulation` times.
+
+    Where there are more processes than micro-batches, `sharing` processes in a row hold one together.
+    """
+
+    rows: int
+    accumulation: int
+    sharing: int
 
 
 class TrainSettings(BaseModel):
     """How long and how fast a stage trains."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    stage: ClassVar[str] = "training"
     tokens: int = Field(gt=0, description="tokens to train on, in all")
     length: int = Field(gt=1, description="tokens in a row")
     batch_tokens: int = Field(gt=0, description="tokens in a step, over all devices")
@@ -58,40 +70,30 @@ class TrainSettings(BaseModel):
         """Tokens in all steps: `tokens` less what does not fill a step."""
         return self.rows * self.length
 
-    @property
-    def accumulation(self) -> int:
-        """Parts of equal size that a step is run in, so that each fits `micro_batch_tokens`."""
-        micro_rows = max(1, (self.micro_batch_tokens or self.batch_tokens) // self.length)
-        parts = (parts for parts in range(1, self.batch_rows + 1) if self.batch_rows % parts == 0)
-        return next(number for number in parts if self.batch_rows // number <= micro_rows)
+    def division(self, processes: int) -> Division:
+        """The step divided among so many processes, with the same micro-batches as in one: `micro_batch_tokens`, or
+        the whole batch. Only where there are fewer of them than processes do several processes hold one together.
 
+        Raises:
+            UserError: the rows of a step do not divide.
+        """
+        if found := self._divided(self.batch_rows, processes):
+            return found
+        enough = next(rows for rows in itertools.count(self.batch_rows) if self._divided(rows, processes))
+        raise UserError(
+            f"{self.stage}.batch_tokens={self.batch_tokens} is {self.batch_rows} rows of {self.length:,} tokens in a "
+            f"step, which {processes} processes cannot share evenly; with {enough * self.length} they can"
+        )
 
-class StageTrainer(Trainer):
-    """Trainer that saves what it trains, and nothing else.
-
-    The model is a wrapper whose forward returns the loss; frozen weights and tied ones stay out of its checkpoints.
-    """
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir or "")
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(trainable_state(_module(self.model)), folder / _WEIGHTS)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        state = load_file(Path(resume_from_checkpoint) / _WEIGHTS)
-        with torch.no_grad():
-            for name, weight in trainable_state(_module(self.model)).items():
-                weight.copy_(state[name])
-
-
-def _module(model: Any) -> nn.Module:
-    assert isinstance(model, nn.Module)
-    return model
-
-
-def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of `model` that train, each once."""
-    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    def _divided(self, batch_rows: int, processes: int) -> Division | None:
+        most = max(1, (self.micro_batch_tokens or batch_rows * self.length) // self.length)
+        batches = next(
+            number for number in range(1, batch_rows + 1) if batch_rows % number == 0 and batch_rows // number <= most
+        )
+        pieces = math.lcm(batches, processes)
+        if batch_rows % pieces:
+            return None
+        return Division(batch_rows // pieces, pieces // processes, pieces // batches)
 
 
 def train(
@@ -111,14 +113,15 @@ def train(
     `[batch, time]` tells it the first token of each. The log is `folder/log.jsonl`, one line a step.
 
     Raises:
-        UserError: the loss is not finite.
+        UserError: the loss is not finite, or the processes cannot share a step evenly.
     """
     device = next(model.parameters()).device
+    division = settings.division(ranks.count())
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_rows // settings.accumulation,
-        gradient_accumulation_steps=settings.accumulation,
+        per_device_train_batch_size=division.rows,
+        gradient_accumulation_steps=division.accumulation,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr": min(settings.final_learning_rate, settings.learning_rate)},
@@ -138,7 +141,12 @@ def train(
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
     )
+    # One process, one device: DataParallel over all that it sees would multiply the batch.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    if arguments.world_size != ranks.count():
+        raise ValueError(f"{ranks.count()} processes share the work and Trainer sees {arguments.world_size}")
     trainer = StageTrainer(
         model=model,
         args=arguments,
@@ -147,11 +155,19 @@ def train(
         callbacks=[*callbacks, _Keeper(folder, report)],
     )
     trainer.remove_callback(PrinterCallback)
-    checkpoint = last_checkpoint(folder)
+    checkpoint = ranks.first(lambda: last_checkpoint(folder))
     if checkpoint and int(checkpoint.rsplit("-", 1)[1]) >= settings.steps:
         trainer._load_from_checkpoint(checkpoint)
         return
     trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def keep_activations(model: PreTrainedModel, keep: bool) -> None:
+    """Keep what the backward needs of each decoder layer, or compute it again from the layer's input."""
+    if keep:
+        model.activation_checkpointing_disable()
+    else:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 def collate(batch: Sequence[dict[str, Any]], isolate: bool = True) -> dict[str, torch.Tensor]:
@@ -170,12 +186,6 @@ def collate(batch: Sequence[dict[str, Any]], isolate: bool = True) -> dict[str, 
     return {**tensors, "starts": starts}
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written whole, or None."""
-    whole = [path.parent for path in (folder / "checkpoints").glob(f"checkpoint-*/{FINISHED}")]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
-
-
 class _Keeper(TrainerCallback):
     """Marks whole checkpoints, writes the log, shows the progress and stops at a loss that is not finite."""
 
@@ -183,12 +193,16 @@ class _Keeper(TrainerCallback):
         self._log, self._report = folder / _LOG, report
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if not ranks.is_first():
+            return
         lines = self._log.read_text().splitlines() if self._log.exists() else []
         kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
         self._log.write_text("".join(line + "\n" for line in kept))
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        (Path(args.output_dir or "") / f"checkpoint-{state.global_step}" / FINISHED).touch()
+        ranks.wait()  # Each process writes its own random state.
+        if ranks.is_first():
+            (Path(args.output_dir or "") / f"checkpoint-{state.global_step}" / FINISHED).touch()
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" not in logs:
@@ -199,6 +213,7 @@ class _Keeper(TrainerCallback):
                 "learning_rate and run again"
             )
         entry = {"step": state.global_step, **{name: logs[name] for name in ("loss", "grad_norm", "learning_rate")}}
-        with self._log.open("a") as stream:
-            stream.write(json.dumps(entry) + "\n")
+        if ranks.is_first():
+            with self._log.open("a") as stream:
+                stream.write(json.dumps(entry) + "\n")
         self._report(state.global_step, state.max_steps, loss=logs["loss"])
