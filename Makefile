@@ -60,7 +60,7 @@ $(SOURCE)/.built: | $(INSTALLED)
 	$(PIP) download --no-deps --no-binary llama-cpp-python --dest .llama.cpp llama-cpp-python==$(lastword $(subst -, ,$(LLAMA_PACKAGE)))
 	tar -xzf .llama.cpp/$(LLAMA_PACKAGE).tar.gz -C .llama.cpp
 	cmake -S $(SOURCE) -B $(SOURCE)/build -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TESTS=OFF -DLLAMA_CURL=OFF
-	cmake --build $(SOURCE)/build --target llama-bench --parallel 2
+	cmake --build $(SOURCE)/build --target llama --parallel 2
 	touch $@
 
 # torch is installed only where there is none. Its constraint then names the version that is there, so that the second

@@ -1,15 +1,15 @@
 """What a hybrid is worth in an engine that people use: a teacher as its own class against its hybrid, in llama.cpp.
 
-    python benchmarks/llama_cpp.py --llama-cpp .llama.cpp/source --lengths 512,1024,2048,4096,8192,16384
+    python benchmarks/llama_cpp.py --llama-cpp .llama.cpp/llama_cpp_python-0.3.36/vendor/llama.cpp
 
-Random weights: speed does not depend on what they know. Times are those of llama.cpp's own `llama-bench`, one process
-for each, models in turns; cache sizes are those that llama.cpp reports. Both models go through `flashmorph export`.
-`make test-serving` builds that llama.cpp; any other one that has `build/bin/llama-bench` will do. Leave the machine
-alone meanwhile. Writes `benchmarks/results/llama_cpp.json`.
+Random weights: speed does not depend on what they know. Both models go through `flashmorph export` and take turns, a
+process for each reading and writing (`llama_times.cpp`, in llama.cpp's own batches, its cache in float16 as it is by
+default). Cache sizes are those that llama.cpp reports. `make test-serving` builds that llama.cpp; any other one will do
+that has its shared libraries in `build/bin`. Leave the machine alone meanwhile. Writes
+`benchmarks/results/llama_cpp.json`.
 """
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -19,6 +19,7 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -34,7 +35,7 @@ from flashmorph.hosts import host_for
 from flashmorph.screen import RichScreen
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from any_tokenizer import stand_in  # noqa: E402
+from llama_tools import compiled, stand_in
 
 KINDS = ("prefill", "decode")
 _CACHE = re.compile(r"(?:llama_kv_cache|llama_memory_recurrent)\w*: size = +([\d.]+) MiB")
@@ -57,49 +58,46 @@ def random_pair(arguments: argparse.Namespace, place: Path) -> dict[str, Path]:
     return found
 
 
-def measure(arguments: argparse.Namespace, file: Path, kind: str, length: int) -> tuple[float, float]:
-    """Seconds to read `length` tokens, or to write one token after them; and MiB of cache, as llama.cpp reports it."""
-    decoded = str(arguments.decode_tokens)
-    what = ("-p", str(length), "-n", "0") if kind == "prefill" else ("-p", "0", "-n", decoded, "-d", str(length))
-    program = arguments.llama_cpp / "build" / "bin" / "llama-bench"
-    command = [program, "-m", file, *what, "-r", "1", "-t", str(arguments.threads), "-o", "json", "-v"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    (test,) = json.loads(done.stdout)
-    tokens = 1 if kind == "prefill" else arguments.decode_tokens
-    return test["samples_ns"][0] / 1e9 / tokens, sum(map(float, _CACHE.findall(done.stderr)))
+def measure(command: list) -> tuple[dict[str, float], float]:
+    """Seconds by kind, to read the context and to write one token after it; and MiB of cache, as llama.cpp says."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    return dict(zip(KINDS, map(float, done.stdout.split()), strict=True)), sum(map(float, _CACHE.findall(done.stderr)))
 
 
-def rounds(arguments: argparse.Namespace, pair: dict[str, Path], lengths: list[int]) -> dict[str, list[dict]]:
-    """For each kind and length: seconds of both models with quartiles, how many times faster the hybrid is, caches."""
-    found: dict[str, list[dict]] = {kind: [] for kind in KINDS}
-    total, done = len(lengths) * len(KINDS) * arguments.repeats * len(pair), 0
+def rounds(arguments: argparse.Namespace, program: Path, pair: dict[str, Path], lengths: list[int]) -> list[dict]:
+    """For each length and kind: seconds of both models and how many times faster the hybrid is, with quartiles."""
+    found, total, done = [], len(lengths) * arguments.repeats * len(pair), 0
     with RichScreen(Console(stderr=True)).stage("bench", "llama.cpp") as report:
         for length in lengths:
+            seconds: dict[str, list[dict[str, float]]] = {name: [] for name in pair}
+            cache: dict[str, float] = {}
+            for turn in range(arguments.repeats):
+                for name in list(pair) if turn % 2 == 0 else reversed(pair):
+                    taken, cache[name] = measure(
+                        [program, pair[name], length, arguments.decode_tokens, arguments.threads]
+                    )
+                    seconds[name].append(taken)
+                    done += 1
+                    report(done, total)
+            row: dict[str, Any] = {"length": length, "cache_mib": cache}
             for kind in KINDS:
-                seconds: dict[str, list[float]] = {name: [] for name in pair}
-                cache = {}
-                for turn in range(arguments.repeats):
-                    for name in list(pair) if turn % 2 == 0 else reversed(pair):
-                        taken, cache[name] = measure(arguments, pair[name], kind, length)
-                        seconds[name].append(taken)
-                        done += 1
-                        report(done, total)
-                faster = [one / other for one, other in zip(seconds["teacher"], seconds["hybrid"], strict=True)]
-                row = {name: spread(each) for name, each in seconds.items()}
-                found[kind].append({"length": length, **row, "times_faster": spread(faster), "cache_mib": cache})
+                times = {name: [each[kind] for each in tries] for name, tries in seconds.items()}
+                faster = [one / other for one, other in zip(times["teacher"], times["hybrid"], strict=True)]
+                row[kind] = {name: spread(each) for name, each in times.items()} | {"times_faster": spread(faster)}
+            found.append(row)
     return found
 
 
-def show(found: dict[str, list[dict]]) -> None:
+def show(found: list[dict]) -> None:
     """One table a kind."""
     for kind, title in zip(KINDS, ("reading a context, ms", "writing a token after it, ms"), strict=True):
         table = Table(title=f"llama.cpp: {title}", title_justify="left")
         for column in ("context", "teacher", "hybrid", "times faster", "quartiles", "cache of teacher", "of hybrid"):
             table.add_column(column, justify="right")
-        for row in found[kind]:
-            faster, (low, high) = row["times_faster"]["median"], row["times_faster"]["quartiles"]
-            times = (f"{1e3 * row[name]['median']:,.1f}" for name in ("teacher", "hybrid"))
-            caches = (f"{row['cache_mib'][name]:,.1f} MiB" for name in ("teacher", "hybrid"))
+        for row in found:
+            faster, (low, high) = row[kind]["times_faster"]["median"], row[kind]["times_faster"]["quartiles"]
+            times = (f"{1e3 * row[kind][name]['median']:,.1f}" for name in ("teacher", "hybrid"))
+            caches = (f"{row['cache_mib'][name]:,.2f} MiB" for name in ("teacher", "hybrid"))
             table.add_row(f"{row['length']:,}", *times, f"{faster:.2f}", f"{low:.2f}-{high:.2f}", *caches)
         OUT.print(table)
 
@@ -119,14 +117,15 @@ def main() -> None:
     quiet()
     lengths = numbers("--lengths", arguments.lengths)
     with TemporaryDirectory() as place:
+        program = compiled(arguments.llama_cpp, Path(__file__).with_name("llama_times.cpp"), Path(place))
         pair = random_pair(arguments, Path(place))
         sizes = {name: file.stat().st_size for name, file in pair.items()}
-        found = rounds(arguments, pair, lengths)
+        found = rounds(arguments, program, pair, lengths)
     command = f"python benchmarks/llama_cpp.py {shlex.join(sys.argv[1:])}"
     settings = {name: getattr(arguments, name) for name in ("repeats", "decode_tokens", "threads", "dtype")}
     write_json(
         arguments.output,
-        {"command": command, "shape": shape_of(arguments), **settings, "file_bytes": sizes, **found},
+        {"command": command, "shape": shape_of(arguments), **settings, "file_bytes": sizes, "by_length": found},
     )
     show(found)
 

@@ -1,27 +1,18 @@
 """llama.cpp's converter for tokenizers that it does not know, such as the embedded teacher's.
 
-Put as `convert_hf_to_gguf.py` beside the converter's own packages, this runs the converter and has it take every
-tokenizer for GPT-2's: byte-level as well, but cut by other rules. So the files are good for tokens, not for text, which
-is all that comparing logits and timing take. `flashmorph export` refuses such tokenizers.
+Put as `convert_hf_to_gguf.py` beside a link to the package `gguf` of a llama.cpp, this runs the converter of that
+llama.cpp and has it take every tokenizer for GPT-2's: byte-level as well, but cut by other rules. So the files are good
+for tokens, not for text, which is all that comparing logits and timing take. `flashmorph export` refuses such
+tokenizers when it meets the converter itself.
 """
 
-import shutil
 import sys
 from pathlib import Path
 
+sys.path[0] = str((Path(__file__).parent / "gguf-py").resolve().parent)
 
-def stand_in(llama_cpp: Path, place: Path) -> Path:
-    """Make `place` a folder that stands for the checkout `llama_cpp`, with this file as its converter."""
-    place.mkdir(parents=True)
-    (place / "gguf-py").symlink_to((llama_cpp / "gguf-py").resolve())
-    shutil.copy(__file__, place / "convert_hf_to_gguf.py")
-    return place
+import conversion  # noqa: E402
+import convert_hf_to_gguf as converter  # noqa: E402
 
-
-if __name__ == "__main__":
-    sys.path[0] = str((Path(__file__).parent / "gguf-py").resolve().parent)
-    import conversion  # pyright: ignore[reportMissingImports]
-    import convert_hf_to_gguf as converter  # pyright: ignore[reportMissingImports]
-
-    conversion.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
-    converter.main()
+conversion.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+converter.main()

@@ -3,7 +3,7 @@
 //     llama_logits MODEL TOKENS NUM_NEW CACHE LOGITS
 //
 // Reads TOKENS (int32) at once, then goes on greedily for NUM_NEW tokens, one at a time from the cache, which is kept in
-// CACHE (f16, the engine's default, or f32). Writes the logits (float32) after each token but the last new one.
+// CACHE (f16, the engine's default, or f32). Writes the logits (float32) after each token.
 
 #include "llama.h"
 
