@@ -10,7 +10,7 @@ from flashmorph.cli import path  # noqa: F401
 
 # isort: split
 # `--help` lists commands in the order in which they are registered.
-from flashmorph.cli import bench, choose, costs, evaluate, look, referee  # noqa: F401
+from flashmorph.cli import bench, choose, costs, evaluate, export, look, referee  # noqa: F401
 from flashmorph.cli.app import app
 from flashmorph.cli.options import ERR
 from flashmorph.errors import OutOfMemory, UserError
