@@ -164,8 +164,8 @@ def test_divided_weights_learn_what_whole_ones_learn(divided, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_weights_that_are_gathered_in_bfloat16_learn_as_under_autocast(divided, kind):
-    one, other = (log_of(divided / f"{kind}-bf16-{sharded}") for sharded in (False, True))
-    assert [entry["loss"] for entry in one] == pytest.approx([entry["loss"] for entry in other], rel=0.02)
+    one, other = ([entry["loss"] for entry in log_of(divided / f"{kind}-bf16-{name}")] for name in (False, True))
+    assert one[:2] == pytest.approx(other[:2], rel=0.01) and one == pytest.approx(other, rel=0.1)
 
 
 def test_neither_parts_nor_activations_that_are_computed_again_change_what_is_learned(divided):
