@@ -20,7 +20,8 @@ from rich.table import Table
 
 import flashmorph
 from flashmorph.cli.options import quiet
-from flashmorph.corpus import Corpus, pack
+from flashmorph.corpus import Corpus
+from flashmorph.rows import pack
 from flashmorph.devices import pick_device, use_bf16
 from flashmorph.files import write_json
 from flashmorph.hosts import host_of

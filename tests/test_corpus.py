@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import tiny_tokenizer
 
-from flashmorph.corpus import Corpus, pack, split_of
+from flashmorph.corpus import Corpus, split_of
 from flashmorph.errors import UserError
+from flashmorph.rows import pack
 from flashmorph.tasks import SPLITS
 
 TEXTS = [f"Document {number} says: {'word ' * (number % 7)}{number * number}.\n" for number in range(200)]
@@ -285,7 +286,7 @@ def test_rows_that_are_there_are_not_tokenised_again(corpus, tokenizer, tmp_path
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
 def test_interrupted_packing_leaves_nothing(corpus, tokenizer, tmp_path, error):
     with pytest.raises(type(error)):
-        pack(corpus, Breaks(tokenizer, 5, error), "train", 32, 20, 0, tmp_path / "rows.npy")
+        pack(corpus, Breaks(tokenizer, 0, error), "train", 32, 20, 0, tmp_path / "rows.npy")
     assert list(tmp_path.iterdir()) == []
     assert len(pack(corpus, tokenizer, "train", 32, 20, 0, tmp_path / "rows.npy")) == 20
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from flashmorph.card import model_card
-from flashmorph.corpus import Rows
+from flashmorph.rows import Rows
 from flashmorph.evaluation import RangeLosses, Score, evaluate
 from flashmorph.files import read_json, write_json
 from flashmorph.hosts import cache_by_context, host_for, host_of, host_settings
@@ -131,7 +131,7 @@ def run_align(run: Run, host: Stage) -> Stage:
         rows = training_rows(run, settings, "align", report)
         first = calibration(run, rows)
         morphable, start = attach(open_host(run, host), first["input_ids"])
-        align(morphable, rows, settings, folder, run.recipe.seed, run.bf16, report)
+        align(morphable, rows, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
         errors = alignment_errors(morphable, **first)
         save_file(morphable.branch_state(), folder / "branches.safetensors")
         summary = f"relative error by layer {_listed(start)} at the start, {_listed(errors)} now"
@@ -215,7 +215,7 @@ def run_distill(run: Run, host: Stage, built: Stage, label: str) -> Stage:
     def work(folder: Path, report: Report) -> dict[str, Any]:
         rows = training_rows(run, settings, "distill", report)
         student, teacher = open_stage(run, built), open_host(run, host)
-        distill(student, teacher, rows, settings, folder, run.recipe.seed, run.bf16, report)
+        distill(student, teacher, rows, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
         save_model(student, folder / "model", built.folder / "model")
         return {**_trained(run, settings), "summary": _last_loss(folder, "KL")}
 
@@ -231,7 +231,7 @@ def run_extend(run: Run, distilled: Stage, label: str) -> Stage:
     def work(folder: Path, report: Report) -> dict[str, Any]:
         rows = training_rows(run, settings, "extend", report)
         model = open_stage(run, distilled)
-        extend(model, rows, settings, folder, run.recipe.seed, run.bf16, report)
+        extend(model, rows, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
         save_model(model, folder / "model", distilled.folder / "model")
         return {**_trained(run, settings), "summary": _last_loss(folder, "loss")}
 

@@ -18,7 +18,7 @@ from flashmorph.errors import UserError
 
 def main() -> None:
     """Run a command; a user's mistake is one sentence and exit code 2."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # Else it warns of every process that is started.
     try:
         app()
     except UserError as error:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from flashmorph.corpus import Rows
+from flashmorph.rows import Rows
 from flashmorph.evaluation.intervals import mean_interval
 from flashmorph.losses import Head, token_losses
 from flashmorph.progress import Report, silent

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from flashmorph.corpus import Rows
+from flashmorph.rows import Rows
 from flashmorph.evaluation.classes import CONTENT, KINDS, kinds, pieces_of, repeats
 from flashmorph.evaluation.intervals import ratio_interval
 

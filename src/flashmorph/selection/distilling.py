@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from flashmorph.corpus import Rows
+from flashmorph.rows import Rows
 from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.morphable import Morphable
 from flashmorph.plan import FULL, Budget, Plan

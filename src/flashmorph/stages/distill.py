@@ -1,5 +1,6 @@
 """Distillation: the hybrid learns the teacher's distribution of next tokens on text (forward KL on all tokens)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -7,7 +8,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 from transformers import PreTrainedModel
 
-from flashmorph.corpus import Rows
+from flashmorph.rows import Rows
 from flashmorph.errors import UserError
 from flashmorph.hosts import host_of
 from flashmorph.losses import Head, forward_kl
@@ -34,14 +35,16 @@ class DistillationLoss(nn.Module):
         self._teacher = (teacher,)
         self._host = host_of(student.config)
 
-    def forward(self, input_ids: torch.Tensor, starts: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def forward(
+        self, input_ids: torch.Tensor, starts: torch.Tensor | None = None, loss_mask: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """The loss for `input_ids` `[batch, time]`, documents apart where `starts` `[batch, time]` marks their first
-        tokens."""
+        tokens; of what predicts the tokens at which `loss_mask` `[batch, time]` is True."""
         (teacher,) = self._teacher
-        packed = apart(input_ids, starts, self._host)
+        packed = apart(input_ids, starts, self._host, loss_mask)
         with torch.no_grad():
-            target = torch.cat([each.run(teacher.model) for each in packed])
-        found = torch.cat([each.run(self.student.model) for each in packed])
+            target = torch.cat([each.predicting(each.run(teacher.model)) for each in packed])
+        found = torch.cat([each.predicting(each.run(self.student.model)) for each in packed])
         return {"loss": forward_kl(found, Head.of(self.student), target, Head.of(teacher))}
 
 
@@ -54,10 +57,11 @@ def distill(
     seed: int = 0,
     bf16: bool = False,
     report: Report = silent,
+    report_to: Sequence[str] = (),
 ) -> None:
     """Train all weights of `student` in place towards `teacher`.
 
-    Interrupted work goes on from the last whole checkpoint in `folder`.
+    Interrupted work goes on from the last whole checkpoint in `folder`. `report_to`: see `train`.
 
     Raises:
         UserError: the vocabularies differ, or the loss is not finite.
@@ -66,5 +70,5 @@ def distill(
     if sizes[0] != sizes[1]:
         raise UserError(f"the student has {sizes[0]:,} tokens in its vocabulary and the teacher {sizes[1]:,}")
     student.requires_grad_(True).train()
-    train(DistillationLoss(student, teacher.eval()), rows, settings, folder, seed, bf16, report)
+    train(DistillationLoss(student, teacher.eval()), rows, settings, folder, seed, bf16, report, report_to=report_to)
     student.eval()

@@ -1,5 +1,6 @@
 """Extension: next-token training at a longer context than the one distilled at."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -7,7 +8,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 from transformers import PreTrainedModel
 
-from flashmorph.corpus import Rows
+from flashmorph.rows import Rows
 from flashmorph.hosts import host_of
 from flashmorph.losses import Head, label_loss
 from flashmorph.packing import apart
@@ -32,11 +33,14 @@ class NextTokenLoss(nn.Module):
         self.student = model
         self._host = host_of(model.config)
 
-    def forward(self, input_ids: torch.Tensor, starts: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """The loss for `input_ids` `[batch, time]`; where `starts` `[batch, time]` marks the first tokens of documents,
-        they are kept apart and those tokens are not predicted."""
+    def forward(
+        self, input_ids: torch.Tensor, starts: torch.Tensor | None = None, loss_mask: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The loss for `input_ids` `[batch, time]`, of the tokens at which `loss_mask` `[batch, time]` is True; where
+        `starts` `[batch, time]` marks the first tokens of documents, they are kept apart and those tokens are not
+        predicted."""
         hidden, labels = [], []
-        for each in apart(input_ids, starts, self._host):
+        for each in apart(input_ids, starts, self._host, loss_mask):
             places, following = each.next_tokens()
             hidden.append(each.run(self.student.model)[places])
             labels.append(following)
@@ -51,14 +55,15 @@ def extend(
     seed: int = 0,
     bf16: bool = False,
     report: Report = silent,
+    report_to: Sequence[str] = (),
 ) -> None:
     """Train all weights of `model` in place on rows longer than before.
 
-    Interrupted work goes on from the last whole checkpoint in `folder`.
+    Interrupted work goes on from the last whole checkpoint in `folder`. `report_to`: see `train`.
 
     Raises:
         UserError: the loss is not finite.
     """
     model.requires_grad_(True).train()
-    train(NextTokenLoss(model), rows, settings, folder, seed, bf16, report)
+    train(NextTokenLoss(model), rows, settings, folder, seed, bf16, report, report_to=report_to)
     model.eval()

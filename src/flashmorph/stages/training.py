@@ -2,21 +2,26 @@
 
 import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from flashmorph.corpus import Rows
 from flashmorph.errors import UserError
+from flashmorph.files import atomic_path
 from flashmorph.progress import Report
+from flashmorph.rows import Rows
+from flashmorph.stages.checkpoints import drop_damaged, finish, last_checkpoint
+from flashmorph.stages.watch import Watch
 
-FINISHED = "finished"
 _WEIGHTS = "trainable.safetensors"
 _LOG = "log.jsonl"
 
@@ -68,8 +73,41 @@ class TrainSettings(BaseModel):
 class StageTrainer(Trainer):
     """Trainer that saves what it trains, and nothing else.
 
-    The model is a wrapper whose forward returns the loss; frozen weights and tied ones stay out of its checkpoints.
+    The model is a wrapper whose forward returns the loss; frozen weights and tied ones stay out of its checkpoints. A
+    step whose loss or gradient is not finite never reaches the weights.
     """
+
+    def __init__(self, *positional: Any, watch: Watch, **named: Any):
+        super().__init__(*positional, **named)
+        self._watch = watch
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """See `Trainer`; with a look at what comes out."""
+        kept = dict(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        step = self.state.global_step + 1
+        # Where weights are sharded, a forward needs every process.
+        alone = self.accelerator.num_processes == 1
+        self._watch.check_loss(loss, step, (lambda: self._forward(kept)) if alone else None)
+        if self.accelerator.sync_gradients:
+            self._watch.check_gradients(step)
+        return loss
+
+    def _forward(self, inputs: dict[str, Any]) -> None:
+        with self.compute_loss_context_manager():
+            _module(self.model)(**self._prepare_inputs(inputs))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"cannot write checkpoint-{self.state.global_step} in {self.args.output_dir}: {reason}; the checkpoint "
+                "before it is kept"
+            ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or "")
@@ -103,15 +141,19 @@ def train(
     report: Report,
     callbacks: Sequence[TrainerCallback] = (),
     clip: bool = True,
+    report_to: Sequence[str] = (),
 ) -> None:
     """Train `model` in place, from the last whole checkpoint in `folder` on if there is one.
 
     `model(input_ids)` returns `{"loss": ...}`; where documents are isolated and a row has several, `starts`
-    `[batch, time]` tells it the first token of each. The log is `folder/log.jsonl`, one line a step.
+    `[batch, time]` tells it the first token of each, and where some tokens are not learnt, `loss_mask` which are. The log is
+    `folder/log.jsonl`, one line a step, and goes to each of `report_to` as well, whose files stand in `folder`.
 
     Raises:
         UserError: the loss is not finite.
     """
+    drop_damaged(folder)
+    watch = Watch(model)
     device = next(model.parameters()).device
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
@@ -134,58 +176,88 @@ def train(
         logging_steps=1,
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
-        report_to="none",
+        report_to=list(report_to) or "none",
+        project="flashmorph",
+        run_name=folder.name.removesuffix(".partial"),
         disable_tqdm=True,
         dataloader_pin_memory=device.type == "cuda",
     )
-    trainer = StageTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        data_collator=lambda batch: collate(batch, settings.isolate_documents),
-        callbacks=[*callbacks, _Keeper(folder, report)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    checkpoint = last_checkpoint(folder)
-    if checkpoint and int(checkpoint.rsplit("-", 1)[1]) >= settings.steps:
-        trainer._load_from_checkpoint(checkpoint)
-        return
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with _reports_in(folder):
+        trainer = StageTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=lambda batch: collate(batch, settings.isolate_documents),
+            callbacks=[*callbacks, _Keeper(folder, report, watch)],
+            watch=watch,
+        )
+        trainer.remove_callback(PrinterCallback)
+        checkpoint = last_checkpoint(folder)
+        if checkpoint and int(checkpoint.rsplit("-", 1)[1]) >= settings.steps:
+            trainer._load_from_checkpoint(checkpoint)
+            return
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
+@contextmanager
+def _reports_in(folder: Path) -> Iterator[None]:
+    """Trackers that Trainer reports to keep their files in `folder`; their own choice is a place outside the run."""
+    places = {"TENSORBOARD_LOGGING_DIR": folder / "tensorboard", "TRACKIO_DIR": folder / "trackio", "WANDB_DIR": folder}
+    before = {name: os.environ.get(name) for name in places}
+    os.environ.update({name: str(place) for name, place in places.items()})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def collate(batch: Sequence[dict[str, list[int]]], isolate: bool = True) -> dict[str, torch.Tensor]:
     """Rows as `input_ids` `[batch, time]`.
 
-    With `starts` `[batch, time]`, True at first tokens, if documents are to be kept apart and a row has several.
+    With `starts` `[batch, time]`, True at first tokens, if documents are to be kept apart and a row has several; with
+    `loss_mask` `[batch, time]`, False at tokens that are not learnt, if there are such.
     """
-    ids = torch.tensor([row["input_ids"] for row in batch])
-    if not isolate or all(len(row["starts"]) == 1 for row in batch):
-        return {"input_ids": ids}
-    starts = torch.zeros_like(ids, dtype=torch.bool)
-    for number, row in enumerate(batch):
-        starts[number, row["starts"]] = True
-    return {"input_ids": ids, "starts": starts}
+    tensors = {"input_ids": torch.tensor([row["input_ids"] for row in batch])}
+    if isolate and any(len(row["starts"]) > 1 for row in batch):
+        tensors["starts"] = _at(tensors["input_ids"], [row["starts"] for row in batch])
+    if any(row["ignored"] for row in batch):
+        tensors["loss_mask"] = ~_at(tensors["input_ids"], [row["ignored"] for row in batch])
+    return tensors
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written whole, or None."""
-    whole = [path.parent for path in (folder / "checkpoints").glob(f"checkpoint-*/{FINISHED}")]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+def _at(ids: torch.Tensor, places: Sequence[Sequence[int]]) -> torch.Tensor:
+    """`[batch, time]`, True at the places of each row."""
+    marks = torch.zeros_like(ids, dtype=torch.bool)
+    for number, row in enumerate(places):
+        marks[number, list(row)] = True
+    return marks
+
+
+def _entries(log: Path) -> Iterator[dict[str, float]]:
+    """The lines of a log, less one that was cut short."""
+    for line in log.read_text().splitlines() if log.exists() else []:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
 
 
 class _Keeper(TrainerCallback):
     """Marks whole checkpoints, writes the log, shows the progress and stops at a loss that is not finite."""
 
-    def __init__(self, folder: Path, report: Report):
-        self._log, self._report = folder / _LOG, report
+    def __init__(self, folder: Path, report: Report, watch: Watch):
+        self._log, self._report, self._watch = folder / _LOG, report, watch
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        lines = self._log.read_text().splitlines() if self._log.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        self._log.write_text("".join(line + "\n" for line in kept))
+        kept = [entry for entry in _entries(self._log) if entry["step"] <= state.global_step]
+        with atomic_path(self._log) as temporary:
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        if kept:
+            self._watch.check_growth(kept[0]["loss"], 1)
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        (Path(args.output_dir or "") / f"checkpoint-{state.global_step}" / FINISHED).touch()
+        finish(Path(args.output_dir or "") / f"checkpoint-{state.global_step}")
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" not in logs:
@@ -195,6 +267,7 @@ class _Keeper(TrainerCallback):
                 f"the loss is {logs['loss']} at step {state.global_step}; the last good checkpoint is kept: lower "
                 "learning_rate and run again"
             )
+        self._watch.check_growth(logs["loss"], state.global_step)
         entry = {"step": state.global_step, **{name: logs[name] for name in ("loss", "grad_norm", "learning_rate")}}
         with self._log.open("a") as stream:
             stream.write(json.dumps(entry) + "\n")
