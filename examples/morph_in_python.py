@@ -12,8 +12,8 @@ import torch
 
 import flashmorph
 from flashmorph.corpus import Corpus
-from flashmorph.rows import pack
 from flashmorph.publish import save_model
+from flashmorph.rows import pack
 from flashmorph.selection.objective import MorphableObjective
 from flashmorph.selection.searchdata import SearchData, SearchSettings
 from flashmorph.stages import AlignSettings

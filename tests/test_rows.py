@@ -224,7 +224,9 @@ def test_a_mistake_in_a_mixture_is_named(capsys, tmp_path, teacher_folder):
         ({"source": "a", "weight": 0}, "greater than 0"),
         ({"source": "a", "weight": 1, "loss_on": "answers"}, "'all' or 'replies'"),
     ):
-        file.write_text(json.dumps({"tasks": {"one": {"task": "many_keys", "num_keys": 1}}, "data": {"mixture": [part]}}))
+        file.write_text(
+            json.dumps({"tasks": {"one": {"task": "many_keys", "num_keys": 1}}, "data": {"mixture": [part]}})
+        )
         assert run_command(*options) == 2
         error = capsys.readouterr().err
         assert says in error and len(error.splitlines()) == 1
@@ -277,7 +279,9 @@ def test_only_the_replies_are_learnt(tmp_path, template):
 
 def test_what_a_template_refuses_is_left_out_and_told(tmp_path, caplog):
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    )
     said = [talk(number) for number in range(60)]
     for number in range(0, 60, 3):
         said[number].insert(0, {"role": "system", "content": "be brief"})
@@ -291,7 +295,9 @@ def test_what_a_template_refuses_is_left_out_and_told(tmp_path, caplog):
         pack(Corpus(str(path)), tokenizer, "train", 32, 10, 0, tmp_path / "other.npy")
 
 
-def test_conversations_need_a_template_and_replies_need_conversations(capsys, tmp_path, tokenizer, chatty, teacher_folder):
+def test_conversations_need_a_template_and_replies_need_conversations(
+    capsys, tmp_path, tokenizer, chatty, teacher_folder
+):
     talks = write_talks(tmp_path / "talks.jsonl", 60)
     with pytest.raises(UserError, match="no chat template: give text, or an instruction-tuned teacher"):
         pack(Corpus(str(talks)), tokenizer, "train", 32, 10, 0, tmp_path / "rows.npy")

@@ -22,12 +22,12 @@ from conftest import random_qwen3, small_morphable
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from flashmorph.rows import Rows
 from flashmorph.errors import UserError
 from flashmorph.losses import forward_kl
 from flashmorph.move import transplant
 from flashmorph.plan import Budget
 from flashmorph.progress import Report, silent
+from flashmorph.rows import Rows
 from flashmorph.stages import AlignSettings, DistillSettings, ExtendSettings, align, alignment_errors, distill, extend
 from flashmorph.stages.checkpoints import FINISHED, last_checkpoint
 from flashmorph.stages.training import TrainSettings, train
@@ -233,7 +233,9 @@ def test_a_loss_that_is_not_finite_names_step_and_layer(tmp_path):
     student, teacher = student_and_teacher()
     spoiled(student, 1)
     settings: Any = settings_of(DistillSettings, checkpoint_steps=1)
-    with pytest.raises(UserError, match="the loss is nan at step 1, first in layer 1; the last good checkpoint is kept"):
+    with pytest.raises(
+        UserError, match="the loss is nan at step 1, first in layer 1; the last good checkpoint is kept"
+    ):
         distill(student, teacher, rows_in(tmp_path), settings, tmp_path)
     morphable = small_morphable(0)
     with torch.no_grad():

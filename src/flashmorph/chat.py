@@ -53,22 +53,22 @@ def encode_chat(
 ) -> tuple[list[int], list[bool]]:
     """The tokens of a conversation under the tokenizer's chat template, and which of them are learnt.
 
-    With `replies_only` these are the replies' and what ends them. Some templates mark them (`{% generation %}`). For the
-    others, a reply begins where the conversation before it, put into words with an invitation to reply, ends; it ends
-    with the conversation up to it, or, where the template words earlier replies in another way than the last, with the
-    first special token.
+    With `replies_only` these are the replies' and what ends them. Some templates mark them (`{% generation %}`). For
+    the others, a reply begins where the conversation before it, put into words with an invitation to reply, ends; it
+    ends with the conversation up to it, or, where the template words earlier replies in another way than the last,
+    with the first special token.
 
     Raises:
         Unfit: the template refuses the conversation, or a reply cannot be found.
     """
     try:
-        if not replies_only:
-            ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-            return ids, [True] * len(ids)
-        if _MARKS_REPLIES.search(tokenizer.get_chat_template()):
-            found = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-            return found["input_ids"], [bool(mark) for mark in found["assistant_masks"]]
-        return _find_replies(tokenizer, messages)
+        if replies_only and not _MARKS_REPLIES.search(tokenizer.get_chat_template()):
+            return _find_replies(tokenizer, messages)
+        found: Any = tokenizer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=replies_only
+        )
+        ids = found["input_ids"]
+        return ids, [bool(mark) for mark in found["assistant_masks"]] if replies_only else [True] * len(ids)
     except Unfit:
         raise
     except Exception as error:  # A template is a program, and rows are what they are.

@@ -95,11 +95,11 @@ class Corpus:
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
         whole_files = self.source != DEMO and _reader_of(Path(self.source)) == "text"
-        for block, place in self._blocks(seed, place or Place()):
+        for block, at in self._blocks(seed, place or Place()):
             texts = (document for row in block for document in self._documents_in(row, whole_files))
             wanted = (document for document in texts if document.text and split_of(document.text) == split)
-            for number, document in enumerate(islice(wanted, place.given, None), place.given + 1):
-                yield document, Place(place.reader, place.blocks, number)
+            for number, document in enumerate(islice(wanted, at.given, None), at.given + 1):
+                yield document, Place(at.reader, at.blocks, number)
 
     def _blocks(self, seed: int, place: Place) -> Iterator[tuple[list[dict[str, Any]], Place]]:
         """Shuffled blocks of rows, each with its place; whatever a reader stumbles over becomes one sentence."""

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from flashmorph.card import model_card
-from flashmorph.rows import Rows
 from flashmorph.evaluation import RangeLosses, Score, evaluate
 from flashmorph.files import read_json, write_json
 from flashmorph.hosts import cache_by_context, host_for, host_of, host_settings
@@ -26,6 +25,7 @@ from flashmorph.plan import Budget, Plan
 from flashmorph.progress import Report, silent
 from flashmorph.publish import publish, save_model
 from flashmorph.report import write_report
+from flashmorph.rows import Rows
 from flashmorph.run import Results, Run
 from flashmorph.rundata import (
     calibration,

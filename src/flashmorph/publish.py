@@ -33,7 +33,7 @@ def save_model(model: PreTrainedModel, folder: Path, origin: Path) -> None:
     Raises:
         UserError: the place cannot be written.
     """
-    dtype = AutoConfig.from_pretrained(origin).dtype or torch.float32
+    dtype = AutoConfig.from_pretrained(origin, trust_remote_code=False).dtype or torch.float32
     with atomic_path(folder) as temporary:
         nn.Module.to(model, dtype)
         model.save_pretrained(temporary)

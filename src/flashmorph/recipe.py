@@ -33,7 +33,7 @@ class SourceSettings(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    source: str = DEMO
+    source: str
     config: str | None = None
     column: str = "text"
     split: str = Field(default="train", description="which split of a dataset is read; ours are taken from it")
@@ -58,7 +58,6 @@ class SourceSettings(BaseModel):
 class PartSettings(SourceSettings):
     """One source of several. `weight` is its share of the tokens, as a part of the sum of all weights."""
 
-    source: str
     weight: float = Field(gt=0)
 
 
@@ -68,14 +67,15 @@ class DataSettings(SourceSettings):
     `haystack` is what facts are hidden in: that text, or one sentence over and over (RULER's NIAH-S1).
     """
 
+    source: str = DEMO
     mixture: tuple[PartSettings, ...] | None = Field(default=None, min_length=1)
     haystack: Literal["text", "repeated"] = "text"
     max_passes: int | None = Field(default=4, gt=0, description="how often a stage may repeat the text")
 
     @model_validator(mode="after")
     def _one_or_several(self) -> "DataSettings":
-        fields = SourceSettings.model_fields.items()
-        if self.mixture and any(getattr(self, name) != field.default for name, field in fields):
+        own = {name: DataSettings.model_fields[name].default for name in SourceSettings.model_fields}
+        if self.mixture and any(getattr(self, name) != default for name, default in own.items()):
             raise ValueError("give either one source or a mixture of several, each with its own settings")
         return self
 
@@ -85,9 +85,7 @@ class DataSettings(SourceSettings):
         if not self.mixture:
             return self.single
         total = sum(each.weight for each in self.mixture)
-        return Mixture(
-            tuple(each.single for each in self.mixture), tuple(each.weight / total for each in self.mixture)
-        )
+        return Mixture(tuple(each.single for each in self.mixture), tuple(each.weight / total for each in self.mixture))
 
     @property
     def about(self) -> str:

@@ -20,9 +20,7 @@ from flashmorph.stages import TrainSettings, collate
 from flashmorph.tasks import STYLES, Example, Haystack, Layout, TaskSettings, make_example
 
 
-def open_layout(
-    recipe: Recipe, corpus: Corpus | Mixture, tokenizer: PreTrainedTokenizerBase, split: str
-) -> Layout:
+def open_layout(recipe: Recipe, corpus: Corpus | Mixture, tokenizer: PreTrainedTokenizerBase, split: str) -> Layout:
     """What lays problems out in the recipe's text of one split."""
     repeated = recipe.data.haystack == "repeated"
     haystack = Haystack.repeated() if repeated else Haystack(corpus.pool(split, recipe.seed))
@@ -83,9 +81,7 @@ class _Questions(Sequence[list[int]]):
 
     def __getitem__(self, row: Any) -> Any:
         recipe, task = self._run.recipe, self._tasks[row % len(self._tasks)]
-        return make_example(
-            task, self._layout, STYLES[recipe.style], "train", self._length, recipe.seed, row
-        ).input_ids
+        return make_example(task, self._layout, STYLES[recipe.style], "train", self._length, recipe.seed, row).input_ids
 
     @cached_property
     def _layout(self) -> Layout:

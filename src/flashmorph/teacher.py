@@ -158,7 +158,7 @@ def load_model(folder: Path, dtype: torch.dtype | str, device: torch.device | No
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"{folder} lacks {len(missing)} weights, {missing[0]} first: the checkpoint is incomplete")
-    model.config.dtype = AutoConfig.from_pretrained(folder).dtype
+    model.config.dtype = load_config(folder).dtype
     return model.eval().to(device or "cpu")
 
 
@@ -182,7 +182,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"the tokenizer in {folder} cannot be read: {_first_line(error)}") from error
     size = load_config(folder).vocab_size

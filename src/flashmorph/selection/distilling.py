@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from flashmorph.rows import Rows
 from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.morphable import Morphable
 from flashmorph.plan import FULL, Budget, Plan
+from flashmorph.rows import Rows
 from flashmorph.runfolder import digest_of
 from flashmorph.stages import DistillSettings, distill
 from flashmorph.stages.training import trainable_state

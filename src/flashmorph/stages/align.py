@@ -14,11 +14,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
-from flashmorph.rows import Rows
 from flashmorph.morphable import Morphable, MorphableLayer, squares
 from flashmorph.packing import Packed, apart
 from flashmorph.plan import FULL
 from flashmorph.progress import Report, silent
+from flashmorph.rows import Rows
 from flashmorph.stages.training import TrainSettings, train
 
 

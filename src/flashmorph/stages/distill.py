@@ -8,12 +8,12 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 from transformers import PreTrainedModel
 
-from flashmorph.rows import Rows
 from flashmorph.errors import UserError
 from flashmorph.hosts import host_of
 from flashmorph.losses import Head, forward_kl
 from flashmorph.packing import apart
 from flashmorph.progress import Report, silent
+from flashmorph.rows import Rows
 from flashmorph.stages.training import TrainSettings, train
 
 

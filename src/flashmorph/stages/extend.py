@@ -8,11 +8,11 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 from transformers import PreTrainedModel
 
-from flashmorph.rows import Rows
 from flashmorph.hosts import host_of
 from flashmorph.losses import Head, label_loss
 from flashmorph.packing import apart
 from flashmorph.progress import Report, silent
+from flashmorph.rows import Rows
 from flashmorph.stages.training import TrainSettings, train
 
 
