@@ -306,7 +306,7 @@ def test_other_rows_stand_among_those_of_text_at_regular_intervals(corpus, token
         assert text == sum((plain[row]["input_ids"] for row in range(20 - number)), [])
 
 
-def test_progress_is_told_to_the_last_document(corpus, tokenizer, tmp_path):
+def test_progress_is_told_to_the_last_row(corpus, tokenizer, tmp_path):
     seen = []
     pack(corpus, tokenizer, "train", 32, 20, 0, tmp_path / "rows.npy", report=lambda *counts: seen.append(counts))
     assert seen == sorted(seen) and len(seen) > 5

@@ -90,11 +90,11 @@ def packed(corpus, tokenizer, path: Path, report=lambda *done: None) -> bytes:
     return path.read_bytes()
 
 
-def killed_after(documents: int, *arguments) -> None:
-    """Pack in a process of its own that is killed after so many documents."""
+def killed_after(rows: int, *arguments) -> None:
+    """Pack in a process of its own that is killed after so many rows."""
     child = os.fork()
     if child == 0:
-        calls = iter(range(documents))
+        calls = iter(range(rows))
 
         def report(*done: float) -> None:
             if next(calls, None) is None:
@@ -131,7 +131,7 @@ def test_a_position_that_is_damaged_or_of_another_reader_begins_again(tmp_path, 
     path, partial = tmp_path / "rows.npy", tmp_path / "rows.npy.partial"
 
     def stop(*done: float) -> None:
-        if done[0] > 800:
+        if done[0] > 60:
             raise KeyboardInterrupt
 
     for spoil in (

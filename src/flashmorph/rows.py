@@ -82,15 +82,13 @@ def pack(
         UserError: the text would have to be repeated more than `max_passes` times (None: as often as it takes), cannot
             be read, has conversations that the tokenizer has no template for, or the place cannot be written.
     """
+    partial = path.with_name(path.name + PARTIAL)
     if not path.exists():
-        needed = (rows - len(others)) * length
-        text = _Text(corpus, tokenizer, split, seed, max_passes, needed, report)
-        partial = path.with_name(path.name + PARTIAL)
+        text = _Text(corpus, tokenizer, split, seed, max_passes, (rows - len(others)) * length)
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            _write(partial, text, others, (rows, length))
+            _write(partial, text, others, (rows, length), report)
             os.replace(partial / _ROWS, path)
-            shutil.rmtree(partial)
         except BaseException as error:
             if isinstance(error, _TooLittle) or not (partial / _POSITION).exists():
                 shutil.rmtree(partial, ignore_errors=True)
@@ -98,10 +96,13 @@ def pack(
                 raise UserError(f"cannot write {path}: {error.strerror}") from error
             raise
         text.tell()
+    shutil.rmtree(partial, ignore_errors=True)
     return Rows(path)
 
 
-def _write(partial: Path, text: "_Text", others: Sequence[list[int]], shape: tuple[int, int]) -> None:
+def _write(
+    partial: Path, text: "_Text", others: Sequence[list[int]], shape: tuple[int, int], report: Report
+) -> None:
     """Write the rows into `partial`, from the place kept there on."""
     rows, length = shape
     kept = _kept(partial, length)
@@ -115,9 +116,10 @@ def _write(partial: Path, text: "_Text", others: Sequence[list[int]], shape: tup
         np.lib.format.write_array_header_1_0(stream, {"descr": "<u4", "fortran_order": False, "shape": shape})
         stream.seek(4 * done * length, os.SEEK_CUR)
         for row in range(done, rows):
-            number = others_before[row]
+            number = int(others_before[row])
             ids = others[number] if others_before[row + 1] > number else text.take(length)
             stream.write(np.asarray(ids, "<u4").tobytes())
+            report(row + 1, rows)
             if (row + 1) % every == 0 or row + 1 == rows:
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -148,12 +150,10 @@ class _Text:
         seed: int,
         max_passes: int | None,
         needed: int,
-        report: Report,
     ):
         self._parts = [
             _Part(part, share, tokenizer, split, seed, max_passes, needed) for part, share in shares_of(corpus)
         ]
-        self._needed, self._report = needed, report
         self._left = np.empty(0, np.uint32)
 
     def take(self, length: int) -> np.ndarray:
@@ -161,7 +161,6 @@ class _Text:
         while len(self._left) < length:
             part = min(self._parts, key=lambda part: part.made / part.share)
             self._left = np.concatenate([self._left, part.next()])
-            self._report(min(sum(part.made for part in self._parts), self._needed), self._needed)
         taken, self._left = self._left[:length], self._left[length:]
         return taken
 
