@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+from conftest import FEW_STEPS
+
 from flashmorph.runfolder import RunFolder
 
 CRASH = Path(__file__).parent.parent / "benchmarks" / "crash.py"
@@ -13,8 +16,10 @@ OWN_CACHES = {".cache", ".config"}
 """Where libraries keep what they have downloaded or computed, such as the list of fonts."""
 
 
-def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_weights(tmp_path, teacher_folder, recipe_file):
-    command = [sys.executable, CRASH, "--kills", "3", "--teacher", teacher_folder, "--recipe", recipe_file]
+def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_weights(tmp_path, teacher_folder):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**FEW_STEPS, "baseline": None, "extend": None}))
+    command = [sys.executable, CRASH, "--kills", "3", "--teacher", teacher_folder, "--recipe", recipe]
     command += ["--output", tmp_path / "runs", "--results", tmp_path / "crash.json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
