@@ -42,8 +42,9 @@ CASES = {
     "many_chains": ("tiny", "many_chains"),
     "twins": (str(TEACHERS / "twins"), "keys"),
     "deep": (str(TEACHERS / "deep"), "keys"),
+    "llama": (str(TEACHERS / "llama"), "keys"),
 }
-"""Teacher and recipe of each case. `chains` and `many_chains` ask `tiny` two hops alone."""
+"""Teacher and recipe of each case. `chains` and `many_chains` ask `tiny` two hops alone; `llama` becomes Mamba2."""
 
 
 def main() -> None:

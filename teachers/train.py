@@ -2,13 +2,15 @@
 
     python teachers/train.py teachers/tiny.yaml --output tiny-first
     python teachers/train.py teachers/tiny_second.yaml --start tiny-first --output src/flashmorph/assets/tiny
+    python teachers/train.py teachers/llama.yaml --start src/flashmorph/assets/tiny --output teachers/llama
 
 Minutes on two cores without a GPU. The recipe: matrices by Muon, the rest by AdamW; lengths grow as answers become
 right; until `windows_until` of the steps only the `retrieval_layers` attend fully, the others to a short window, which
 makes retrieval emerge early and puts it into known layers (a *planted* teacher). With `twins` only one of them, drawn
 anew in each step, so that each can do the job alone. Where `retrieval_layers` is empty, any layer is local in
 `local_share` of the steps, so that layers learn to stand in for each other (a *redundant* teacher); with a share of 0
-it is a *natural* one.
+it is a *natural* one. With `shape: llama` the start's norms of queries and keys, which Llama lacks, are replaced by
+what they do on average, and the training takes care of the rest.
 """
 
 import argparse
@@ -22,7 +24,14 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.optimization import get_wsd_schedule
 
 from bpe import train_tokenizer
@@ -45,7 +54,8 @@ def main() -> None:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.start)
     else:
         tokenizer = train_tokenizer(Corpus().documents("train", 0), settings["lengths"][-1])
-    config = Qwen3Config(
+    is_llama = settings.get("shape") == "llama"
+    config = (LlamaConfig if is_llama else Qwen3Config)(
         vocab_size=len(tokenizer),
         max_position_embeddings=settings["lengths"][-1],
         eos_token_id=tokenizer.eos_token_id,
@@ -55,19 +65,45 @@ def main() -> None:
         attn_implementation="eager",
         **settings["model"],
     )
-    model = Qwen3ForCausalLM(config)
-    if arguments.start:
-        model.load_state_dict(Qwen3ForCausalLM.from_pretrained(arguments.start, dtype=torch.float32).state_dict())
-    print(f"{model.num_parameters():,} parameters", flush=True)
+    model = (LlamaForCausalLM if is_llama else Qwen3ForCausalLM)(config)
     curriculum = Curriculum(tokenizer, settings["seed"], settings["key_words"])
+    if arguments.start:
+        start = Qwen3ForCausalLM.from_pretrained(arguments.start, dtype=torch.float32)
+        if is_llama:
+            fold_norms(start, curriculum.batch(settings["mixtures"][0], 16, settings["lengths"][0])["ids"])
+        # A Llama has no norms of queries and keys; all else has the same names.
+        missing = model.load_state_dict(start.state_dict(), strict=not is_llama).missing_keys
+        assert not missing
+    print(f"{model.num_parameters():,} parameters", flush=True)
     log = train(model, curriculum, settings)
-    model.config.layer_types = ["full_attention"] * config.num_hidden_layers
+    if not is_llama:
+        model.config.layer_types = ["full_attention"] * config.num_hidden_layers
     model.to(torch.bfloat16).save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
     (arguments.output / "training_log.json").write_text(json.dumps({"settings": settings, "log": log}, indent=1) + "\n")
 
 
-def train(model: Qwen3ForCausalLM, curriculum: Curriculum, settings: dict) -> list[dict]:
+@torch.no_grad()
+def fold_norms(model: Qwen3ForCausalLM, ids: torch.Tensor) -> None:
+    """Scale the rows of query and key projections by what their norms do on average over `ids` `[rows, length]`: the
+    norm's weights, divided by the mean size of each head's vector."""
+    sizes: dict[torch.nn.Module, torch.Tensor] = {}
+
+    def keep(projection: torch.nn.Module, _: object, rows: torch.Tensor) -> None:
+        heads = rows.unflatten(-1, (-1, model.config.head_dim))
+        sizes[projection] = heads.square().mean(-1).sqrt().flatten(0, 1).mean(0)
+
+    attentions = [layer.self_attn for layer in model.model.layers]
+    pairs = [(a.q_proj, a.q_norm) for a in attentions] + [(a.k_proj, a.k_norm) for a in attentions]
+    hooks = [projection.register_forward_hook(keep) for projection, _ in pairs]
+    model(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    for projection, norm in pairs:
+        projection.weight *= (norm.weight / sizes[projection][:, None]).flatten()[:, None]
+
+
+def train(model: PreTrainedModel, curriculum: Curriculum, settings: dict) -> list[dict]:
     """The loop: returns the log, one entry every 20 steps."""
     accelerator = Accelerator(mixed_precision="bf16" if settings["bf16"] else "no")
     optimizers = make_optimizers(model, settings)
@@ -84,9 +120,11 @@ def train(model: Qwen3ForCausalLM, curriculum: Curriculum, settings: dict) -> li
         length = settings["lengths"][stage]
         batch = curriculum.batch(settings["mixtures"][stage], settings["batch_tokens"] // length, length)
         masks, types = attention_pattern(step, stage, length, settings, rng, model.config.num_hidden_layers)
-        model.config.layer_types = types
+        pattern = masks["full_attention"]
+        if not isinstance(model.config, LlamaConfig):
+            model.config.layer_types, pattern = types, masks
         with accelerator.autocast():
-            logits = model(input_ids=batch["ids"], attention_mask=masks, use_cache=False).logits
+            logits = model(input_ids=batch["ids"], attention_mask=pattern, use_cache=False).logits
         losses = F.cross_entropy(logits.float().flatten(0, 1), batch["labels"].flatten(), reduction="none")
         weights = batch["weights"].flatten()
         accelerator.backward((losses * weights).sum() / weights.sum())
@@ -122,7 +160,7 @@ def learned(right: dict[str, float], stage: int, mixture: dict[str, float]) -> b
     return enough
 
 
-def make_optimizers(model: Qwen3ForCausalLM, settings: dict) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: PreTrainedModel, settings: dict) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for embeddings and norms."""
     matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     chosen = set(map(id, matrices))

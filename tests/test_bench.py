@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from conftest import SHAPE, run_command
 from test_cli import broken_copy, refused
 from transformers import Qwen3Config
 
-from flashmorph.bench import BenchSettings, Limit, Rates, bench, crossing, exponent, measure_rates
+from flashmorph.bench import BenchSettings, Limit, Rates, bench, crossing, exponent, kernels_of, measure_rates
+from flashmorph.bench.kernels import triton_functions
 from flashmorph.hosts import LINEAR, cache_by_layer, host_for, mixing_operations
 from flashmorph.plan import FULL
 
@@ -106,3 +109,23 @@ def test_what_bench_refuses(capsys, tmp_path, teacher_folder):
     assert "at most 512 tokens; 520" in refused(capsys, "bench", teacher_folder, "--lengths", "512")
     assert "must be one of auto" in refused(capsys, "bench", teacher_folder, "--dtype", "int3")
     assert "no folder" in refused(capsys, "bench", tmp_path / "none")
+
+
+def test_kernels_are_known_by_the_functions_of_their_package(monkeypatch):
+    """Under the decorators that Triton wraps them in; on a CPU none runs."""
+
+    def a_kernel():
+        """Stands for a Triton function."""
+
+    class Wrapped:
+        def __init__(self, fn):
+            self.fn = fn
+
+    Wrapped.__module__ = "triton.runtime.autotuner"
+    module = types.ModuleType("kernels_of_ours.ops")
+    vars(module).update(autotuned=Wrapped(Wrapped(a_kernel)), plain=a_kernel, number=3)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert triton_functions("kernels_of_ours") == {"a_kernel"}
+    assert triton_functions("kernels_of") == set()
+    found = kernels_of(lambda: torch.ones(3) @ torch.ones(3), torch.device("cpu"), "kernels_of_ours")
+    assert found == {"kernels_of_ours": [], "all": []}

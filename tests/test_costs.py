@@ -10,6 +10,7 @@ from conftest import random_qwen3, run_command
 from families import config_of, random_teacher
 from torch.utils.flop_counter import FlopCounterMode
 
+import flashmorph.recompute
 from flashmorph.costs import Estimate, estimate, find_gpu
 from flashmorph.costs.memory import stage_memory
 from flashmorph.costs.work import Model, body_forward
@@ -173,6 +174,15 @@ def test_a_step_of_each_stage_takes_the_operations_that_are_counted(case, models
     assert work.causal < work.flops
 
 
+def test_a_search_that_runs_layers_again_takes_the_operations_that_are_counted(case, models, monkeypatch):
+    monkeypatch.setattr(flashmorph.recompute, "KEPT_BYTES", 0)
+    morphable, _, ids = models
+    gates = torch.full((SHAPE["num_hidden_layers"], 2), 0.5, requires_grad=True)
+    work = stage_of(expected(case), "select").work
+    found = counted(lambda: morphable(ids, gates).square().mean().backward())
+    assert work.flops == pytest.approx(found, rel=0.02)
+
+
 @torch.no_grad()
 def test_mamba_takes_the_operations_that_are_counted_also_over_many_chunks():
     """PyTorch's reference relates every chunk to every other."""
@@ -228,9 +238,10 @@ def test_of_experts_a_token_reads_and_keeps_those_that_it_goes_through():
     assert feed_forward.idle == (every["num_experts"] - every["num_experts_per_tok"]) * one
     assert found.sizes.idle == SHAPE["num_hidden_layers"] * feed_forward.idle and not dense.sizes.idle
     inner, width = every["moe_intermediate_size"], SHAPE["hidden_size"]
-    experts = every["num_experts_per_tok"] * (2 * inner + width + width + inner)
+    gated = inner
+    assert feed_forward.expert_widths == every["num_experts_per_tok"] * (2 * inner + width + gated + width + inner)
     shared = 3 * (width + own.shared_expert_intermediate_size)
-    assert feed_forward.widths == experts + shared + (width + every["num_experts"]) + (width + 1)
+    assert feed_forward.widths == shared + (width + every["num_experts"]) + (width + 1)
     told = expected("qwen3_moe", gpu=find_gpu("h200"))
     looked_up = 0 if own.tie_word_embeddings else own.vocab_size * width
     read = found.weight_bytes(found.sizes.teacher - found.sizes.idle - looked_up)
@@ -239,7 +250,8 @@ def test_of_experts_a_token_reads_and_keeps_those_that_it_goes_through():
 
 def kept_bytes(model, ids: torch.Tensor, bf16: bool) -> int:
     """Bytes that autograd keeps of a forward, weights in any form left out."""
-    weights = {shape for weight in model.parameters() for shape in (weight.shape, weight.shape[::-1])}
+    shapes = [weight.shape for weight in model.parameters()]
+    weights = {*shapes, *((*shape[:-2], *shape[-2:][::-1]) for shape in shapes)}
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -265,6 +277,51 @@ def test_memory_of_a_full_layer_is_about_what_autograd_keeps(bf16):
     all_full = plan.model._replace(num_full=plan.model.layers)
     per_token = stage_memory(all_full, plan.sizes, RECIPE, 1, bf16)["extend"].per_token / plan.model.layers
     assert per_token == pytest.approx((found[1] - found[0]) / 2 / ids.numel(), rel=0.15)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_memory_of_experts_is_about_what_autograd_keeps(bf16):
+    """Of one layer, whose experts' grouped products are not linear maps of their own."""
+    shape = {**SHAPE, "hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 256, "num_experts": 8}
+    ids = torch.randint(SHAPE["vocab_size"], (1, 200))
+    for chosen in (1, 4):
+        found = []
+        for layers in (2, 4):
+            teacher = random_teacher(
+                "qwen3_moe: grouped", **{**shape, "num_hidden_layers": layers, "num_experts_per_tok": chosen}
+            )
+            found.append(kept_bytes(transplant(teacher)[0], ids, bf16))
+        config = config_of("qwen3_moe: grouped", **{**shape, "num_experts_per_tok": chosen})
+        plan = estimate("random", config, RECIPE)
+        all_full = plan.model._replace(num_full=plan.model.layers)
+        per_token = stage_memory(all_full, plan.sizes, RECIPE, 1, bf16)["extend"].per_token / plan.model.layers
+        assert per_token == pytest.approx((found[1] - found[0]) / 2 / ids.numel(), rel=0.15), chosen
+
+
+QWEN3_1_7B = {
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40_960,
+    "tie_word_embeddings": True,
+}
+
+
+def test_the_search_on_a_1_7b_at_8k_tokens_fits_24_gb(tmp_path, capsys):
+    type(random_qwen3().config)(**QWEN3_1_7B, dtype="bfloat16").save_pretrained(tmp_path)
+    at_8k = ("--set", "select.search.length=8192", "--set", "select.search.micro_batch_tokens=8192")
+    options = ("plan", tmp_path, "--budget", "7", "--gpu", "rtx4090", *at_8k)
+    assert run_command(*options, "--json") == 0
+    stages = {stage["stage"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}
+    assert 10e9 < stages["select"]["memory_bytes"] < find_gpu("rtx4090").memory_bytes
+    assert run_command(*options, "--explain") == 0
+    printed = capsys.readouterr().out
+    assert "distill does not fit" in printed and "select does not fit" not in printed
+    assert "2 · (host + branches) / layers" in printed and "every branch again, in the backward" in printed
 
 
 @pytest.mark.parametrize("name, gpus", [("a100-40gb", 1), ("l4", 8)])
@@ -360,7 +417,7 @@ def test_explain_ends_in_the_figures_of_the_tables(teacher_folder, recipe_file, 
         (["--budget", "loss=1%", "--strategy", "tolerance"], "plan with 7, 25% or kv="),
         (["--budget", "2"], "everything full"),
         (["--gpu", "h2000"], "did you mean 'h200'"),
-        (["--contexts", "8k"], "must be context lengths"),
+        (["--contexts", "8k"], "must be whole numbers"),
     ],
 )
 def test_bad_input_is_one_sentence(teacher_folder, recipe_file, capsys, options, says):

@@ -6,9 +6,11 @@ import json
 import pytest
 import torch
 from conftest import run_command
+from test_layerwise import assert_same_checkpoint, saved
 from test_packing import CASES, hybrid, morphable_model, moved, packed_rows, planted, run_apart
 
 from flashmorph.environment import describe
+from flashmorph.layerwise import transplant_checkpoint
 from flashmorph.packing import cut, marked
 
 pytestmark = [
@@ -35,6 +37,14 @@ def test_cuda_chooses_the_same_layers(on_both):
 def test_cuda_reaches_the_same_recall(on_both):
     low, high = on_both["cpu"]["hybrid"]["recall_interval"]
     assert low <= on_both["cuda"]["hybrid"]["recall"] <= high
+
+
+def test_a_checkpoint_moves_on_cuda_into_the_same_weights(tmp_path):
+    source = saved("qwen3: grouped", tmp_path / "teacher")
+    for device in ("cpu", "cuda"):
+        (tmp_path / device).mkdir()
+        transplant_checkpoint(source, tmp_path / device, device=torch.device(device))
+    assert_same_checkpoint(tmp_path / "cuda", tmp_path / "cpu")
 
 
 def test_the_fast_kernels_are_used_where_they_are_installed():

@@ -16,7 +16,7 @@ import flashmorph.hosts.qwen3_5 as qwen3_5
 from flashmorph.hosts import HOSTS, WINDOW_HOSTS, Host, configure
 from flashmorph.hosts.granite_hybrid import GraniteHybridHost
 from flashmorph.hosts.kernels import convolve_apart, in_one_row
-from flashmorph.losses import Head, forward_kl, next_token_loss
+from flashmorph.losses import Head, forward_kl, next_token_loss, top_log_probabilities
 from flashmorph.morphable import Morphable, attach
 from flashmorph.move import transplant
 from flashmorph.packing import Packed, apart, cut, how_apart, marked
@@ -25,7 +25,7 @@ from flashmorph.recipe import load_recipe
 from flashmorph.rundata import training_settings
 from flashmorph.stages import AlignSettings, collate
 from flashmorph.stages.align import AlignmentLoss
-from flashmorph.stages.distill import DistillationLoss
+from flashmorph.stages.distill import DistillationLoss, StoredDistillationLoss
 from flashmorph.stages.extend import NextTokenLoss
 
 LENGTH, WINDOW = 90, 8
@@ -372,14 +372,18 @@ def test_only_tokens_that_are_learnt_count(way):
     with torch.no_grad():
         for weight in teacher.parameters():
             weight.add_(0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
-    divergences, losses = [], []
+    divergences, losses, kept = [], [], []
     for text, learnt in zip(texts, masks, strict=True):
         found, target = (F.log_softmax(model(input_ids=text).logits.float(), -1)[0] for model in (host, teacher))
         counts = torch.cat([learnt[0, 1:], learnt[0, -1:]])
         divergences += F.kl_div(found, target, log_target=True, reduction="none").sum(-1)[counts].tolist()
+        kept.append(top_log_probabilities(teacher(input_ids=text).logits[0], found.shape[-1]))
         losses += F.nll_loss(found[:-1], text[0, 1:], reduction="none")[learnt[0, 1:]].tolist()
     found = DistillationLoss(host, teacher)(ids, given, mask)["loss"].item()
     assert found == pytest.approx(sum(divergences) / len(divergences), rel=1e-3)
+    values, places = (torch.cat(each).unflatten(0, ids.shape) for each in zip(*kept, strict=True))
+    stored = StoredDistillationLoss(host)(ids, values, places, given, mask)["loss"].item()
+    assert stored == pytest.approx(found, rel=1e-3)
     assert NextTokenLoss(host)(ids, given, mask)["loss"].item() == pytest.approx(sum(losses) / len(losses), rel=1e-4)
     for loss in (DistillationLoss(host, teacher), NextTokenLoss(host)):
         every, without = (loss(ids, given, each)["loss"].item() for each in (torch.ones_like(mask), None))

@@ -132,7 +132,8 @@ def pieces(text: str) -> tuple[str, list[str], str]:
     """The instruction, the pieces of the context in any order, and the question."""
     head, _, rest = plain(text).partition("\n")
     context, _, tail = rest.rpartition("\n")
-    return head, sorted(re.split(r"(?<=[.!?]) |\n", context)), tail
+    # A needle at depth 0 leaves an empty piece in front of it.
+    return head, sorted(filter(None, re.split(r"(?<=[.!?]) |\n", context.strip()))), tail
 
 
 @pytest.mark.parametrize("name", [name for name in FORMS if name.startswith("niah")])

@@ -1,6 +1,5 @@
 """A teacher moves into its host without changing what it computes, or is refused."""
 
-import copy
 import json
 import math
 
@@ -13,13 +12,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Qwen3Confi
 from flashmorph.errors import UserError
 from flashmorph.hosts import host_for
 from flashmorph.hosts.qwen3_5 import Qwen35Host
-from flashmorph.move import probe, round_both, transplant
+from flashmorph.move import transplant
 from flashmorph.publish import save_model
 from flashmorph.teacher import load_model, open_teacher
 
 CHANGED = [name for name in TEACHERS if name.startswith("qwen3")]
-COPIED = [name for name in TEACHERS if name not in CHANGED]
-"""Teachers some of whose weights are stored otherwise in their host, and those whose weights are copied."""
+"""Teachers some of whose weights are stored otherwise in their host; those of all others are copied."""
 
 
 def some_tokens(rows: int = 2, length: int = 100) -> torch.Tensor:
@@ -67,7 +65,7 @@ def test_the_host_computes_what_the_teacher_computes(name):
     teacher = random_teacher(name, 3)
     model, proof = transplant(teacher)
     assert isinstance(model, host_for(teacher.config).model_class)
-    assert 0 <= proof.difference <= proof.tolerance == max(1e-5 * proof.largest_logit, 2 * proof.noise)
+    assert 0 <= proof.difference <= proof.tolerance == max(1e-5 * proof.largest, 2 * proof.noise)
     expected = logits(teacher, some_tokens())
     assert expected.std() > 0.1
     allowed = max(1e-5 * expected.abs().max(), 2 * proof.noise)
@@ -100,23 +98,6 @@ def test_in_bfloat16_the_host_is_as_near_as_the_teacher_itself(noise, family):
 @pytest.mark.parametrize("name", CHANGED)
 def test_in_bfloat16_no_teacher_is_much_worse(noise, name):
     assert noise[name] <= 1.6
-
-
-@pytest.mark.parametrize("name", CHANGED)
-def test_the_rounding_of_a_run_is_that_of_the_saved_checkpoint(name, tmp_path):
-    """What a run reports, against the folder opened again; the probe batch is the only difference to `noise`."""
-    teacher = random_teacher(name, 1)
-    expected = in_bfloat16(copy.deepcopy(teacher), probe(teacher), tmp_path)
-    model, _ = transplant(teacher)
-    assert round_both(teacher, model, torch.bfloat16) == pytest.approx(expected, rel=1e-2)
-    assert {weight.dtype for weight in [*model.parameters(), *teacher.parameters()]} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("name", COPIED)
-def test_copied_weights_are_rounded_as_the_teachers_are(name):
-    teacher = random_teacher(name, 1)
-    model, _ = transplant(teacher)
-    assert round_both(teacher, model, torch.bfloat16) == pytest.approx(1, abs=1e-3)
 
 
 PLAIN = {"rope_parameters": DEFAULT, "attention_bias": False, "attention_out_bias": False, "logits_scaling": 1.0}
@@ -184,8 +165,8 @@ def test_the_saved_host_keeps_the_tokenizer_and_the_dtype(teacher_folder, tmp_pa
 def test_a_move_that_changes_the_logits_is_refused(monkeypatch, spoil):
     exact = Qwen35Host.host_state
 
-    def spoiled(self, teacher):
-        state = exact(self, teacher)
+    def spoiled(self, teacher, weights):
+        state = exact(self, teacher, weights)
         if spoil == "a doubled projection":
             state["model.layers.1.self_attn.o_proj.weight"] = state["model.layers.1.self_attn.o_proj.weight"] / 2
         elif spoil == "a norm":

@@ -88,3 +88,45 @@ def token_losses(hidden: torch.Tensor, head: nn.Linear | Head, labels: torch.Ten
         for part, label in zip(hidden.split(size), labels.split(size), strict=True)
     ]
     return torch.cat(parts)
+
+
+def top_log_probabilities(logits: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `number` largest log-probabilities of each token, and the logarithm of what all others have together.
+
+    `logits` `[tokens, vocabulary]`; gives float32 `[tokens, number + 1]`, and `[tokens, number]` the places in the
+    vocabulary, ascending.
+    """
+    found = F.log_softmax(logits.float(), -1)
+    places = found.topk(number, -1).indices.sort(-1).values
+    return torch.cat([found.gather(-1, places), _of_others(found, places)[:, None]], -1), places
+
+
+def top_kl(student: torch.Tensor, head: nn.Linear | Head, values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Mean KL(teacher || student) a token, all tokens of the vocabulary but the teacher's likeliest taken as one.
+
+        Σ over the k of p · log(p / q) + r · log(r / s),    r and s: what teacher and student leave to all others
+
+    From the student's last hidden states `[tokens, width]` and what `top_log_probabilities` kept of the teacher:
+    `values` `[tokens, k + 1]` and `places` `[tokens, k]`. Never more than the full KL (merging outcomes loses
+    information only), and equal to it where k is the vocabulary. Top-k probabilities without the rest are a biased
+    picture of the teacher (Sparse Logit Sampling, arXiv 2503.16870); one more token that carries the rest is the form
+    of Tail-Aware Top-k Distillation (arXiv 2608.14728), there with the reverse KL.
+    """
+
+    def divergence(student: torch.Tensor, values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        found = F.log_softmax(head(student).float(), -1)
+        total = F.kl_div(found.gather(-1, places), values[:, :-1], log_target=True, reduction="sum")
+        rest = values[:, -1]
+        left = rest > -torch.inf
+        if left.any():
+            others = _of_others(found[left], places[left])
+            total = total + F.kl_div(others, rest[left], log_target=True, reduction="sum")
+        return total
+
+    return _in_chunks(divergence, chunk_tokens(head.out_features), student, values, places) / max(1, len(student))
+
+
+def _of_others(log_probabilities: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The logarithm of what all but `places` have together, `[tokens]`; summed, not taken from 1, so that little stays
+    exact."""
+    return log_probabilities.scatter(-1, places, -torch.inf).logsumexp(-1)

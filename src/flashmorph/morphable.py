@@ -7,7 +7,7 @@ a one-hot gate does a layer run the one branch that counts.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from flashmorph.hosts import Host, host_of, layer_space
 from flashmorph.move import empty_model
 from flashmorph.plan import FULL, Budget, Plan, Space
+from flashmorph.recompute import recomputed, recomputes
 
 Observer = Callable[["MorphableLayer", torch.Tensor, dict[str, Any], torch.Tensor], None]
 
@@ -107,7 +108,10 @@ class Morphable(nn.Module):
         """
         for number, layer in enumerate(self.layers):
             layer.gates = None if gates is None else gates[number]
-        return self.model.model(input_ids=input_ids, use_cache=False, **(boundaries or {})).last_hidden_state
+        learning = torch.is_grad_enabled() and gates is not None and gates.requires_grad
+        again = learning and recomputes(self.model.config, input_ids.numel())
+        with recomputed(self.model.model.layers, self.layers) if again else nullcontext():
+            return self.model.model(input_ids=input_ids, use_cache=False, **(boundaries or {})).last_hidden_state
 
     @torch.no_grad()
     def each_plan(self, input_ids: torch.Tensor, gates: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

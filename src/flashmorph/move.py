@@ -1,13 +1,16 @@
-"""Move a teacher into its host, all layers full, and prove that nothing changed."""
+"""Move a teacher into its host, all layers full, and prove that nothing changed.
 
-from collections.abc import Mapping
+Here for a teacher that is in memory; `layerwise.py` moves one that is on disk.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flashmorph.errors import UserError
@@ -21,15 +24,36 @@ NOISE_FACTOR = 2.0
 
 @dataclass(frozen=True)
 class Proof:
-    """How far the host's logits are from the teacher's on a probe batch, in float32.
+    """How far the host's logits, or a layer's outputs, are from the teacher's on a probe batch, in float32.
 
-    `noise` is the teacher's own largest float32-against-float64 difference there, `tolerance` what was allowed.
+    `largest` is the teacher's largest magnitude there, `noise` its own largest float32-against-float64 difference,
+    `tolerance` what was allowed.
     """
 
     difference: float
-    largest_logit: float
+    largest: float
     noise: float
     tolerance: float
+
+    @staticmethod
+    def of(expected: torch.Tensor, found: torch.Tensor, exact: torch.Tensor) -> "Proof":
+        """Compare what the host `found` with what its teacher gives, in float32 (`expected`) and float64 (`exact`)."""
+        largest = expected.abs().max().item()
+        noise = (expected - exact).abs().max().item()
+        difference = (found - expected).abs().max().item()
+        return Proof(difference, largest, noise, max(RELATIVE_TOLERANCE * largest, NOISE_FACTOR * noise))
+
+    def require(self, host: Host, what: str) -> None:
+        """Refuse a move that is not exact.
+
+        Raises:
+            UserError: `what` differs by more than the tolerance.
+        """
+        if not self.difference <= self.tolerance:
+            raise UserError(
+                f"the move into {host.name} is not exact: {what} differ by {self.difference:.1e}, "
+                f"{self.tolerance:.1e} is allowed; please report this teacher's config.json"
+            )
 
     def to_dict(self) -> dict[str, float]:
         """The JSON form."""
@@ -63,62 +87,54 @@ def transplant(teacher: PreTrainedModel, settings: Mapping[str, Any] | None = No
     """
     host, config = configure(teacher.config, settings)
     for name, weight in teacher.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise UserError(f"the teacher's weight {name} has values that are not finite; its checkpoint is damaged")
         if weight.dtype != torch.float32:
             raise UserError(f"the teacher must be loaded in float32 for an exact move; {name} is in {weight.dtype}")
-    model = empty_model(host, config, {name: weight.clone() for name, weight in host.host_state(teacher).items()})
+    require_finite(teacher.named_parameters())
+    state = host.host_state(teacher.config, teacher.state_dict())
+    model = empty_model(host, config, {name: weight.clone() for name, weight in state.items()})
     model.generation_config = teacher.generation_config
     proof = prove(teacher, model)
-    if not proof.difference <= proof.tolerance:
-        raise UserError(
-            f"the move into {host.name} is not exact: logits differ by {proof.difference:.1e}, "
-            f"{proof.tolerance:.1e} is allowed; please report this teacher's config.json"
-        )
+    proof.require(host, "logits")
     return model, proof
 
 
-@torch.no_grad()
-def round_both(teacher: PreTrainedModel, model: PreTrainedModel, dtype: torch.dtype) -> float:
-    """Cast teacher and host to `dtype`, in place, and say how much more that costs the host.
+def require_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Refuse weights that are not numbers.
 
-    Both are compared with the teacher before the cast, as a KL on the probe batch: 1 means that the host is as near to
-    the float32 teacher as the teacher's own rounded form. Which weights round up is chance, so single models scatter
-    around 1.
+    Raises:
+        UserError: names the first of them.
     """
-    ids = probe(teacher)
-    exact = _log_probabilities(teacher, ids)
-    found = []
-    for each in (teacher, model):
-        # Parameters alone, as loading in `dtype` does it: the rotary frequencies stay in float32.
-        for weight in each.parameters():
-            weight.data = weight.data.to(dtype)
-        found.append(F.kl_div(_log_probabilities(each, ids), exact, log_target=True, reduction="batchmean").item())
-    return found[1] / found[0]
+    for name, weight in weights:
+        if not torch.isfinite(weight).all():
+            raise UserError(f"the teacher's weight {name} has values that are not finite; its checkpoint is damaged")
 
 
-def _log_probabilities(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    return F.log_softmax(model.eval()(input_ids=ids, use_cache=False).logits.float(), -1).flatten(0, 1)
-
-
-def probe(teacher: PreTrainedModel) -> torch.Tensor:
+def probe(config: PreTrainedConfig) -> torch.Tensor:
     """The probe batch: random tokens `[PROBE_ROWS, PROBE_TOKENS]`, the same for every teacher of a vocabulary."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(teacher.config.vocab_size, (PROBE_ROWS, PROBE_TOKENS), generator=generator)
-    return ids.to(teacher.device)
+    return torch.randint(config.vocab_size, (PROBE_ROWS, PROBE_TOKENS), generator=generator)
 
 
 @torch.no_grad()
 def prove(teacher: PreTrainedModel, model: PreTrainedModel) -> Proof:
     """Compare logits on random tokens; the tolerance follows the teacher's own rounding noise."""
-    ids, training = probe(teacher), teacher.training
+    ids, training = probe(teacher.config).to(teacher.device), teacher.training
     teacher = teacher.eval()
     expected = teacher(input_ids=ids, use_cache=False).logits
-    difference = (model(input_ids=ids, use_cache=False).logits - expected).abs().max().item()
+    found = model(input_ids=ids, use_cache=False).logits
+    with in_float64(teacher):
+        exact = teacher(input_ids=ids, use_cache=False).logits
+    teacher.train(training)
+    return Proof.of(expected, found, exact)
+
+
+@contextmanager
+def in_float64(teacher: PreTrainedModel) -> Iterator[None]:
+    """The model's weights in float64, and afterwards in float32 again."""
     experts = teacher.get_experts_implementation()
     teacher.set_experts_implementation("eager")  # The grouped products of the others know no float64.
-    exact = teacher.double()(input_ids=ids, use_cache=False).logits
-    teacher.float().train(training).set_experts_implementation(experts)
-    noise = (expected - exact).abs().max().item()
-    largest = expected.abs().max().item()
-    return Proof(difference, largest, noise, max(RELATIVE_TOLERANCE * largest, NOISE_FACTOR * noise))
+    teacher.double()
+    try:
+        yield
+    finally:
+        teacher.float().set_experts_implementation(experts)

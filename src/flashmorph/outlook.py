@@ -14,7 +14,7 @@ from flashmorph.rows import require_template
 from flashmorph.selection import FOLLOW_GRADIENTS, SEARCH_NOTHING
 from flashmorph.selection.search import check_settings, own_settings
 from flashmorph.selection.searchdata import step_shape
-from flashmorph.stages import TrainSettings
+from flashmorph.stages import TrainSettings, logits_on_disk
 from flashmorph.teacher import Teacher, load_config
 
 
@@ -72,6 +72,9 @@ def outlook(name: str, config: PreTrainedConfig, recipe: Recipe) -> list[dict[st
         rows.append(("align", 0, 0, "nothing to train"))
     about = f"{recipe.select.strategy}: {', '.join(recipe.tasks)}, in {source}"
     rows += [("select", search_tokens(recipe)[0], recipe.select.search.longest, about), ("build", 0, 0, "")]
+    if kept := recipe.distill.teacher_logits:
+        about = f"the teacher's {kept.top_k:,} likeliest next tokens, {logits_on_disk(recipe.distill, kept.top_k)}"
+        rows.append(("logits", recipe.distill.tokens_run, recipe.distill.length, about))
     rows.append(_training_row("distill", recipe.distill, source, plans))
     if recipe.extend:
         rows.append(_training_row("extend", recipe.extend, source, plans))

@@ -45,7 +45,7 @@ class Packed:
         return labelled - 1, self.tokens(self.input_ids)[labelled]
 
     def predicting(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Of `hidden` `[tokens, width]`, as `run` gives it, what predicts a token that is learnt.
+        """Of `hidden` `[tokens, ...]`, as `tokens` gives it, what predicts a token that is learnt.
 
         The last token of a document, whose next one is not there, counts where it is learnt itself.
         """
@@ -77,6 +77,16 @@ def apart(
     if host.takes_boundaries(input_ids.device):
         return [marked(input_ids, starts, loss_mask)]
     return cut(input_ids, starts, loss_mask)
+
+
+def token_order(
+    input_ids: torch.Tensor, starts: torch.Tensor | None, host: Host, loss_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Where the tokens that `apart` runs, and that predict one of the mask, stand in `input_ids` `[batch, time]` end to
+    end, in its order, `[tokens]`."""
+    places = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)
+    packed = apart(places, starts, host, loss_mask)
+    return torch.cat([each.predicting(each.tokens(each.input_ids)) for each in packed])
 
 
 def how_apart(isolated: bool, host: Host, device: torch.device) -> str:

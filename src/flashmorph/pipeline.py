@@ -5,7 +5,6 @@ library's own.
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,10 @@ from flashmorph.evaluation import RangeLosses, Score, evaluate
 from flashmorph.files import read_json, write_json
 from flashmorph.hosts import cache_by_context, host_for, host_of, host_settings
 from flashmorph.morphable import Morphable, attach, build
-from flashmorph.move import round_both, transplant
 from flashmorph.packing import how_apart
 from flashmorph.plan import Budget, Plan
 from flashmorph.progress import Report, silent
-from flashmorph.publish import publish, save_model
+from flashmorph.publish import publish, save_model, write_host
 from flashmorph.report import write_report
 from flashmorph.rows import Rows
 from flashmorph.run import Results, Run
@@ -31,6 +29,7 @@ from flashmorph.rundata import (
     calibration,
     held_out_rows,
     open_questions,
+    row_settings,
     search_data,
     select_settings,
     task_settings,
@@ -44,8 +43,18 @@ from flashmorph.selection.objective import MorphableObjective
 from flashmorph.selection.search import select
 from flashmorph.selection.searchdata import SearchSettings
 from flashmorph.selection.uniform import uniform
-from flashmorph.stages import DistillSettings, TrainSettings, align, alignment_errors, distill, extend
-from flashmorph.teacher import Teacher, load_config, load_model
+from flashmorph.stages import (
+    DistillSettings,
+    RowsWithLogits,
+    TrainSettings,
+    align,
+    alignment_errors,
+    distill,
+    extend,
+    logits_on_disk,
+    write_logits,
+)
+from flashmorph.teacher import load_config, load_model
 
 SEARCH_TEXT_TOKENS = 16_384
 
@@ -88,37 +97,10 @@ def run_transplant(run: Run) -> Stage:
     settings = host_settings(host_for(load_config(run.teacher.folder), run.recipe.host), run.recipe.host)
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
-        model, record = move_proven(run.teacher, settings, run.device, report)
-        save_model(model, folder / "model", run.teacher.folder)
-        return record
+        return write_host(run.teacher, folder / "model", settings, run.device, report)
 
     wanted = {"format": 1, **({"host": settings} if settings else {})}
     return run.stage("transplant", run.teacher.name, wanted, [run.teacher.digest], work)
-
-
-def move_proven(
-    teacher: Teacher, settings: Mapping[str, Any], device: torch.device, report: Report
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The host in the teacher's own dtype, and what the move was proven by: `proof`, `rounding` and a `summary`.
-
-    `settings` are the host's own.
-
-    Raises:
-        UserError: see `flashmorph.move.transplant`.
-    """
-    report(0, 3)
-    loaded = teacher.load(torch.float32, device)
-    report(1, 3)
-    model, proof = transplant(loaded, settings)
-    report(2, 3)
-    summary = f"logits differ by at most {proof.difference:.1e} (allowed: {proof.tolerance:.1e})"
-    record: dict[str, Any] = {"proof": proof.to_dict()}
-    dtype = load_config(teacher.folder).dtype
-    if dtype in (torch.bfloat16, torch.float16):
-        record["rounding"] = round_both(loaded, model, dtype)
-        noise = f"{record['rounding']:.2f} x the teacher's own rounding noise"
-        summary += f"; in {str(dtype).removeprefix('torch.')} {noise}"
-    return model, {**record, "summary": summary}
 
 
 def run_align(run: Run, host: Stage) -> Stage:
@@ -211,16 +193,34 @@ def run_build(run: Run, host: Stage, branches: Stage, plan: Plan, label: str) ->
 def run_distill(run: Run, host: Stage, built: Stage, label: str) -> Stage:
     """The hybrid learns the teacher's distribution on text."""
     settings = run.recipe.distill
+    logits = run_logits(run, host, settings.teacher_logits.top_k) if settings.teacher_logits else None
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
         rows = training_rows(run, settings, "distill", report)
-        student, teacher = open_stage(run, built), open_host(run, host)
-        distill(student, teacher, rows, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
+        student = open_stage(run, built)
+        teacher = None if logits else open_host(run, host)
+        given = RowsWithLogits(rows, logits.folder) if logits else rows
+        distill(student, teacher, given, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
         save_model(student, folder / "model", built.folder / "model")
         return {**_trained(run, settings), "summary": _last_loss(folder, "KL")}
 
     about = f"{label}{settings.tokens:,} tokens of length {settings.length:,}"
-    return run.stage("distill", about, training_settings(run, settings), [built.digest], work)
+    inputs = [built.digest, *([logits.digest] if logits else [])]
+    return run.stage("distill", about, training_settings(run, settings), inputs, work)
+
+
+def run_logits(run: Run, host: Stage, top_k: int) -> Stage:
+    """The teacher's likeliest tokens on the rows of `distill`, for a teacher that does not fit beside its student."""
+    settings = run.recipe.distill
+
+    def work(folder: Path, report: Report) -> dict[str, Any]:
+        run.screen.say(f"logits: {logits_on_disk(settings, top_k)}, in {folder.parent}")
+        rows = training_rows(run, settings, "distill", report)
+        write_logits(open_host(run, host), rows, settings, top_k, folder, run.bf16, report)
+        return {**_trained(run, settings), "summary": logits_on_disk(settings, top_k)}
+
+    about = f"the teacher's {top_k:,} likeliest next tokens"
+    return run.stage("logits", about, {"top_k": top_k, **row_settings(run, settings)}, [host.digest], work)
 
 
 def run_extend(run: Run, distilled: Stage, label: str) -> Stage:

@@ -1,18 +1,22 @@
 """Checkpoints on disk: models with the teacher's tokenizer beside them, and the run's final result."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from flashmorph.errors import UserError
 from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.hosts import host_of
+from flashmorph.layerwise import transplant_checkpoint
 from flashmorph.plan import Plan
+from flashmorph.progress import Report
 from flashmorph.recipe import Recipe
+from flashmorph.teacher import Teacher
 
 _TRAVELS = (
     "tokenizer*",
@@ -28,8 +32,6 @@ _TRAVELS = (
 def save_model(model: PreTrainedModel, folder: Path, origin: Path) -> None:
     """Save `model` in the dtype of the checkpoint in `origin`, with its tokenizer, template and generation settings.
 
-    Its config.json says what engines read, not only what transformers does (`Host.written`).
-
     Raises:
         UserError: the place cannot be written.
     """
@@ -37,12 +39,45 @@ def save_model(model: PreTrainedModel, folder: Path, origin: Path) -> None:
     with atomic_path(folder) as temporary:
         nn.Module.to(model, dtype)
         model.save_pretrained(temporary)
-        values = read_json(temporary / "config.json")
-        if (wanted := host_of(model.config).written(values)) != values:
-            write_json(temporary / "config.json", wanted)
-        for pattern in _TRAVELS:
-            for path in origin.glob(pattern):
-                shutil.copy2(path, temporary / path.name)
+        complete(temporary, model.config, origin)
+
+
+def complete(folder: Path, config: PreTrainedConfig, origin: Path) -> None:
+    """Make what transformers has saved in `folder`, with this configuration, what we publish.
+
+    Its config.json says what engines read, not only what transformers does (`Host.written`); tokenizer, template and
+    generation settings come from `origin`.
+    """
+    values = read_json(folder / "config.json")
+    if (wanted := host_of(config).written(values)) != values:
+        write_json(folder / "config.json", wanted)
+    for pattern in _TRAVELS:
+        for path in origin.glob(pattern):
+            shutil.copy2(path, folder / path.name)
+
+
+def write_host(
+    teacher: Teacher, folder: Path, settings: Mapping[str, Any], device: torch.device, report: Report
+) -> dict[str, Any]:
+    """Write the host in the teacher's own dtype into `folder`; what the move was proven by, and a `summary`.
+
+    `settings` are the host's own.
+
+    Raises:
+        UserError: see `flashmorph.layerwise.transplant_checkpoint`; or `folder` cannot be written.
+    """
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        config, moved = transplant_checkpoint(teacher.folder, temporary, settings, device, report)
+        complete(temporary, config, teacher.folder)
+    proof, parts = moved.proof, {name: part.to_dict() for name, part in moved.parts.items()}
+    record: dict[str, Any] = {"proof": proof.to_dict(), "proof_of_parts": parts}
+    summary = f"logits differ by at most {proof.difference:.1e} (allowed: {proof.tolerance:.1e})"
+    if moved.rounding is not None:
+        record["rounding"] = moved.rounding
+        dtype = str(config.dtype).removeprefix("torch.")
+        summary += f"; in {dtype} {moved.rounding:.2f} x the teacher's own rounding noise"
+    return {**record, "summary": summary}
 
 
 def publish(folder: Path, model: Path, plan: Plan, results: dict[str, Any], recipe: Recipe, card: str) -> None:

@@ -100,9 +100,7 @@ def pack(
     return Rows(path)
 
 
-def _write(
-    partial: Path, text: "_Text", others: Sequence[list[int]], shape: tuple[int, int], report: Report
-) -> None:
+def _write(partial: Path, text: "_Text", others: Sequence[list[int]], shape: tuple[int, int], report: Report) -> None:
     """Write the rows into `partial`, from the place kept there on."""
     rows, length = shape
     kept = _kept(partial, length)

@@ -128,6 +128,13 @@ def training_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
     return {"train": _train_settings(settings), **about}
 
 
+def row_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
+    """What the digest of a stage depends on that only reads the rows of one that trains."""
+    about = task_settings(run) if settings.retrieval_share else common_settings(run)
+    names = ("length", "rows", "retrieval_share", "isolate_documents")
+    return {**{name: getattr(settings, name) for name in names}, **about}
+
+
 def _train_settings(settings: TrainSettings) -> dict[str, Any]:
     """As JSON values. `isolate_documents` is left out where it is off: what was trained before there was such a setting
     keeps its digest."""

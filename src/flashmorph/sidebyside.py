@@ -104,9 +104,10 @@ def check(names: Sequence[str], longest: int) -> None:
 def _require_one_tokenizer(names: Sequence[str]) -> None:
     if len(names) < 2:
         raise UserError("--tokens compares the losses of models: give at least two")
-    vocabularies = [tokenizer.get_vocab() for name in names if (tokenizer := load_tokenizer(locate(name)[0]))]
-    for name, vocabulary in zip(names, vocabularies, strict=False):
-        if vocabulary != vocabularies[0]:
+    tokenizers = {name: load_tokenizer(locate(name)[0]) for name in names}
+    vocabularies = {name: tokenizer and tokenizer.get_vocab() for name, tokenizer in tokenizers.items()}
+    for name, vocabulary in vocabularies.items():
+        if vocabulary != vocabularies[names[0]]:
             raise UserError(f"{name} has another tokenizer than {names[0]}: losses can only be compared token by token")
 
 

@@ -1,5 +1,6 @@
 """Open a teacher: an embedded one, a local folder or a model of the hub. Refuse what cannot be a teacher."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -154,12 +155,21 @@ def load_model(folder: Path, dtype: torch.dtype | str, device: torch.device | No
         )
         model, info = opened
     except Exception as error:
-        raise UserError(f"the weights in {folder} cannot be read, are they complete? {_first_line(error)}") from error
+        raise unreadable(folder, error) from error
     if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UserError(f"{folder} lacks {len(missing)} weights, {missing[0]} first: the checkpoint is incomplete")
+        raise incomplete(folder, sorted(info["missing_keys"]))
     model.config.dtype = load_config(folder).dtype
     return model.eval().to(device or "cpu")
+
+
+def unreadable(folder: Path, error: Exception) -> UserError:
+    """Why the weights in `folder` cannot be read, in one sentence."""
+    return UserError(f"the weights in {folder} cannot be read, are they complete? {_first_line(error)}")
+
+
+def incomplete(folder: Path, missing: Sequence[str]) -> UserError:
+    """That these weights are not in `folder`, in one sentence."""
+    return UserError(f"{folder} lacks {len(missing)} weights, {missing[0]} first: the checkpoint is incomplete")
 
 
 def require_safetensors(folder: Path) -> None:

@@ -17,10 +17,10 @@ from flashmorph.cli.options import (
     SetOption,
     StrategyOption,
     WindowOption,
+    numbers,
     quiet,
     recipe_of,
 )
-from flashmorph.errors import UserError
 
 
 @app.command()
@@ -61,7 +61,7 @@ def plan(
     )
     settings = recipe_of(options)
     config = open_config(teacher)
-    found = estimate(teacher, config, settings, found_gpu, gpus, utilisation, _lengths(contexts))
+    found = estimate(teacher, config, settings, found_gpu, gpus, utilisation, numbers("--contexts", contexts))
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
         return
@@ -71,16 +71,6 @@ def plan(
 
         for line in formulas(found):
             OUT.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
-def _lengths(text: str) -> list[int]:
-    try:
-        lengths = [int(part) for part in text.split(",")]
-    except ValueError:
-        lengths = [0]
-    if min(lengths) < 1:
-        raise UserError(f"--contexts {text!r} must be context lengths with commas, for example 8192,131072")
-    return lengths
 
 
 def _show(found: Any) -> None:

@@ -109,9 +109,8 @@ def transplant(
     """
     from flashmorph.devices import pick_device
     from flashmorph.hosts import configure
-    from flashmorph.pipeline import move_proven
     from flashmorph.progress import silent
-    from flashmorph.publish import claim_empty, save_model
+    from flashmorph.publish import claim_empty, write_host
     from flashmorph.recipe import parse_changes
     from flashmorph.teacher import load_config, open_teacher
 
@@ -123,14 +122,13 @@ def transplant(
     if other := [key for key in given if not key.startswith("host.")]:
         raise UserError(f"--set {other[0]}: transplant has settings of the host only, --set host.NAME=VALUE")
     settings = {key.removeprefix("host."): value for key, value in given.items()}
-    configure(load_config(source.folder), settings)
+    host, config = configure(load_config(source.folder), settings)
     with ERR.status(f"moving {teacher}"):
-        model, record = move_proven(source, settings, pick_device(device), silent)
         if output.is_dir():
             output.rmdir()
-        save_model(model, output, source.folder)
+        record = write_host(source, output, settings, pick_device(device), silent)
     OUT.print(
-        f"{output}: {type(model).__name__}, all {model.config.num_hidden_layers} layers full; {record['summary']}",
+        f"{output}: {host.name}, all {config.num_hidden_layers} layers full; {record['summary']}",
         highlight=False,
         soft_wrap=True,
     )

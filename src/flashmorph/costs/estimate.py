@@ -17,6 +17,7 @@ from flashmorph.costs.work import (
     distill_work,
     evaluate_work,
     extend_work,
+    logits_work,
     select_work,
 )
 from flashmorph.errors import UserError
@@ -158,6 +159,8 @@ def estimate(
         "distill": distill_work(model, recipe),
         "evaluate": evaluate_work(model, recipe),
     }
+    if recipe.distill.teacher_logits:
+        work["logits"] = logits_work(model, recipe)
     if recipe.extend:
         work["extend"] = extend_work(model, recipe)
     memory = stage_memory(model, sizes, recipe, num_gpus, bf16=recipe.bf16 is not False)

@@ -1,9 +1,10 @@
 """Memory of each stage on one GPU: what stands there throughout, and what grows with the tokens that run at once.
 
 Weights, gradients and moments of Adam are exact. What is kept for the backward is an estimate: inputs and outputs of
-every linear map in the width that products run in, and six hidden states in float32 for norms and residuals. With
-attention that does not store its scores that is within 15 % of what PyTorch keeps on a CPU. Kernels of linear mixers
-are taken to keep no more than that either; PyTorch's reference of Gated DeltaNet keeps more than twice as much.
+every linear map in the width that products run in, of experts those of the chosen, and six hidden states in float32
+for norms and residuals. With attention that does not store its scores that is within 15 % of what PyTorch keeps on a
+CPU. Kernels of linear mixers are taken to keep no more than that either; PyTorch's reference of Gated DeltaNet keeps
+more than twice as much.
 """
 
 import math
@@ -15,6 +16,7 @@ from flashmorph.hosts import FEED_FORWARD
 from flashmorph.losses import LOGITS_BYTES
 from flashmorph.plan import FULL
 from flashmorph.recipe import Recipe
+from flashmorph.recompute import recomputes
 from flashmorph.stages import TrainSettings
 
 _FLOAT32, _FLOAT64, _BF16 = 4, 8, 2
@@ -63,27 +65,32 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
     hybrid, width = sizes.hybrid(switched, model.num_full), model.config.hidden_size
     number = _BF16 if bf16 else _FLOAT32
     host_share = Share("host", "4 · host", _FLOAT32 * host)
+    chunks = Share("chunks of logits", f"{_CHUNKS_OF_LOGITS} · {LOGITS_BYTES}", _CHUNKS_OF_LOGITS * LOGITS_BYTES, False)
     student = [
         Share("student: weights, gradients, two moments", "16 · hybrid", _TRAINED * hybrid),
         *([Share("its weights in bfloat16", "2 · hybrid", _BF16 * hybrid)] if bf16 else []),
-        Share("chunks of logits", f"{_CHUNKS_OF_LOGITS} · {LOGITS_BYTES}", _CHUNKS_OF_LOGITS * LOGITS_BYTES, False),
+        chunks,
     ]
 
     def kept(part: str) -> float:
         """Bytes a token that one part of one layer keeps."""
-        return number * sizes.parts[part].widths
+        # transformers runs routed experts in the dtype of their weights, whatever autocast says.
+        return number * sizes.parts[part].widths + _FLOAT32 * sizes.parts[part].expert_widths
 
     residual = _HIDDEN_STATES * _FLOAT32 * width
     mixers = model.num_full * kept(FULL) + (model.layers - model.num_full) * kept(switched)
     trained = mixers + model.layers * (kept(FEED_FORWARD) + residual)
-    searched = model.layers * (kept(FULL) + kept(switched) + kept(FEED_FORWARD) + residual)
+    every = kept(FULL) + kept(switched) + kept(FEED_FORWARD) + residual
     aligned = model.layers * (_FLOAT32 + number) * width + kept(switched) + residual
-    search = recipe.select.search
+    search, stored = recipe.select.search, recipe.distill.teacher_logits
+    tokens = search.rows_at_once * search.longest
+    # A layer that runs again keeps its input; what its gradient needs besides stands for one layer at a time.
+    again = recomputes(model.config, tokens)
+    searched = model.layers * _FLOAT32 * width + every if again else model.layers * every
+    cast = ("2 · (host + branches) / layers", model.layers) if again else ("2 · (host + branches)", 1)
+    part = max(sizes.parts[FULL].parameters + sizes.parts[FEED_FORWARD].parameters, model.config.vocab_size * width)
     stages = {
-        "transplant": Memory([
-            Share("teacher in float64, for the proof", "8 · teacher", _FLOAT64 * sizes.teacher),
-            host_share,
-        ]),
+        "transplant": Memory([Share("a layer or the embedding, in float64", "8 · part", _FLOAT64 * part)]),
         "align": _batched(recipe.align, "align", num_gpus, aligned, [
             host_share,
             Share("branches: weights, gradients, two moments", "16 · branches", _TRAINED * branches),
@@ -92,10 +99,11 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
             [
                 host_share,
                 Share("branches", "4 · branches", _FLOAT32 * branches),
-                *([Share("both in bfloat16", "2 · (host + branches)", _BF16 * (host + branches))] if bf16 else []),
+                *([Share("both in bfloat16", cast[0], _BF16 * (host + branches) / cast[1])] if bf16 else []),
+                chunks,
             ],
             searched,
-            max(1, search.micro_batch_tokens // search.longest) * search.longest,
+            tokens,
             search.longest,
             "select.search.micro_batch_tokens",
         ),
@@ -104,8 +112,14 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
             Share("branches", "4 · branches", _FLOAT32 * branches),
             Share("hybrid", "4 · hybrid", _FLOAT32 * hybrid),
         ]),
-        "distill": _batched(recipe.distill, "distill", num_gpus, trained, [host_share, *student]),
+        "distill": _batched(
+            recipe.distill, "distill", num_gpus, trained, student if stored else [host_share, *student]
+        ),
     }  # fmt: skip
+    if stored:
+        # A forward without gradients holds one layer's inside.
+        forward = kept(FULL) + kept(FEED_FORWARD) + residual
+        stages["logits"] = _batched(recipe.distill, "distill", num_gpus, forward, [host_share, chunks])
     if not model.host.branches_train:
         del stages["align"]
     if recipe.extend:

@@ -15,11 +15,13 @@ from flashmorph.plan import FULL
 class Part(NamedTuple):
     """One part of a decoder layer: its parameters, and the inputs and outputs of its linear maps in numbers a token.
 
-    `idle` are parameters of experts that a token does not go through.
+    `expert_widths` are those of the experts that a token goes through, counted apart; `idle` are parameters of experts
+    that it does not go through.
     """
 
     parameters: int
     widths: int
+    expert_widths: int = 0
     idle: int = 0
 
 
@@ -79,6 +81,9 @@ def _part(module: nn.Module, chosen: int) -> Part:
     weights = [weight for each in layers for weight in each.parameters(recurse=False)]
     experts = [weight for weight in weights if weight.ndim == 3]
     widths = sum(sum(weight.shape) for weight in weights if weight.ndim == 2)
-    widths += sum(chosen * sum(weight.shape[1:]) for weight in experts)
+    through = sum(sum(weight.shape[1:]) for weight in experts)
+    if experts:
+        # A gated activation narrows what goes on from the first product to the last, and keeps both of its factors.
+        through += experts[0].shape[1] - experts[-1].shape[2]
     idle = sum(weight[0].numel() * (len(weight) - chosen) for weight in experts)
-    return Part(_parameters(module), widths, idle)
+    return Part(_parameters(module), widths, chosen * through, idle)

@@ -9,16 +9,18 @@ from flashmorph.hosts import FEED_FORWARD, Host, Products
 from flashmorph.outlook import num_models, search_tokens
 from flashmorph.plan import FULL
 from flashmorph.recipe import Recipe
+from flashmorph.recompute import recomputes
 from flashmorph.selection import FOLLOW_GRADIENTS
 
 
 class Pass(NamedTuple):
     """One share of a stage's work for each of its tokens: all products, and what is left of them in kernels that skip
-    what a causal mask or a window hides."""
+    what a causal mask or a window hides; `again` is what of the latter is done a second time, to save memory."""
 
     name: str
     flops: float
     causal: float
+    again: float = 0.0
 
 
 class Work(NamedTuple):
@@ -36,6 +38,11 @@ class Work(NamedTuple):
     def causal(self) -> float:
         """Operations of kernels that skip what a causal mask or a window hides."""
         return self.tokens * sum(each.causal for each in self.passes)
+
+    @property
+    def once(self) -> float:
+        """`causal` less what is done a second time: what the share of a GPU's peak (MFU) is taken of."""
+        return self.causal - self.tokens * sum(each.again for each in self.passes)
 
 
 class Model(NamedTuple):
@@ -93,24 +100,32 @@ def align_work(model: Model, recipe: Recipe) -> Work:
         recipe.align.tokens_run,
         [
             _times("teacher forward", layers, operations(teacher)),
-            _times("branches forward, twice, and backward", layers, operations(branch, 2, 1)),
+            _times("branches forward, twice, and backward", layers, operations(branch, 2, 1), operations(branch)[1]),
         ],
     )
 
 
 def select_work(model: Model, recipe: Recipe) -> Work | None:
-    """Every branch forward, and backward to the gates; None where only the search itself will tell."""
+    """Every branch forward, and backward to the gates, where that takes too much memory with a second forward.
+
+    None where only the search itself will tell.
+    """
     tokens, mean = search_tokens(recipe)
     if tokens is None or not tokens:
         return None if tokens is None else Work(0, [])
     length = max(1, round(mean))
     mixers = [*model.part(FULL, length), *model.part(model.switched, length)]
+    feed_forward = model.part(FEED_FORWARD, length)
     passes = [
-        _times("every branch forward", model.layers, operations([*mixers, *model.part(FEED_FORWARD, length)])),
+        _times("every branch forward", model.layers, operations([*mixers, *feed_forward])),
         # The first layer's mixers have nothing below them that a gradient is asked for.
         _times("mixers backward, no weights", model.layers - 1, operations(mixers, 0, 0, 1)),
-        _times("feed-forward backward", model.layers, operations(model.part(FEED_FORWARD, length), 0, 0, 1)),
+        _times("feed-forward backward", model.layers, operations(feed_forward, 0, 0, 1)),
     ]
+    if recomputes(model.config, recipe.select.search.rows_at_once * length):
+        # All but a layer's last product, whose result the backward does not need.
+        again = operations([*mixers, *feed_forward[:-1]])
+        passes.append(_times("every branch again, in the backward", model.layers, again, again[1]))
     if FOLLOW_GRADIENTS[recipe.select.strategy] == "hidden":
         teacher = [*model.part(FULL, length), *model.part(FEED_FORWARD, length)]
         passes.append(_times("teacher forward", model.layers, operations(teacher)))
@@ -118,17 +133,23 @@ def select_work(model: Model, recipe: Recipe) -> Work | None:
 
 
 def distill_work(model: Model, recipe: Recipe) -> Work:
-    """The teacher forward, the student forward and backward; chunks of logits are computed twice."""
+    """The teacher forward, unless it has been; the student forward and backward; chunks of logits twice."""
     settings, plans = recipe.distill, 2 if recipe.baseline else 1
-    teacher = [*model.part(FULL, settings.length), *model.part(FEED_FORWARD, settings.length)]
-    return Work(
-        settings.tokens_run * plans,
-        [
-            _times("teacher forward", model.layers, operations(teacher)),
-            Pass("teacher's logits, twice", 2 * model.head, 2 * model.head),
-            *_training(model, settings.length),
-        ],
-    )
+    teacher = [] if settings.teacher_logits else _teacher(model, settings.length, 2)
+    return Work(settings.tokens_run * plans, [*teacher, *_training(model, settings.length)])
+
+
+def logits_work(model: Model, recipe: Recipe) -> Work:
+    """The teacher forward, once for all plans."""
+    return Work(recipe.distill.tokens_run, _teacher(model, recipe.distill.length, 1))
+
+
+def _teacher(model: Model, length: int, times: int) -> list[Pass]:
+    """The teacher's layers forward, its logits as often as told."""
+    layers = operations([*model.part(FULL, length), *model.part(FEED_FORWARD, length)])
+    logits = times * model.head
+    about = "teacher's logits" + (", twice" if times > 1 else "")
+    return [_times("teacher forward", model.layers, layers), Pass(about, logits, logits, logits - model.head)]
 
 
 def extend_work(model: Model, recipe: Recipe) -> Work:
@@ -164,7 +185,7 @@ def _training(model: Model, length: int) -> list[Pass]:
     """The hybrid forward and backward; its logits twice forward, once backward."""
     return [
         _times("student forward and backward", 1, _body(model, length, 1, 1, 1)),
-        Pass("student's logits, twice, and backward", 4 * model.head, 4 * model.head),
+        Pass("student's logits, twice, and backward", 4 * model.head, 4 * model.head, model.head),
     ]
 
 
@@ -175,5 +196,5 @@ def _body(model: Model, length: int, forward: int, weights: int, inputs: int) ->
     return sum(count * flops for count, (flops, _) in found), sum(count * causal for count, (_, causal) in found)
 
 
-def _times(name: str, times: int, flops: tuple[float, float]) -> Pass:
-    return Pass(name, times * flops[0], times * flops[1])
+def _times(name: str, times: int, flops: tuple[float, float], again: float = 0.0) -> Pass:
+    return Pass(name, times * flops[0], times * flops[1], times * again)

@@ -17,7 +17,7 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import Grani
 
 from flashmorph.errors import UserError
 from flashmorph.hosts.checks import refuse_activation, refuse_rope, refuse_windows
-from flashmorph.hosts.host import FEED_FORWARD, LINEAR, Products
+from flashmorph.hosts.host import FEED_FORWARD, LINEAR, Products, layer_prefixes
 from flashmorph.hosts.kernels import boundaries_in, dispatch_by_device
 from flashmorph.hosts.products import attention_products, feed_forward_products, head_dim_of
 from flashmorph.hosts.serving import READ, RUN, TRANSFORMERS, Engine
@@ -139,12 +139,12 @@ class GraniteHybridHost:
             dtype=teacher.dtype,
         )
 
-    def host_state(self, teacher: PreTrainedModel) -> dict[str, torch.Tensor]:
+    def host_state(self, teacher: PreTrainedConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The teacher's weights under the host's names, none of them changed; a bias that it lacks is zero."""
-        config, state = teacher.config, dict(teacher.state_dict())
-        key_rows = config.num_key_value_heads * head_dim_of(config)
-        for layer in range(config.num_hidden_layers):
-            mixer, mlp, shared = (f"model.layers.{layer}.{name}." for name in ("self_attn", "mlp", "shared_mlp"))
+        state = dict(state)
+        key_rows = teacher.num_key_value_heads * head_dim_of(teacher)
+        for layer in layer_prefixes(state):
+            mixer, mlp, shared = (f"{layer}{name}." for name in ("self_attn", "mlp", "shared_mlp"))
             if f"{mixer}qkv_proj.weight" in state:
                 fused = state.pop(f"{mixer}qkv_proj.weight")
                 parts = fused.split([len(fused) - 2 * key_rows, key_rows, key_rows])
@@ -154,7 +154,7 @@ class GraniteHybridHost:
                 gate_up = torch.cat([state.pop(f"{mlp}{name}.weight") for name in ("gate_proj", "up_proj")])
             state[f"{shared}input_linear.weight"] = gate_up
             state[f"{shared}output_linear.weight"] = state.pop(f"{mlp}down_proj.weight")
-            if _has_bias(config):
+            if _has_bias(teacher):
                 for name in "qkvo":
                     weight = state[f"{mixer}{name}_proj.weight"]
                     state.setdefault(f"{mixer}{name}_proj.bias", weight.new_zeros(len(weight)))

@@ -1,6 +1,7 @@
 """What a host is: a stock hybrid architecture that a teacher can be moved into without changing what it computes."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from flashmorph.hosts.serving import Engine
 LINEAR = "linear"
 FEED_FORWARD = "feed-forward"
 """The part of a decoder layer that is not its mixer, for `Host.flops_per_token`."""
+_LAYER = re.compile(r"model\.layers\.\d+\.")
 
 
 class Products(NamedTuple):
@@ -70,8 +72,12 @@ class Host(Protocol):
         """
         ...
 
-    def host_state(self, teacher: PreTrainedModel) -> dict[str, torch.Tensor]:
-        """The host's weights, all layers full, computed from the teacher's."""
+    def host_state(self, teacher: PreTrainedConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The host's weights, all layers full, computed from the teacher's in `state`.
+
+        `state` holds any number of whole decoder layers, and any of the weights outside of them: a checkpoint that does
+        not fit into memory moves layer by layer.
+        """
         ...
 
     def with_layer_types(self, config: PreTrainedConfig, options: list[str]) -> PreTrainedConfig:
@@ -128,3 +134,9 @@ class Host(Protocol):
         linear mixer: all of the scores, also those above the diagonal; but of a window none outside it.
         """
         ...
+
+
+def layer_prefixes(names: Iterable[str]) -> list[str]:
+    """What the names of each decoder layer's weights begin with, `model.layers.3.`, of the layers among `names`."""
+    found = (_LAYER.match(name) for name in names)
+    return list(dict.fromkeys(match.group() for match in found if match))

@@ -38,4 +38,7 @@ def attention_products(
 
 def feed_forward_products(width: int, inner: int) -> list[Products]:
     """A gated feed-forward from `width` to `inner` and back."""
-    return [Products("gate, up, down", "weights", "6 · hidden · intermediate", 6 * width * inner)]
+    return [
+        Products("gate, up", "weights", "4 · hidden · intermediate", 4 * width * inner),
+        Products("down", "weights", "2 · hidden · intermediate", 2 * width * inner),
+    ]

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Qwen3_5ForCausalLM, 
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
 from flashmorph.hosts.checks import refuse_activation, refuse_rope, refuse_windows
-from flashmorph.hosts.host import FEED_FORWARD, LINEAR, Products
+from flashmorph.hosts.host import FEED_FORWARD, LINEAR, Products, layer_prefixes
 from flashmorph.hosts.kernels import (
     REFERENCE,
     boundaries_in,
@@ -112,21 +112,19 @@ class Qwen35Host:
             "dtype": teacher.dtype,
         }
 
-    def host_state(self, teacher: PreTrainedModel) -> dict[str, torch.Tensor]:
+    def host_state(self, teacher: PreTrainedConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The teacher's weights under the host's names.
 
         In bfloat16 `w - 1` keeps all digits of w only from 0.5 on. So a smaller weight of a layer's norm is first
         multiplied by a power of two, which the columns that read this channel take back: both are exact.
         """
-        head_dim = teacher.config.head_dim
-        state = self.teacher_state(teacher)
+        state = self.teacher_state(teacher, state)
         norms = {
             "input_layernorm.weight": [f"self_attn.{name}_proj.weight" for name in "qkv"],
             "post_attention_layernorm.weight": self.mlp_readers,
         }
         for norm, readers in norms.items():
-            for layer in range(teacher.config.num_hidden_layers):
-                prefix = f"model.layers.{layer}."
+            for prefix in layer_prefixes(state):
                 factor = _exact_factor(state[prefix + norm])
                 state[prefix + norm] = state[prefix + norm] * factor
                 for reader in readers:
@@ -135,15 +133,15 @@ class Qwen35Host:
             if name.endswith("norm.weight"):
                 state[name] = weight - 1
             elif ".q_proj." in name:
-                heads = weight.unflatten(0, (-1, head_dim))
+                heads = weight.unflatten(0, (-1, teacher.head_dim))
                 state[name] = torch.cat([heads, torch.zeros_like(heads)], 1).flatten(0, 1)
             elif name.endswith(".o_proj.weight"):
                 state[name] = weight * 2
         return state
 
-    def teacher_state(self, teacher: PreTrainedModel) -> dict[str, torch.Tensor]:
+    def teacher_state(self, teacher: PreTrainedConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The teacher's weights, under names that the host has as well."""
-        return dict(teacher.state_dict())
+        return dict(state)
 
     def with_layer_types(self, config: PreTrainedConfig, options: list[str]) -> PreTrainedConfig:
         """A copy; periodic plans also carry `full_attention_interval`, which SGLang places layers by."""

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Qwen3_5MoeForCausalL
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeGatedDeltaNet
 
 from flashmorph.errors import UserError
-from flashmorph.hosts.host import FEED_FORWARD, Products
+from flashmorph.hosts.host import FEED_FORWARD, Products, layer_prefixes
 from flashmorph.hosts.kernels import convolve_apart, dispatch_by_device
 from flashmorph.hosts.qwen3_5 import SGLANG, VLLM, Qwen35Host
 from flashmorph.hosts.serving import TRANSFORMERS, Engine
@@ -59,11 +59,11 @@ class Qwen35MoeHost(Qwen35Host):
             shared_expert_intermediate_size=_shared_width(teacher),
         )
 
-    def teacher_state(self, teacher: PreTrainedModel) -> dict[str, torch.Tensor]:
+    def teacher_state(self, teacher: PreTrainedConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """With a silent shared expert: rows of the first expert, so that it can learn, and nothing that reads them."""
-        state, width = super().teacher_state(teacher), _shared_width(teacher.config)
-        for layer in range(teacher.config.num_hidden_layers):
-            prefix = f"model.layers.{layer}.mlp."
+        state, width = super().teacher_state(teacher, state), _shared_width(teacher)
+        for layer in layer_prefixes(state):
+            prefix = f"{layer}mlp."
             gate, up = state[f"{prefix}experts.gate_up_proj"][0].chunk(2)
             state[f"{prefix}shared_expert.gate_proj.weight"] = gate[:width]
             state[f"{prefix}shared_expert.up_proj.weight"] = up[:width]

@@ -85,9 +85,9 @@ class WindowHost:
             **same, rope_parameters=rope, sliding_window=window, layer_types=types, dtype=teacher.dtype
         )
 
-    def host_state(self, teacher: PreTrainedModel) -> dict[str, torch.Tensor]:
+    def host_state(self, teacher: PreTrainedConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The teacher's weights as they are."""
-        return dict(teacher.state_dict())
+        return dict(state)
 
     def with_layer_types(self, config: PreTrainedConfig, options: list[str]) -> PreTrainedConfig:
         """A copy; any order of layers will do."""

@@ -84,7 +84,7 @@ def _line_axes(figure: go.Figure, panel: Lines) -> None:
     if panel.log_x:
         figure.update_xaxes(type="log")
     if panel.log_y:
-        figure.update_yaxes(type="log", exponentformat="power", dtick=1 if _decades(panel) > 1 else None)
+        figure.update_yaxes(type="log", tickformat="~g", dtick=1 if _decades(panel) > 1 else None)
     if panel.x_ticks:
         figure.update_xaxes(tickvals=list(panel.x_ticks), ticktext=list(panel.x_ticks.values()))
     elif panel.log_x:

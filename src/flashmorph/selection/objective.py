@@ -16,7 +16,7 @@ import torch
 
 from flashmorph.errors import UserError
 from flashmorph.files import read_json, write_json
-from flashmorph.losses import Head, token_losses
+from flashmorph.losses import Head, label_loss, token_losses
 from flashmorph.morphable import Morphable, run_order
 from flashmorph.plan import Plan
 from flashmorph.progress import Report, silent
@@ -266,13 +266,13 @@ class MorphableObjective:
         ids, marks = self._tensors(batch)
         hidden = self._morphable(ids, gates)[:, :-1][marks[:, 1:]]
         self._meter.count(ids, forward=1, backward=1, every_branch=True)
-        logits = self._head(hidden).float()
-        return torch.nn.functional.cross_entropy(logits, ids[:, 1:][marks[:, 1:]])
+        return label_loss(hidden, self._head, ids[:, 1:][marks[:, 1:]])
 
     def _hidden_loss(self, gates: torch.Tensor, batch: Sequence[Example]) -> torch.Tensor:
         """`mean over layers and answer tokens |H_mix - H_full|^2`, the norm's square as a mean over the width.
 
-        H is the output of the token mixer where an answer token is predicted; H_full is the teacher's own trajectory.
+        H is the output of the token mixer where an answer token is predicted; H_full is the teacher's own trajectory,
+        run first, in the same model, once a batch.
         """
         ids, marks = self._tensors(batch)
         places = marks.roll(-1, 1)

@@ -24,6 +24,11 @@ class SearchSettings(BaseModel):
         """The longest context."""
         return self.length if isinstance(self.length, int) else self.length[1]
 
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that are run at once on one device."""
+        return max(1, self.micro_batch_tokens // self.longest)
+
 
 def step_shape(settings: SearchSettings, seed: int, step: int) -> tuple[int, int]:
     """Length and number of the rows of one training step."""
@@ -71,7 +76,7 @@ class SearchData:
 
     def micro_batches(self, batch: Sequence[Any]) -> list[Sequence[Any]]:
         """`batch` in pieces that are run at once."""
-        rows = max(1, self.settings.micro_batch_tokens // self.settings.longest)
+        rows = self.settings.rows_at_once
         return [batch[start : start + rows] for start in range(0, len(batch), rows)]
 
     def _example(self, split: str, length: int, number: int) -> Example:

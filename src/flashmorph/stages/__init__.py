@@ -3,16 +3,21 @@
 from flashmorph.stages.align import AlignSettings, align, alignment_errors
 from flashmorph.stages.distill import DistillSettings, distill
 from flashmorph.stages.extend import ExtendSettings, extend
+from flashmorph.stages.teacher_logits import LogitSettings, RowsWithLogits, logits_on_disk, write_logits
 from flashmorph.stages.training import TrainSettings, collate
 
 __all__ = [
     "AlignSettings",
     "DistillSettings",
     "ExtendSettings",
+    "LogitSettings",
+    "RowsWithLogits",
     "TrainSettings",
     "align",
     "alignment_errors",
     "collate",
     "distill",
     "extend",
+    "logits_on_disk",
+    "write_logits",
 ]

@@ -1,19 +1,24 @@
-"""Distillation: the hybrid learns the teacher's distribution of next tokens on text (forward KL on all tokens)."""
+"""Distillation: the hybrid learns the teacher's distribution of next tokens on text (forward KL on all tokens).
+
+The teacher runs beside the student, or what it says was written before (`teacher_logits.py`).
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer
 from torch import nn
 from transformers import PreTrainedModel
 
 from flashmorph.errors import UserError
 from flashmorph.hosts import host_of
-from flashmorph.losses import Head, forward_kl
-from flashmorph.packing import apart
+from flashmorph.losses import Head, forward_kl, top_kl
+from flashmorph.packing import apart, token_order
 from flashmorph.progress import Report, silent
 from flashmorph.rows import Rows
+from flashmorph.stages.teacher_logits import LogitSettings, RowsWithLogits
 from flashmorph.stages.training import TrainSettings, train
 
 
@@ -24,6 +29,15 @@ class DistillSettings(TrainSettings):
     length: PositiveInt = 512
     batch_tokens: PositiveInt = 49_152
     learning_rate: PositiveFloat = 1e-4
+    teacher_logits: LogitSettings | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What was trained before there was `teacher_logits` keeps its digest."""
+        values = handler(self)
+        if self.teacher_logits is None:
+            del values["teacher_logits"]
+        return values
 
 
 class DistillationLoss(nn.Module):
@@ -48,10 +62,36 @@ class DistillationLoss(nn.Module):
         return {"loss": forward_kl(found, Head.of(self.student), target, Head.of(teacher))}
 
 
+class StoredDistillationLoss(nn.Module):
+    """Mean forward KL of student to a teacher of which the likeliest tokens are known, all others taken as one."""
+
+    def __init__(self, student: PreTrainedModel):
+        super().__init__()
+        self.student = student
+        self._host = host_of(student.config)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        values: torch.Tensor,
+        places: torch.Tensor,
+        starts: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """The loss for `input_ids` `[batch, time]`, given the teacher's `values` `[batch, time, k + 1]` at `places`
+        `[batch, time, k]`; documents apart where `starts` `[batch, time]` marks their first tokens; of what predicts
+        the tokens at which `loss_mask` `[batch, time]` is True."""
+        packed = apart(input_ids, starts, self._host, loss_mask)
+        found = torch.cat([each.predicting(each.run(self.student.model)) for each in packed])
+        order = token_order(input_ids, starts, self._host, loss_mask)
+        values, places = (each.flatten(0, 1)[order] for each in (values, places))
+        return {"loss": top_kl(found, Head.of(self.student), values, places)}
+
+
 def distill(
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    rows: Rows,
+    teacher: PreTrainedModel | None,
+    rows: Rows | RowsWithLogits,
     settings: DistillSettings,
     folder: Path,
     seed: int = 0,
@@ -59,16 +99,17 @@ def distill(
     report: Report = silent,
     report_to: Sequence[str] = (),
 ) -> None:
-    """Train all weights of `student` in place towards `teacher`.
+    """Train all weights of `student` in place towards `teacher`, or towards what `rows` have of it if it is None.
 
     Interrupted work goes on from the last whole checkpoint in `folder`. `report_to`: see `train`.
 
     Raises:
         UserError: the vocabularies differ, or the loss is not finite.
     """
-    sizes = student.config.vocab_size, teacher.config.vocab_size
-    if sizes[0] != sizes[1]:
+    if teacher and student.config.vocab_size != teacher.config.vocab_size:
+        sizes = student.config.vocab_size, teacher.config.vocab_size
         raise UserError(f"the student has {sizes[0]:,} tokens in its vocabulary and the teacher {sizes[1]:,}")
     student.requires_grad_(True).train()
-    train(DistillationLoss(student, teacher.eval()), rows, settings, folder, seed, bf16, report, report_to=report_to)
+    loss = DistillationLoss(student, teacher.eval()) if teacher else StoredDistillationLoss(student)
+    train(loss, rows, settings, folder, seed, bf16, report, report_to=report_to)
     student.eval()

@@ -8,17 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from flashmorph.errors import UserError
 from flashmorph.files import atomic_path
 from flashmorph.progress import Report
-from flashmorph.rows import Rows
 from flashmorph.stages.checkpoints import drop_damaged, finish, last_checkpoint
 from flashmorph.stages.watch import Watch
 
@@ -133,7 +134,7 @@ def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def train(
     model: nn.Module,
-    rows: Rows,
+    rows: Dataset[dict[str, Any]],
     settings: TrainSettings,
     folder: Path,
     seed: int,
@@ -212,17 +213,19 @@ def _reports_in(folder: Path) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def collate(batch: Sequence[dict[str, list[int]]], isolate: bool = True) -> dict[str, torch.Tensor]:
-    """Rows as `input_ids` `[batch, time]`.
+def collate(batch: Sequence[dict[str, Any]], isolate: bool = True) -> dict[str, torch.Tensor]:
+    """Rows as `input_ids` `[batch, time]`, and whatever arrays they have besides.
 
     With `starts` `[batch, time]`, True at first tokens, if documents are to be kept apart and a row has several; with
     `loss_mask` `[batch, time]`, False at tokens that are not learnt, if there are such.
     """
-    tensors = {"input_ids": torch.tensor([row["input_ids"] for row in batch])}
+    ids = torch.tensor([row["input_ids"] for row in batch])
+    others = batch[0].keys() - {"input_ids", "starts", "ignored"}
+    tensors = {"input_ids": ids, **{name: torch.from_numpy(np.stack([row[name] for row in batch])) for name in others}}
     if isolate and any(len(row["starts"]) > 1 for row in batch):
-        tensors["starts"] = _at(tensors["input_ids"], [row["starts"] for row in batch])
+        tensors["starts"] = _at(ids, [row["starts"] for row in batch])
     if any(row["ignored"] for row in batch):
-        tensors["loss_mask"] = ~_at(tensors["input_ids"], [row["ignored"] for row in batch])
+        tensors["loss_mask"] = ~_at(ids, [row["ignored"] for row in batch])
     return tensors
 
 

@@ -1,0 +1,307 @@
+"""What a GPU does with the shape of a Qwen3-1.7B: training steps, the search, reading and writing long contexts.
+
+    python benchmarks/gpu.py --gpu h200
+
+Random weights: speed does not depend on what they know. For align, gates and distill at the settings of the recipe
+`default`: tokens a second, share of the GPU's peak, memory at its peak and what `flashmorph plan` says of it; how many
+hours the gates' descent takes at those settings (`--search`: the whole search is run); prefill and decode of teacher
+and hybrid; and which kernels of flash-linear-attention ran, by the profiler. Writes `benchmarks/results/gpu.json`.
+Without CUDA the same code runs at toy size on the CPU, says that it measured nothing, and writes nothing.
+"""
+
+import argparse
+import gc
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from flashmorph.bench import BenchSettings, bench, kernels_of, measure_rates
+from flashmorph.bench.limit import timed
+from flashmorph.bench.memory import peak_bytes
+from flashmorph.cli.bench import show
+from flashmorph.cli.options import numbers, quiet
+from flashmorph.costs import Estimate, Gpu, estimate, find_gpu
+from flashmorph.devices import pick_device, use_bf16
+from flashmorph.environment import describe
+from flashmorph.files import write_json
+from flashmorph.hosts import host_for, layer_space
+from flashmorph.morphable import Morphable, build
+from flashmorph.plan import Budget
+from flashmorph.recipe import Recipe, load_recipe
+from flashmorph.selection.objective import MorphableObjective
+from flashmorph.selection.search import own_settings, select
+from flashmorph.selection.searchdata import SearchData, step_shape
+from flashmorph.selection.uniform import uniform
+from flashmorph.stages.align import AlignmentLoss
+from flashmorph.stages.distill import DistillationLoss
+from flashmorph.tasks import STYLES, Haystack, Layout
+from flashmorph.teacher import load_tokenizer, open_teacher
+
+SHAPE = {
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+TOY_SHAPE = {
+    "vocab_size": 1536,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+TOY_RECIPE = {
+    **{f"{stage}.{name}": value for stage in ("align", "distill", "extend") for name, value in
+       {"tokens": 128, "length": 32, "batch_tokens": 64, "micro_batch_tokens": 64}.items()},
+    "select.search": {"length": [64, 128], "batch_tokens": 128, "micro_batch_tokens": 128, "questions": 2},
+    "select.settings": {"steps": 3, "swaps": 1},
+    "evaluate.length": 128,
+    "style": "lines",
+    "tasks": {"one_key": {"task": "many_keys", "num_keys": 1}},
+}  # fmt: skip
+
+
+class Run:
+    """The models of one shape on one device, what the recipe asks of them, and what was found so far."""
+
+    def __init__(self, shape: dict[str, int], recipe: Recipe, device: torch.device, gpu: Gpu | None, steps: int):
+        self.config = Qwen3Config(
+            **shape, max_position_embeddings=2**19, tie_word_embeddings=True, dtype=torch.bfloat16
+        )
+        self.device, self.gpu, self.steps = device, gpu, steps
+        self.bf16 = use_bf16(device)
+        self.host = host_for(self.config)
+        self.budget = Budget("layers", shape["num_hidden_layers"] // 4)
+        space = layer_space(self.host, self.host.host_config(self.config), self.budget)
+        self.plan = uniform(space, self.budget, None, 0).plan
+        self.recipe = self.fitting(recipe)
+        self.found: dict[str, Any] = {}
+
+    def fitting(self, recipe: Recipe) -> Recipe:
+        """With fewer tokens at once where `flashmorph plan` says that a stage does not fit into nine tenths of this
+        GPU."""
+        if self.device.type != "cuda":
+            return recipe
+        room = 0.9 * torch.cuda.get_device_properties(self.device).total_memory
+        needs = [stage.memory for stage in self.plan_says(recipe).stages if stage.memory and stage.memory.tokens]
+        fitting = {memory.setting: memory.tokens_within(room) for memory in needs if memory.bytes() > room}
+        return load_recipe("default", {setting: tokens for setting, tokens in fitting.items() if tokens})
+
+    def part(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
+        """Run one part; where memory is too small for it, that is what was found."""
+        try:
+            self.found[name] = work()
+        except torch.OutOfMemoryError:
+            self.found[name] = {"out_of_memory": True}
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def morphable(self) -> Morphable:
+        """The host in float32, all layers full, with untrained branches."""
+        torch.manual_seed(0)
+        model = self.host.model_class(cast(Any, self.host.host_config(self.config)))
+        return Morphable(model.to(self.device, torch.float32))
+
+    def ids(self, tokens: int, length: int) -> torch.Tensor:
+        """Random rows of `length`."""
+        return torch.randint(self.config.vocab_size, (max(1, tokens // length), length), device=self.device)
+
+    def plan_says(self, recipe: Recipe) -> Estimate:
+        """What `flashmorph plan` says of a recipe."""
+        budget = {"budget": str(self.budget)}
+        return estimate("random", self.config, recipe.model_copy(update=budget), self.gpu)
+
+    def train(self, name: str, loss: nn.Module) -> dict[str, Any]:
+        """Steps of one stage: forward, backward and AdamW on rows of the recipe, in parts as it says."""
+        settings = getattr(self.recipe, name)
+        weights = [weight for weight in loss.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=self.device.type == "cuda")
+        rows = settings.batch_rows // settings.accumulation
+
+        def step() -> None:
+            for _ in range(settings.accumulation):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                    value = loss(self.ids(rows * settings.length, settings.length))["loss"]
+                (value / settings.accumulation).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        steps = [(step, settings.batch_rows * settings.length)] * self.steps
+        return self.measure(name, steps, self.plan_says(self.recipe))
+
+    def measure(self, name: str, steps: list[tuple[Callable[[], object], int]], expected: Estimate) -> dict[str, Any]:
+        """Time steps, each given with its tokens, after a round that compiles kernels and shows the peak of memory.
+
+        The share of the peak (MFU) is of the operations that `flashmorph plan` counts for kernels, without those that
+        are done a second time to save memory.
+        """
+        fixed = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else None
+        different = {id(work): work for work, _ in steps}.values()
+        above = peak_bytes(lambda: [work() for work in different], self.device)
+        seconds = [timed(work, self.device) for work, _ in steps]
+        tokens = sum(number for _, number in steps)
+        stage = next(stage for stage in expected.stages if stage.name == name)
+        assert stage.work and stage.memory
+        rate = stage.work.once / stage.work.tokens * tokens / sum(seconds)
+        return {
+            "tokens": [number for _, number in steps],
+            "seconds": seconds,
+            "tokens_per_second": tokens / sum(seconds),
+            "flops_per_second": rate,
+            "share_of_peak": rate / self.gpu.flops if self.gpu else None,
+            "peak_bytes": None if fixed is None or above is None else fixed + above,
+            "peak_bytes_planned": stage.memory.bytes(),
+        }
+
+    def align(self) -> dict[str, Any]:
+        """Branches trained beside their attention; and the kernels that this runs."""
+        morphable = self.morphable()
+        for weights in morphable.branch_parameters():
+            for weight in weights:
+                weight.requires_grad_(True)
+        loss = AlignmentLoss(morphable)
+        found = self.train("align", loss)
+        ids = self.ids(self.recipe.align.length, self.recipe.align.length)
+
+        def once() -> None:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                loss(ids)["loss"].backward()
+
+        return {**found, "kernels": kernels_of(once, self.device)}
+
+    def gates(self, whole_search: bool) -> dict[str, Any]:
+        """Some steps of the default search on retrieval questions, and the hours that all of them would take."""
+        morphable, chosen = self.morphable(), self.recipe.select
+        tokenizer = load_tokenizer(open_teacher("tiny").folder)
+        assert tokenizer
+        style = STYLES[self.recipe.style]
+        layouts = {split: Layout(tokenizer, style, Haystack.repeated()) for split in ("train", "validation")}
+        data = SearchData(layouts, style, list(self.recipe.tasks.values()), chosen.search)
+        gates = torch.tensor(morphable.space(self.budget).one_hot(self.plan), dtype=torch.float32)
+        with tempfile.TemporaryDirectory() as folder:
+            objective = MorphableObjective(morphable, data, Path(folder), self.bf16)
+            # The same share of long rows as in all steps: every so many of them.
+            number = own_settings(chosen.strategy, chosen.settings)["steps"]
+            shapes = [step_shape(chosen.search, self.recipe.seed, step) for step in range(number)]
+            some = sorted(range(number), key=shapes.__getitem__)[:: max(1, number // self.steps)]
+            steps = [
+                (lambda step=step: objective.gradient(gates, step, "answers"), shapes[step][0] * shapes[step][1])
+                for step in some
+            ]
+            found = self.measure("select", steps, self.plan_says(self.recipe))
+            tokens = sum(length * rows for length, rows in shapes)
+            found["hours_of_descent"] = tokens / found["tokens_per_second"] / 3600
+            if whole_search:
+                cost = select(morphable, self.budget, chosen.strategy, objective, **chosen.settings).cost
+                found["whole_search"] = {**asdict(cost), "hours": cost.seconds / 3600}
+        return found
+
+    def distill(self) -> dict[str, Any]:
+        """All weights of the hybrid trained towards the teacher."""
+        morphable = self.morphable()
+        student = build(morphable, self.plan).train()
+        space = morphable.space(self.budget)
+        every = Budget("layers", len(space.groups))
+        teacher = build(morphable, space.plan(list(space.groups), every)).requires_grad_(False)
+        del morphable
+        gc.collect()
+        return self.train("distill", DistillationLoss(student, teacher))
+
+    def contexts(self, lengths: list[int], repeats: int) -> dict[str, Any]:
+        """Prefill and decode of the teacher's own class and of the hybrid, in bfloat16, in turns."""
+        hybrid = self.host.with_layer_types(self.host.host_config(self.config), list(self.plan.assignments.values()))
+        models: dict[str, Any] = {
+            "teacher": Qwen3ForCausalLM(self.config),
+            "hybrid": self.host.model_class(cast(Any, hybrid)),
+        }
+        for name, model in models.items():
+            models[name] = model.to(self.device, torch.bfloat16).eval()
+        left_out = []
+        while True:
+            try:
+                figures = bench(models, BenchSettings(lengths=tuple(lengths), repeats=repeats))
+                return {**figures, "out_of_memory": left_out}
+            except torch.OutOfMemoryError:
+                left_out.append(lengths.pop())
+                if not lengths:
+                    raise
+
+
+def main() -> None:
+    """Measure, print and write; or run at toy size and say so."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", help="its name in `flashmorph plan`, for the share of its peak: h200, a100, ...")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of each stage, after one that is not")
+    parser.add_argument("--lengths", default="32768,65536,131072,262144")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of prefill and decode")
+    parser.add_argument("--search", action="store_true", help="run the whole search, not only some of its steps")
+    parser.add_argument("--toy", action="store_true", help="toy size on the CPU; measures nothing")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu.json"))
+    arguments = parser.parse_args()
+    quiet()
+    toy = arguments.toy or not torch.cuda.is_available()
+    device = pick_device("cpu" if toy else "cuda")
+    recipe = load_recipe("default", TOY_RECIPE if toy else None)
+    gpu = find_gpu(arguments.gpu) if arguments.gpu else None
+    steps, lengths = (2, [64, 128]) if toy else (arguments.steps, numbers("--lengths", arguments.lengths))
+    run = Run(TOY_SHAPE if toy else SHAPE, recipe, device, gpu, steps)
+    run.part("align", run.align)
+    run.part("gates", lambda: run.gates(arguments.search or toy))
+    run.part("distill", run.distill)
+    run.part("contexts", lambda: run.contexts(lengths, 1 if toy else arguments.repeats))
+    if toy:
+        print(f"No GPU was used: {', '.join(run.found)} ran at toy size on the CPU. This measured nothing.")
+        return
+    figures = {
+        "command": f"python benchmarks/gpu.py {shlex.join(sys.argv[1:])}".strip(),
+        "machine": {**describe(), **measure_rates(device, torch.bfloat16).to_dict()},
+        "shape": SHAPE,
+        "settings": run.recipe.model_dump(mode="json", include={"align", "select", "distill"}),
+        **run.found,
+    }
+    write_json(arguments.output, figures)
+    show_steps(run.found)
+    if "models" in run.found["contexts"]:
+        show(run.found["contexts"])
+
+
+def show_steps(found: dict[str, Any]) -> None:
+    """A line for each stage that trains or searches, the hours of the gates, and whose kernels ran."""
+    table = Table(title="steps at the settings of the recipe `default`", title_justify="left")
+    for column in ("stage", "tokens a second", "of the peak", "memory, GiB", "planned"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for name in ("align", "gates", "distill"):
+        each = found[name]
+        if "seconds" not in each:
+            table.add_row(name, "out of memory")
+            continue
+        share = "" if each["share_of_peak"] is None else f"{each['share_of_peak']:.0%}"
+        sizes = (f"{each[key] / 2**30:,.1f}" for key in ("peak_bytes", "peak_bytes_planned"))
+        table.add_row(name, f"{each['tokens_per_second']:,.0f}", share, *sizes)
+    Console().print(table)
+    if hours := found["gates"].get("hours_of_descent"):
+        print(f"gates: {hours:.2f} hours for all steps of the descent, without the neighbours tried at its end")
+    if whole := found["gates"].get("whole_search"):
+        print(f"gates: {whole['hours']:.2f} hours for the whole search")
+    kernels = found["align"].get("kernels", {}).get("fla", [])
+    print(f"kernels of flash-linear-attention: {', '.join(kernels) or 'none ran'}")
+
+
+if __name__ == "__main__":
+    main()

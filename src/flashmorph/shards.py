@@ -1,0 +1,109 @@
+"""Checkpoints of several files, read tensor by tensor and written file by file: never in memory as a whole."""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from flashmorph.errors import UserError
+from flashmorph.files import read_json, write_json
+
+
+class ShardReader:
+    """The weights in `folder`: those of `model.safetensors`, or of the files that its index names."""
+
+    def __init__(self, folder: Path):
+        """Read the names, nothing else.
+
+        Raises:
+            UserError: no weights, or a file of the index is missing or damaged.
+        """
+        index = folder / SAFE_WEIGHTS_INDEX_NAME
+        if (folder / SAFE_WEIGHTS_NAME).is_file():
+            files = [SAFE_WEIGHTS_NAME]
+        elif index.is_file():
+            files = sorted(set(read_json(index)["weight_map"].values()))
+        else:
+            raise UserError(f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
+        if missing := [file for file in files if not (folder / file).is_file()]:
+            raise UserError(f"{folder} lacks {missing[0]}, which its index names: the checkpoint is incomplete")
+        self.files = [folder / file for file in files]
+        try:
+            with _opened(self.files) as handles:
+                self._places = {name: file for file, handle in handles.items() for name in handle.keys()}
+        except Exception as error:
+            raise UserError(f"the weights in {folder} cannot be read, are they complete? {error}") from error
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return list(self._places)
+
+    @property
+    def largest_bytes(self) -> int:
+        """The size of the largest file."""
+        return max(file.stat().st_size for file in self.files)
+
+    @contextmanager
+    def slices(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """These tensors, each read when it is indexed; only their files are open, and only inside this context."""
+        wanted = {name: self._places[name] for name in names}
+        with _opened(set(wanted.values())) as handles:
+            yield {name: handles[file].get_slice(name) for name, file in wanted.items()}
+
+
+@contextmanager
+def _opened(files: Iterable[Path]) -> Iterator[dict[Path, Any]]:
+    # Read, not mapped: pages of a mapped file count as this process's memory for as long as it is open.
+    with ExitStack() as stack:
+        yield {file: stack.enter_context(safe_open(file, "pt", backend="pread")) for file in files}
+
+
+class ShardWriter:
+    """Writes a checkpoint into `folder`, in one file, or in files of at most `shard_bytes` or one tensor each."""
+
+    def __init__(self, folder: Path, shard_bytes: int | None):
+        self._folder, self._shard_bytes = folder, shard_bytes or sys.maxsize
+        self._waiting: dict[str, torch.Tensor] = {}
+        self._written: list[tuple[Path, list[str]]] = []
+        self._parameters, self._bytes = 0, 0
+
+    def add(self, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+        """Add tensors, rounded to `dtype`; they are copied, and written once a file is full."""
+        for name, tensor in state.items():
+            size = tensor.numel() * dtype.itemsize
+            if self._waiting and _bytes_of(self._waiting) + size > self._shard_bytes:
+                self._write()
+            self._waiting[name] = tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
+            self._parameters, self._bytes = self._parameters + tensor.numel(), self._bytes + size
+
+    def finish(self) -> None:
+        """Write what is left, name the files as their number asks for, and write the index if there are several."""
+        self._write()
+        if len(self._written) == 1:
+            self._written[0][0].rename(self._folder / SAFE_WEIGHTS_NAME)
+            return
+        places: dict[str, str] = {}
+        for number, (path, names) in enumerate(self._written, 1):
+            stem, ending = SAFE_WEIGHTS_NAME.rsplit(".", 1)
+            final = f"{stem}-{number:05d}-of-{len(self._written):05d}.{ending}"
+            path.rename(self._folder / final)
+            places |= dict.fromkeys(names, final)
+        metadata = {"total_parameters": self._parameters, "total_size": self._bytes}
+        write_json(self._folder / SAFE_WEIGHTS_INDEX_NAME, {"metadata": metadata, "weight_map": places})
+
+    def _write(self) -> None:
+        path = self._folder / f"{len(self._written)}.safetensors.part"
+        save_file(self._waiting, path, {"format": "pt"})
+        self._written.append((path, list(self._waiting)))
+        self._waiting = {}
+
+
+def _bytes_of(state: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
