@@ -278,9 +278,10 @@ class _Part:
     def _no_text(self) -> UserError:
         if not self._unfit:
             return no_text(self._corpus, self._split)
+        way_out = "; `loss_on: all` needs no replies to be found" if self._corpus.replies_only else ""
         return UserError(
             f"{self._corpus.source}: the teacher's chat template takes none of the {self._unfit:,} conversations that "
-            f"were tried: {self._reason}"
+            f"were tried: {self._reason}{way_out}"
         )
 
 
