@@ -5,8 +5,8 @@ import torch
 from conftest import run_command
 
 from flashmorph.morphable import Morphable
+from flashmorph.stages.checkpoints import last_checkpoint
 from flashmorph.stages.distill import DistillationLoss
-from flashmorph.stages.trainer import last_checkpoint
 
 
 def full_after(calls: int, forward):

@@ -23,7 +23,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from flashmorph.errors import UserError
 from flashmorph.plan import Plan
 from flashmorph.stages import AlignSettings, DistillSettings
-from flashmorph.stages.trainer import FINISHED
+from flashmorph.stages.checkpoints import FINISHED
 
 
 def torchrun(*command: object) -> list[str]:

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from flashmorph import ranks
 from flashmorph.card import model_card
-from flashmorph.corpus import Rows
 from flashmorph.errors import UserError
 from flashmorph.evaluation import RangeLosses, Score, evaluate
 from flashmorph.files import read_json, write_json
@@ -28,6 +27,7 @@ from flashmorph.plan import Budget, Plan
 from flashmorph.progress import Report, silent
 from flashmorph.publish import publish, save_model, write_host
 from flashmorph.report import write_report
+from flashmorph.rows import Rows
 from flashmorph.run import Results, Run
 from flashmorph.rundata import (
     calibration,
@@ -129,7 +129,7 @@ def run_align(run: Run, host: Stage) -> Stage:
             return morphable
 
         morphable = divided(run, open_attached, shard_morphable)
-        align(morphable, rows, settings, folder, run.recipe.seed, run.bf16, report)
+        align(morphable, rows, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16 and run.shards):
             errors = alignment_errors(morphable, **first)
         state = whole(morphable.branch_state())
@@ -224,7 +224,7 @@ def run_distill(run: Run, host: Stage, built: Stage, label: str) -> Stage:
         student = divided(run, lambda: open_stage(run, built), shard_student)
         teacher = None if logits else divided(run, lambda: open_host(run, host), shard_teacher)
         given = RowsWithLogits(rows, logits.folder) if logits else rows
-        distill(student, teacher, given, settings, folder, run.recipe.seed, run.bf16, report)
+        distill(student, teacher, given, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
         save_model(student, folder / "model", built.folder / "model")
         return {**_trained(run, settings), "summary": _last_loss(folder, "KL")}
 
@@ -256,7 +256,7 @@ def run_extend(run: Run, distilled: Stage, label: str) -> Stage:
     def work(folder: Path, report: Report) -> dict[str, Any]:
         rows = training_rows(run, settings, "extend", report)
         model = divided(run, lambda: open_stage(run, distilled), shard_student)
-        extend(model, rows, settings, folder, run.recipe.seed, run.bf16, report)
+        extend(model, rows, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
         save_model(model, folder / "model", distilled.folder / "model")
         return {**_trained(run, settings), "summary": _last_loss(folder, "loss")}
 

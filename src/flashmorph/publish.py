@@ -39,7 +39,7 @@ def save_model(model: PreTrainedModel, folder: Path, origin: Path) -> None:
     Raises:
         UserError: the place cannot be written.
     """
-    dtype = AutoConfig.from_pretrained(origin).dtype or torch.float32
+    dtype = AutoConfig.from_pretrained(origin, trust_remote_code=False).dtype or torch.float32
     state = None
     if is_sharded(model):
         tied = model.all_tied_weights_keys or {}

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from flashmorph import ranks
-from flashmorph.corpus import Corpus
+from flashmorph.corpus import Corpus, Mixture
 from flashmorph.devices import use_bf16
 from flashmorph.errors import UserError
 from flashmorph.evaluation import Score, recall_difference
@@ -50,9 +50,9 @@ class Run:
     done: dict[str, Stage] = field(default_factory=dict)
 
     @property
-    def corpus(self) -> Corpus:
+    def corpus(self) -> Corpus | Mixture:
         """The recipe's text."""
-        return Corpus(self.recipe.data.source, self.recipe.data.config, self.recipe.data.column)
+        return self.recipe.data.corpus
 
     @property
     def bf16(self) -> bool:

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 import flashmorph
 from flashmorph import ranks
 from flashmorph.errors import UserError
-from flashmorph.files import read_json, write_json
+from flashmorph.files import PART, read_json, write_json
 
 MARKER = "flashmorph.json"
 _STAGES = "stages"
@@ -32,6 +32,11 @@ _RECORD = "stage.json"
 def digest_of(value: Any) -> str:
     """Twelve digits that stand for a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _holds_anything(folder: Path) -> bool:
+    """Whether there is more in a folder than what a run leaves that was killed in its first moments."""
+    return any(not path.name.endswith(PART) for path in folder.iterdir())
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class RunFolder:
                 raise UserError(f"{other.parent} is no run of flashmorph's: it has no folder {_STAGES!r}")
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file; give a folder that is new, empty or a run of flashmorph's")
-        if path.is_dir() and any(path.iterdir()) and not (path / MARKER).is_file():
+        if path.is_dir() and _holds_anything(path) and not (path / MARKER).is_file():
             raise UserError(f"{path} holds something else; give a folder that is new, empty or a run of flashmorph's")
         if not (path / MARKER).is_file():
             write_json(path / MARKER, {"made_by": "flashmorph", "version": flashmorph.__version__, "last": {}})
@@ -75,7 +80,8 @@ class RunFolder:
             (path / "data").mkdir(exist_ok=True)
             self._lock = FileLock(path / ".lock", timeout=0)
             self._lock.acquire()
-            for leftover in path.rglob(".*.part"):  # of a run that was killed while it wrote
+            # Of a run that was killed while it wrote; what it can go on from has other names.
+            for leftover in path.rglob(f".*{PART}"):
                 if leftover.is_dir():
                     shutil.rmtree(leftover, ignore_errors=True)
                 else:

@@ -21,7 +21,7 @@ _SHARED = ("morph", "align", "select", "build", "distill", "extend")
 
 def main() -> None:
     """Run a command; a user's mistake is one sentence and exit code 2. Of several processes the first speaks."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # Else it warns of every process that is started.
     processes, is_first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
     if not is_first:
         sys.stdout = open(os.devnull, "w")

@@ -18,7 +18,8 @@ TeacherArgument = Annotated[
 ]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; continues what is there.")]
 RecipeOption = Annotated[
-    str | None, typer.Option(help="`demo`, `default` or a YAML file. Default: `demo` for `tiny`, else `default`.")
+    str | None,
+    typer.Option(help="`demo`, `default`, `chat` or a YAML file. Default: `demo` for `tiny`, else `default`."),
 ]
 BudgetOption = Annotated[
     str | None, typer.Option(help="What may stay full: `7`, `25%` or `kv=64MiB@32768`. Default: the recipe's.")
@@ -82,7 +83,10 @@ def recipe_of(options: Options) -> Any:
     from flashmorph.recipe import load_recipe, parse_changes
     from flashmorph.teacher import EMBEDDED
 
-    changes = parse_changes(options.changes or [])
+    changes: dict[str, Any] = {}
+    if options.data:
+        changes |= {"data.source": options.data, "data.config": None, "data.mixture": None}
+    changes |= parse_changes(options.changes or [])
     given: dict[str, Any] = {
         "budget": options.budget,
         "select.strategy": options.strategy,
@@ -90,8 +94,6 @@ def recipe_of(options: Options) -> Any:
         "host.window": options.window,
     }
     changes |= {key: value for key, value in given.items() if value is not None}
-    if options.data:
-        changes |= {"data.source": options.data, "data.config": None}
     if options.allow_repeat:
         changes["data.max_passes"] = None
     return load_recipe(options.recipe or ("demo" if options.teacher in EMBEDDED else "default"), changes)

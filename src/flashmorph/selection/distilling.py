@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from flashmorph import ranks
-from flashmorph.corpus import Rows
 from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.morphable import Morphable
 from flashmorph.plan import FULL, Budget, Plan
+from flashmorph.rows import Rows
 from flashmorph.runfolder import digest_of
 from flashmorph.stages import DistillSettings, distill
 from flashmorph.stages.trainer import trainable_state

@@ -4,7 +4,7 @@ The layers are independent: layer l's input comes from the teacher's forward, no
 is the sum over layers of `|M(h) - A(h)|^2 / |A(h)|^2` (stage 1 of FlashMorph and HALO, there without the division).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,11 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
 from flashmorph import ranks
-from flashmorph.corpus import Rows
 from flashmorph.morphable import Morphable, MorphableLayer, squares
 from flashmorph.packing import Packed, apart
 from flashmorph.plan import FULL
 from flashmorph.progress import Report, silent
+from flashmorph.rows import Rows
 from flashmorph.stages.training import TrainSettings, train
 
 
@@ -46,10 +46,13 @@ class AlignmentLoss(nn.Module):
         super().__init__()
         self.morphable, self._mean = morphable, mean
 
-    def forward(self, input_ids: torch.Tensor, starts: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def forward(
+        self, input_ids: torch.Tensor, starts: torch.Tensor | None = None, loss_mask: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """The summed loss for `input_ids` `[batch, time]`, and each layer's part `[layers]`, detached.
 
-        Documents are kept apart where `starts` `[batch, time]` marks their first tokens.
+        Documents are kept apart where `starts` `[batch, time]` marks their first tokens. Alignment has no targets, so
+        `loss_mask` changes nothing.
         """
         found: list[torch.Tensor] = []
         packed = apart(input_ids, starts, self.morphable.host)
@@ -105,10 +108,11 @@ def align(
     seed: int = 0,
     bf16: bool = False,
     report: Report = silent,
+    report_to: Sequence[str] = (),
 ) -> None:
     """Train the branches of `morphable` in place; all else stays as it is.
 
-    Interrupted work goes on from the last whole checkpoint in `folder`.
+    Interrupted work goes on from the last whole checkpoint in `folder`. `report_to`: see `train`.
 
     Raises:
         UserError: the loss is not finite, or the processes cannot share a step evenly.
@@ -118,7 +122,8 @@ def align(
         for weight in weights:
             weight.requires_grad_(True)
     clip = _ClipEachBranch(morphable, settings.max_grad_norm)
-    train(AlignmentLoss(morphable, mean), rows, settings, folder, seed, bf16, report, [clip], clip=False)
+    loss = AlignmentLoss(morphable, mean)
+    train(loss, rows, settings, folder, seed, bf16, report, [clip], clip=False, report_to=report_to)
     for weights in morphable.branch_parameters():
         for weight in weights:
             weight.requires_grad_(False)

@@ -1,6 +1,6 @@
 """Extension: next-token training at a longer context than the one distilled at."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,11 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flashmorph import ranks
-from flashmorph.corpus import Rows
 from flashmorph.hosts import host_of
 from flashmorph.losses import Head, label_loss
 from flashmorph.packing import apart
 from flashmorph.progress import Report, silent
+from flashmorph.rows import Rows
 from flashmorph.sharding import shard_loss
 from flashmorph.stages.training import TrainSettings, keep_activations, train
 
@@ -40,11 +40,14 @@ class NextTokenLoss(nn.Module):
         self.student, self._mean = model, mean
         self._host = host_of(model.config)
 
-    def forward(self, input_ids: torch.Tensor, starts: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """The loss for `input_ids` `[batch, time]`; where `starts` `[batch, time]` marks the first tokens of documents,
-        they are kept apart and those tokens are not predicted."""
+    def forward(
+        self, input_ids: torch.Tensor, starts: torch.Tensor | None = None, loss_mask: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The loss for `input_ids` `[batch, time]`, of the tokens at which `loss_mask` `[batch, time]` is True; where
+        `starts` `[batch, time]` marks the first tokens of documents, they are kept apart and those tokens are not
+        predicted."""
         hidden, labels = [], []
-        for each in apart(input_ids, starts, self._host):
+        for each in apart(input_ids, starts, self._host, loss_mask):
             places, following = each.next_tokens()
             hidden.append(each.run(self.student.model)[places])
             labels.append(following)
@@ -62,10 +65,11 @@ def extend(
     seed: int = 0,
     bf16: bool = False,
     report: Report = silent,
+    report_to: Sequence[str] = (),
 ) -> None:
     """Train all weights of `model` in place on rows longer than before.
 
-    Interrupted work goes on from the last whole checkpoint in `folder`.
+    Interrupted work goes on from the last whole checkpoint in `folder`. `report_to`: see `train`.
 
     Raises:
         UserError: the loss is not finite, or the processes cannot share a step evenly.
@@ -74,5 +78,5 @@ def extend(
     keep_activations(model.requires_grad_(True).train(), not settings.activation_checkpointing)
     loss = NextTokenLoss(model, mean)
     shard_loss(loss, model)
-    train(loss, rows, settings, folder, seed, bf16, report)
+    train(loss, rows, settings, folder, seed, bf16, report, report_to=report_to)
     model.eval()

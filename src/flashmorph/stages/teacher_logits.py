@@ -14,13 +14,13 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from flashmorph.corpus import Rows
 from flashmorph.errors import UserError
 from flashmorph.files import read_json, write_json
 from flashmorph.hosts import host_of
 from flashmorph.losses import Head, chunk_tokens, top_log_probabilities
 from flashmorph.packing import apart, token_order
 from flashmorph.progress import Report, silent
+from flashmorph.rows import Rows
 from flashmorph.stages.training import TrainSettings, collate
 
 _VALUES, _PLACES, _WRITTEN = "log_probabilities.npy", "places.npy", "rows_written.json"
@@ -89,6 +89,7 @@ def write_logits(
     while done < len(rows):
         number = min(at_once, len(rows) - done)
         batch = collate([rows[row] for row in range(done, done + number)], settings.isolate_documents)
+        batch.pop("loss_mask", None)  # Every token's are kept, in their places.
         with torch.autocast(teacher.device.type, torch.bfloat16, enabled=bf16):
             found = _of_batch(teacher, **{name: each.to(teacher.device) for name, each in batch.items()}, top_k=top_k)
         values[done : done + number], places[done : done + number] = (each.cpu().numpy() for each in found)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
@@ -17,10 +18,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import Trainer, TrainingArguments
 
+from flashmorph import ranks
 from flashmorph.errors import UserError
 from flashmorph.sharding import is_sharded
+from flashmorph.stages.watch import Watch
 
-FINISHED = "finished"
 _WEIGHTS = "trainable.safetensors"
 _SHARDS = "shards"
 _SCHEDULE = "scheduler.pt"
@@ -32,14 +34,55 @@ class StageTrainer(Trainer):
 
     The model is a wrapper whose forward returns the loss; frozen weights and tied ones stay out of its checkpoints.
     Weights that are divided (`sharding.py`) are saved as they lie, with the optimiser's moments, and can be read by any
-    number of processes, also by one that holds them whole.
+    number of processes, also by one that holds them whole. A step whose loss or gradient is not finite never reaches
+    the weights.
     """
 
-    def __init__(self, model: nn.Module, args: TrainingArguments, **settings: Any):
+    def __init__(self, model: nn.Module, args: TrainingArguments, watch: Watch, **settings: Any):
         super().__init__(model=model, args=args, **settings)
+        self._watch, self._problem = watch, ""
         self._divided = is_sharded(model)
         # Trainer's own word for a model that it must neither place nor wrap: gradients are reduced by the model.
         self.is_distributed_loading_by_transformers = self._divided
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """See `Trainer`; with a look at what comes out."""
+        kept = dict(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._problem = self._problem or self._look_at(loss, kept)
+        if self.accelerator.sync_gradients or ranks.count() == 1:
+            # What one process finds stops all of them, in words.
+            if told := [problem for problem in ranks.gather(self._problem) if problem]:
+                raise UserError(told[0])
+        return loss
+
+    def _look_at(self, loss: torch.Tensor, inputs: dict[str, Any]) -> str:
+        """What is wrong with a part of a step, or nothing."""
+        step = self.state.global_step + 1
+        try:
+            # Where processes share a model, a forward needs all of them.
+            self._watch.check_loss(loss, step, (lambda: self._forward(inputs)) if ranks.count() == 1 else None)
+            if self.accelerator.sync_gradients:
+                self._watch.check_gradients(step)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    def _forward(self, inputs: dict[str, Any]) -> None:
+        with self.compute_loss_context_manager():
+            _module(self.model)(**self._prepare_inputs(inputs))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"cannot write checkpoint-{self.state.global_step} in {self.args.output_dir}: {reason}; the checkpoint "
+                "before it is kept"
+            ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save or self._divided:
@@ -109,9 +152,3 @@ def _module(model: Any) -> nn.Module:
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights of `model` that train, each once."""
     return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written whole, or None."""
-    whole = [path.parent for path in (folder / "checkpoints").glob(f"checkpoint-*/{FINISHED}")]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None

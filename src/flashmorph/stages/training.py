@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,8 +18,11 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 
 from flashmorph import ranks
 from flashmorph.errors import UserError
+from flashmorph.files import atomic_path
 from flashmorph.progress import Report
-from flashmorph.stages.trainer import FINISHED, StageTrainer, last_checkpoint
+from flashmorph.stages.checkpoints import drop_damaged, finish, last_checkpoint
+from flashmorph.stages.trainer import StageTrainer
+from flashmorph.stages.watch import Watch
 
 _LOG = "log.jsonl"
 
@@ -106,15 +111,20 @@ def train(
     report: Report,
     callbacks: Sequence[TrainerCallback] = (),
     clip: bool = True,
+    report_to: Sequence[str] = (),
 ) -> None:
     """Train `model` in place, from the last whole checkpoint in `folder` on if there is one.
 
     `model(input_ids)` returns `{"loss": ...}`; where documents are isolated and a row has several, `starts`
-    `[batch, time]` tells it the first token of each. The log is `folder/log.jsonl`, one line a step.
+    `[batch, time]` tells it the first token of each, and where some tokens are not learnt, `loss_mask` which are. The
+    log is `folder/log.jsonl`, one line a step, and goes to each of `report_to` as well, whose files stand in `folder`.
 
     Raises:
-        UserError: the loss is not finite, or the processes cannot share a step evenly.
+        UserError: a loss or gradient is not finite, the loss has exploded, a checkpoint cannot be written, or the
+            processes cannot share a step evenly.
     """
+    ranks.first(lambda: drop_damaged(folder))
+    watch = Watch(model)
     device = next(model.parameters()).device
     division = settings.division(ranks.count())
     arguments = TrainingArguments(
@@ -138,7 +148,9 @@ def train(
         logging_steps=1,
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
-        report_to="none",
+        report_to=list(report_to) or "none",
+        project="flashmorph",
+        run_name=folder.name.removesuffix(".partial"),
         disable_tqdm=True,
         dataloader_pin_memory=device.type == "cuda",
         ddp_find_unused_parameters=False,
@@ -147,19 +159,34 @@ def train(
     arguments._n_gpu = min(1, arguments.n_gpu)
     if arguments.world_size != ranks.count():
         raise ValueError(f"{ranks.count()} processes share the work and Trainer sees {arguments.world_size}")
-    trainer = StageTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        data_collator=lambda batch: collate(batch, settings.isolate_documents),
-        callbacks=[*callbacks, _Keeper(folder, report)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    checkpoint = ranks.first(lambda: last_checkpoint(folder))
-    if checkpoint and int(checkpoint.rsplit("-", 1)[1]) >= settings.steps:
-        trainer._load_from_checkpoint(checkpoint)
-        return
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with _reports_in(folder):
+        trainer = StageTrainer(
+            model=model,
+            args=arguments,
+            watch=watch,
+            train_dataset=rows,
+            data_collator=lambda batch: collate(batch, settings.isolate_documents),
+            callbacks=[*callbacks, _Keeper(folder, report, watch)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        checkpoint = ranks.first(lambda: last_checkpoint(folder))
+        if checkpoint and int(checkpoint.rsplit("-", 1)[1]) >= settings.steps:
+            trainer._load_from_checkpoint(checkpoint)
+            return
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
+@contextmanager
+def _reports_in(folder: Path) -> Iterator[None]:
+    """Trackers that Trainer reports to keep their files in `folder`; their own choice is a place outside the run."""
+    places = {"TENSORBOARD_LOGGING_DIR": folder / "tensorboard", "TRACKIO_DIR": folder / "trackio", "WANDB_DIR": folder}
+    before = {name: os.environ.get(name) for name in places}
+    os.environ.update({name: str(place) for name, place in places.items()})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def keep_activations(model: PreTrainedModel, keep: bool) -> None:
@@ -173,36 +200,58 @@ def keep_activations(model: PreTrainedModel, keep: bool) -> None:
 def collate(batch: Sequence[dict[str, Any]], isolate: bool = True) -> dict[str, torch.Tensor]:
     """Rows as `input_ids` `[batch, time]`, and whatever arrays they have besides.
 
-    With `starts` `[batch, time]`, True at first tokens, if documents are to be kept apart and a row has several.
+    With `starts` `[batch, time]`, True at first tokens, if documents are to be kept apart and a row has several; with
+    `loss_mask` `[batch, time]`, False at tokens that are not learnt, if there are such.
     """
     ids = torch.tensor([row["input_ids"] for row in batch])
-    others = batch[0].keys() - {"input_ids", "starts"}
+    others = batch[0].keys() - {"input_ids", "starts", "ignored"}
     tensors = {"input_ids": ids, **{name: torch.from_numpy(np.stack([row[name] for row in batch])) for name in others}}
-    if not isolate or all(len(row["starts"]) == 1 for row in batch):
-        return tensors
-    starts = torch.zeros_like(ids, dtype=torch.bool)
-    for number, row in enumerate(batch):
-        starts[number, row["starts"]] = True
-    return {**tensors, "starts": starts}
+    if isolate and any(len(row["starts"]) > 1 for row in batch):
+        tensors["starts"] = _at(ids, [row["starts"] for row in batch])
+    if any(row["ignored"] for row in batch):
+        tensors["loss_mask"] = ~_at(ids, [row["ignored"] for row in batch])
+    return tensors
+
+
+def _at(ids: torch.Tensor, places: Sequence[Sequence[int]]) -> torch.Tensor:
+    """`[batch, time]`, True at the places of each row."""
+    marks = torch.zeros_like(ids, dtype=torch.bool)
+    for number, row in enumerate(places):
+        marks[number, list(row)] = True
+    return marks
+
+
+def _entries(log: Path) -> Iterator[dict[str, float]]:
+    """The lines of a log, less one that was cut short."""
+    for line in log.read_text().splitlines() if log.exists() else []:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
 
 
 class _Keeper(TrainerCallback):
     """Marks whole checkpoints, writes the log, shows the progress and stops at a loss that is not finite."""
 
-    def __init__(self, folder: Path, report: Report):
-        self._log, self._report = folder / _LOG, report
+    def __init__(self, folder: Path, report: Report, watch: Watch):
+        self._log, self._report, self._watch = folder / _LOG, report, watch
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if not ranks.is_first():
-            return
-        lines = self._log.read_text().splitlines() if self._log.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        self._log.write_text("".join(line + "\n" for line in kept))
+        first = ranks.first(lambda: self._cut_log(state.global_step))
+        if first is not None:
+            self._watch.check_growth(first, 1)
+
+    def _cut_log(self, step: int) -> float | None:
+        """Forget what was logged behind `step`; the loss of the first step, if there is one."""
+        kept = [entry for entry in _entries(self._log) if entry["step"] <= step]
+        with atomic_path(self._log) as temporary:
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        return kept[0]["loss"] if kept else None
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         ranks.wait()  # Each process writes its own random state.
         if ranks.is_first():
-            (Path(args.output_dir or "") / f"checkpoint-{state.global_step}" / FINISHED).touch()
+            finish(Path(args.output_dir or "") / f"checkpoint-{state.global_step}")
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" not in logs:
@@ -212,6 +261,7 @@ class _Keeper(TrainerCallback):
                 f"the loss is {logs['loss']} at step {state.global_step}; the last good checkpoint is kept: lower "
                 "learning_rate and run again"
             )
+        self._watch.check_growth(logs["loss"], state.global_step)
         entry = {"step": state.global_step, **{name: logs[name] for name in ("loss", "grad_norm", "learning_rate")}}
         if ranks.is_first():
             with self._log.open("a") as stream:
