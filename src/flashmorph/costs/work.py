@@ -106,13 +106,10 @@ def select_work(model: Model, recipe: Recipe) -> Work | None:
         return None if tokens is None else Work(0, [])
     length = max(1, round(mean))
     mixers = [*model.part(FULL, length), *model.part(model.switched, length)]
-    every, forward = (
-        [*mixers, *model.part(FEED_FORWARD, length)],
-        2 if recipe.select.search.activation_checkpointing else 1,
-    )
-    times = ", twice" if forward == 2 else ""
+    again = recipe.select.search.activation_checkpointing
+    every = operations([*mixers, *model.part(FEED_FORWARD, length)], 2 if again else 1)
     passes = [
-        _times(f"every branch forward{times}", model.layers, operations(every, forward)),
+        _times("every branch forward" + (", twice" if again else ""), model.layers, every),
         # The first layer's mixers have nothing below them that a gradient is asked for.
         _times("mixers backward, no weights", model.layers - 1, operations(mixers, 0, 0, 1)),
         _times("feed-forward backward", model.layers, operations(model.part(FEED_FORWARD, length), 0, 0, 1)),
