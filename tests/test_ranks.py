@@ -69,22 +69,36 @@ def alone(teacher, recipe, tmp_path_factory) -> Path:
     return output
 
 
-@pytest.fixture(scope="module")
-def together(teacher, recipe, tmp_path_factory) -> tuple[Path, str]:
+def run_of_two(teacher: Path, recipe: Path, output: Path, *more: str) -> tuple[Path, str]:
     """The run of two processes, and what they printed."""
-    output = tmp_path_factory.mktemp("together") / "run"
-    command = torchrun("-m", "flashmorph", "morph", teacher, "--recipe", recipe, "--output", output)
+    command = torchrun("-m", "flashmorph", "morph", teacher, "--recipe", recipe, "--output", output, *more)
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return output, done.stdout
+
+
+@pytest.fixture(scope="module")
+def together(teacher, recipe, tmp_path_factory) -> tuple[Path, str]:
+    return run_of_two(teacher, recipe, tmp_path_factory.mktemp("together") / "run")
+
+
+@pytest.fixture(scope="module")
+def sharded(teacher, recipe, tmp_path_factory) -> tuple[Path, str]:
+    return run_of_two(teacher, recipe, tmp_path_factory.mktemp("sharded") / "run", "--set", "shard=true")
+
+
+@pytest.fixture(params=["together", "sharded"])
+def two(request) -> tuple[Path, str]:
+    """Each of the two: with whole weights, and with divided ones."""
+    return request.getfixturevalue(request.param)
 
 
 def stages_of(run: Path) -> dict[str, dict]:
     return {path.parent.name: json.loads(path.read_text()) for path in run.glob("stages/*/stage.json")}
 
 
-def test_two_processes_are_two_and_speak_once(together):
-    output, printed = together
+def test_two_processes_are_two_and_speak_once(two):
+    output, printed = two
     assert "2 processes share the work, this one on cpu" in printed
     records = stages_of(output)
     assert {record["processes"] for record in records.values()} == {2}
@@ -93,25 +107,31 @@ def test_two_processes_are_two_and_speak_once(together):
     assert not list(output.glob("stages/*.partial")) and not list(output.rglob(".*.part"))
 
 
-def test_two_processes_find_the_plan_of_one_at_the_same_cost(alone, together):
-    plans = [Plan.load(run / "plan.json") for run in (alone, together[0])]
+def test_the_record_says_whether_weights_were_divided(alone, together, sharded):
+    for run, divided in ((alone, False), (together[0], False), (sharded[0], True)):
+        records = [record for name, record in stages_of(run).items() if name.startswith(("align", "distill", "extend"))]
+        assert [record["sharded"] for record in records] == [divided] * 3
+
+
+def test_two_processes_find_the_plan_of_one_at_the_same_cost(alone, two):
+    plans = [Plan.load(run / "plan.json") for run in (alone, two[0])]
     assert plans[0].assignments == plans[1].assignments
-    one, two = (torch.tensor(plan.scores) for plan in plans)
-    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    scores = [torch.tensor(plan.scores) for plan in plans]
+    torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-5)
     costs = [
         next(record["cost"] for name, record in stages_of(run).items() if name.startswith("select"))
-        for run in (alone, together[0])
+        for run in (alone, two[0])
     ]
     for name in ("tokens_forward", "tokens_backward", "flops"):
         assert costs[0][name] == costs[1][name] > 0
 
 
-def test_two_processes_train_the_weights_of_one_under_the_same_digests(alone, together):
-    assert stages_of(alone).keys() == stages_of(together[0]).keys()
+def test_two_processes_train_the_weights_of_one_under_the_same_digests(alone, two):
+    assert stages_of(alone).keys() == stages_of(two[0]).keys()
     for pattern in ("align-*/branches", "distill-*/model/model", "extend-*/model/model"):
-        (one,), (two,) = (list(run.glob(f"stages/{pattern}.safetensors")) for run in (alone, together[0]))
-        near(load_file(one), load_file(two))
-    results = [json.loads((run / "results.json").read_text()) for run in (alone, together[0])]
+        (one,), (other,) = (list(run.glob(f"stages/{pattern}.safetensors")) for run in (alone, two[0]))
+        near(load_file(one), load_file(other))
+    results = [json.loads((run / "results.json").read_text()) for run in (alone, two[0])]
     assert results[0]["hybrid"]["recall"] == results[1]["hybrid"]["recall"]
     assert results[0]["hybrid"]["perplexity"] == pytest.approx(results[1]["hybrid"]["perplexity"], rel=1e-5)
 

@@ -47,7 +47,7 @@ from flashmorph.selection.objective import MorphableObjective
 from flashmorph.selection.search import select
 from flashmorph.selection.searchdata import SearchSettings
 from flashmorph.selection.uniform import uniform
-from flashmorph.sharding import Model, in_turn, shard_morphable, shard_student, shard_teacher, whole
+from flashmorph.sharding import Model, in_turn, is_sharded, shard_morphable, shard_student, shard_teacher, whole
 from flashmorph.stages import (
     DistillSettings,
     RowsWithLogits,
@@ -294,7 +294,12 @@ def open_stage(run: Run, stage: Stage) -> PreTrainedModel:
 
 def divided(run: Run, make: Callable[[], Model], shard: Callable[[Model, torch.device, bool], Model]) -> Model:
     """What `make` returns; where the recipe says so, its weights divided among the processes."""
-    return in_turn(lambda: shard(make(), run.device, run.bf16)) if run.shards else make()
+    if not run.shards:
+        return make()
+    model = in_turn(lambda: shard(make(), run.device, run.bf16))
+    if not is_sharded(model):
+        raise ValueError(f"{type(model).__name__} has no weights that are divided")
+    return model
 
 
 def open_host(run: Run, host: Stage) -> PreTrainedModel:
@@ -317,7 +322,8 @@ def _no_branches(folder: Path, report: Report) -> dict[str, Any]:
 def _trained(run: Run, settings: TrainSettings) -> dict[str, Any]:
     """What a stage that trains says of its data."""
     host = host_for(load_config(run.teacher.folder), run.recipe.host)
-    return {"tokens": settings.tokens_run, "documents": how_apart(settings.isolate_documents, host, run.device)}
+    apart = how_apart(settings.isolate_documents, host, run.device)
+    return {"tokens": settings.tokens_run, "documents": apart, "sharded": run.shards}
 
 
 def _listed(values: list[float]) -> str:

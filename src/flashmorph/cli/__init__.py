@@ -26,7 +26,7 @@ def main() -> None:
     if not is_first:
         sys.stdout = open(os.devnull, "w")
     try:
-        if processes > 1 and not {*_SHARED, "--help"} & set(sys.argv[1:]):
+        if processes > 1 and sys.argv[1:] and sys.argv[1] not in _SHARED and "--help" not in sys.argv:
             raise UserError(f"{processes} processes can share {', '.join(_SHARED)}; run this without torchrun")
         app()
     except UserError as error:
