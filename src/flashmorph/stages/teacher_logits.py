@@ -81,9 +81,9 @@ def write_logits(
         raise UserError(
             f"distill.teacher_logits.top_k is {top_k:,}; the teacher's vocabulary has {vocabulary:,} tokens"
         )
-    values = _mapped(folder / _VALUES, (len(rows), settings.length, top_k + 1), np.float32)
-    places = _mapped(folder / _PLACES, (len(rows), settings.length, top_k), np.uint32)
     done = read_json(folder / _WRITTEN) if (folder / _WRITTEN).exists() else 0
+    values = _mapped(folder / _VALUES, (len(rows), settings.length, top_k + 1), np.float32, new=not done)
+    places = _mapped(folder / _PLACES, (len(rows), settings.length, top_k), np.uint32, new=not done)
     at_once = settings.division(1).rows
     kept_at = time.perf_counter()
     while done < len(rows):
@@ -115,10 +115,11 @@ def _of_batch(
     return values, places
 
 
-def _mapped(path: Path, shape: tuple[int, ...], dtype: type) -> np.memmap:
+def _mapped(path: Path, shape: tuple[int, ...], dtype: type, new: bool) -> np.memmap:
     """An array in the file `path`, all of its space taken: to write through a map where there is none is fatal."""
-    there = path.exists() and np.load(path, mmap_mode="r").shape == shape
-    array = np.lib.format.open_memmap(path, mode="r+" if there else "w+", dtype=None if there else dtype, shape=shape)
+    if not new:
+        return np.lib.format.open_memmap(path, mode="r+")
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     if hasattr(os, "posix_fallocate"):
         with path.open("r+b") as stream:
             os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
