@@ -185,10 +185,9 @@ class MorphableObjective:
 
     def restore(self, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[dict]) -> int:
         """Read the state of an interrupted search, if there is one."""
-        path = self._folder / "search_state.json"
-        if not path.exists():
+        state = self._kept(self._folder / "search_state.json")
+        if state is None:
             return 0
-        state = read_json(path)
         with torch.no_grad():
             logits.copy_(torch.tensor(state["logits"]))
         optimizer.state[logits] = {name: torch.tensor(value) for name, value in state["optimizer"].items()}
@@ -222,8 +221,18 @@ class MorphableObjective:
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
     def _read_losses(self, key: str) -> dict[int, float]:
-        path = self._evaluations / f"{key}.json"
-        return {int(number): loss for number, loss in read_json(path)["losses"].items()} if path.exists() else {}
+        kept = self._kept(self._evaluations / f"{key}.json")
+        return {int(number): loss for number, loss in kept["losses"].items()} if kept else {}
+
+    def _kept(self, path: Path) -> Any:
+        """What a file holds; None if it is not there, or is damaged and has to be made again, which is said."""
+        if not path.exists():
+            return None
+        try:
+            return read_json(path)
+        except UserError as error:
+            self._say(f"{error}; making it again")
+            return None
 
     def _write_losses(
         self, plans: Sequence[Plan], keys: Sequence[str], known: Sequence[dict[int, float]], places: set[int]
