@@ -250,7 +250,7 @@ def test_rows_of_one_document_go_through_as_they_are():
     assert only.input_ids is ids and not only.boundaries
     places, following = only.next_tokens()
     assert torch.equal(following, ids[:, 1:].flatten()) and len(places) == ids.numel() - 2
-    batch = collate([{"input_ids": row.tolist(), "starts": [0]} for row in ids])
+    batch = collate([{"input_ids": row.tolist(), "starts": [0], "ignored": []} for row in ids])
     assert set(batch) == {"input_ids"}
 
 

@@ -157,7 +157,7 @@ class MorphableObjective:
             self._asked.add((key, -1))
             self._meter.count(rows)
         path = self._evaluations / f"{key}.text.json"
-        kept = _kept(path)
+        kept = self._kept(path)
         if kept is None:
             gates = self._hard_gates([plan])[0]
             loss = self._mean_text_loss(lambda ids: self._morphable(ids, gates), self._head)
@@ -185,7 +185,7 @@ class MorphableObjective:
                 self._meter.count(tokens, forward=2, backward=1, weights=1)
         key = self._key([about, settings.model_dump(mode="json", exclude={"activation_checkpointing"})])
         file = self._evaluations / f"{key}.distilled.json"
-        found = _kept(file)
+        found = self._kept(file)
         if found is None:
             model, kl = self._distiller.run(path, steps)
             head = Head.of(model)
@@ -204,7 +204,7 @@ class MorphableObjective:
 
     def restore(self, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[dict]) -> int:
         """Read the state of an interrupted search, if there is one."""
-        state = _kept(self._folder / "search_state.json")
+        state = self._kept(self._folder / "search_state.json")
         if state is None:
             return 0
         with torch.no_grad():
@@ -240,8 +240,23 @@ class MorphableObjective:
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
     def _read_losses(self, key: str) -> dict[int, float]:
-        path = self._evaluations / f"{key}.json"
-        return {int(number): loss for number, loss in read_json(path)["losses"].items()} if path.exists() else {}
+        kept = self._kept(self._evaluations / f"{key}.json")
+        return {int(number): loss for number, loss in kept["losses"].items()} if kept else {}
+
+    def _kept(self, path: Path) -> Any:
+        """What a file holds, in all processes; None if it is not there, or is damaged and has to be made again, which is
+        said."""
+
+        def read() -> Any:
+            if not path.exists():
+                return None
+            try:
+                return read_json(path)
+            except UserError as error:
+                self._say(f"{error}; making it again")
+                return None
+
+        return ranks.first(read)
 
     def _write_losses(
         self, plans: Sequence[Plan], keys: Sequence[str], known: Sequence[dict[int, float]], places: set[int]
@@ -329,11 +344,6 @@ class MorphableObjective:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._morphable.device.type, torch.bfloat16, enabled=self._bf16)
-
-
-def _kept(path: Path) -> Any:
-    """What an earlier search wrote, or None."""
-    return ranks.first(lambda: read_json(path) if path.exists() else None)
 
 
 def _keep(path: Path, value: Any) -> None:
