@@ -5,8 +5,6 @@ of the search on disk, so that an interrupted search goes on where it stopped. S
 batch, and all are told the same: a strategy knows nothing of them.
 """
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,11 +15,11 @@ import torch
 
 from flashmorph import ranks
 from flashmorph.errors import UserError
-from flashmorph.files import read_json, write_json
 from flashmorph.losses import Head, label_loss, token_losses
 from flashmorph.morphable import Morphable, run_order
 from flashmorph.plan import Plan
 from flashmorph.progress import Report, silent
+from flashmorph.selection.cache import keep, keep_losses, kept, kept_losses, key_of
 from flashmorph.selection.distilling import Distiller
 from flashmorph.selection.meter import Meter
 from flashmorph.selection.searchdata import SearchData
@@ -113,8 +111,8 @@ class MorphableObjective:
             UserError: a loss is not finite.
         """
         wanted = list(range(self.num_questions) if questions is None else questions)
-        keys = [self._key(plan.assignments) for plan in plans]
-        known = ranks.first(lambda: [self._read_losses(key) for key in keys])
+        keys = [key_of(plan.assignments) for plan in plans]
+        known = kept_losses(self._evaluations, plans, self._say)
         rounds = ranks.rounds(self._data.micro_batches(wanted))
         unwritten: set[int] = set()
         written_at = time.perf_counter()
@@ -135,10 +133,10 @@ class MorphableObjective:
                 if report:
                     report(number / len(rounds))
                 if time.perf_counter() - written_at > _WRITE_SECONDS:
-                    self._write_losses(plans, keys, known, unwritten)
+                    self._write_losses(plans, known, unwritten)
                     written_at = time.perf_counter()
         finally:
-            self._write_losses(plans, keys, known, unwritten)
+            self._write_losses(plans, known, unwritten)
         found = np.array([[losses[question] for question in wanted] for losses in known])
         for plan, losses in zip(plans, found, strict=True):
             _check_finite(losses, "answer", plan)
@@ -151,20 +149,20 @@ class MorphableObjective:
         Raises:
             UserError: there are no `text_rows`, or the loss is not finite.
         """
-        key = self._key(plan.assignments)
+        key = key_of(plan.assignments)
         rows = self._text()
         if (key, -1) not in self._asked:
             self._asked.add((key, -1))
             self._meter.count(rows)
         path = self._evaluations / f"{key}.text.json"
-        kept = self._kept(path)
-        if kept is None:
+        found = kept(path, self._say)
+        if found is None:
             gates = self._hard_gates([plan])[0]
             loss = self._mean_text_loss(lambda ids: self._morphable(ids, gates), self._head)
             _check_finite(loss, "text", plan)
-            kept = {"assignments": plan.assignments, "text_loss": loss}
-            _keep(path, kept)
-        return kept["text_loss"]
+            found = {"assignments": plan.assignments, "text_loss": loss}
+            keep(path, found)
+        return found["text_loss"]
 
     def distill(self, path: Sequence[Plan], steps: int) -> Distilled:
         """What the last plan of `path` can do when each plan in turn has been distilled for `steps` steps.
@@ -178,14 +176,14 @@ class MorphableObjective:
         settings = self._distiller.settings_for(steps)
         # Every plan of the path is counted once, by whichever call came first.
         for length in range(1, len(path) + 1):
-            counted = (self._key(about[:length]), -2 - steps)
+            counted = (key_of(about[:length]), -2 - steps)
             if counted not in self._asked:
                 self._asked.add(counted)
                 tokens = torch.empty(settings.steps * settings.batch_rows, settings.length, device="meta")
                 self._meter.count(tokens, forward=2, backward=1, weights=1)
-        key = self._key([about, settings.model_dump(mode="json", exclude={"activation_checkpointing"})])
+        key = key_of([about, settings.model_dump(mode="json", exclude={"activation_checkpointing"})])
         file = self._evaluations / f"{key}.distilled.json"
-        found = self._kept(file)
+        found = kept(file, self._say)
         if found is None:
             model, kl = self._distiller.run(path, steps)
             head = Head.of(model)
@@ -199,12 +197,12 @@ class MorphableObjective:
                         losses += _question_losses(hidden, head, ids, marks).tolist()
             _check_finite([kl, text, *losses], "distilled", path[-1])
             found = {"path": about, "steps": steps, "kl": kl, "text_loss": text, "losses": losses}
-            _keep(file, found)
+            keep(file, found)
         return Distilled(found["kl"], found["text_loss"], np.array(found["losses"]))
 
     def restore(self, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[dict]) -> int:
         """Read the state of an interrupted search, if there is one."""
-        state = self._kept(self._folder / "search_state.json")
+        state = kept(self._folder / "search_state.json", self._say)
         if state is None:
             return 0
         with torch.no_grad():
@@ -217,9 +215,9 @@ class MorphableObjective:
     def keep(self, step: int, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[dict]) -> None:
         """Write the state every few steps, atomically."""
         if step % _STATE_EVERY == 0:
-            kept = {name: value.tolist() for name, value in optimizer.state[logits].items()}
-            state = {"step": step, "logits": logits.tolist(), "optimizer": kept, "trace": trace}
-            _keep(self._folder / "search_state.json", {**state, "cost": self.cost.to_dict()})
+            moments = {name: value.tolist() for name, value in optimizer.state[logits].items()}
+            state = {"step": step, "logits": logits.tolist(), "optimizer": moments, "trace": trace}
+            keep(self._folder / "search_state.json", {**state, "cost": self.cost.to_dict()})
 
     def progress(self, done: float, total: float, **figures: float) -> None:
         """Pass the progress on."""
@@ -234,38 +232,10 @@ class MorphableObjective:
             raise UserError("this strategy weighs text too: give the objective validation text, `text_rows`")
         return self._text_rows
 
-    @staticmethod
-    def _key(about: Any) -> str:
-        """What the losses of a plan, or of a path of plans, are kept under."""
-        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-
-    def _read_losses(self, key: str) -> dict[int, float]:
-        kept = self._kept(self._evaluations / f"{key}.json")
-        return {int(number): loss for number, loss in kept["losses"].items()} if kept else {}
-
-    def _kept(self, path: Path) -> Any:
-        """What a file holds, in all processes; None if it is not there, or is damaged and has to be made again, which is
-        said."""
-
-        def read() -> Any:
-            if not path.exists():
-                return None
-            try:
-                return read_json(path)
-            except UserError as error:
-                self._say(f"{error}; making it again")
-                return None
-
-        return ranks.first(read)
-
-    def _write_losses(
-        self, plans: Sequence[Plan], keys: Sequence[str], known: Sequence[dict[int, float]], places: set[int]
-    ) -> None:
+    def _write_losses(self, plans: Sequence[Plan], known: Sequence[dict[int, float]], places: set[int]) -> None:
         while places:
             place = places.pop()
-            losses = {str(question): known[place][question] for question in sorted(known[place])}
-            values = {"assignments": plans[place].assignments, "losses": losses}
-            _keep(self._evaluations / f"{keys[place]}.json", values)
+            keep_losses(self._evaluations, plans[place], known[place])
 
     def _hard_gates(self, plans: Sequence[Plan]) -> torch.Tensor:
         """Plans as gates `[plans, groups, options]` of zeros and ones, in the order of the model's branches."""
@@ -344,12 +314,6 @@ class MorphableObjective:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._morphable.device.type, torch.bfloat16, enabled=self._bf16)
-
-
-def _keep(path: Path, value: Any) -> None:
-    """Write it, once."""
-    if ranks.is_first():
-        write_json(path, value)
 
 
 def _check_finite(losses: Any, kind: str, plan: Plan) -> None:
