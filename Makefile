@@ -7,19 +7,24 @@ VENV ?= .venv
 VENV_OPTIONS ?=
 # An index of PyTorch builds to look at as well, for example PyTorch's own for CPUs.
 TORCH_INDEX ?=
-# Passed on to flashmorph (demo) or to pytest (test, test-gpu).
+# Passed on to flashmorph (demo) or to pytest (test, test-gpu, test-serving).
 ARGS ?=
+# A llama.cpp that is built already (in its folder build/), for test-serving; without it one is fetched and built.
+LLAMA_CPP ?= $(SOURCE)
 
 INSTALLED := $(VENV)/.installed
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The source package of llama-cpp-python has a whole llama.cpp in it, at a version that is fixed here.
+LLAMA_PACKAGE := llama_cpp_python-0.3.36
+SOURCE := .llama.cpp/$(LLAMA_PACKAGE)/vendor/llama.cpp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu lint install clean clean-venv
+.PHONY: help demo test test-gpu test-serving lint install clean clean-venv
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "options: PYTHON=python3.12  VENV=folder  VENV_OPTIONS=--system-site-packages  TORCH_INDEX=url  ARGS='-k name'"
 
 demo: $(INSTALLED) ## morph the embedded teacher into runs/demo (minutes, no GPU needed); again: go on or show it
@@ -27,10 +32,13 @@ demo: $(INSTALLED) ## morph the embedded teacher into runs/demo (minutes, no GPU
 
 # One thread a worker: workers that share cores with each other's threads are several times slower.
 test: $(INSTALLED) ## run the tests that need neither a GPU nor the network
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not network" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not network and not serving" $(ARGS)
 
 test-gpu: $(INSTALLED) ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-serving: $(INSTALLED) $(if $(filter $(SOURCE),$(LLAMA_CPP)),$(SOURCE)/.built) ## run hybrids in llama.cpp (built once, about 15 minutes of two cores)
+	LLAMA_CPP=$(abspath $(LLAMA_CPP)) $(BIN)/python -m pytest -m serving $(ARGS)
 
 lint: $(INSTALLED) ## check style, format and types
 	$(BIN)/ruff check .
@@ -39,12 +47,21 @@ lint: $(INSTALLED) ## check style, format and types
 
 install: $(INSTALLED) ## only set up the environment
 
-clean: ## remove caches and built packages; environment and runs stay
+clean: ## remove caches and built packages; environment, runs and llama.cpp stay
 	rm -rf .pytest_cache .ruff_cache build dist
 	find src tests teachers examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-venv: ## remove the environment
 	rm -rf $(VENV)
+
+# Needs cmake and a C++ compiler.
+$(SOURCE)/.built: | $(INSTALLED)
+	mkdir -p .llama.cpp
+	$(PIP) download --no-deps --no-binary llama-cpp-python --dest .llama.cpp llama-cpp-python==$(lastword $(subst -, ,$(LLAMA_PACKAGE)))
+	tar -xzf .llama.cpp/$(LLAMA_PACKAGE).tar.gz -C .llama.cpp
+	cmake -S $(SOURCE) -B $(SOURCE)/build -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TESTS=OFF -DLLAMA_CURL=OFF
+	cmake --build $(SOURCE)/build --target llama --parallel 2
+	touch $@
 
 # torch is installed only where there is none. Its constraint then names the version that is there, so that the second
 # step leaves a user's own build alone.

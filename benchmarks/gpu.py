@@ -132,13 +132,13 @@ class Run:
         settings = getattr(self.recipe, name)
         weights = [weight for weight in loss.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=self.device.type == "cuda")
-        rows = settings.batch_rows // settings.accumulation
+        part = settings.division(1)
 
         def step() -> None:
-            for _ in range(settings.accumulation):
+            for _ in range(part.accumulation):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                    value = loss(self.ids(rows * settings.length, settings.length))["loss"]
-                (value / settings.accumulation).backward()
+                    value = loss(self.ids(part.rows * settings.length, settings.length))["loss"]
+                (value / part.accumulation).backward()
             optimizer.step()
             optimizer.zero_grad()
 

@@ -25,10 +25,20 @@ from flashmorph.plan import FULL
 from flashmorph.screen import RichScreen
 
 
-def random_pair(arguments: argparse.Namespace, device: torch.device) -> dict[str, PreTrainedModel]:
-    """The host with all layers full, and the same shape with `full` of them."""
-    dtype = getattr(torch, arguments.dtype)
-    teacher = Qwen3Config(
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """The options that make a shape."""
+    for name, default in (("width", 512), ("layers", 8), ("full", 2), ("head-dim", 64), ("vocabulary", 4096)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+
+
+def shape_of(arguments: argparse.Namespace) -> dict[str, int]:
+    """The shape that the options make, for the record."""
+    return {name: getattr(arguments, name) for name in ("width", "layers", "full", "head_dim", "vocabulary")}
+
+
+def teacher_config(arguments: argparse.Namespace, dtype: torch.dtype) -> Qwen3Config:
+    """A teacher of this shape, two query heads to each head of keys and values."""
+    return Qwen3Config(
         vocab_size=arguments.vocabulary,
         hidden_size=arguments.width,
         intermediate_size=3 * arguments.width,
@@ -40,11 +50,21 @@ def random_pair(arguments: argparse.Namespace, device: torch.device) -> dict[str
         tie_word_embeddings=True,
         dtype=dtype,
     )
-    host = host_for(teacher)
+
+
+def hybrid_options(arguments: argparse.Namespace) -> list[str]:
+    """`full` full layers at regular intervals."""
     every = arguments.layers // arguments.full
-    hybrid = [FULL if (layer + 1) % every == 0 else LINEAR for layer in range(arguments.layers)]
+    return [FULL if (layer + 1) % every == 0 else LINEAR for layer in range(arguments.layers)]
+
+
+def random_pair(arguments: argparse.Namespace, device: torch.device) -> dict[str, PreTrainedModel]:
+    """The host with all layers full, and the same shape with `full` of them."""
+    dtype = getattr(torch, arguments.dtype)
+    teacher = teacher_config(arguments, dtype)
+    host = host_for(teacher)
     models = {}
-    for name, options in (("full", [FULL] * arguments.layers), ("hybrid", hybrid)):
+    for name, options in (("full", [FULL] * arguments.layers), ("hybrid", hybrid_options(arguments))):
         torch.manual_seed(0)
         config = host.with_layer_types(host.host_config(teacher), options)
         models[name] = host.model_class(config).to(device, dtype).eval()
@@ -54,8 +74,7 @@ def random_pair(arguments: argparse.Namespace, device: torch.device) -> dict[str
 def main() -> None:
     """Make the pair, time it, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("width", 512), ("layers", 8), ("full", 2), ("head-dim", 64), ("vocabulary", 4096)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    add_shape(parser)
     parser.add_argument("--lengths", default="512,1024,2048,4096,8192,16384")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--decode-tokens", type=int, default=8)
@@ -72,9 +91,8 @@ def main() -> None:
     models = random_pair(arguments, pick_device(arguments.device))
     with RichScreen(Console(stderr=True)).stage("bench", "random pair") as report:
         figures = bench(models, settings, report)
-    shape = {name: getattr(arguments, name) for name in ("width", "layers", "full", "head_dim", "vocabulary")}
     command = f"python benchmarks/speed.py {shlex.join(sys.argv[1:])}".strip()
-    write_json(arguments.output, {"command": command, "shape": shape, **figures})
+    write_json(arguments.output, {"command": command, "shape": shape_of(arguments), **figures})
     show(figures)
 
 

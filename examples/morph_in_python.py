@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 import flashmorph
-from flashmorph.corpus import Corpus, pack
+from flashmorph.corpus import Corpus
 from flashmorph.publish import save_model
+from flashmorph.rows import pack
 from flashmorph.selection.objective import MorphableObjective
 from flashmorph.selection.searchdata import SearchData, SearchSettings
 from flashmorph.stages import AlignSettings

@@ -14,6 +14,7 @@ from transformers import BertConfig, Gemma3TextConfig, Olmo2Config, Qwen2_5_VLCo
 from typer.main import get_command
 
 from flashmorph.cli import app
+from flashmorph.runfolder import RunFolder
 
 
 def refused(capsys, *arguments) -> str:
@@ -99,6 +100,52 @@ def test_code_beside_a_checkpoint_that_transformers_knows_is_not_run(tmp_path, t
     (folder / "config.json").write_text(json.dumps(values | {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}))
     assert run_command("transplant", folder, "--output", tmp_path / "host") == 0
     assert "auto_map" not in json.loads((tmp_path / "host" / "config.json").read_text())
+
+
+def test_a_tokenizer_with_code_of_its_own_is_not_run(tmp_path, teacher_folder, capsys, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *asked: pytest.fail("a question was asked"))
+    folder = broken_copy(teacher_folder, tmp_path / "with_code")
+    (folder / "tokenization.py").write_text("raise SystemExit('this was run')")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    run_command("align", folder, "--recipe", "demo", "--output", tmp_path / "out", "--set", "evaluate.length=9999999")
+    assert "this was run" not in "".join(capsys.readouterr())
+
+
+def test_a_pickled_checkpoint_is_refused(tmp_path, teacher_folder, capsys):
+    folder = broken_copy(teacher_folder, tmp_path / "pickled")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert "only pickled ones, which are not read" in refused(
+        capsys, "transplant", folder, "--output", tmp_path / "out"
+    )
+
+
+def test_a_recipe_cannot_run_code(tmp_path, teacher_folder, capsys):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"budget: !!python/object/apply:os.mkdir ['{tmp_path / 'made'}']\n")
+    assert "not valid YAML" in refused(capsys, "morph", teacher_folder, "--output", tmp_path / "out", "--recipe", file)
+    options = ("--set", f"budget=!!python/object/apply:os.mkdir ['{tmp_path / 'made'}']")
+    assert "not valid YAML" in refused(capsys, "morph", teacher_folder, "--output", tmp_path / "out", *options)
+    assert not (tmp_path / "made").exists()
+
+
+def test_two_runs_at_once_in_one_folder(tmp_path, teacher_folder, recipe_file, capsys):
+    held = RunFolder(tmp_path / "out")
+    sentence = refused(capsys, "morph", teacher_folder, "--output", tmp_path / "out", "--recipe", recipe_file)
+    assert "another run is at work" in sentence
+    del held
+
+
+def test_trackers_that_are_not_there_are_told_before_anything_is_made(
+    tmp_path, teacher_folder, recipe_file, capsys, monkeypatch
+):
+    monkeypatch.setattr("flashmorph.outlook.find_spec", lambda name: None)
+    options = ("--recipe", recipe_file, "--output", tmp_path / "out", "--set")
+    assert "pip install wandb" in refused(capsys, "morph", teacher_folder, *options, "report_to=[wandb]")
+    assert "tensorboard" in refused(capsys, "morph", teacher_folder, *options, "report_to=[tensorbored]")
+    assert not (tmp_path / "out").exists()
 
 
 def test_teachers_whose_parts_do_not_fit(capsys, tmp_path, teacher_folder):

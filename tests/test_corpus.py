@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import tiny_tokenizer
 
-from flashmorph.corpus import Corpus, pack, split_of
+from flashmorph.corpus import Corpus, split_of
 from flashmorph.errors import UserError
+from flashmorph.rows import pack
 from flashmorph.tasks import SPLITS
 
 TEXTS = [f"Document {number} says: {'word ' * (number % 7)}{number * number}.\n" for number in range(200)]
@@ -285,7 +286,7 @@ def test_rows_that_are_there_are_not_tokenised_again(corpus, tokenizer, tmp_path
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
 def test_interrupted_packing_leaves_nothing(corpus, tokenizer, tmp_path, error):
     with pytest.raises(type(error)):
-        pack(corpus, Breaks(tokenizer, 5, error), "train", 32, 20, 0, tmp_path / "rows.npy")
+        pack(corpus, Breaks(tokenizer, 0, error), "train", 32, 20, 0, tmp_path / "rows.npy")
     assert list(tmp_path.iterdir()) == []
     assert len(pack(corpus, tokenizer, "train", 32, 20, 0, tmp_path / "rows.npy")) == 20
 
@@ -305,7 +306,7 @@ def test_other_rows_stand_among_those_of_text_at_regular_intervals(corpus, token
         assert text == sum((plain[row]["input_ids"] for row in range(20 - number)), [])
 
 
-def test_progress_is_told_to_the_last_document(corpus, tokenizer, tmp_path):
+def test_progress_is_told_to_the_last_row(corpus, tokenizer, tmp_path):
     seen = []
     pack(corpus, tokenizer, "train", 32, 20, 0, tmp_path / "rows.npy", report=lambda *counts: seen.append(counts))
     assert seen == sorted(seen) and len(seen) > 5

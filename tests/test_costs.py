@@ -344,10 +344,10 @@ def test_what_it_says_to_lower_makes_a_stage_fit(name, gpus):
 
 
 def test_hours_follow_from_operations_and_gpus():
-    one, eight = expected(gpu=find_gpu("H200")), expected(gpu=find_gpu("h200"), num_gpus=8, utilisation=0.6)
-    for stage, other in zip(one.stages, eight.stages, strict=True):
+    one, two = expected(gpu=find_gpu("H200")), expected(gpu=find_gpu("h200"), num_gpus=2, utilisation=0.6)
+    for stage, other in zip(one.stages, two.stages, strict=True):
         if one.hours(stage):
-            assert one.hours(stage) == pytest.approx(16 * eight.hours(other))
+            assert one.hours(stage) == pytest.approx(4 * two.hours(other))
     align = stage_of(one, "align")
     assert one.hours(align) == pytest.approx(align.work.causal / 0.3 / 989e12 / 3600)
     assert one.hours(stage_of(one, "evaluate")) is None and expected().hours(align) is None

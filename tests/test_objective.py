@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ import torch.nn.functional as F
 from conftest import random_qwen3, tiny_tokenizer
 from test_selection import BUDGETED, DESCENDING
 
-from flashmorph.corpus import Rows
 from flashmorph.errors import UserError
 from flashmorph.morphable import Morphable, build
 from flashmorph.move import transplant
 from flashmorph.plan import Budget
+from flashmorph.rows import Rows
 from flashmorph.selection import STRATEGIES
 from flashmorph.selection.distilling import Distiller
 from flashmorph.selection.objective import MorphableObjective
@@ -29,12 +30,21 @@ def morphable() -> Morphable:
     return Morphable(model)
 
 
-def objective_on(morphable: Morphable, folder, text_rows: torch.Tensor | None = None, micro_batch_tokens: int = 96):
+def objective_on(
+    morphable: Morphable,
+    folder,
+    text_rows: torch.Tensor | None = None,
+    micro_batch_tokens: int = 96,
+    batch_tokens: int = 96,
+    **more: Any,
+):
     layout = Layout(tiny_tokenizer(), STYLES["lines"], Haystack.repeated())
     tasks = [TaskSettings.model_validate({"task": "many_keys", "num_keys": 1})]
-    search = SearchSettings(length=96, batch_tokens=96, micro_batch_tokens=micro_batch_tokens, questions=5)
+    search = SearchSettings(length=96, batch_tokens=batch_tokens, micro_batch_tokens=micro_batch_tokens, questions=5)
     data = SearchData({"train": layout, "validation": layout}, STYLES["lines"], tasks, search)
-    return MorphableObjective(morphable, data, folder, text_rows=text_rows, distiller=distiller(morphable, folder))
+    return MorphableObjective(
+        morphable, data, folder, text_rows=text_rows, distiller=distiller(morphable, folder), **more
+    )
 
 
 def distiller(morphable: Morphable, folder) -> Distiller:
@@ -186,3 +196,17 @@ def test_every_strategy_runs_on_a_model(morphable, tmp_path):
         assert len(selection.plan.full_layers) == 1
         assert np.isfinite(selection.scores).all()
         assert selection.plan == space.best(selection.scores, budget)
+
+
+def test_what_a_search_kept_and_was_damaged_is_made_again(morphable, tmp_path):
+    plan = morphable.space(Budget("layers", 1)).plan(["layers.1"], Budget("layers", 1))
+    losses = objective_on(morphable, tmp_path).evaluate([plan])
+    (kept,) = tmp_path.glob("evaluations/*.json")
+    for path in (kept, tmp_path / "search_state.json"):
+        path.write_text('{"step": 3')
+    said: list[str] = []
+    again = objective_on(morphable, tmp_path, say=said.append)
+    assert np.array_equal(again.evaluate([plan]), losses)
+    logits = torch.zeros(2)
+    assert again.restore(logits, torch.optim.Adam([logits]), []) == 0
+    assert len(said) == 2 and all("making it again" in line for line in said)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers.models.qwen3_5.modeling_qwen3_5 as modelling
 import transformers.models.qwen3_5_moe.modeling_qwen3_5_moe as moe_modelling
 from families import random_teacher
@@ -15,7 +16,7 @@ import flashmorph.hosts.qwen3_5 as qwen3_5
 from flashmorph.hosts import HOSTS, WINDOW_HOSTS, Host, configure
 from flashmorph.hosts.granite_hybrid import GraniteHybridHost
 from flashmorph.hosts.kernels import convolve_apart, in_one_row
-from flashmorph.losses import Head, forward_kl, next_token_loss
+from flashmorph.losses import Head, forward_kl, next_token_loss, top_log_probabilities
 from flashmorph.morphable import Morphable, attach
 from flashmorph.move import transplant
 from flashmorph.packing import Packed, apart, cut, how_apart, marked
@@ -24,7 +25,7 @@ from flashmorph.recipe import load_recipe
 from flashmorph.rundata import training_settings
 from flashmorph.stages import AlignSettings, collate
 from flashmorph.stages.align import AlignmentLoss
-from flashmorph.stages.distill import DistillationLoss
+from flashmorph.stages.distill import DistillationLoss, StoredDistillationLoss
 from flashmorph.stages.extend import NextTokenLoss
 
 LENGTH, WINDOW = 90, 8
@@ -249,7 +250,7 @@ def test_rows_of_one_document_go_through_as_they_are():
     assert only.input_ids is ids and not only.boundaries
     places, following = only.next_tokens()
     assert torch.equal(following, ids[:, 1:].flatten()) and len(places) == ids.numel() - 2
-    batch = collate([{"input_ids": row.tolist(), "starts": [0]} for row in ids])
+    batch = collate([{"input_ids": row.tolist(), "starts": [0], "ignored": []} for row in ids])
     assert set(batch) == {"input_ids"}
 
 
@@ -350,3 +351,54 @@ def test_demo_trains_on_rows_as_when_it_was_measured_and_default_on_documents_ap
     assert not any(stage.isolate_documents for stage in (demo.align, demo.distill, demo.extend))
     assert all(stage.isolate_documents for stage in (default.align, default.distill, default.extend))
     assert AlignSettings().isolate_documents
+
+
+def test_collated_rows_tell_which_tokens_are_learnt():
+    row = {"input_ids": [5, 6, 7, 8], "starts": [0, 2], "ignored": []}
+    assert set(collate([row, row])) == {"input_ids", "starts"}
+    found = collate([row, {**row, "starts": [0], "ignored": [1, 3]}], isolate=False)
+    assert found["loss_mask"].tolist() == [[True] * 4, [True, False, True, False]] and "starts" not in found
+
+
+@pytest.mark.parametrize("way", ["joined", "cut"])
+def test_only_tokens_that_are_learnt_count(way):
+    """The losses are those of single documents, over what predicts the tokens of the mask."""
+    host, _ = host_in(MIXERS[0])
+    ids, starts = packed_rows()
+    mask = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.4
+    given = None if way == "joined" else starts
+    texts, masks = (list(each[:, None]) if way == "joined" else documents(each) for each in (ids, mask))
+    teacher = copy.deepcopy(host)
+    with torch.no_grad():
+        for weight in teacher.parameters():
+            weight.add_(0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    divergences, losses, kept = [], [], []
+    for text, learnt in zip(texts, masks, strict=True):
+        found, target = (F.log_softmax(model(input_ids=text).logits.float(), -1)[0] for model in (host, teacher))
+        counts = torch.cat([learnt[0, 1:], learnt[0, -1:]])
+        divergences += F.kl_div(found, target, log_target=True, reduction="none").sum(-1)[counts].tolist()
+        kept.append(top_log_probabilities(teacher(input_ids=text).logits[0], found.shape[-1]))
+        losses += F.nll_loss(found[:-1], text[0, 1:], reduction="none")[learnt[0, 1:]].tolist()
+    found = DistillationLoss(host, teacher)(ids, given, mask)["loss"].item()
+    assert found == pytest.approx(sum(divergences) / len(divergences), rel=1e-3)
+    values, places = (torch.cat(each).unflatten(0, ids.shape) for each in zip(*kept, strict=True))
+    stored = StoredDistillationLoss(host)(ids, values, places, given, mask)["loss"].item()
+    assert stored == pytest.approx(found, rel=1e-3)
+    assert NextTokenLoss(host)(ids, given, mask)["loss"].item() == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    for loss in (DistillationLoss(host, teacher), NextTokenLoss(host)):
+        every, without = (loss(ids, given, each)["loss"].item() for each in (torch.ones_like(mask), None))
+        assert every == pytest.approx(without, rel=1e-6)
+        assert loss(ids, given, torch.zeros_like(mask))["loss"].item() == 0
+    one, other = (AlignmentLoss(morphable_model())(ids, given, each)["loss"].item() for each in (mask, None))
+    assert one == other
+
+
+def test_rows_that_are_marked_learn_the_tokens_of_rows_that_are_cut():
+    ids, starts = packed_rows()
+    mask = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.4
+    found = []
+    for batches in ([marked(ids, starts, mask)], cut(ids, starts, mask)):
+        labels = torch.cat([each.next_tokens()[1] for each in batches])
+        predicting = torch.cat([each.predicting(each.tokens(each.input_ids)[:, None]) for each in batches])
+        found.append((labels.sort().values, predicting[:, 0].sort().values))
+    assert all(map(torch.equal, *found)) and 0 < len(found[0][0]) <= len(found[0][1]) < ids.numel()

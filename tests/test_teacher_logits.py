@@ -10,10 +10,10 @@ from conftest import FEW_STEPS, random_qwen3, run_command
 
 import flashmorph.losses as losses
 import flashmorph.stages.teacher_logits as teacher_logits
-from flashmorph.corpus import Rows
 from flashmorph.errors import UserError
 from flashmorph.move import transplant
 from flashmorph.recipe import load_recipe
+from flashmorph.rows import Rows
 from flashmorph.stages import DistillSettings, RowsWithLogits, collate, distill, write_logits
 from flashmorph.stages.distill import DistillationLoss, StoredDistillationLoss
 from flashmorph.teacher import load_model
@@ -168,7 +168,7 @@ def test_a_run_writes_them_once_and_says_how_large_they_are(teacher_folder, reci
     assert "512 tokens of 76 bytes" in printed.out + printed.err
     (folder,) = (tmp_path / "out" / "stages").glob("logits-*")
     assert np.load(folder / "log_probabilities.npy", mmap_mode="r").shape == (8, 64, 10)
-    assert len(list((tmp_path / "out" / "stages").glob("transplant-*/model/*.safetensors"))) > 2
+    assert len(list((tmp_path / "out" / "stages").glob("transplant-*/model/*.safetensors"))) == 2
     digest = folder.name.removeprefix("logits-")
     for stage in (tmp_path / "out" / "stages").glob("distill-*/stage.json"):
         assert json.loads(stage.read_text())["inputs"][1:] == [digest]

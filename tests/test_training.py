@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,14 +22,15 @@ from conftest import random_qwen3, small_morphable
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from flashmorph.corpus import Rows
 from flashmorph.errors import UserError
 from flashmorph.losses import forward_kl
 from flashmorph.move import transplant
 from flashmorph.plan import Budget
 from flashmorph.progress import Report, silent
+from flashmorph.rows import Rows
 from flashmorph.stages import AlignSettings, DistillSettings, ExtendSettings, align, alignment_errors, distill, extend
-from flashmorph.stages.training import FINISHED, TrainSettings, last_checkpoint, train
+from flashmorph.stages.checkpoints import FINISHED, last_checkpoint
+from flashmorph.stages.training import TrainSettings, train
 
 LENGTH = 24
 STEPS = 6
@@ -219,6 +221,140 @@ class BreaksItsGradient(nn.Module):
 
     def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"loss": (self.weight * 0).sqrt().sum()}
+
+
+def spoiled(model: nn.Module, layer: int) -> None:
+    """Put a weight that is not finite into one decoder layer."""
+    with torch.no_grad():
+        next(iter(model.model.layers[layer].mlp.parameters()))[0, 0] = math.nan
+
+
+def test_a_loss_that_is_not_finite_names_step_and_layer(tmp_path):
+    student, teacher = student_and_teacher()
+    spoiled(student, 1)
+    settings: Any = settings_of(DistillSettings, checkpoint_steps=1)
+    with pytest.raises(
+        UserError, match="the loss is nan at step 1, first in layer 1; the last good checkpoint is kept"
+    ):
+        distill(student, teacher, rows_in(tmp_path), settings, tmp_path)
+    morphable = small_morphable(0)
+    with torch.no_grad():
+        morphable.branch_parameters()[1][0].fill_(math.inf)
+    with pytest.raises(UserError, match="the loss is nan at step 1, first in layer 1"):
+        align(morphable, rows_in(tmp_path), settings_of(AlignSettings), tmp_path / "align")
+
+
+class BreaksInALayer(nn.Module):
+    """A loss that is finite all the time; the gradient of one layer is not from a step on."""
+
+    def __init__(self, layer: int, step: int):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+        self.layer, self.left = layer, step
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.left -= 1
+        loss = torch.stack([layer.weight.square().sum() for layer in self.layers]).sum()
+        if self.left <= 0:
+            loss = loss + (self.layers[self.layer].bias * 0).sqrt().sum()
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_gradient_that_is_not_finite_names_step_and_layer_and_keeps_what_was(tmp_path, layer):
+    model = BreaksInALayer(layer, step=4)
+    settings = settings_of(TrainSettings, checkpoint_steps=1)
+    with pytest.raises(UserError, match=f"the gradient is not finite at step 4, in layer {layer};"):
+        train(model, rows_in(tmp_path), settings, tmp_path, 0, False, silent)
+    assert last_checkpoint(tmp_path).endswith("checkpoint-3")
+    kept = load_file(Path(last_checkpoint(tmp_path)) / "trainable.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in kept.values())
+    assert all(torch.isfinite(weight).all() for weight in model.parameters())
+    assert [entry["step"] for entry in log_of(tmp_path)] == [1, 2, 3]
+
+
+class Grows(nn.Module):
+    """Its loss grows a hundredfold with each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(1, 1) for _ in range(2))
+        self.size = 0.05
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.size *= 10
+        weights = self.layers[0].weight + 3 * self.layers[1].weight
+        return {"loss": self.size * (1 + (weights - weights.detach()).sum())}
+
+
+def test_a_loss_that_explodes_stops_before_it_is_kept(tmp_path):
+    settings = settings_of(TrainSettings, checkpoint_steps=1)
+    with pytest.raises(UserError, match="exploded: 50 at step 3, 0.5 at the first, the largest gradient in layer 1"):
+        train(Grows(), rows_in(tmp_path), settings, tmp_path, 0, False, silent)
+    assert last_checkpoint(tmp_path).endswith("checkpoint-2")
+
+
+DAMAGES = {
+    "weights cut short": lambda place: place.joinpath("trainable.safetensors").write_bytes(b"cut"),
+    "optimiser gone": lambda place: place.joinpath("optimizer.pt").unlink(),
+    "optimiser of zeros": lambda place: place.joinpath("optimizer.pt").write_bytes(
+        bytes(place.joinpath("optimizer.pt").stat().st_size)
+    ),
+    "never finished": lambda place: place.joinpath(FINISHED).unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, damage, caplog):
+    whole = run("distill", tmp_path / "whole")
+
+    def stop(done: float, total: float, **figures: float) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("distill", tmp_path, stop)
+    newest = Path(last_checkpoint(tmp_path))
+    assert newest.name == "checkpoint-4"
+    DAMAGES[damage](newest)
+    seen: list[float] = []
+    assert same(run("distill", tmp_path, lambda done, total, **figures: seen.append(done)), whole)
+    assert seen == [3, 4, 5, 6]
+    said = "going on from the one before it" in caplog.text
+    assert said == (damage != "never finished") and len([*tmp_path.glob("checkpoints/*")]) == 2
+
+
+def test_a_disk_that_is_full_is_one_sentence_and_the_last_checkpoint_stays(tmp_path):
+    """Files may not grow beyond a limit that the log keeps and a checkpoint does not."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def report(done: float, total: float, **figures: float) -> None:
+        if done == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+
+    try:
+        with pytest.raises(UserError) as error:
+            run("distill", tmp_path, report)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(error.value).startswith("cannot write checkpoint-4 in ") and "\n" not in str(error.value)
+    assert last_checkpoint(tmp_path).endswith("checkpoint-2")
+    assert same(run("distill", tmp_path), run("distill", tmp_path / "whole"))
+
+
+def test_the_log_goes_where_it_is_asked_to_and_nowhere_else(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(tmp_path)
+    student, teacher = student_and_teacher()
+    folder = tmp_path / "stage"
+    distill(student, teacher, rows_in(folder), settings_of(DistillSettings), folder, report_to=["tensorboard"])
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(
+        [entry["loss"] for entry in log_of(folder)]
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"stage"} and "TENSORBOARD_LOGGING_DIR" not in os.environ
 
 
 def test_weights_that_are_not_finite_are_never_kept(tmp_path):

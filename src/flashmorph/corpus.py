@@ -1,4 +1,4 @@
-"""Text: where it comes from, its four disjoint splits, and rows of tokens packed from it."""
+"""Text: where it comes from, its four disjoint splits, and where a reader of it stands."""
 
 import glob
 import hashlib
@@ -11,21 +11,17 @@ from typing import Any
 
 import datasets
 import numpy as np
-from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
 
+from flashmorph.chat import CHAT_COLUMNS, Message, messages_in, spoken
 from flashmorph.errors import UserError
-from flashmorph.files import atomic_path
-from flashmorph.progress import Report, silent
 from flashmorph.tasks.words import SPLITS
 
 DEMO = "demo"
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text"}
 _HELD_OUT_SHARES = {"validation": 0.05, "referee": 0.05, "test": 0.05}
-_SHUFFLE_BUFFER = 1_000
+_BLOCK = 1_000
 _POOL_CHARACTERS = 8_000_000
 _LONG, _PIECE = 60_000, 20_000
-_FIRST = np.uint32(1 << 31)
 
 
 def split_of(text: str) -> str:
@@ -39,20 +35,58 @@ def split_of(text: str) -> str:
 
 
 @dataclass(frozen=True)
+class Document:
+    """A text, or a conversation: then `text` is what is said in it."""
+
+    text: str
+    messages: list[Message] | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a pass over a corpus stands, as JSON values.
+
+    `reader` is the state of the stream in front of a block of rows, `blocks` the number of blocks before it, `given`
+    the number of documents that it has given.
+    """
+
+    reader: dict[str, Any] | None = None
+    blocks: int = 0
+    given: int = 0
+
+
+@dataclass(frozen=True)
 class Corpus:
     """Documents from the shipped demo text, local files or a dataset of the Hugging Face hub.
 
     `source` is `demo`, a file, a folder of files (txt, md, jsonl, json, parquet, each also compressed as xz, gz or
-    zst) or the name of a dataset, which is streamed; `config` and `column` belong to the latter two. A txt or md file
-    is one document, unless it is long: then it is cut at empty lines, so that one big file has all splits too.
+    zst) or the name of a dataset, which is streamed; `config` and `column` belong to the latter two, `split` to a
+    dataset. A txt or md file is one document, unless it is long: then it is cut at empty lines, so that one big file
+    has all splits too. A row is a conversation where `column` holds one, or where there is no such column but one of
+    `CHAT_COLUMNS`; `replies_only`: of conversations, only the assistant's words are learnt.
     """
 
     source: str = DEMO
     config: str | None = None
     column: str = "text"
+    split: str = "train"
+    replies_only: bool = False
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether its settings alone say that it has conversations."""
+        return self.replies_only or self.column in CHAT_COLUMNS
 
     def documents(self, split: str, seed: int) -> Iterator[str]:
-        """One pass over the documents of `split`, shuffled by `seed`.
+        """The text of one pass over the documents of `split`; see `read`."""
+        return (document.text for document, _ in self.read(split, seed))
+
+    def read(self, split: str, seed: int, place: Place | None = None) -> Iterator[tuple[Document, Place]]:
+        """One pass over the documents of `split`, from `place` on, each with the place behind it.
+
+        The files of a source are read in turns, in an order that `seed` shuffles, and each `_BLOCK` rows are shuffled
+        among themselves. So a place needs no more than the stream's own state: `datasets` shuffles through a buffer
+        whose content is lost when a stream goes on from its state.
 
         Raises:
             ValueError: `split` is unknown.
@@ -61,20 +95,25 @@ class Corpus:
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
         whole_files = self.source != DEMO and _reader_of(Path(self.source)) == "text"
-        for row in self._rows(seed):
-            if self.column not in row:
-                raise UserError(f"{self.source} has no column {self.column!r}; it has {', '.join(map(repr, row))}")
-            text = row[self.column]
-            if text is not None and not isinstance(text, str):
-                raise UserError(f"{self.source}: column {self.column!r} holds {text!r}, which is no text")
-            for document in _cut(text or "") if whole_files else [text]:
-                if document and split_of(document) == split:
-                    yield document
+        for block, at in self._blocks(seed, place or Place()):
+            texts = (document for row in block for document in self._documents_in(row, whole_files))
+            wanted = (document for document in texts if document.text and split_of(document.text) == split)
+            for number, document in enumerate(islice(wanted, at.given, None), at.given + 1):
+                yield document, Place(at.reader, at.blocks, number)
 
-    def _rows(self, seed: int) -> Iterator[dict[str, Any]]:
-        """The rows of one pass; whatever a reader stumbles over becomes one sentence."""
+    def _blocks(self, seed: int, place: Place) -> Iterator[tuple[list[dict[str, Any]], Place]]:
+        """Shuffled blocks of rows, each with its place; whatever a reader stumbles over becomes one sentence."""
+        order = np.random.default_rng(seed)
+        for _ in range(place.blocks):
+            order.permutation(_BLOCK)
         try:
-            yield from self._open().shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+            stream = self._open().shuffle(seed=seed, buffer_size=1)
+            if place.reader:
+                stream.load_state_dict(place.reader)
+            rows = iter(stream)
+            while block := list(islice(rows, _BLOCK)):
+                yield [block[number] for number in order.permutation(len(block))], place
+                place = Place(stream.state_dict(), place.blocks + 1)
         except UserError:
             raise
         except StopIteration as error:
@@ -82,6 +121,18 @@ class Corpus:
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{self.source} cannot be read: {reason}") from error
+
+    def _documents_in(self, row: dict[str, Any], whole_files: bool) -> Iterator[Document]:
+        column = next((name for name in (self.column, *CHAT_COLUMNS) if name in row), None)
+        if column is None:
+            raise UserError(f"{self.source} has no column {self.column!r}; it has {', '.join(map(repr, row))}")
+        value = row[column]
+        if messages := messages_in(value):
+            yield Document(spoken(messages), messages)
+        elif value is None or isinstance(value, str):
+            yield from (Document(piece) for piece in (_cut(value or "") if whole_files else [value or ""]))
+        else:
+            raise UserError(f"{self.source}: column {column!r} holds {value!r}, which is neither text nor conversation")
 
     def pool(self, split: str, seed: int, characters: int = _POOL_CHARACTERS) -> list[str]:
         """Documents of `split` up to about `characters` characters: what haystacks are made of.
@@ -96,7 +147,7 @@ class Corpus:
             if size >= characters:
                 break
         if not pool:
-            raise UserError(f"{self.source} has no text for the split {split!r}: it needs more documents")
+            raise no_text(self, split)
         return pool
 
     def _open(self) -> datasets.IterableDataset:
@@ -115,12 +166,36 @@ class Corpus:
             names = [glob.escape(str(file)) for file in paths if _reader(file) == reader]
             return datasets.load_dataset(reader, data_files=names, split="train", streaming=True, **options)
         try:
-            return datasets.load_dataset(self.source, self.config, split="train", streaming=True)
+            return datasets.load_dataset(self.source, self.config, split=self.split, streaming=True)
         except Exception as error:
             raise UserError(
                 f"no text at {self.source!r}: it is no local file or folder, and the hub says: "
                 f"{str(error).splitlines()[0]}"
             ) from error
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several corpora, each with its share of the tokens."""
+
+    parts: tuple[Corpus, ...]
+    shares: tuple[float, ...]
+
+    def pool(self, split: str, seed: int, characters: int = _POOL_CHARACTERS) -> list[str]:
+        """Documents of `split`, of each corpus its share of `characters`; see `Corpus.pool`."""
+        sizes = [round(share * characters) for share in self.shares]
+        pools = [part.pool(split, seed, size) for part, size in zip(self.parts, sizes, strict=True)]
+        return [document for pool in pools for document in pool]
+
+
+def shares_of(corpus: Corpus | Mixture) -> Sequence[tuple[Corpus, float]]:
+    """Each corpus with its share of the tokens."""
+    return list(zip(corpus.parts, corpus.shares, strict=True)) if isinstance(corpus, Mixture) else [(corpus, 1.0)]
+
+
+def no_text(corpus: Corpus, split: str) -> UserError:
+    """What to say of a corpus without a document in `split`."""
+    return UserError(f"{corpus.source} has no text for the split {split!r}: it needs more documents")
 
 
 def _files(path: Path) -> list[Path]:
@@ -148,92 +223,3 @@ def _reader(path: Path) -> str | None:
     """The `datasets` reader for a file name, compressed or not."""
     suffixes = [suffix for suffix in path.suffixes if suffix not in (".xz", ".gz", ".zst")]
     return _READERS.get(suffixes[-1]) if suffixes and path.is_file() else None
-
-
-class Rows(Dataset[dict[str, list[int]]]):
-    """Rows of token ids `[rows, length]`, mapped from a file and read as they are needed.
-
-    The highest bit of an id marks the first token of a document; `starts` are the places of those tokens in a row, its
-    first among them.
-    """
-
-    def __init__(self, path: Path):
-        self._ids = np.load(path, mmap_mode="r")
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __getitem__(self, row: int) -> dict[str, list[int]]:
-        stored = self._ids[row]
-        places = np.flatnonzero(stored[1:] & _FIRST) + 1
-        return {"input_ids": (stored & ~_FIRST).tolist(), "starts": [0, *places.tolist()]}
-
-
-def pack(
-    corpus: Corpus,
-    tokenizer: PreTrainedTokenizerBase,
-    split: str,
-    length: int,
-    rows: int,
-    seed: int,
-    path: Path,
-    max_passes: int | None = 4,
-    report: Report = silent,
-    others: Sequence[list[int]] = (),
-) -> Rows:
-    """Tokenise documents of `split`, join them end to end and cut rows of `length` tokens into the file `path`.
-
-    Where documents begin is kept, so that training can hold them apart (`packing.py`).
-    `others` are rows of that length that stand among those of text at regular intervals. The rows are on disk before
-    training starts: any step can be resumed at without reading the text again. An existing file is taken as it is.
-
-    Raises:
-        UserError: the text would have to be repeated more than `max_passes` times (None: as often as it takes).
-    """
-    if not path.exists():
-        with atomic_path(path) as temporary:
-            ids = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint32, shape=(rows, length))
-            is_other = np.diff(np.arange(rows + 1) * len(others) // rows) > 0
-            for row, other in zip(np.flatnonzero(is_other), others, strict=True):
-                ids[row] = other
-            text = _text_tokens(corpus, tokenizer, split, (rows - len(others)) * length, seed, max_passes, report)
-            for row in np.flatnonzero(~is_other):
-                ids[row] = list(islice(text, length))
-            ids.flush()
-            del ids
-    return Rows(path)
-
-
-def _text_tokens(
-    corpus: Corpus,
-    tokenizer: PreTrainedTokenizerBase,
-    split: str,
-    needed: int,
-    seed: int,
-    max_passes: int | None,
-    report: Report,
-) -> Iterator[int]:
-    """`needed` tokens of running text, the text repeated where it must be.
-
-    The end-of-text token stands after each document; its first token is marked.
-    """
-    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    made, passes = 0, 0
-    while made < needed:
-        if max_passes is not None and passes == max_passes:
-            raise UserError(
-                f"{corpus.source} is too small: it has about {made // passes:,} tokens for the split {split!r} and "
-                f"{needed:,} are needed, more than {max_passes} times that; give more --data, fewer tokens, or "
-                "--allow-repeat"
-            )
-        before = made
-        for text in corpus.documents(split, seed + passes):
-            tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids + separator
-            yield from (token | int(_FIRST) if place == 0 else token for place, token in enumerate(tokens))
-            made += len(tokens)
-            report(min(made, needed), needed)
-            if made >= needed:
-                break
-        if made == before:
-            raise UserError(f"{corpus.source} has no text for the split {split!r}: it needs more documents")
-        passes += 1

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from flashmorph import ranks
+from flashmorph.errors import UserError
 from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.hosts import cache_by_context
 from flashmorph.judge import recall_of_plan
@@ -65,7 +67,9 @@ def budget_curve(run: Run, morphable: Morphable, questions: int, folder: Path, r
     losses = objective.evaluate(plans).mean(1)
     points = []
     for number, (plan, loss) in enumerate(zip(plans, losses, strict=True), 1):
-        recall = recall_of_plan(run, morphable, plan, "validation", run.recipe.seed, questions, folder)
+        recall = ranks.first(
+            lambda plan=plan: recall_of_plan(run, morphable, plan, "validation", run.recipe.seed, questions, folder)
+        )
         config = morphable.host.with_layer_types(morphable.model.config, list(plan.assignments.values()))
         points.append(Point(plan.full_layers, plan.strip(), float(loss), recall, cache_by_context(config)))
         report(number, len(plans), recall=recall)
@@ -99,13 +103,16 @@ def run_curve(run: Run, host: Stage, branches: Stage, questions: int) -> Curve:
     """The budget curve of an aligned run, as a stage of its own.
 
     Raises:
-        UserError: the strategy cannot spend a count of layers.
+        UserError: the strategy cannot spend a count of layers, or weights are divided.
     """
     recipe = run.recipe
+    if run.shards:
+        raise UserError("a curve asks whole models for answers: go on with --set shard=false")
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
         curve = budget_curve(run, open_morphable(run, host, branches), questions, folder, report)
-        write_json(folder / "curve.json", curve.to_dict())
+        if ranks.is_first():
+            write_json(folder / "curve.json", curve.to_dict())
         return {"summary": f"{len(curve.points)} budgets"}
 
     wanted = {"questions": questions, **select_settings(run)}

@@ -1,4 +1,4 @@
-"""The one error that a user is meant to read."""
+"""The errors that a user is meant to read."""
 
 import difflib
 from collections.abc import Iterable
@@ -11,6 +11,10 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with 2.
     """
+
+
+class OutOfMemory(UserError):
+    """A device's memory is not enough; of several processes the one that it happened to tells it."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

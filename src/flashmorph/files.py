@@ -12,6 +12,9 @@ from uuid import uuid4
 
 from flashmorph.errors import UserError
 
+PART = ".part"
+"""How the name of a file ends that is being written."""
+
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
@@ -23,7 +26,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
         UserError: the place cannot be written, or the disk is full.
     """
     target = Path(target)
-    temporary = target.parent / f".{target.name}.{uuid4().hex[:8]}.part"
+    temporary = target.parent / f".{target.name}.{uuid4().hex[:8]}{PART}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flashmorph.corpus import Corpus, Rows, pack
+from flashmorph.corpus import Corpus, Mixture
 from flashmorph.errors import UserError
 from flashmorph.evaluation import Score, answers_right, evaluate
 from flashmorph.files import read_json, write_json
@@ -16,6 +16,7 @@ from flashmorph.hosts import cache_by_context
 from flashmorph.morphable import Morphable
 from flashmorph.plan import Plan
 from flashmorph.recipe import Recipe
+from flashmorph.rows import Rows, pack
 from flashmorph.run import Run
 from flashmorph.rundata import open_questions
 from flashmorph.runfolder import digest_of
@@ -42,14 +43,14 @@ def score_model(name: str, recipe: Recipe, device: torch.device) -> Score:
         UserError: see `open_model`; or the corpus has no text of the test split.
     """
     model, tokenizer = open_model(name, device)
-    corpus = Corpus(recipe.data.source, recipe.data.config, recipe.data.column)
+    corpus = recipe.data.corpus
     with TemporaryDirectory() as folder:
         rows = held_out(recipe, corpus, tokenizer, Path(folder))
         questions = open_questions(recipe, corpus, tokenizer)
         return evaluate(model, tokenizer, questions, rows, recipe.evaluate, cache_by_context(model.config))
 
 
-def held_out(recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Rows:
+def held_out(recipe: Recipe, corpus: Corpus | Mixture, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Rows:
     """The rows of text that perplexity is measured on, in `folder`.
 
     Raises:

@@ -92,9 +92,9 @@ def transplant_checkpoint(
 ) -> tuple[PreTrainedConfig, Moved]:
     """Write the teacher in `source`, moved into its host's class, into the folder `target`: weights and configuration.
 
-    In the dtype of the checkpoint, in files as large as the teacher's; what the host computes is proven in float32,
-    before that. In memory at once, at most: one file of the result; and of one layer the weights in float32 of teacher
-    and host, or the teacher's in float64. `settings` are the host's own (`{"mamba_expand": 1}`).
+    In the dtype of the checkpoint, in files as large as the teacher's; what the host computes is proven in float32.
+    In memory at once, at most: one file of the result; and of one layer the weights in float32 of teacher and host, or
+    the teacher's in float64. `settings` are the host's own (`{"mamba_expand": 1}`).
 
     Raises:
         UserError: no exact host, a checkpoint that is damaged or incomplete, or a part that differs by more than the
@@ -111,7 +111,8 @@ def transplant_checkpoint(
     for each in (teacher.eval(), model.eval()):
         _buffers_to(each, device)
     dtype = cast(torch.dtype, config.dtype or torch.float32)
-    trip = _Trip(host, teacher, model, None if dtype == torch.float32 else dtype, probe(config).to(device))
+    rounded = dtype if dtype in (torch.bfloat16, torch.float16) else None
+    trip = _Trip(host, teacher, model, rounded, probe(config).to(device))
     parts = _parts(config, reader.names)
     for number, part in enumerate(parts):
         report(number, len(parts))

@@ -53,7 +53,7 @@ def _in_chunks(loss: Callable[..., torch.Tensor], size: int, *tensors: torch.Ten
 def forward_kl(
     student: torch.Tensor, student_head: nn.Linear | Head, teacher: torch.Tensor, teacher_head: nn.Linear | Head
 ) -> torch.Tensor:
-    """Mean KL(teacher || student) a token, temperature 1, from last hidden states `[..., width]`."""
+    """Mean KL(teacher || student) a token, temperature 1, from last hidden states `[..., width]`; 0 without any."""
 
     def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -62,7 +62,7 @@ def forward_kl(
         return F.kl_div(found, target, log_target=True, reduction="sum")
 
     student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
-    return _in_chunks(divergence, chunk_tokens(student_head.out_features), student, teacher) / len(student)
+    return _in_chunks(divergence, chunk_tokens(student_head.out_features), student, teacher) / max(1, len(student))
 
 
 def next_token_loss(hidden: torch.Tensor, head: nn.Linear | Head, input_ids: torch.Tensor) -> torch.Tensor:
@@ -123,7 +123,7 @@ def top_kl(student: torch.Tensor, head: nn.Linear | Head, values: torch.Tensor, 
             total = total + F.kl_div(others, rest[left], log_target=True, reduction="sum")
         return total
 
-    return _in_chunks(divergence, chunk_tokens(head.out_features), student, values, places) / len(student)
+    return _in_chunks(divergence, chunk_tokens(head.out_features), student, values, places) / max(1, len(student))
 
 
 def _of_others(log_probabilities: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

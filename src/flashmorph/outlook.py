@@ -1,13 +1,16 @@
 """Before anything is spent: what can be known to fail, and what each stage will take."""
 
+from importlib.util import find_spec
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from flashmorph.corpus import shares_of
 from flashmorph.errors import UserError
 from flashmorph.hosts import configure
 from flashmorph.plan import Budget, Space
 from flashmorph.recipe import Recipe
+from flashmorph.rows import require_template
 from flashmorph.selection import FOLLOW_GRADIENTS, SEARCH_NOTHING
 from flashmorph.selection.search import check_settings, own_settings
 from flashmorph.selection.searchdata import step_shape
@@ -15,14 +18,24 @@ from flashmorph.stages import TrainSettings, logits_on_disk
 from flashmorph.teacher import Teacher, load_config
 
 
-def check(teacher: Teacher, recipe: Recipe) -> None:
+def check(teacher: Teacher, recipe: Recipe, processes: int = 1) -> None:
     """What can be known to fail before anything is written.
 
     Raises:
-        UserError: see `check_recipe`; or a tokenizer that does not fit.
+        UserError: see `check_recipe`; a tokenizer that does not fit or has no words for conversations, or a batch that
+            so many processes cannot share.
     """
     check_recipe(load_config(teacher.folder), recipe)
-    teacher.tokenizer()
+    for settings in (recipe.align, recipe.distill, recipe.extend):
+        if settings:
+            settings.division(processes)
+    for name in recipe.report_to:
+        if not find_spec(name):
+            raise UserError(f"report_to: {name} is not installed here; pip install {name}, or leave it out")
+    tokenizer = teacher.tokenizer()
+    for corpus, _ in shares_of(recipe.data.corpus):
+        if tokenizer and corpus.is_chat:
+            require_template(tokenizer, corpus)
 
 
 def check_recipe(config: PreTrainedConfig, recipe: Recipe) -> None:
@@ -53,7 +66,7 @@ def outlook(name: str, config: PreTrainedConfig, recipe: Recipe) -> list[dict[st
 
     Tokens are None where they show on the way.
     """
-    source = recipe.data.source
+    source = recipe.data.about
     plans = 2 if recipe.baseline else 1
     host, _ = configure(config, recipe.host)
     rows: list[tuple[str, int | None, int, str]] = [("transplant", 0, 0, f"{name}: a probe batch")]

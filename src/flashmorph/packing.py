@@ -17,13 +17,15 @@ class Packed:
     """What one forward is given: `input_ids` `[batch, time]`, and `boundaries`, further arguments of the model.
 
     `real` `[batch, time]` is False at padding, `continues` `[batch, time]` where a token does not follow another of its
-    document; None: no padding, and each row is one document.
+    document; None: no padding, and each row is one document. `loss_mask` `[batch, time]` is False at tokens that are
+    not learnt; None: all are.
     """
 
     input_ids: torch.Tensor
     boundaries: dict[str, Any] = field(default_factory=dict)
     real: torch.Tensor | None = None
     continues: torch.Tensor | None = None
+    loss_mask: torch.Tensor | None = None
 
     def run(self, decoder: Any) -> torch.Tensor:
         """Last hidden states of each token, `[tokens, width]`, padding left out.
@@ -37,29 +39,54 @@ class Packed:
         return hidden.flatten(0, 1) if self.real is None else hidden[self.real]
 
     def next_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Places among `tokens` that have a next token in their document, and those next tokens."""
-        continues = self.continues
-        if continues is None:
-            continues = torch.ones_like(self.input_ids, dtype=torch.bool)
-            continues[:, 0] = False
-        (labelled,) = self.tokens(continues).nonzero(as_tuple=True)
+        """Places among `tokens` that have a next token in their document that is learnt, and those next tokens."""
+        labels = self._continues() if self.loss_mask is None else self._continues() & self.loss_mask
+        (labelled,) = self.tokens(labels).nonzero(as_tuple=True)
         return labelled - 1, self.tokens(self.input_ids)[labelled]
 
+    def predicting(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of `hidden` `[tokens, ...]`, as `tokens` gives it, what predicts a token that is learnt.
 
-def apart(input_ids: torch.Tensor, starts: torch.Tensor | None, host: Host) -> list[Packed]:
+        The last token of a document, whose next one is not there, counts where it is learnt itself.
+        """
+        if self.loss_mask is None:
+            return hidden
+        followed = self._continues()[:, 1:]
+        learnt = self.loss_mask.clone()
+        learnt[:, :-1] = torch.where(followed, self.loss_mask[:, 1:], self.loss_mask[:, :-1])
+        return hidden[self.tokens(learnt)]
+
+    def _continues(self) -> torch.Tensor:
+        if self.continues is not None:
+            return self.continues
+        continues = torch.ones_like(self.input_ids, dtype=torch.bool)
+        continues[:, 0] = False
+        return continues
+
+
+def apart(
+    input_ids: torch.Tensor, starts: torch.Tensor | None, host: Host, loss_mask: torch.Tensor | None = None
+) -> list[Packed]:
     """The documents of `input_ids` `[batch, time]`, apart.
 
-    `starts` `[batch, time]` is True at each document's first token (None: each row is one document).
+    `starts` `[batch, time]` is True at each document's first token (None: each row is one document), `loss_mask`
+    `[batch, time]` at each token that is learnt (None: all).
     """
     if starts is None:
-        return [Packed(input_ids)]
-    return [marked(input_ids, starts)] if host.takes_boundaries(input_ids.device) else cut(input_ids, starts)
+        return [Packed(input_ids, loss_mask=loss_mask)]
+    if host.takes_boundaries(input_ids.device):
+        return [marked(input_ids, starts, loss_mask)]
+    return cut(input_ids, starts, loss_mask)
 
 
-def token_order(input_ids: torch.Tensor, starts: torch.Tensor | None, host: Host) -> torch.Tensor:
-    """Where the tokens that `apart` runs stand in `input_ids` `[batch, time]` end to end, in its order, `[tokens]`."""
+def token_order(
+    input_ids: torch.Tensor, starts: torch.Tensor | None, host: Host, loss_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Where the tokens that `apart` runs, and that predict one of the mask, stand in `input_ids` `[batch, time]` end to
+    end, in its order, `[tokens]`."""
     places = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)
-    return torch.cat([each.tokens(each.input_ids) for each in apart(places, starts, host)])
+    packed = apart(places, starts, host, loss_mask)
+    return torch.cat([each.predicting(each.tokens(each.input_ids)) for each in packed])
 
 
 def how_apart(isolated: bool, host: Host, device: torch.device) -> str:
@@ -69,7 +96,7 @@ def how_apart(isolated: bool, host: Host, device: torch.device) -> str:
     return "apart by kernels" if host.takes_boundaries(device) else "apart, rows cut at the boundaries"
 
 
-def marked(input_ids: torch.Tensor, starts: torch.Tensor) -> Packed:
+def marked(input_ids: torch.Tensor, starts: torch.Tensor, loss_mask: torch.Tensor | None = None) -> Packed:
     """Rows as they are, with the arguments that tell each kind of layer where documents begin.
 
     `position_ids` and `cu_seq_lens_*` are for attention, `cu_seq_lens_q` also for linear states, `seq_idx` for short
@@ -86,10 +113,10 @@ def marked(input_ids: torch.Tensor, starts: torch.Tensor) -> Packed:
         **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), edges.int()),
         **dict.fromkeys(("max_length_q", "max_length_k"), longest),
     }
-    return Packed(input_ids, boundaries, continues=~starts)
+    return Packed(input_ids, boundaries, continues=~starts, loss_mask=loss_mask)
 
 
-def cut(input_ids: torch.Tensor, starts: torch.Tensor) -> list[Packed]:
+def cut(input_ids: torch.Tensor, starts: torch.Tensor, loss_mask: torch.Tensor | None = None) -> list[Packed]:
     """One document a row, padded on the right, where causal layers do not look.
 
     Documents whose lengths lie between the same two powers of two share a batch, so that less than half is padding.
@@ -103,8 +130,10 @@ def cut(input_ids: torch.Tensor, starts: torch.Tensor) -> list[Packed]:
         chosen, first = lengths[sizes == size], edges[:-1][sizes == size]
         time = torch.arange(int(chosen.max()), device=input_ids.device)
         real = time < chosen[:, None]
-        ids = torch.where(real, flat[(first[:, None] + time).clamp_max(len(flat) - 1)], 0)
-        batches.append(Packed(ids, real=real, continues=real & (time > 0)))
+        places = (first[:, None] + time).clamp_max(len(flat) - 1)
+        ids = torch.where(real, flat[places], 0)
+        learnt = None if loss_mask is None else loss_mask.flatten()[places] & real
+        batches.append(Packed(ids, real=real, continues=real & (time > 0), loss_mask=learnt))
     return batches
 
 

@@ -1,10 +1,12 @@
 """The whole path, top to bottom: transplant, align, select, build, distill, extend, evaluate, save, report.
 
 Each stage reads an earlier stage's folder and writes its own (`runfolder.py`); the functions that do the work are the
-library's own.
+library's own. Several processes go through it together: a stage's work is shared, or the first does it `alone`
+(`ranks.py`).
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from flashmorph import ranks
 from flashmorph.card import model_card
-from flashmorph.corpus import Rows
+from flashmorph.errors import UserError
 from flashmorph.evaluation import RangeLosses, Score, evaluate
 from flashmorph.files import read_json, write_json
-from flashmorph.hosts import cache_by_context, host_for, host_of, host_settings
+from flashmorph.hosts import cache_by_context, host_for, host_of, host_settings, layer_space
 from flashmorph.morphable import Morphable, attach, build
 from flashmorph.packing import how_apart
 from flashmorph.plan import Budget, Plan
 from flashmorph.progress import Report, silent
 from flashmorph.publish import publish, save_model, write_host
 from flashmorph.report import write_report
+from flashmorph.rows import Rows
 from flashmorph.run import Results, Run
 from flashmorph.rundata import (
     calibration,
@@ -43,6 +47,7 @@ from flashmorph.selection.objective import MorphableObjective
 from flashmorph.selection.search import select
 from flashmorph.selection.searchdata import SearchSettings
 from flashmorph.selection.uniform import uniform
+from flashmorph.sharding import Model, in_turn, is_sharded, shard_morphable, shard_student, shard_teacher, whole
 from flashmorph.stages import (
     DistillSettings,
     RowsWithLogits,
@@ -79,8 +84,13 @@ def morph(run: Run, plan: Plan | None = None) -> Results:
         models |= {"uniform_undistilled": other["build"], "uniform": other["extend"]}
     scores = {name: run_evaluate(run, name, stage) for name, stage in models.items()}
     results = Results(plan, scores, list(run.done.values()))
-    publish(run.folder.path, hybrid["extend"].folder, plan, results.to_dict(), run.recipe, model_card(run, results))
-    write_report(run.folder.path)
+
+    def leave_behind() -> None:
+        folder, model = run.folder.path, hybrid["extend"].folder
+        publish(folder, model, plan, results.to_dict(), run.recipe, model_card(run, results))
+        write_report(folder)
+
+    ranks.first(leave_behind)
     return results
 
 
@@ -100,22 +110,31 @@ def run_transplant(run: Run) -> Stage:
         return write_host(run.teacher, folder / "model", settings, run.device, report)
 
     wanted = {"format": 1, **({"host": settings} if settings else {})}
-    return run.stage("transplant", run.teacher.name, wanted, [run.teacher.digest], work)
+    return run.stage("transplant", run.teacher.name, wanted, [run.teacher.digest], work, alone=True)
 
 
 def run_align(run: Run, host: Stage) -> Stage:
     """A linear branch beside every attention, trained to give the attention's output; windows need no training."""
     settings = run.recipe.align
     if not host_of(load_config(host.folder / "model")).branches_train:
-        return run.stage("align", "nothing: a window has no weights", {}, [host.digest], _no_branches)
+        return run.stage("align", "nothing: a window has no weights", {}, [host.digest], _no_branches, alone=True)
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
         rows = training_rows(run, settings, "align", report)
         first = calibration(run, rows)
-        morphable, start = attach(open_host(run, host), first["input_ids"])
-        align(morphable, rows, settings, folder, run.recipe.seed, run.bf16, report)
-        errors = alignment_errors(morphable, **first)
-        save_file(morphable.branch_state(), folder / "branches.safetensors")
+        start: list[float] = []
+
+        def open_attached() -> Morphable:
+            morphable, start[:] = attach(open_host(run, host), first["input_ids"])
+            return morphable
+
+        morphable = divided(run, open_attached, shard_morphable)
+        align(morphable, rows, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16 and run.shards):
+            errors = alignment_errors(morphable, **first)
+        state = whole(morphable.branch_state())
+        if ranks.is_first():
+            save_file(state, folder / "branches.safetensors")
         summary = f"relative error by layer {_listed(start)} at the start, {_listed(errors)} now"
         return {"errors_at_start": start, "errors": errors, **_trained(run, settings), "summary": summary}
 
@@ -127,12 +146,16 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
     """Which layers stay full, by the recipe's strategy."""
     recipe, chosen = run.recipe, run.recipe.select
 
+    if run.shards and needs_of(chosen.strategy).training:
+        raise UserError(f"strategy {chosen.strategy} trains whole models: go on with --set shard=false")
+
     def work(folder: Path, report: Report) -> dict[str, Any]:
-        morphable = open_morphable(run, host, branches)
+        morphable = divided(run, lambda: open_morphable(run, host, branches), shard_morphable)
         objective = open_objective(run, morphable, folder, report, needs=needs_of(chosen.strategy))
         found = select(morphable, recipe.budget, chosen.strategy, objective, recipe.seed, **chosen.settings)
-        replace(found.plan, teacher=run.teacher.name, revision=run.teacher.revision).save(folder / "plan.json")
-        write_json(folder / "trace.json", found.trace)
+        if ranks.is_first():
+            replace(found.plan, teacher=run.teacher.name, revision=run.teacher.revision).save(folder / "plan.json")
+            write_json(folder / "trace.json", found.trace)
         tokens = found.cost.tokens_forward + found.cost.tokens_backward
         return {"cost": found.cost.to_dict(), "tokens": tokens, "summary": found.plan.strip()}
 
@@ -173,7 +196,8 @@ def open_objective(
 def uniform_plan(run: Run, host: Stage, plan: Plan) -> Plan:
     """The layout at regular intervals with as many full layers as `plan`."""
     budget = Budget("layers", len(plan.full_groups))
-    space = Morphable(open_host(run, host)).space(budget)
+    config = load_config(host.folder / "model")
+    space = layer_space(host_of(config), config, budget)
     return replace(uniform(space, budget, None, 0).plan, strategy="uniform", teacher=run.teacher.name)
 
 
@@ -187,7 +211,7 @@ def run_build(run: Run, host: Stage, branches: Stage, plan: Plan, label: str) ->
         return {"summary": plan.strip()}
 
     about = f"{label}{len(plan.full_groups)} of {len(plan.assignments)} layers full"
-    return run.stage("build", about, plan.assignments, [branches.digest], work)
+    return run.stage("build", about, plan.assignments, [branches.digest], work, alone=True)
 
 
 def run_distill(run: Run, host: Stage, built: Stage, label: str) -> Stage:
@@ -197,10 +221,10 @@ def run_distill(run: Run, host: Stage, built: Stage, label: str) -> Stage:
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
         rows = training_rows(run, settings, "distill", report)
-        student = open_stage(run, built)
-        teacher = None if logits else open_host(run, host)
+        student = divided(run, lambda: open_stage(run, built), shard_student)
+        teacher = None if logits else divided(run, lambda: open_host(run, host), shard_teacher)
         given = RowsWithLogits(rows, logits.folder) if logits else rows
-        distill(student, teacher, given, settings, folder, run.recipe.seed, run.bf16, report)
+        distill(student, teacher, given, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
         save_model(student, folder / "model", built.folder / "model")
         return {**_trained(run, settings), "summary": _last_loss(folder, "KL")}
 
@@ -216,11 +240,12 @@ def run_logits(run: Run, host: Stage, top_k: int) -> Stage:
     def work(folder: Path, report: Report) -> dict[str, Any]:
         run.screen.say(f"logits: {logits_on_disk(settings, top_k)}, in {folder.parent}")
         rows = training_rows(run, settings, "distill", report)
-        write_logits(open_host(run, host), rows, settings, top_k, folder, run.bf16, report)
+        teacher = load_model(host.folder / "model", torch.float32, run.device)
+        write_logits(teacher, rows, settings, top_k, folder, run.bf16, report)
         return {**_trained(run, settings), "summary": logits_on_disk(settings, top_k)}
 
     about = f"the teacher's {top_k:,} likeliest next tokens"
-    return run.stage("logits", about, {"top_k": top_k, **row_settings(run, settings)}, [host.digest], work)
+    return run.stage("logits", about, {"top_k": top_k, **row_settings(run, settings)}, [host.digest], work, alone=True)
 
 
 def run_extend(run: Run, distilled: Stage, label: str) -> Stage:
@@ -230,8 +255,8 @@ def run_extend(run: Run, distilled: Stage, label: str) -> Stage:
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
         rows = training_rows(run, settings, "extend", report)
-        model = open_stage(run, distilled)
-        extend(model, rows, settings, folder, run.recipe.seed, run.bf16, report)
+        model = divided(run, lambda: open_stage(run, distilled), shard_student)
+        extend(model, rows, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
         save_model(model, folder / "model", distilled.folder / "model")
         return {**_trained(run, settings), "summary": _last_loss(folder, "loss")}
 
@@ -244,7 +269,7 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
     recipe, settings = run.recipe, run.recipe.evaluate
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
-        loaded = open_stage(run, model)
+        loaded = load_model(model.folder / "model", torch.float32, run.device)
         questions = open_questions(recipe, run.corpus, run.tokenizer)
         rows = max(1, settings.perplexity_tokens // settings.length)
         held_out = held_out_rows(run, "test", settings.length, rows)
@@ -256,7 +281,7 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
         return {"perplexity": score.perplexity, "cache_bytes": score.cache_bytes, "summary": summary}
 
     wanted = {"evaluate": settings.model_dump(mode="json"), **task_settings(run)}
-    stage = run.stage("evaluate", label, wanted, [model.digest], work)
+    stage = run.stage("evaluate", label, wanted, [model.digest], work, alone=True)
     record, text = stage.record, stage.folder / "text.json"
     losses = RangeLosses(**read_json(text)) if text.exists() else None
     return Score(read_json(stage.folder / "right.json"), record["perplexity"], record["cache_bytes"], losses)
@@ -264,7 +289,17 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
 
 def open_stage(run: Run, stage: Stage) -> PreTrainedModel:
     """The model that a stage saved, in float32: training keeps its master weights in it and casts by itself."""
-    return load_model(stage.folder / "model", torch.float32, run.device)
+    return load_model(stage.folder / "model", torch.float32, run.loads_on)
+
+
+def divided(run: Run, make: Callable[[], Model], shard: Callable[[Model, torch.device, bool], Model]) -> Model:
+    """What `make` returns; where the recipe says so, its weights divided among the processes."""
+    if not run.shards:
+        return make()
+    model = in_turn(lambda: shard(make(), run.device, run.bf16))
+    if not is_sharded(model):
+        raise ValueError(f"{type(model).__name__} has no weights that are divided")
+    return model
 
 
 def open_host(run: Run, host: Stage) -> PreTrainedModel:
@@ -287,7 +322,8 @@ def _no_branches(folder: Path, report: Report) -> dict[str, Any]:
 def _trained(run: Run, settings: TrainSettings) -> dict[str, Any]:
     """What a stage that trains says of its data."""
     host = host_for(load_config(run.teacher.folder), run.recipe.host)
-    return {"tokens": settings.tokens_run, "documents": how_apart(settings.isolate_documents, host, run.device)}
+    apart = how_apart(settings.isolate_documents, host, run.device)
+    return {"tokens": settings.tokens_run, "documents": apart, "sharded": run.shards}
 
 
 def _listed(values: list[float]) -> str:

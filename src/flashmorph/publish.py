@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from flashmorph import ranks
 from flashmorph.errors import UserError
 from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.hosts import host_of
@@ -16,6 +17,7 @@ from flashmorph.layerwise import transplant_checkpoint
 from flashmorph.plan import Plan
 from flashmorph.progress import Report
 from flashmorph.recipe import Recipe
+from flashmorph.sharding import is_sharded, whole
 from flashmorph.teacher import Teacher
 
 _TRAVELS = (
@@ -32,13 +34,23 @@ _TRAVELS = (
 def save_model(model: PreTrainedModel, folder: Path, origin: Path) -> None:
     """Save `model` in the dtype of the checkpoint in `origin`, with its tokenizer, template and generation settings.
 
+    Of several processes the first writes; if the model's weights are divided, all must be here.
+
     Raises:
         UserError: the place cannot be written.
     """
-    dtype = AutoConfig.from_pretrained(origin).dtype or torch.float32
-    with atomic_path(folder) as temporary:
+    dtype = AutoConfig.from_pretrained(origin, trust_remote_code=False).dtype or torch.float32
+    state = None
+    if is_sharded(model):
+        tied = model.all_tied_weights_keys or {}
+        single = {name: weight for name, weight in model.state_dict().items() if name not in tied}
+        state = {name: weight.to(dtype) for name, weight in whole(single).items()}
+    else:
         nn.Module.to(model, dtype)
-        model.save_pretrained(temporary)
+    if not ranks.is_first():
+        return
+    with atomic_path(folder) as temporary:
+        model.save_pretrained(temporary, state_dict=state)
         complete(temporary, model.config, origin)
 
 

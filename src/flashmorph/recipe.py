@@ -1,13 +1,21 @@
-"""Everything that a run can be told, in one validated file. Two recipes are shipped: `demo` and `default`."""
+"""Everything that a run can be told, in one validated file. `demo`, `default` and `chat` are shipped."""
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
-from flashmorph.corpus import DEMO
+from flashmorph.corpus import DEMO, Corpus, Mixture, shares_of
 from flashmorph.errors import UserError, unknown
 from flashmorph.evaluation import EvaluateSettings
 from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES
@@ -15,21 +23,76 @@ from flashmorph.selection.searchdata import SearchSettings
 from flashmorph.stages import AlignSettings, DistillSettings, ExtendSettings
 from flashmorph.tasks import STYLES, TaskSettings
 
-SHIPPED = ("demo", "default")
+SHIPPED = ("demo", "default", "chat")
 
 
-class DataSettings(BaseModel):
+class SourceSettings(BaseModel):
     """Where text comes from: `demo`, a file, a folder, or the name of a dataset, which is streamed.
+
+    A row with `messages` or `conversations` in place of `column` is a conversation.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    source: str
+    config: str | None = None
+    column: str = "text"
+    split: str = Field(default="train", description="which split of a dataset is read; ours are taken from it")
+    loss_on: Literal["all", "replies"] = Field(default="all", description="which tokens of conversations are learnt")
+
+    @property
+    def single(self) -> Corpus:
+        """The text of this source alone."""
+        return Corpus(self.source, self.config, self.column, self.split, self.loss_on == "replies")
+
+    @model_serializer(mode="wrap")
+    def _in_short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A mixture has no source of its own. What was added later is left out where it is not used, so that a stage
+        keeps the digest that it had before."""
+        values = handler(self)
+        if values.get("mixture"):
+            return {name: value for name, value in values.items() if name not in SourceSettings.model_fields}
+        later = {"split": "train", "loss_on": "all", "mixture": None}
+        return {name: value for name, value in values.items() if name not in later or value != later[name]}
+
+
+class PartSettings(SourceSettings):
+    """One source of several. `weight` is its share of the tokens, as a part of the sum of all weights."""
+
+    weight: float = Field(gt=0)
+
+
+class DataSettings(SourceSettings):
+    """The text of a run: one source, or several in `mixture`.
 
     `haystack` is what facts are hidden in: that text, or one sentence over and over (RULER's NIAH-S1).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     source: str = DEMO
-    config: str | None = None
-    column: str = "text"
+    mixture: tuple[PartSettings, ...] | None = Field(default=None, min_length=1)
     haystack: Literal["text", "repeated"] = "text"
     max_passes: int | None = Field(default=4, gt=0, description="how often a stage may repeat the text")
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> "DataSettings":
+        own = {name: DataSettings.model_fields[name].default for name in SourceSettings.model_fields}
+        if self.mixture and any(getattr(self, name) != default for name, default in own.items()):
+            raise ValueError("give either one source or a mixture of several, each with its own settings")
+        return self
+
+    @property
+    def corpus(self) -> Corpus | Mixture:
+        """The text itself."""
+        if not self.mixture:
+            return self.single
+        total = sum(each.weight for each in self.mixture)
+        return Mixture(tuple(each.single for each in self.mixture), tuple(each.weight / total for each in self.mixture))
+
+    @property
+    def about(self) -> str:
+        """The sources in words."""
+        if not self.mixture:
+            return self.source
+        return ", ".join(f"{share:.0%} {part.source}" for part, share in shares_of(self.corpus))
 
 
 class SelectSettings(BaseModel):
@@ -48,6 +111,7 @@ class Recipe(BaseModel):
     budget: str = "25%"
     seed: int = 0
     bf16: Literal["auto"] | bool = "auto"
+    shard: bool = Field(default=False, description="divide weights among processes (`sharding.py`)")
     baseline: Literal["uniform"] | None = None
     style: Literal["lines", "prose"] = "prose"
     tasks: dict[str, TaskSettings]
@@ -59,6 +123,9 @@ class Recipe(BaseModel):
     distill: DistillSettings = DistillSettings()
     extend: ExtendSettings | None = ExtendSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    report_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
+        default=(), description="where the log of training goes besides log.jsonl"
+    )
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out."""
@@ -76,7 +143,7 @@ def load_recipe(source: str | Path, changes: dict[str, Any] | None = None) -> Re
     else:
         path = Path(source)
         if not path.is_file():
-            raise UserError(f"there is no recipe {str(source)!r}: give {' or '.join(SHIPPED)}, or a YAML file")
+            raise UserError(f"there is no recipe {str(source)!r}: give {', '.join(SHIPPED)}, or a YAML file")
         text, name = path.read_text(encoding="utf-8"), str(path)
     try:
         values = yaml.safe_load(text)
@@ -139,7 +206,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 def _sentence(error: ValidationError) -> str:
     """The first problem in words; an unknown key is told with the nearest known name."""
     problem = error.errors()[0]
-    place = [str(part) for part in problem["loc"]]
+    place = [str(part) for part in problem["loc"] if isinstance(part, str)]
     if problem["type"] == "extra_forbidden":
         model: Any = Recipe
         for part in place[:-1]:
@@ -151,6 +218,10 @@ def _sentence(error: ValidationError) -> str:
 
 def _model_of(model: Any, name: str) -> Any:
     """The settings class behind one field."""
-    annotation = model.model_fields[name].annotation
-    options = getattr(annotation, "__args__", (annotation,))
-    return next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+    options = [model.model_fields[name].annotation]
+    while options:
+        option = options.pop(0)
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            return option
+        options += get_args(option)
+    raise KeyError(name)

@@ -9,10 +9,12 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from flashmorph.corpus import Corpus
+from flashmorph import ranks
+from flashmorph.corpus import Corpus, Mixture
 from flashmorph.devices import use_bf16
 from flashmorph.errors import UserError
 from flashmorph.evaluation import Score, recall_difference
+from flashmorph.memory import within_memory
 from flashmorph.plan import Plan
 from flashmorph.progress import Report
 from flashmorph.recipe import Recipe
@@ -48,14 +50,24 @@ class Run:
     done: dict[str, Stage] = field(default_factory=dict)
 
     @property
-    def corpus(self) -> Corpus:
+    def corpus(self) -> Corpus | Mixture:
         """The recipe's text."""
-        return Corpus(self.recipe.data.source, self.recipe.data.config, self.recipe.data.column)
+        return self.recipe.data.corpus
 
     @property
     def bf16(self) -> bool:
         """Whether matrices are multiplied in bfloat16."""
         return use_bf16(self.device) if self.recipe.bf16 == "auto" else self.recipe.bf16
+
+    @property
+    def shards(self) -> bool:
+        """Whether weights are divided among the processes."""
+        return self.recipe.shard and ranks.are_several()
+
+    @property
+    def loads_on(self) -> torch.device:
+        """Where models are opened: on the device, unless it is too small for a whole one."""
+        return torch.device("cpu") if self.shards else self.device
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -70,16 +82,33 @@ class Run:
         return tokenizer
 
     def stage(
-        self, name: str, about: str, settings: Any, inputs: list[str], work: Callable[[Path, Report], dict | None]
+        self,
+        name: str,
+        about: str,
+        settings: Any,
+        inputs: list[str],
+        work: Callable[[Path, Report], dict | None],
+        alone: bool = False,
     ) -> Stage:
-        """Run one stage, or find that it is done, and show it."""
+        """Run one stage, or find that it is done, and show it.
+
+        Every process does the `work`, or the first `alone` while the others wait.
+        """
         label = f"{name} {about.split()[0]}" if name == "evaluate" or about.startswith("uniform") else name
-        before = self.folder.last(label)
-        if before and not self.folder.find(name, settings, inputs):
+        before, done = self.folder.last(label), self.folder.find(name, settings, inputs)
+        if before and not done:
             self.screen.say(f"{label}: settings or inputs differ from {before}, which stays; running it again")
         set_seed(self.recipe.seed)
+
+        def careful(folder: Path) -> dict | None:
+            with within_memory(name, self.recipe):
+                return work(folder, report)
+
+        def shared(folder: Path) -> dict | None:
+            return ranks.first(lambda: careful(folder)) if alone else careful(folder)
+
         with self.screen.stage(name, about) as report:
-            stage = self.folder.run(name, settings, inputs, lambda folder: work(folder, report))
+            stage = self.folder.run(name, settings, inputs, shared)
         self.folder.remember(label, stage)
         self.done[stage.digest] = stage
         self.screen.done(stage, about, stage.record.get("summary", ""))

@@ -1,14 +1,18 @@
 """The rows and questions of a run: tokenised once into its data folder, the splits kept apart."""
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from flashmorph.corpus import Corpus, Rows, pack
+from flashmorph import ranks
+from flashmorph.corpus import Corpus, Mixture
 from flashmorph.progress import Report
 from flashmorph.recipe import Recipe
+from flashmorph.rows import Rows, pack
 from flashmorph.run import Run
 from flashmorph.runfolder import digest_of
 from flashmorph.selection import NEED_TRAINING
@@ -18,7 +22,7 @@ from flashmorph.stages import TrainSettings, collate
 from flashmorph.tasks import STYLES, Example, Haystack, Layout, TaskSettings, make_example
 
 
-def open_layout(recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, split: str) -> Layout:
+def open_layout(recipe: Recipe, corpus: Corpus | Mixture, tokenizer: PreTrainedTokenizerBase, split: str) -> Layout:
     """What lays problems out in the recipe's text of one split."""
     repeated = recipe.data.haystack == "repeated"
     haystack = Haystack.repeated() if repeated else Haystack(corpus.pool(split, recipe.seed))
@@ -27,7 +31,7 @@ def open_layout(recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokenizerBa
 
 def open_questions(
     recipe: Recipe,
-    corpus: Corpus,
+    corpus: Corpus | Mixture,
     tokenizer: PreTrainedTokenizerBase,
     split: str = "test",
     number: int | None = None,
@@ -54,36 +58,58 @@ def search_data(run: Run, judging: str, search: SearchSettings) -> SearchData:
 
 def training_rows(run: Run, settings: TrainSettings, stage: str, report: Report) -> Rows:
     """Rows for one stage, tokenised once into the run's data folder: text, and retrieval questions where asked for."""
+    return Rows(ranks.first(lambda: _pack_training_rows(run, settings, stage, report)))
+
+
+def _pack_training_rows(run: Run, settings: TrainSettings, stage: str, report: Report) -> Path:
     recipe = run.recipe
     questions = round(settings.retrieval_share * settings.rows)
     tasks = list(recipe.tasks.values()) if questions else []
     wanted = {"train": [settings.length, settings.rows], **common_settings(run), "questions": [questions, recipe.style]}
     wanted["documents"] = "marked"  # Rows of earlier versions do not tell where documents begin.
     path = run.folder.data / f"{stage}-{digest_of([run.teacher.digest, wanted, plain(tasks)])}.npy"
-    rows: list[list[int]] = []
-    if questions and not path.exists():
-        layout = open_layout(recipe, run.corpus, run.tokenizer, "train")
-        for number in range(questions):
-            task = tasks[number % len(tasks)]
-            style, length = STYLES[recipe.style], settings.length
-            rows.append(make_example(task, layout, style, "train", length, recipe.seed, number).input_ids)
-            report(number + 1, questions)
+    others = _Questions(run, settings.length, questions)
     passes = recipe.data.max_passes
-    return pack(
-        run.corpus, run.tokenizer, "train", settings.length, settings.rows, recipe.seed, path, passes, report, rows
-    )
+    pack(run.corpus, run.tokenizer, "train", settings.length, settings.rows, recipe.seed, path, passes, report, others)
+    return path
+
+
+class _Questions(Sequence[list[int]]):
+    """Rows that are retrieval questions of the split `train`, each made when it is asked for."""
+
+    def __init__(self, run: Run, length: int, number: int):
+        self._run, self._length, self._number = run, length, number
+        self._tasks = list(run.recipe.tasks.values())
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __getitem__(self, row: Any) -> Any:
+        recipe, task = self._run.recipe, self._tasks[row % len(self._tasks)]
+        return make_example(task, self._layout, STYLES[recipe.style], "train", self._length, recipe.seed, row).input_ids
+
+    @cached_property
+    def _layout(self) -> Layout:
+        return open_layout(self._run.recipe, self._run.corpus, self._run.tokenizer, "train")
 
 
 def held_out_rows(run: Run, split: str, length: int, rows: int) -> Rows:
     """Text that no stage trains on, repeated where there is too little of it."""
     path = run.folder.data / f"{split}-{digest_of([run.teacher.digest, length, rows, common_settings(run)])}.npy"
-    return pack(run.corpus, run.tokenizer, split, length, rows, run.recipe.seed, path, None)
+
+    def tokenise() -> None:
+        pack(run.corpus, run.tokenizer, split, length, rows, run.recipe.seed, path, None)
+
+    ranks.first(tokenise)
+    return Rows(path)
 
 
 def calibration(run: Run, rows: Rows) -> dict[str, torch.Tensor]:
     """The rows that branches are started from, as a batch of the stage `align`."""
     numbers = range(min(run.recipe.calibration_rows, len(rows)))
-    return collate([rows[row] for row in numbers], run.recipe.align.isolate_documents)
+    batch = collate([rows[row] for row in numbers], run.recipe.align.isolate_documents)
+    batch.pop("loss_mask", None)  # Alignment has no targets.
+    return batch
 
 
 def common_settings(run: Run) -> dict[str, Any]:
@@ -100,7 +126,8 @@ def select_settings(run: Run) -> dict[str, Any]:
     """What the digest of a stage that searches depends on, the strategy's defaults written out."""
     chosen = run.recipe.select
     resolved = own_settings(chosen.strategy, chosen.settings)
-    wanted = {"select": {**chosen.model_dump(mode="json"), "settings": resolved}, **task_settings(run)}
+    select = {"strategy": chosen.strategy, "settings": resolved, "search": chosen.search.model_dump(mode="json")}
+    wanted = {"select": select, **task_settings(run)}
     if chosen.strategy in NEED_TRAINING:
         wanted["distill"] = _train_settings(run.recipe.distill)
     return wanted
@@ -121,8 +148,9 @@ def row_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
 
 def _train_settings(settings: TrainSettings) -> dict[str, Any]:
     """As JSON values. `isolate_documents` is left out where it is off: what was trained before there was such a setting
-    keeps its digest."""
-    return settings.model_dump(mode="json", exclude=None if settings.isolate_documents else {"isolate_documents"})
+    keeps its digest. What only trades time for memory is left out."""
+    left_out = {"activation_checkpointing", *(() if settings.isolate_documents else ("isolate_documents",))}
+    return settings.model_dump(mode="json", exclude=left_out)
 
 
 def plain(tasks: Iterable[TaskSettings]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 A stage works in `stages/<name>-<digest>.partial` and is renamed when it is finished, so a folder without that ending is
 whole. The same digest means the same result: such a stage is not run again, also if it stands in another run's folder.
+Of several processes the first holds the lock and writes; the others learn from it what there is.
 """
 
 import hashlib
@@ -9,7 +10,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 import flashmorph
+from flashmorph import ranks
 from flashmorph.errors import UserError
-from flashmorph.files import read_json, write_json
+from flashmorph.files import PART, read_json, write_json
 
 MARKER = "flashmorph.json"
 _STAGES = "stages"
@@ -29,6 +32,11 @@ _RECORD = "stage.json"
 def digest_of(value: Any) -> str:
     """Twelve digits that stand for a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _holds_anything(folder: Path) -> bool:
+    """Whether there is more in a folder than what a run leaves that was killed in its first moments."""
+    return any(not path.name.endswith(PART) for path in folder.iterdir())
 
 
 @dataclass(frozen=True)
@@ -53,14 +61,18 @@ class RunFolder:
                 no run.
         """
         self.path = path
-        for other in others:
-            if not (other / _STAGES).is_dir():
-                raise UserError(f"{other} is no run of flashmorph's: it has no folder {_STAGES!r}")
+        self._places = [place / _STAGES for place in (path, *others)]
+        ranks.first(self._claim)
+
+    def _claim(self) -> None:
+        path = self.path
+        for other in self._places[1:]:
+            if not other.is_dir():
+                raise UserError(f"{other.parent} is no run of flashmorph's: it has no folder {_STAGES!r}")
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file; give a folder that is new, empty or a run of flashmorph's")
-        if path.is_dir() and any(path.iterdir()) and not (path / MARKER).is_file():
+        if path.is_dir() and _holds_anything(path) and not (path / MARKER).is_file():
             raise UserError(f"{path} holds something else; give a folder that is new, empty or a run of flashmorph's")
-        self._places = [place / _STAGES for place in (path, *others)]
         if not (path / MARKER).is_file():
             write_json(path / MARKER, {"made_by": "flashmorph", "version": flashmorph.__version__, "last": {}})
         try:
@@ -68,7 +80,8 @@ class RunFolder:
             (path / "data").mkdir(exist_ok=True)
             self._lock = FileLock(path / ".lock", timeout=0)
             self._lock.acquire()
-            for leftover in path.rglob(".*.part"):  # of a run that was killed while it wrote
+            # Of a run that was killed while it wrote; what it can go on from has other names.
+            for leftover in path.rglob(f".*{PART}"):
                 if leftover.is_dir():
                     shutil.rmtree(leftover, ignore_errors=True)
                 else:
@@ -86,45 +99,69 @@ class RunFolder:
     def find(self, name: str, settings: Any, inputs: list[str]) -> Stage | None:
         """The finished stage with these settings and inputs, here or in another run."""
         digest = digest_of([name, settings, inputs])
-        for place in self._places:
-            folder = place / f"{name}-{digest}"
-            if folder.is_dir():
-                return Stage(name, digest, folder, read_json(folder / _RECORD), reused=True)
-        return None
+
+        def look() -> Stage | None:
+            for place in self._places:
+                folder = place / f"{name}-{digest}"
+                if folder.is_dir():
+                    return Stage(name, digest, folder, read_json(folder / _RECORD), reused=True)
+            return None
+
+        return ranks.first(look)
 
     def last(self, label: str) -> str | None:
         """The folder that the last run used for what it called `label`."""
-        return read_json(self.path / MARKER)["last"].get(label)
+        return ranks.first(lambda: read_json(self.path / MARKER)["last"].get(label))
 
     def remember(self, label: str, stage: Stage) -> None:
         """Note which folder this run uses for `label`."""
-        marker = read_json(self.path / MARKER)
-        marker["last"][label] = stage.folder.name
-        write_json(self.path / MARKER, marker)
+
+        def note() -> None:
+            marker = read_json(self.path / MARKER)
+            marker["last"][label] = stage.folder.name
+            write_json(self.path / MARKER, marker)
+
+        ranks.first(note)
 
     def run(self, name: str, settings: Any, inputs: list[str], work: Callable[[Path], dict[str, Any] | None]) -> Stage:
         """Do `work(folder)` unless it is done already, and keep what it returns in the stage's record.
 
-        Interrupted work finds its own files in `folder` again.
+        Every process does it. Interrupted work finds its own files in `folder` again.
         """
         if done := self.find(name, settings, inputs):
             return done
         digest = digest_of([name, settings, inputs])
         final = self._places[0] / f"{name}-{digest}"
         partial = final.with_name(final.name + _PARTIAL)
-        try:
-            partial.mkdir(parents=True, exist_ok=True)
-            started = time.perf_counter()
-            spent = read_json(partial / "spent.json") if (partial / "spent.json").exists() else 0.0
-            try:
-                figures = work(partial) or {}
-            finally:
-                seconds = spent + time.perf_counter() - started
-                write_json(partial / "spent.json", seconds)
+
+        def begin() -> float:
+            with _writing(partial):
+                partial.mkdir(parents=True, exist_ok=True)
+                return read_json(partial / "spent.json") if (partial / "spent.json").exists() else 0.0
+
+        def finish() -> Stage:
             record = {"stage": name, "digest": digest, "settings": settings, "inputs": inputs, "seconds": seconds}
-            write_json(partial / _RECORD, {**record, **figures})
-            shutil.rmtree(partial / "checkpoints", ignore_errors=True)
-            os.replace(partial, final)
-        except OSError as error:
-            raise UserError(f"cannot write {partial}: {error.strerror or error}") from error
-        return Stage(name, digest, final, read_json(final / _RECORD))
+            with _writing(partial):
+                write_json(partial / _RECORD, {**record, **figures})
+                shutil.rmtree(partial / "checkpoints", ignore_errors=True)
+                os.replace(partial, final)
+            return Stage(name, digest, final, read_json(final / _RECORD))
+
+        started, spent = time.perf_counter(), ranks.first(begin)
+        try:
+            with _writing(partial):
+                figures = {"processes": ranks.count(), **(work(partial) or {})}
+        finally:
+            seconds = spent + time.perf_counter() - started
+            if ranks.is_first():
+                write_json(partial / "spent.json", seconds)
+        return ranks.first(finish)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """One sentence where the disk does not take it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from flashmorph.corpus import Corpus
+from flashmorph.corpus import Corpus, Mixture
 from flashmorph.errors import UserError
 from flashmorph.evaluation import (
     ASKERS,
@@ -58,9 +58,9 @@ class Wanted:
         return max(self.recipe.evaluate.length, *(self.grid.lengths if self.grid else ()), 0)
 
     @property
-    def corpus(self) -> Corpus:
+    def corpus(self) -> Corpus | Mixture:
         """The recipe's text."""
-        return Corpus(self.recipe.data.source, self.recipe.data.config, self.recipe.data.column)
+        return self.recipe.data.corpus
 
 
 @dataclass

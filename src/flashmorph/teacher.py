@@ -158,7 +158,7 @@ def load_model(folder: Path, dtype: torch.dtype | str, device: torch.device | No
         raise unreadable(folder, error) from error
     if info["missing_keys"]:
         raise incomplete(folder, sorted(info["missing_keys"]))
-    model.config.dtype = AutoConfig.from_pretrained(folder).dtype
+    model.config.dtype = load_config(folder).dtype
     return model.eval().to(device or "cpu")
 
 
@@ -192,7 +192,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"the tokenizer in {folder} cannot be read: {_first_line(error)}") from error
     size = load_config(folder).vocab_size

@@ -17,7 +17,7 @@ def kernels_of(work: Callable[[], object], device: torch.device, package: str = 
     with profile(activities=activities) as seen:
         work()
         synchronise(device)
-    ran = {event.key for event in seen.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA}
+    ran = {event.key for event in seen.key_averages() if event.device_type.name == "CUDA"}
     return {package: sorted(ran & triton_functions(package)), "all": sorted(ran)}
 
 

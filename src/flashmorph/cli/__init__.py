@@ -10,22 +10,32 @@ from flashmorph.cli import path  # noqa: F401
 
 # isort: split
 # `--help` lists commands in the order in which they are registered.
-from flashmorph.cli import bench, choose, costs, evaluate, look, referee  # noqa: F401
+from flashmorph.cli import bench, choose, costs, evaluate, export, look, referee  # noqa: F401
 from flashmorph.cli.app import app
 from flashmorph.cli.options import ERR
-from flashmorph.errors import UserError
+from flashmorph.errors import OutOfMemory, UserError
+
+_SHARED = ("morph", "align", "select", "build", "distill", "extend")
+"""Commands that several processes run together."""
 
 
 def main() -> None:
-    """Run a command; a user's mistake is one sentence and exit code 2."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    """Run a command; a user's mistake is one sentence and exit code 2. Of several processes the first speaks."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # Else it warns of every process that is started.
+    processes, is_first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
+    if not is_first:
+        sys.stdout = open(os.devnull, "w")
     try:
+        if processes > 1 and sys.argv[1:] and sys.argv[1] not in _SHARED and "--help" not in sys.argv:
+            raise UserError(f"{processes} processes can share {', '.join(_SHARED)}; run this without torchrun")
         app()
     except UserError as error:
-        ERR.print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
+        if is_first or isinstance(error, OutOfMemory):
+            ERR.print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        ERR.print("interrupted; the same command again goes on from here")
+        if is_first:
+            ERR.print("interrupted; the same command again goes on from here")
         sys.exit(130)
 
 

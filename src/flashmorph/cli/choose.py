@@ -61,7 +61,7 @@ def select(
 
     Example: `flashmorph select tiny --from runs/demo --curve --within 5% --output curve.json`
     """
-    from flashmorph import pipeline
+    from flashmorph import pipeline, ranks
 
     share = _share(within)
     if recipe is None and _kept_recipe(source).is_file():
@@ -78,7 +78,8 @@ def select(
         _show_curve(run, host, branches, recall_questions, share, output, as_json)
         return
     plan = pipeline.run_select(run, host, branches)
-    plan.save(output)
+    if ranks.is_first():
+        plan.save(output)
     if as_json:
         print(json.dumps(plan.to_dict(), indent=2))
         return
@@ -102,15 +103,17 @@ def _show_curve(run: Any, host: Any, branches: Any, questions: int, share: float
     """A line a budget, the smallest one within `share` of the teacher's recall marked."""
     from rich.table import Table
 
+    from flashmorph import ranks
     from flashmorph.curve import draw_curve, run_curve
     from flashmorph.files import write_json
 
     curve = run_curve(run, host, branches, questions)
     enough = curve.smallest_within(share)
     values = {**curve.to_dict(), "within": share, "smallest_within": len(enough.full)}
-    write_json(output, values)
     picture = output.with_suffix(".png")
-    draw_curve(curve, share, picture)
+    if ranks.is_first():
+        write_json(output, values)
+        draw_curve(curve, share, picture)
     if as_json:
         print(json.dumps(values, indent=2))
         return

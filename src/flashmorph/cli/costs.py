@@ -122,5 +122,7 @@ def _memory(found: Any, stage: Any, gpus: int) -> str:
 
     if not stage.memory:
         return ""
+    if gpus > 1 and stage.memory.alone:
+        return "CPU"
     needed = stage.memory.bytes(gpus)
     return byte_size(needed) + (" !" if found.gpu and needed > found.gpu.memory_bytes else "")

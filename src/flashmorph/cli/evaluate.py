@@ -35,8 +35,8 @@ def evaluate(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="Whose tasks, text and lengths: `demo`, `default` or a YAML file. Default: that of `--report`'s run, "
-            "else the first model's own, else `demo`."
+            help="Whose tasks, text and lengths: `demo`, `default`, `chat` or a YAML file. Default: that of "
+            "`--report`'s run, else the first model's own, else `demo`."
         ),
     ] = None,
     lengths: Annotated[

@@ -18,7 +18,8 @@ TeacherArgument = Annotated[
 ]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; continues what is there.")]
 RecipeOption = Annotated[
-    str | None, typer.Option(help="`demo`, `default` or a YAML file. Default: `demo` for `tiny`, else `default`.")
+    str | None,
+    typer.Option(help="`demo`, `default`, `chat` or a YAML file. Default: `demo` for `tiny`, else `default`."),
 ]
 BudgetOption = Annotated[
     str | None, typer.Option(help="What may stay full: `7`, `25%` or `kv=64MiB@32768`. Default: the recipe's.")
@@ -82,7 +83,10 @@ def recipe_of(options: Options) -> Any:
     from flashmorph.recipe import load_recipe, parse_changes
     from flashmorph.teacher import EMBEDDED
 
-    changes = parse_changes(options.changes or [])
+    changes: dict[str, Any] = {}
+    if options.data:
+        changes |= {"data.source": options.data, "data.config": None, "data.mixture": None}
+    changes |= parse_changes(options.changes or [])
     given: dict[str, Any] = {
         "budget": options.budget,
         "select.strategy": options.strategy,
@@ -90,8 +94,6 @@ def recipe_of(options: Options) -> Any:
         "host.window": options.window,
     }
     changes |= {key: value for key, value in given.items() if value is not None}
-    if options.data:
-        changes |= {"data.source": options.data, "data.config": None}
     if options.allow_repeat:
         changes["data.max_passes"] = None
     return load_recipe(options.recipe or ("demo" if options.teacher in EMBEDDED else "default"), changes)
@@ -99,6 +101,9 @@ def recipe_of(options: Options) -> Any:
 
 def open_run(options: Options) -> Any:
     """The run: recipe, teacher, device and folder, checked in this order, so that bad input harms nothing."""
+    import atexit
+
+    from flashmorph import ranks
     from flashmorph.devices import pick_device
     from flashmorph.outlook import check
     from flashmorph.run import Run
@@ -107,13 +112,18 @@ def open_run(options: Options) -> Any:
     from flashmorph.teacher import open_teacher
 
     quiet()
-    screen = RichScreen(ERR if options.json else OUT)
+    device = ranks.join(pick_device(options.device))
+    screen = RichScreen(ERR if options.json and ranks.is_first() else OUT)
     recipe = recipe_of(options)
-    teacher = open_teacher(options.teacher)
+    teacher = ranks.first(lambda: open_teacher(options.teacher))
     if teacher.note:
         screen.say(teacher.note)
-    device = pick_device(options.device)
-    check(teacher, recipe)
+    check(teacher, recipe, ranks.count())
+    if recipe.shard and not ranks.are_several():
+        raise UserError("shard=true divides weights among processes, and there is one: start it with torchrun")
+    if ranks.are_several():
+        atexit.register(ranks.leave)
+        screen.say(f"{ranks.count()} processes share the work, this one on {device}")
     return Run(teacher, recipe, RunFolder(options.output, tuple(options.others or [])), device, screen)
 
 

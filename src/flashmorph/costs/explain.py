@@ -34,8 +34,10 @@ def notes(found: Estimate) -> Iterator[str]:
     )
     yield "transplant and evaluate run in float32 and have no hours here. Every formula: --explain."
     if found.num_gpus > 1:
-        yield "memory of a GPU: each holds all weights; sharded: weights, gradients and moments divided among them."
-        yield "This version trains in one process: figures for several GPUs say what dividing the batch would give."
+        yield (
+            "memory of a GPU: each holds all weights; sharded (--set shard=true): decoder layers and what trains are "
+            "divided among them, transplant and build run on the CPU."
+        )
     for stage in found.stages:
         if stage.memory and stage.memory.bytes() > gpu.memory_bytes:
             yield _does_not_fit(found, stage)
@@ -47,10 +49,10 @@ def _does_not_fit(found: Estimate, stage: Stage) -> str:
     whole, shared = memory.tokens_within(gpu.memory_bytes), memory.tokens_within(gpu.memory_bytes, found.num_gpus)
     if whole:
         return f"! {stage.name} does not fit; it does with --set {memory.setting}={whole}"
-    if memory.bytes(found.num_gpus) <= gpu.memory_bytes:
-        return f"! {stage.name} fits only where weights are sharded"
+    if memory.bytes(found.num_gpus) <= gpu.memory_bytes and found.num_gpus > 1:
+        return f"! {stage.name} fits only with --set shard=true"
     if shared:
-        return f"! {stage.name} fits only where weights are sharded, with --set {memory.setting}={shared}"
+        return f"! {stage.name} fits only with --set shard=true --set {memory.setting}={shared}"
     least = f", not even one row of {memory.length:,} tokens" if memory.tokens else ""
     return f"! {stage.name} does not fit{least}: more memory, or more GPUs that share the weights"
 
@@ -100,7 +102,7 @@ def explain(found: Estimate) -> Iterator[str]:
             "Least time of a generated token = (weights in the teacher's dtype, of experts the chosen ones, + cache) / "
             f"{amount(found.gpu.bandwidth)}B/s."
         )
-    yield "\nMemory of a GPU, bytes (tokens at once: an estimate; `sharded` divides all else but the chunks of logits):"
+    yield "\nMemory of a GPU, bytes (tokens at once: an estimate; `sharded` divides decoder layers and what trains):"
     for stage in found.stages:
         if stage.memory:
             parts = [f"{share.name} {share.formula} = {share.bytes:,.0f}" for share in stage.memory.shares]

@@ -7,7 +7,6 @@ CPU. Kernels of linear mixers are taken to keep no more than that either; PyTorc
 more than twice as much.
 """
 
-import math
 from typing import NamedTuple
 
 from flashmorph.costs.sizes import Sizes
@@ -17,7 +16,7 @@ from flashmorph.losses import LOGITS_BYTES
 from flashmorph.plan import FULL
 from flashmorph.recipe import Recipe
 from flashmorph.recompute import recomputes
-from flashmorph.stages import TrainSettings
+from flashmorph.stages import DistillSettings, ExtendSettings, TrainSettings
 
 _FLOAT32, _FLOAT64, _BF16 = 4, 8, 2
 _TRAINED = 4 * _FLOAT32
@@ -26,18 +25,23 @@ _CHUNKS_OF_LOGITS = 5
 
 
 class Share(NamedTuple):
-    """One share of a stage's memory in bytes; `sharded` ones are divided among GPUs where weights are."""
+    """One share of a stage's memory in bytes; `sharded` ones are divided among GPUs where weights are.
+
+    `gathered` bytes then stand whole beside them.
+    """
 
     name: str
     formula: str
     bytes: float
     sharded: bool = True
+    gathered: float = 0.0
 
 
 class Memory(NamedTuple):
     """`shares` stand throughout; `per_token` bytes are kept for each of `tokens`, in rows of `length`.
 
-    `setting` is what to lower where they do not fit.
+    `setting` is what to lower where they do not fit. Where weights are sharded, what the first process does `alone` is
+    done in the memory of its CPU.
     """
 
     shares: list[Share]
@@ -45,10 +49,14 @@ class Memory(NamedTuple):
     tokens: int = 0
     length: int = 1
     setting: str = ""
+    alone: bool = False
 
     def bytes(self, gpus: int = 1) -> float:
         """All of it on each of `gpus` GPUs that share weights, gradients and moments."""
+        if gpus > 1 and self.alone:
+            return 0.0
         fixed = sum(share.bytes / (gpus if share.sharded else 1) for share in self.shares)
+        fixed += sum(share.gathered for share in self.shares) if gpus > 1 else 0
         return fixed + self.per_token * self.tokens
 
     def tokens_within(self, limit: float, gpus: int = 1) -> int:
@@ -60,14 +68,28 @@ class Memory(NamedTuple):
 
 
 def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16: bool) -> dict[str, Memory]:
-    """The memory of each stage, its batch divided among `num_gpus`."""
+    """The memory of each stage, its batch divided among `num_gpus`.
+
+    Raises:
+        UserError: so many GPUs cannot share a stage's batch evenly.
+    """
     host, branches, switched = sizes.host, sizes.branches, model.switched
     hybrid, width = sizes.hybrid(switched, model.num_full), model.config.hidden_size
     number = _BF16 if bf16 else _FLOAT32
+    outer = host - model.layers * (sizes.parts[FULL].parameters + sizes.parts[FEED_FORWARD].parameters)
     host_share = Share("host", "4 · host", _FLOAT32 * host)
     chunks = Share("chunks of logits", f"{_CHUNKS_OF_LOGITS} · {LOGITS_BYTES}", _CHUNKS_OF_LOGITS * LOGITS_BYTES, False)
+    frozen = [
+        Share("host's decoder layers", "4 · (host - embedding and head)", _FLOAT32 * (host - outer)),
+        Share("its embedding and head", "4 · embedding and head", _FLOAT32 * outer, False),
+    ]
     student = [
-        Share("student: weights, gradients, two moments", "16 · hybrid", _TRAINED * hybrid),
+        Share(
+            "student: weights, gradients, two moments",
+            "16 · hybrid (sharded: and 8 · embedding and head)",
+            _TRAINED * hybrid,
+            gathered=2 * _FLOAT32 * outer,
+        ),
         *([Share("its weights in bfloat16", "2 · hybrid", _BF16 * hybrid)] if bf16 else []),
         chunks,
     ]
@@ -79,8 +101,8 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
 
     residual = _HIDDEN_STATES * _FLOAT32 * width
     mixers = model.num_full * kept(FULL) + (model.layers - model.num_full) * kept(switched)
-    trained = mixers + model.layers * (kept(FEED_FORWARD) + residual)
     every = kept(FULL) + kept(switched) + kept(FEED_FORWARD) + residual
+    largest = max(kept(FULL), kept(switched)) + kept(FEED_FORWARD) + residual
     aligned = model.layers * (_FLOAT32 + number) * width + kept(switched) + residual
     search, stored = recipe.select.search, recipe.distill.teacher_logits
     tokens = search.rows_at_once * search.longest
@@ -89,15 +111,22 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
     searched = model.layers * _FLOAT32 * width + every if again else model.layers * every
     cast = ("2 · (host + branches) / layers", model.layers) if again else ("2 · (host + branches)", 1)
     part = max(sizes.parts[FULL].parameters + sizes.parts[FEED_FORWARD].parameters, model.config.vocab_size * width)
+
+    def trained(settings: DistillSettings | ExtendSettings) -> float:
+        """Bytes a token of a backward: of every layer, or each layer's input and the layer at work."""
+        if settings.activation_checkpointing:
+            return model.layers * _FLOAT32 * width + largest
+        return mixers + model.layers * (kept(FEED_FORWARD) + residual)
+
     stages = {
-        "transplant": Memory([Share("a layer or the embedding, in float64", "8 · part", _FLOAT64 * part)]),
-        "align": _batched(recipe.align, "align", num_gpus, aligned, [
-            host_share,
+        "transplant": Memory([Share("a layer or the embedding, in float64", "8 · part", _FLOAT64 * part, False)]),
+        "align": _batched(recipe.align, num_gpus, aligned, [
+            *frozen,
             Share("branches: weights, gradients, two moments", "16 · branches", _TRAINED * branches),
         ]),
         "select": Memory(
             [
-                host_share,
+                *frozen,
                 Share("branches", "4 · branches", _FLOAT32 * branches),
                 *([Share("both in bfloat16", cast[0], _BF16 * (host + branches) / cast[1])] if bf16 else []),
                 chunks,
@@ -111,23 +140,30 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
             host_share,
             Share("branches", "4 · branches", _FLOAT32 * branches),
             Share("hybrid", "4 · hybrid", _FLOAT32 * hybrid),
-        ]),
+        ], alone=True),
         "distill": _batched(
-            recipe.distill, "distill", num_gpus, trained, student if stored else [host_share, *student]
+            recipe.distill, num_gpus, trained(recipe.distill), student if stored else [*frozen, *student]
         ),
     }  # fmt: skip
     if stored:
         # A forward without gradients holds one layer's inside.
         forward = kept(FULL) + kept(FEED_FORWARD) + residual
-        stages["logits"] = _batched(recipe.distill, "distill", num_gpus, forward, [host_share, chunks])
+        rows = recipe.distill.division(1).rows
+        stages["logits"] = Memory(
+            [host_share._replace(sharded=False), chunks],
+            forward,
+            rows * recipe.distill.length,
+            recipe.distill.length,
+            "distill.micro_batch_tokens",
+        )
     if not model.host.branches_train:
         del stages["align"]
     if recipe.extend:
-        stages["extend"] = _batched(recipe.extend, "extend", num_gpus, trained, student)
+        stages["extend"] = _batched(recipe.extend, num_gpus, trained(recipe.extend), student)
     return stages
 
 
-def _batched(settings: TrainSettings, stage: str, num_gpus: int, per_token: float, shares: list[Share]) -> Memory:
+def _batched(settings: TrainSettings, num_gpus: int, per_token: float, shares: list[Share]) -> Memory:
     """A stage that trains: the rows that one GPU runs at once."""
-    rows = min(settings.batch_rows // settings.accumulation, math.ceil(settings.batch_rows / num_gpus))
-    return Memory(shares, per_token, rows * settings.length, settings.length, f"{stage}.micro_batch_tokens")
+    rows = settings.division(num_gpus).rows
+    return Memory(shares, per_token, rows * settings.length, settings.length, f"{settings.stage}.micro_batch_tokens")

@@ -11,6 +11,7 @@ from flashmorph.plan import FULL
 from flashmorph.recipe import Recipe
 from flashmorph.recompute import recomputes
 from flashmorph.selection import FOLLOW_GRADIENTS
+from flashmorph.stages import DistillSettings, ExtendSettings
 
 
 class Pass(NamedTuple):
@@ -136,7 +137,7 @@ def distill_work(model: Model, recipe: Recipe) -> Work:
     """The teacher forward, unless it has been; the student forward and backward; chunks of logits twice."""
     settings, plans = recipe.distill, 2 if recipe.baseline else 1
     teacher = [] if settings.teacher_logits else _teacher(model, settings.length, 2)
-    return Work(settings.tokens_run * plans, [*teacher, *_training(model, settings.length)])
+    return Work(settings.tokens_run * plans, [*teacher, *_training(model, settings)])
 
 
 def logits_work(model: Model, recipe: Recipe) -> Work:
@@ -156,7 +157,7 @@ def extend_work(model: Model, recipe: Recipe) -> Work:
     """The student forward and backward."""
     assert recipe.extend
     plans = 2 if recipe.baseline else 1
-    return Work(recipe.extend.tokens_run * plans, _training(model, recipe.extend.length))
+    return Work(recipe.extend.tokens_run * plans, _training(model, recipe.extend))
 
 
 def evaluate_work(model: Model, recipe: Recipe) -> Work:
@@ -181,10 +182,11 @@ def body_forward(model: Model, length: int) -> tuple[float, float]:
     return _body(model, length, 1, 0, 0)
 
 
-def _training(model: Model, length: int) -> list[Pass]:
+def _training(model: Model, settings: DistillSettings | ExtendSettings) -> list[Pass]:
     """The hybrid forward and backward; its logits twice forward, once backward."""
+    forward, times = (2, ", twice,") if settings.activation_checkpointing else (1, "")
     return [
-        _times("student forward and backward", 1, _body(model, length, 1, 1, 1)),
+        _times(f"student forward{times} and backward", 1, _body(model, settings.length, forward, 1, 1)),
         Pass("student's logits, twice, and backward", 4 * model.head, 4 * model.head, model.head),
     ]
 

@@ -9,11 +9,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flashmorph.corpus import Rows
 from flashmorph.evaluation.intervals import paired_interval, share_interval
 from flashmorph.evaluation.perplexity import RangeLosses, perplexity, perplexity_of_rows, text_losses
 from flashmorph.evaluation.recall import answers_right
 from flashmorph.progress import Report, silent
+from flashmorph.rows import Rows
 from flashmorph.tasks import Example
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from flashmorph.corpus import Rows
 from flashmorph.evaluation.intervals import mean_interval
 from flashmorph.losses import Head, token_losses
 from flashmorph.progress import Report, silent
+from flashmorph.rows import Rows
 
 _FIRST_RANGE = 32
 

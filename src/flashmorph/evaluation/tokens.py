@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from flashmorph.corpus import Rows
 from flashmorph.evaluation.classes import CONTENT, KINDS, kinds, pieces_of, repeats
 from flashmorph.evaluation.intervals import ratio_interval
+from flashmorph.rows import Rows
 
 SAMPLE_TOKENS = 512
 _RUNS = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, None))

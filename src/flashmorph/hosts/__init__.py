@@ -84,6 +84,12 @@ def host_of(config: PreTrainedConfig) -> Host:
     raise UserError(f"{config.model_type!r} is no host of flashmorph's; run `flashmorph transplant` first")
 
 
+def options_of(host: Host, config: PreTrainedConfig) -> list[str]:
+    """The option of each layer of a host's configuration."""
+    options = {word: option for option, word in host.options.items()}
+    return [options[word] for word in config.layer_types]
+
+
 def require_known(config: PreTrainedConfig, name: str) -> None:
     """Refuse models that are neither a teacher nor in a host's class.
 
@@ -130,8 +136,7 @@ def _layers(config: PreTrainedConfig) -> tuple[Host, PreTrainedConfig, list[str]
         dtype, (_, config) = config.dtype, configure(config)
         config.dtype = dtype
     host = host_of(config)
-    options = {word: option for option, word in host.options.items()}
-    return host, config, [options[word] for word in config.layer_types]
+    return host, config, options_of(host, config)
 
 
 def layer_space(host: Host, config: PreTrainedConfig, budget: Budget) -> Space:
@@ -166,6 +171,7 @@ __all__ = [
     "host_settings",
     "layer_space",
     "mixing_operations",
+    "options_of",
     "require_known",
     "takes_with_windows",
 ]

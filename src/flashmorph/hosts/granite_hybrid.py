@@ -20,7 +20,7 @@ from flashmorph.hosts.checks import refuse_activation, refuse_rope, refuse_windo
 from flashmorph.hosts.host import FEED_FORWARD, LINEAR, Products, layer_prefixes
 from flashmorph.hosts.kernels import boundaries_in, dispatch_by_device
 from flashmorph.hosts.products import attention_products, feed_forward_products, head_dim_of
-from flashmorph.hosts.serving import READ, RUN, TRANSFORMERS, Engine
+from flashmorph.hosts.serving import READ, RUN, TRANSFORMERS, Engine, Gguf
 from flashmorph.hosts.start import constant_row, fit_head_scales, mean_distance
 from flashmorph.plan import FULL
 
@@ -40,6 +40,14 @@ _TAP = 0.1
 _GATE = 2.0
 _SURPLUS_DISTANCE = 0.25
 _SQUARE = "heads × head_dim = hidden size"
+# llama.cpp takes a Granite hybrid for one without rope, and its context for boundless, unless the file says otherwise.
+_GGUF = Gguf(
+    lambda fields: [heads == 0 for heads in fields["attention.head_count_kv"]],
+    fields=lambda config: {
+        "rope.scaling.finetuned": config.position_embedding_type == "rope",
+        "context_length": config.max_position_embeddings,
+    },
+)
 
 
 class GraniteHybridHost:
@@ -69,10 +77,11 @@ class GraniteHybridHost:
             "llama.cpp",
             "as in llama-cpp-python 0.3.36",
             RUN,
-            takes="after converting, set granitehybrid.rope.scaling.finetuned to true (gguf_set_metadata.py)",
+            takes="convert with `flashmorph export`",
             needs="mamba_expand 2 and a linear layer; not tried with biases, scaled rope or heads wider or narrower "
             "than hidden size / heads",
             fits=lambda config: _is_as_in_llama_cpp(config),
+            gguf=_GGUF,
         ),
     )
     model_class: type[PreTrainedModel] = GraniteMoeHybridForCausalLM

@@ -25,7 +25,7 @@ from flashmorph.hosts.kernels import (
     implementation_in_use,
 )
 from flashmorph.hosts.products import attention_products, feed_forward_products
-from flashmorph.hosts.serving import READ, RUN, TRANSFORMERS, Engine, full_interval
+from flashmorph.hosts.serving import READ, RUN, TRANSFORMERS, Engine, Gguf, full_interval
 from flashmorph.hosts.start import constant_row, fit_head_scales, mean_distance, softplus_inverse
 from flashmorph.plan import FULL
 
@@ -53,6 +53,23 @@ SGLANG = Engine(
 _OPTIONS = {"full_attention": FULL, "linear_attention": LINEAR}
 
 
+def _switched(fields: Mapping[str, Any]) -> list[bool]:
+    """The explicit list; files of older converters have the interval only, which the engine then goes by."""
+    if (listed := fields.get("attention.recurrent_layers")) is not None:
+        return list(listed)
+    return [bool(layer % fields["full_attention_interval"]) for layer in range(1, fields["block_count"] + 1)]
+
+
+_GGUF = Gguf(
+    _switched,
+    flags=("--no-mtp",),
+    fields=lambda config: {
+        "rope.dimension_count": int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+    },
+    irregular="add_recurrent_layers",
+)
+
+
 class Qwen35Host:
     """Qwen3 (dense) in `Qwen3_5ForCausalLM` (`qwen3_5_text`)."""
 
@@ -68,9 +85,10 @@ class Qwen35Host:
             "llama.cpp",
             "of September 2026 (pull request 28208); older ones misread irregular plans without a word",
             RUN,
-            takes="convert with --no-mtp",
+            takes="convert with `flashmorph export`",
             needs="at least one linear layer",
             fits=lambda config: "linear_attention" in config.layer_types,
+            gguf=_GGUF,
         ),
         SGLANG,
     )

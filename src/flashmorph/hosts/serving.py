@@ -1,6 +1,6 @@
 """What runs a host's checkpoints besides transformers: as data, for the table of hosts and for every model card."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,28 @@ from flashmorph.plan import FULL
 
 
 @dataclass(frozen=True)
+class Gguf:
+    """How llama.cpp's converter makes a GGUF file of a host's checkpoint, and what the file must say; for `export`.
+
+    `switched` tells from the file's fields, by the names without the architecture in front, which layers the engine
+    will not run as full ones. `flags` go to the converter. `fields` are what the file must say: what the converter
+    writes otherwise is replaced. Where `irregular` is set, only converters whose `GGUFWriter` has this method write
+    plans that are not periodic.
+    """
+
+    switched: Callable[[Mapping[str, Any]], list[bool]]
+    flags: tuple[str, ...] = ()
+    fields: Callable[[PreTrainedConfig], dict[str, Any]] = lambda config: {}
+    irregular: str = ""
+
+
+@dataclass(frozen=True)
 class Engine:
     """Software that runs checkpoints of one host.
 
     `version` is the oldest one known to; `known` says how: it was run, or its source was read. `takes` is what has to
     be done besides. Where a checkpoint must be of a kind, `needs` says it and `fits` tells it from the configuration.
+    `gguf` is set where the engine reads GGUF files.
     """
 
     name: str
@@ -23,6 +40,7 @@ class Engine:
     takes: str = ""
     needs: str = ""
     fits: Callable[[PreTrainedConfig], bool] = lambda config: True
+    gguf: Gguf | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""

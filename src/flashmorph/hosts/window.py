@@ -25,7 +25,7 @@ from flashmorph.errors import UserError
 from flashmorph.hosts.checks import refuse_rope, refuse_windows
 from flashmorph.hosts.host import FEED_FORWARD, Products
 from flashmorph.hosts.products import attention_products, feed_forward_products, head_dim_of
-from flashmorph.hosts.serving import READ, TRANSFORMERS, Engine
+from flashmorph.hosts.serving import READ, TRANSFORMERS, Engine, Gguf
 from flashmorph.plan import FULL
 
 SLIDING = "sliding"
@@ -166,9 +166,17 @@ class _Window(nn.Module):
 
 
 _VLLM = Engine("vLLM", "0.33", READ, "start it with --model-impl transformers: its own class ignores windows by layer")
+_LLAMA_CPP = Engine(
+    "llama.cpp",
+    "as in llama-cpp-python 0.3.36",
+    READ,
+    needs="every layer full: its own class ignores windows by layer",
+    fits=lambda config: "sliding_attention" not in config.layer_types,
+    gguf=Gguf(lambda fields: [False] * fields["block_count"]),
+)
 WINDOW_HOSTS = (
-    WindowHost(Qwen3ForCausalLM, {"qwen3": "Qwen3 (dense)"}, _VLLM),
-    WindowHost(Qwen2ForCausalLM, {"qwen2": "Qwen2 and 2.5"}),
+    WindowHost(Qwen3ForCausalLM, {"qwen3": "Qwen3 (dense)"}, _VLLM, _LLAMA_CPP),
+    WindowHost(Qwen2ForCausalLM, {"qwen2": "Qwen2 and 2.5"}, _LLAMA_CPP),
     WindowHost(SmolLM3ForCausalLM, {"smollm3": "SmolLM3, also with layers without RoPE"}),
     WindowHost(
         MinistralForCausalLM,

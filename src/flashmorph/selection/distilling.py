@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from flashmorph.corpus import Rows
+from flashmorph import ranks
 from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.morphable import Morphable
 from flashmorph.plan import FULL, Budget, Plan
+from flashmorph.rows import Rows
 from flashmorph.runfolder import digest_of
 from flashmorph.stages import DistillSettings, distill
-from flashmorph.stages.training import trainable_state
+from flashmorph.stages.trainer import trainable_state
 
 
 class Distiller:
@@ -47,24 +48,29 @@ class Distiller:
     def run(self, path: Sequence[Plan], steps: int) -> tuple[PreTrainedModel, float]:
         """The last plan's model after the whole path, and its KL: the mean of the last quarter of its steps."""
         weights = self._place(path, steps)
-        if (weights / "model.safetensors").exists():
+        kept = weights / "model.safetensors"
+        if ranks.first(kept.exists):
             model = self._morphable.instantiate(path[-1])
-            model.load_state_dict(load_file(weights / "model.safetensors"), strict=False)
+            model.load_state_dict(load_file(kept), strict=False)
             return model.eval(), read_json(weights / "kl.json")
         model = self._start(path, steps)
         settings = self.settings_for(steps)
         distill(model, self._full_model(), self._make_rows(settings), settings, weights, self._seed, self._bf16)
-        losses = [json.loads(line)["loss"] for line in (weights / "log.jsonl").read_text().splitlines()]
-        kl = float(np.mean(losses[-max(1, steps // 4) :]))
-        write_json(weights / "kl.json", kl)
-        shutil.rmtree(weights / "checkpoints", ignore_errors=True)
-        with atomic_path(weights / "model.safetensors") as temporary:
-            save_file(trainable_state(model), temporary)
-        kept = {weights.name, self._place(path[:-1], steps).name}
-        for other in self._folder.iterdir():
-            if other.name not in kept:
-                shutil.rmtree(other)
-        return model, kl
+
+        def keep() -> float:
+            losses = [json.loads(line)["loss"] for line in (weights / "log.jsonl").read_text().splitlines()]
+            kl = float(np.mean(losses[-max(1, steps // 4) :]))
+            write_json(weights / "kl.json", kl)
+            shutil.rmtree(weights / "checkpoints", ignore_errors=True)
+            with atomic_path(kept) as temporary:
+                save_file(trainable_state(model), temporary)
+            names = {weights.name, self._place(path[:-1], steps).name}
+            for other in self._folder.iterdir():
+                if other.name not in names:
+                    shutil.rmtree(other)
+            return kl
+
+        return model, ranks.first(keep)
 
     def _start(self, path: Sequence[Plan], steps: int) -> PreTrainedModel:
         """The last plan with the weights that the path before it left, where a layer still has the same mixer."""

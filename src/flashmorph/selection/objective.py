@@ -1,11 +1,10 @@
 """The objective of a search on a morphable model: the only part of selection that sees a model.
 
 It runs the model on the batches of `searchdata.py`, counts what was spent, and keeps every evaluated plan and the state
-of the search on disk, so that an interrupted search goes on where it stopped.
+of the search on disk, so that an interrupted search goes on where it stopped. Several processes run a share of each
+batch, and all are told the same: a strategy knows nothing of them.
 """
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from flashmorph import ranks
 from flashmorph.errors import UserError
-from flashmorph.files import read_json, write_json
 from flashmorph.losses import Head, label_loss, token_losses
 from flashmorph.morphable import Morphable, run_order
 from flashmorph.plan import Plan
 from flashmorph.progress import Report, silent
+from flashmorph.selection.cache import keep, keep_losses, kept, kept_losses, key_of
 from flashmorph.selection.distilling import Distiller
 from flashmorph.selection.meter import Meter
 from flashmorph.selection.searchdata import SearchData
@@ -76,18 +76,26 @@ class MorphableObjective:
     def gradient(
         self, gates: torch.Tensor, step: int, loss: str, data: str = "questions"
     ) -> tuple[float, torch.Tensor]:
-        """Loss and gradient on the search-train batch number `step`; see `Objective`."""
+        """Loss and gradient on the search-train batch number `step`; see `Objective`.
+
+        Gates lie outside of whatever wraps the model, so their gradient is brought together here.
+        """
         losses = {"answers": self._answer_loss, "hidden": self._hidden_loss}
         gates = gates.to(self._morphable.device).requires_grad_(True)
         batch = self._data.batch(step) if data == "questions" else self._data.text_batch(step)
+        parts = self._data.micro_batches(batch)
+        for part in parts:
+            self._count_gradient(part, loss)
         value = 0.0
-        for part in self._data.micro_batches(batch):
+        for together in ranks.rounds(parts):
+            part, counts = together[ranks.rank()]
             with self._autocast():
-                share = losses[loss](gates, part) * (len(part) / len(batch))
+                share = losses[loss](gates, part) * (counts * len(part) / len(batch))
             share.backward()
             value += share.item()
         assert gates.grad is not None
-        return value, gates.grad.cpu()
+        gradient = ranks.total(gates.grad.cpu())
+        return ranks.total(torch.tensor(value, dtype=torch.float64)).item(), gradient
 
     def evaluate(
         self,
@@ -103,27 +111,32 @@ class MorphableObjective:
             UserError: a loss is not finite.
         """
         wanted = list(range(self.num_questions) if questions is None else questions)
-        keys = [self._key(plan.assignments) for plan in plans]
-        known = [self._read_losses(key) for key in keys]
-        parts = self._data.micro_batches(wanted)
+        keys = [key_of(plan.assignments) for plan in plans]
+        known = kept_losses(self._evaluations, plans, self._say)
+        rounds = ranks.rounds(self._data.micro_batches(wanted))
         unwritten: set[int] = set()
         written_at = time.perf_counter()
         try:
-            for number, part in enumerate(parts, 1):
-                self._count_plans(plans, keys, part)
-                missing = [place for place in range(len(plans)) if not known[place].keys() >= set(part)]
+            for number, together in enumerate(rounds, 1):
+                for part, counts in together:
+                    if counts:
+                        self._count_plans(plans, keys, part)
+                asked = {question for part, _ in together for question in part}
+                missing = [place for place in range(len(plans)) if not known[place].keys() >= asked]
                 if missing:
-                    rows = [self._data.questions()[question] for question in part]
+                    own, _ = together[ranks.rank()]
+                    rows = [self._data.questions()[question] for question in own]
                     for place, losses in self._run_plans([plans[place] for place in missing], rows):
-                        known[missing[place]].update(zip(part, losses.tolist(), strict=True))
+                        for found in ranks.gather(dict(zip(own, losses.tolist(), strict=True))):
+                            known[missing[place]].update(found)
                     unwritten.update(missing)
                 if report:
-                    report(number / len(parts))
+                    report(number / len(rounds))
                 if time.perf_counter() - written_at > _WRITE_SECONDS:
-                    self._write_losses(plans, keys, known, unwritten)
+                    self._write_losses(plans, known, unwritten)
                     written_at = time.perf_counter()
         finally:
-            self._write_losses(plans, keys, known, unwritten)
+            self._write_losses(plans, known, unwritten)
         found = np.array([[losses[question] for question in wanted] for losses in known])
         for plan, losses in zip(plans, found, strict=True):
             _check_finite(losses, "answer", plan)
@@ -136,18 +149,20 @@ class MorphableObjective:
         Raises:
             UserError: there are no `text_rows`, or the loss is not finite.
         """
-        key = self._key(plan.assignments)
+        key = key_of(plan.assignments)
         rows = self._text()
         if (key, -1) not in self._asked:
             self._asked.add((key, -1))
             self._meter.count(rows)
         path = self._evaluations / f"{key}.text.json"
-        if not path.exists():
+        found = kept(path, self._say)
+        if found is None:
             gates = self._hard_gates([plan])[0]
             loss = self._mean_text_loss(lambda ids: self._morphable(ids, gates), self._head)
             _check_finite(loss, "text", plan)
-            write_json(path, {"assignments": plan.assignments, "text_loss": loss})
-        return read_json(path)["text_loss"]
+            found = {"assignments": plan.assignments, "text_loss": loss}
+            keep(path, found)
+        return found["text_loss"]
 
     def distill(self, path: Sequence[Plan], steps: int) -> Distilled:
         """What the last plan of `path` can do when each plan in turn has been distilled for `steps` steps.
@@ -161,13 +176,15 @@ class MorphableObjective:
         settings = self._distiller.settings_for(steps)
         # Every plan of the path is counted once, by whichever call came first.
         for length in range(1, len(path) + 1):
-            counted = (self._key(about[:length]), -2 - steps)
+            counted = (key_of(about[:length]), -2 - steps)
             if counted not in self._asked:
                 self._asked.add(counted)
                 tokens = torch.empty(settings.steps * settings.batch_rows, settings.length, device="meta")
                 self._meter.count(tokens, forward=2, backward=1, weights=1)
-        kept = self._evaluations / f"{self._key([about, settings.model_dump(mode='json')])}.distilled.json"
-        if not kept.exists():
+        key = key_of([about, settings.model_dump(mode="json", exclude={"activation_checkpointing"})])
+        file = self._evaluations / f"{key}.distilled.json"
+        found = kept(file, self._say)
+        if found is None:
             model, kl = self._distiller.run(path, steps)
             head = Head.of(model)
             with torch.no_grad():
@@ -179,16 +196,15 @@ class MorphableObjective:
                         hidden = model.model(ids, use_cache=False).last_hidden_state
                         losses += _question_losses(hidden, head, ids, marks).tolist()
             _check_finite([kl, text, *losses], "distilled", path[-1])
-            write_json(kept, {"path": about, "steps": steps, "kl": kl, "text_loss": text, "losses": losses})
-        found = read_json(kept)
+            found = {"path": about, "steps": steps, "kl": kl, "text_loss": text, "losses": losses}
+            keep(file, found)
         return Distilled(found["kl"], found["text_loss"], np.array(found["losses"]))
 
     def restore(self, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[dict]) -> int:
         """Read the state of an interrupted search, if there is one."""
-        path = self._folder / "search_state.json"
-        if not path.exists():
+        state = kept(self._folder / "search_state.json", self._say)
+        if state is None:
             return 0
-        state = read_json(path)
         with torch.no_grad():
             logits.copy_(torch.tensor(state["logits"]))
         optimizer.state[logits] = {name: torch.tensor(value) for name, value in state["optimizer"].items()}
@@ -199,9 +215,9 @@ class MorphableObjective:
     def keep(self, step: int, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[dict]) -> None:
         """Write the state every few steps, atomically."""
         if step % _STATE_EVERY == 0:
-            kept = {name: value.tolist() for name, value in optimizer.state[logits].items()}
-            state = {"step": step, "logits": logits.tolist(), "optimizer": kept, "trace": trace}
-            write_json(self._folder / "search_state.json", {**state, "cost": self.cost.to_dict()})
+            moments = {name: value.tolist() for name, value in optimizer.state[logits].items()}
+            state = {"step": step, "logits": logits.tolist(), "optimizer": moments, "trace": trace}
+            keep(self._folder / "search_state.json", {**state, "cost": self.cost.to_dict()})
 
     def progress(self, done: float, total: float, **figures: float) -> None:
         """Pass the progress on."""
@@ -216,24 +232,10 @@ class MorphableObjective:
             raise UserError("this strategy weighs text too: give the objective validation text, `text_rows`")
         return self._text_rows
 
-    @staticmethod
-    def _key(about: Any) -> str:
-        """What the losses of a plan, or of a path of plans, are kept under."""
-        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-
-    def _read_losses(self, key: str) -> dict[int, float]:
-        path = self._evaluations / f"{key}.json"
-        return {int(number): loss for number, loss in read_json(path)["losses"].items()} if path.exists() else {}
-
-    def _write_losses(
-        self, plans: Sequence[Plan], keys: Sequence[str], known: Sequence[dict[int, float]], places: set[int]
-    ) -> None:
+    def _write_losses(self, plans: Sequence[Plan], known: Sequence[dict[int, float]], places: set[int]) -> None:
         while places:
             place = places.pop()
-            losses = {str(question): known[place][question] for question in sorted(known[place])}
-            write_json(
-                self._evaluations / f"{keys[place]}.json", {"assignments": plans[place].assignments, "losses": losses}
-            )
+            keep_losses(self._evaluations, plans[place], known[place])
 
     def _hard_gates(self, plans: Sequence[Plan]) -> torch.Tensor:
         """Plans as gates `[plans, groups, options]` of zeros and ones, in the order of the model's branches."""
@@ -262,10 +264,16 @@ class MorphableObjective:
             runs = sum(layers - start for _, start in run_order(gates)) / layers
             self._meter.count(torch.empty(rows, self._data.settings.longest, device="meta"), forward=runs)
 
+    def _count_gradient(self, part: Sequence[Example], loss: str) -> None:
+        """Count a micro-batch of a gradient, whichever process runs it; the published distance asks the teacher too."""
+        ids = torch.empty(len(part), len(part[0].input_ids), device="meta")
+        if loss == "hidden":
+            self._meter.count(ids)
+        self._meter.count(ids, forward=1, backward=1, every_branch=True)
+
     def _answer_loss(self, gates: torch.Tensor, batch: Sequence[Example]) -> torch.Tensor:
         ids, marks = self._tensors(batch)
         hidden = self._morphable(ids, gates)[:, :-1][marks[:, 1:]]
-        self._meter.count(ids, forward=1, backward=1, every_branch=True)
         return label_loss(hidden, self._head, ids[:, 1:][marks[:, 1:]])
 
     def _hidden_loss(self, gates: torch.Tensor, batch: Sequence[Example]) -> torch.Tensor:
@@ -282,20 +290,21 @@ class MorphableObjective:
                 self._morphable(ids)
             teacher, outputs[:] = list(outputs), []
             self._morphable(ids, gates)
-        self._meter.count(ids)
-        self._meter.count(ids, forward=1, backward=1, every_branch=True)
         pairs = zip(outputs, teacher, strict=True)
         return torch.stack([(mixed.float() - full.float()).square().mean() for mixed, full in pairs]).mean()
 
     def _mean_text_loss(self, run: Callable[[torch.Tensor], torch.Tensor], head: Head) -> float:
         """Mean next-token loss on the text rows of what `run(ids)` gives as last hidden states."""
-        rows, total = self._text(), 0.0
-        for part in rows.split(max(1, self._data.settings.micro_batch_tokens // rows.shape[1])):
+        rows, found = self._text(), 0.0
+        parts = rows.split(max(1, self._data.settings.micro_batch_tokens // rows.shape[1]))
+        for together in ranks.rounds(parts):
+            part, counts = together[ranks.rank()]
             ids = part.to(self._morphable.device)
             with self._autocast():
                 hidden = run(ids)[:, :-1]
-                total += token_losses(hidden.flatten(0, 1), head, ids[:, 1:].flatten()).double().sum().item()
-        return total / rows[:, 1:].numel()
+                losses = token_losses(hidden.flatten(0, 1), head, ids[:, 1:].flatten())
+            found += losses.double().sum().item() * counts
+        return ranks.total(torch.tensor(found, dtype=torch.float64)).item() / rows[:, 1:].numel()
 
     def _tensors(self, batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and answer marks, `[rows, length]`."""

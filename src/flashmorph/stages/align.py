@@ -4,8 +4,9 @@ The layers are independent: layer l's input comes from the teacher's forward, no
 is the sum over layers of `|M(h) - A(h)|^2 / |A(h)|^2` (stage 1 of FlashMorph and HALO, there without the division).
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -13,17 +14,19 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
-from flashmorph.corpus import Rows
+from flashmorph import ranks
 from flashmorph.morphable import Morphable, MorphableLayer, squares
 from flashmorph.packing import Packed, apart
 from flashmorph.plan import FULL
 from flashmorph.progress import Report, silent
+from flashmorph.rows import Rows
 from flashmorph.stages.training import TrainSettings, train
 
 
 class AlignSettings(TrainSettings):
     """The published budget: 320M tokens at length 512, learning rate 1e-3 to 1e-5."""
 
+    stage: ClassVar[str] = "align"
     tokens: PositiveInt = 320_000_000
     length: PositiveInt = 512
     batch_tokens: PositiveInt = 16_384
@@ -37,14 +40,19 @@ class AlignmentLoss(nn.Module):
     neither input nor target carries a gradient, so nothing flows from layer to layer.
     """
 
-    def __init__(self, morphable: Morphable):
+    def __init__(self, morphable: Morphable, mean: Callable[[torch.Tensor], torch.Tensor] = lambda sizes: sizes):
+        """`mean` is taken of what errors are relative to, `[layers]`, where processes share a batch
+        (`ranks.shared_mean`)."""
         super().__init__()
-        self.morphable = morphable
+        self.morphable, self._mean = morphable, mean
 
-    def forward(self, input_ids: torch.Tensor, starts: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def forward(
+        self, input_ids: torch.Tensor, starts: torch.Tensor | None = None, loss_mask: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """The summed loss for `input_ids` `[batch, time]`, and each layer's part `[layers]`, detached.
 
-        Documents are kept apart where `starts` `[batch, time]` marks their first tokens.
+        Documents are kept apart where `starts` `[batch, time]` marks their first tokens. Alignment has no targets, so
+        `loss_mask` changes nothing.
         """
         found: list[torch.Tensor] = []
         packed = apart(input_ids, starts, self.morphable.host)
@@ -65,7 +73,7 @@ class AlignmentLoss(nn.Module):
             with self.morphable.observed(compare):
                 self.morphable(each.input_ids, boundaries=each.boundaries)
         difference, size = torch.stack(found).unflatten(0, (len(packed), -1)).sum(0).unbind(1)
-        errors = difference / size
+        errors = difference / self._mean(size)
         return {"loss": errors.sum(), "errors": errors.detach()}
 
 
@@ -100,19 +108,22 @@ def align(
     seed: int = 0,
     bf16: bool = False,
     report: Report = silent,
+    report_to: Sequence[str] = (),
 ) -> None:
     """Train the branches of `morphable` in place; all else stays as it is.
 
-    Interrupted work goes on from the last whole checkpoint in `folder`.
+    Interrupted work goes on from the last whole checkpoint in `folder`. `report_to`: see `train`.
 
     Raises:
-        UserError: the loss is not finite.
+        UserError: the loss is not finite, or the processes cannot share a step evenly.
     """
+    mean = ranks.shared_mean(settings.division(ranks.count()).sharing)
     for weights in morphable.branch_parameters():
         for weight in weights:
             weight.requires_grad_(True)
     clip = _ClipEachBranch(morphable, settings.max_grad_norm)
-    train(AlignmentLoss(morphable), rows, settings, folder, seed, bf16, report, [clip], clip=False)
+    loss = AlignmentLoss(morphable, mean)
+    train(loss, rows, settings, folder, seed, bf16, report, [clip], clip=False, report_to=report_to)
     for weights in morphable.branch_parameters():
         for weight in weights:
             weight.requires_grad_(False)

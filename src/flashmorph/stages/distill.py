@@ -3,31 +3,35 @@
 The teacher runs beside the student, or what it says was written before (`teacher_logits.py`).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from pydantic import PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer
 from torch import nn
 from transformers import PreTrainedModel
 
-from flashmorph.corpus import Rows
 from flashmorph.errors import UserError
 from flashmorph.hosts import host_of
 from flashmorph.losses import Head, forward_kl, top_kl
 from flashmorph.packing import apart, token_order
 from flashmorph.progress import Report, silent
+from flashmorph.rows import Rows
+from flashmorph.sharding import shard_loss
 from flashmorph.stages.teacher_logits import LogitSettings, RowsWithLogits
-from flashmorph.stages.training import TrainSettings, train
+from flashmorph.stages.training import TrainSettings, keep_activations, train
 
 
 class DistillSettings(TrainSettings):
     """The published budget: 1B tokens at length 512, learning rate 1e-4 to 1e-5."""
 
+    stage: ClassVar[str] = "distill"
     tokens: PositiveInt = 1_000_000_000
     length: PositiveInt = 512
     batch_tokens: PositiveInt = 49_152
     learning_rate: PositiveFloat = 1e-4
+    activation_checkpointing: bool = Field(default=False, description="compute layers again instead of keeping them")
     teacher_logits: LogitSettings | None = None
 
     @model_serializer(mode="wrap")
@@ -48,14 +52,16 @@ class DistillationLoss(nn.Module):
         self._teacher = (teacher,)
         self._host = host_of(student.config)
 
-    def forward(self, input_ids: torch.Tensor, starts: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def forward(
+        self, input_ids: torch.Tensor, starts: torch.Tensor | None = None, loss_mask: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """The loss for `input_ids` `[batch, time]`, documents apart where `starts` `[batch, time]` marks their first
-        tokens."""
+        tokens; of what predicts the tokens at which `loss_mask` `[batch, time]` is True."""
         (teacher,) = self._teacher
-        packed = apart(input_ids, starts, self._host)
+        packed = apart(input_ids, starts, self._host, loss_mask)
         with torch.no_grad():
-            target = torch.cat([each.run(teacher.model) for each in packed])
-        found = torch.cat([each.run(self.student.model) for each in packed])
+            target = torch.cat([each.predicting(each.run(teacher.model)) for each in packed])
+        found = torch.cat([each.predicting(each.run(self.student.model)) for each in packed])
         return {"loss": forward_kl(found, Head.of(self.student), target, Head.of(teacher))}
 
 
@@ -73,11 +79,14 @@ class StoredDistillationLoss(nn.Module):
         values: torch.Tensor,
         places: torch.Tensor,
         starts: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """The loss for `input_ids` `[batch, time]`, given the teacher's `values` `[batch, time, k + 1]` at `places`
-        `[batch, time, k]`; documents apart where `starts` `[batch, time]` marks their first tokens."""
-        found = torch.cat([each.run(self.student.model) for each in apart(input_ids, starts, self._host)])
-        order = token_order(input_ids, starts, self._host)
+        `[batch, time, k]`; documents apart where `starts` `[batch, time]` marks their first tokens; of what predicts
+        the tokens at which `loss_mask` `[batch, time]` is True."""
+        packed = apart(input_ids, starts, self._host, loss_mask)
+        found = torch.cat([each.predicting(each.run(self.student.model)) for each in packed])
+        order = token_order(input_ids, starts, self._host, loss_mask)
         values, places = (each.flatten(0, 1)[order] for each in (values, places))
         return {"loss": top_kl(found, Head.of(self.student), values, places)}
 
@@ -91,18 +100,20 @@ def distill(
     seed: int = 0,
     bf16: bool = False,
     report: Report = silent,
+    report_to: Sequence[str] = (),
 ) -> None:
     """Train all weights of `student` in place towards `teacher`, or towards what `rows` have of it if it is None.
 
-    Interrupted work goes on from the last whole checkpoint in `folder`.
+    Interrupted work goes on from the last whole checkpoint in `folder`. `report_to`: see `train`.
 
     Raises:
-        UserError: the vocabularies differ, or the loss is not finite.
+        UserError: the vocabularies differ, the loss is not finite, or the processes cannot share a step evenly.
     """
     if teacher and student.config.vocab_size != teacher.config.vocab_size:
         sizes = student.config.vocab_size, teacher.config.vocab_size
         raise UserError(f"the student has {sizes[0]:,} tokens in its vocabulary and the teacher {sizes[1]:,}")
-    student.requires_grad_(True).train()
+    keep_activations(student.requires_grad_(True).train(), not settings.activation_checkpointing)
     loss = DistillationLoss(student, teacher.eval()) if teacher else StoredDistillationLoss(student)
-    train(loss, rows, settings, folder, seed, bf16, report)
+    shard_loss(loss, student)
+    train(loss, rows, settings, folder, seed, bf16, report, report_to=report_to)
     student.eval()

@@ -1,46 +1,60 @@
 """Extension: next-token training at a longer context than the one distilled at."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 from transformers import PreTrainedModel
 
-from flashmorph.corpus import Rows
+from flashmorph import ranks
 from flashmorph.hosts import host_of
 from flashmorph.losses import Head, label_loss
 from flashmorph.packing import apart
 from flashmorph.progress import Report, silent
-from flashmorph.stages.training import TrainSettings, train
+from flashmorph.rows import Rows
+from flashmorph.sharding import shard_loss
+from flashmorph.stages.training import TrainSettings, keep_activations, train
 
 
 class ExtendSettings(TrainSettings):
     """The published budget: 1B tokens at length 16K, constant learning rate 1e-5."""
 
+    stage: ClassVar[str] = "extend"
     tokens: PositiveInt = 1_000_000_000
     length: PositiveInt = 16_384
     batch_tokens: PositiveInt = 2_097_152
     learning_rate: PositiveFloat = 1e-5
+    activation_checkpointing: bool = Field(default=False, description="compute layers again instead of keeping them")
 
 
 class NextTokenLoss(nn.Module):
     """Mean next-token cross-entropy; logits exist a chunk of tokens at a time."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, mean: Callable[[torch.Tensor], torch.Tensor] = lambda counts: counts):
+        """`mean` is taken of the number of tokens that are predicted, where processes share a batch
+        (`ranks.shared_mean`)."""
         super().__init__()
-        self.student = model
+        self.student, self._mean = model, mean
         self._host = host_of(model.config)
 
-    def forward(self, input_ids: torch.Tensor, starts: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """The loss for `input_ids` `[batch, time]`; where `starts` `[batch, time]` marks the first tokens of documents,
-        they are kept apart and those tokens are not predicted."""
+    def forward(
+        self, input_ids: torch.Tensor, starts: torch.Tensor | None = None, loss_mask: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The loss for `input_ids` `[batch, time]`, of the tokens at which `loss_mask` `[batch, time]` is True; where
+        `starts` `[batch, time]` marks the first tokens of documents, they are kept apart and those tokens are not
+        predicted."""
         hidden, labels = [], []
-        for each in apart(input_ids, starts, self._host):
+        for each in apart(input_ids, starts, self._host, loss_mask):
             places, following = each.next_tokens()
             hidden.append(each.run(self.student.model)[places])
             labels.append(following)
-        return {"loss": label_loss(torch.cat(hidden), Head.of(self.student), torch.cat(labels))}
+        every = torch.cat(labels)
+        loss = label_loss(torch.cat(hidden), Head.of(self.student), every)
+        number = torch.tensor(float(len(every)), device=every.device)
+        return {"loss": loss * (number / self._mean(number).clamp_min(1))}
 
 
 def extend(
@@ -51,14 +65,18 @@ def extend(
     seed: int = 0,
     bf16: bool = False,
     report: Report = silent,
+    report_to: Sequence[str] = (),
 ) -> None:
     """Train all weights of `model` in place on rows longer than before.
 
-    Interrupted work goes on from the last whole checkpoint in `folder`.
+    Interrupted work goes on from the last whole checkpoint in `folder`. `report_to`: see `train`.
 
     Raises:
-        UserError: the loss is not finite.
+        UserError: the loss is not finite, or the processes cannot share a step evenly.
     """
-    model.requires_grad_(True).train()
-    train(NextTokenLoss(model), rows, settings, folder, seed, bf16, report)
+    mean = ranks.shared_mean(settings.division(ranks.count()).sharing)
+    keep_activations(model.requires_grad_(True).train(), not settings.activation_checkpointing)
+    loss = NextTokenLoss(model, mean)
+    shard_loss(loss, model)
+    train(loss, rows, settings, folder, seed, bf16, report, report_to=report_to)
     model.eval()

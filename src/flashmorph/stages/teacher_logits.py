@@ -14,13 +14,13 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from flashmorph.corpus import Rows
 from flashmorph.errors import UserError
 from flashmorph.files import read_json, write_json
 from flashmorph.hosts import host_of
 from flashmorph.losses import Head, chunk_tokens, top_log_probabilities
 from flashmorph.packing import apart, token_order
 from flashmorph.progress import Report, silent
+from flashmorph.rows import Rows
 from flashmorph.stages.training import TrainSettings, collate
 
 _VALUES, _PLACES, _WRITTEN = "log_probabilities.npy", "places.npy", "rows_written.json"
@@ -81,14 +81,15 @@ def write_logits(
         raise UserError(
             f"distill.teacher_logits.top_k is {top_k:,}; the teacher's vocabulary has {vocabulary:,} tokens"
         )
-    values = _mapped(folder / _VALUES, (len(rows), settings.length, top_k + 1), np.float32)
-    places = _mapped(folder / _PLACES, (len(rows), settings.length, top_k), np.uint32)
     done = read_json(folder / _WRITTEN) if (folder / _WRITTEN).exists() else 0
-    at_once = settings.batch_rows // settings.accumulation
+    values = _mapped(folder / _VALUES, (len(rows), settings.length, top_k + 1), np.float32, new=not done)
+    places = _mapped(folder / _PLACES, (len(rows), settings.length, top_k), np.uint32, new=not done)
+    at_once = settings.division(1).rows
     kept_at = time.perf_counter()
     while done < len(rows):
         number = min(at_once, len(rows) - done)
         batch = collate([rows[row] for row in range(done, done + number)], settings.isolate_documents)
+        batch.pop("loss_mask", None)  # Every token's are kept, in their places.
         with torch.autocast(teacher.device.type, torch.bfloat16, enabled=bf16):
             found = _of_batch(teacher, **{name: each.to(teacher.device) for name, each in batch.items()}, top_k=top_k)
         values[done : done + number], places[done : done + number] = (each.cpu().numpy() for each in found)
@@ -114,10 +115,11 @@ def _of_batch(
     return values, places
 
 
-def _mapped(path: Path, shape: tuple[int, ...], dtype: type) -> np.memmap:
+def _mapped(path: Path, shape: tuple[int, ...], dtype: type, new: bool) -> np.memmap:
     """An array in the file `path`, all of its space taken: to write through a map where there is none is fatal."""
-    there = path.exists() and np.load(path, mmap_mode="r").shape == shape
-    array = np.lib.format.open_memmap(path, mode="r+" if there else "w+", dtype=None if there else dtype, shape=shape)
+    if not new:
+        return np.lib.format.open_memmap(path, mode="r+")
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     if hasattr(os, "posix_fallocate"):
         with path.open("r+b") as stream:
             os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)

@@ -1,31 +1,48 @@
 """What all training stages share: settings, `transformers.Trainer` made safe to kill, and its progress."""
 
+import itertools
 import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
+from flashmorph import ranks
 from flashmorph.errors import UserError
+from flashmorph.files import atomic_path
 from flashmorph.progress import Report
+from flashmorph.stages.checkpoints import drop_damaged, finish, last_checkpoint
+from flashmorph.stages.trainer import StageTrainer
+from flashmorph.stages.watch import Watch
 
-FINISHED = "finished"
-_WEIGHTS = "trainable.safetensors"
 _LOG = "log.jsonl"
+
+
+class Division(NamedTuple):
+    """How processes divide a step: each runs `rows` rows at once, `accumulation` times.
+
+    Where there are more processes than micro-batches, `sharing` processes in a row hold one together.
+    """
+
+    rows: int
+    accumulation: int
+    sharing: int
 
 
 class TrainSettings(BaseModel):
     """How long and how fast a stage trains."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    stage: ClassVar[str] = "training"
     tokens: int = Field(gt=0, description="tokens to train on, in all")
     length: int = Field(gt=1, description="tokens in a row")
     batch_tokens: int = Field(gt=0, description="tokens in a step, over all devices")
@@ -58,40 +75,30 @@ class TrainSettings(BaseModel):
         """Tokens in all steps: `tokens` less what does not fill a step."""
         return self.rows * self.length
 
-    @property
-    def accumulation(self) -> int:
-        """Parts of equal size that a step is run in, so that each fits `micro_batch_tokens`."""
-        micro_rows = max(1, (self.micro_batch_tokens or self.batch_tokens) // self.length)
-        parts = (parts for parts in range(1, self.batch_rows + 1) if self.batch_rows % parts == 0)
-        return next(number for number in parts if self.batch_rows // number <= micro_rows)
+    def division(self, processes: int) -> Division:
+        """The step divided among so many processes, with the same micro-batches as in one: `micro_batch_tokens`, or
+        the whole batch. Only where there are fewer of them than processes do several processes hold one together.
 
+        Raises:
+            UserError: the rows of a step do not divide.
+        """
+        if found := self._divided(self.batch_rows, processes):
+            return found
+        enough = next(rows for rows in itertools.count(self.batch_rows) if self._divided(rows, processes))
+        raise UserError(
+            f"{self.stage}.batch_tokens={self.batch_tokens} is {self.batch_rows} rows of {self.length:,} tokens in a "
+            f"step, which {processes} processes cannot share evenly; with {enough * self.length} they can"
+        )
 
-class StageTrainer(Trainer):
-    """Trainer that saves what it trains, and nothing else.
-
-    The model is a wrapper whose forward returns the loss; frozen weights and tied ones stay out of its checkpoints.
-    """
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir or "")
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(trainable_state(_module(self.model)), folder / _WEIGHTS)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        state = load_file(Path(resume_from_checkpoint) / _WEIGHTS)
-        with torch.no_grad():
-            for name, weight in trainable_state(_module(self.model)).items():
-                weight.copy_(state[name])
-
-
-def _module(model: Any) -> nn.Module:
-    assert isinstance(model, nn.Module)
-    return model
-
-
-def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of `model` that train, each once."""
-    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    def _divided(self, batch_rows: int, processes: int) -> Division | None:
+        most = max(1, (self.micro_batch_tokens or batch_rows * self.length) // self.length)
+        batches = next(
+            number for number in range(1, batch_rows + 1) if batch_rows % number == 0 and batch_rows // number <= most
+        )
+        pieces = math.lcm(batches, processes)
+        if batch_rows % pieces:
+            return None
+        return Division(batch_rows // pieces, pieces // processes, pieces // batches)
 
 
 def train(
@@ -104,21 +111,27 @@ def train(
     report: Report,
     callbacks: Sequence[TrainerCallback] = (),
     clip: bool = True,
+    report_to: Sequence[str] = (),
 ) -> None:
     """Train `model` in place, from the last whole checkpoint in `folder` on if there is one.
 
     `model(input_ids)` returns `{"loss": ...}`; where documents are isolated and a row has several, `starts`
-    `[batch, time]` tells it the first token of each. The log is `folder/log.jsonl`, one line a step.
+    `[batch, time]` tells it the first token of each, and where some tokens are not learnt, `loss_mask` which are. The
+    log is `folder/log.jsonl`, one line a step, and goes to each of `report_to` as well, whose files stand in `folder`.
 
     Raises:
-        UserError: the loss is not finite.
+        UserError: a loss or gradient is not finite, the loss has exploded, a checkpoint cannot be written, or the
+            processes cannot share a step evenly.
     """
+    ranks.first(lambda: drop_damaged(folder))
+    watch = Watch(model)
     device = next(model.parameters()).device
+    division = settings.division(ranks.count())
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_rows // settings.accumulation,
-        gradient_accumulation_steps=settings.accumulation,
+        per_device_train_batch_size=division.rows,
+        gradient_accumulation_steps=division.accumulation,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr": min(settings.final_learning_rate, settings.learning_rate)},
@@ -135,60 +148,110 @@ def train(
         logging_steps=1,
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
-        report_to="none",
+        report_to=list(report_to) or "none",
+        project="flashmorph",
+        run_name=folder.name.removesuffix(".partial"),
         disable_tqdm=True,
         dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
     )
-    trainer = StageTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        data_collator=lambda batch: collate(batch, settings.isolate_documents),
-        callbacks=[*callbacks, _Keeper(folder, report)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    checkpoint = last_checkpoint(folder)
-    if checkpoint and int(checkpoint.rsplit("-", 1)[1]) >= settings.steps:
-        trainer._load_from_checkpoint(checkpoint)
-        return
-    trainer.train(resume_from_checkpoint=checkpoint)
+    # One process, one device: DataParallel over all that it sees would multiply the batch.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    if arguments.world_size != ranks.count():
+        raise ValueError(f"{ranks.count()} processes share the work and Trainer sees {arguments.world_size}")
+    with _reports_in(folder):
+        trainer = StageTrainer(
+            model=model,
+            args=arguments,
+            watch=watch,
+            train_dataset=rows,
+            data_collator=lambda batch: collate(batch, settings.isolate_documents),
+            callbacks=[*callbacks, _Keeper(folder, report, watch)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        checkpoint = ranks.first(lambda: last_checkpoint(folder))
+        if checkpoint and int(checkpoint.rsplit("-", 1)[1]) >= settings.steps:
+            trainer._load_from_checkpoint(checkpoint)
+            return
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
+@contextmanager
+def _reports_in(folder: Path) -> Iterator[None]:
+    """Trackers that Trainer reports to keep their files in `folder`; their own choice is a place outside the run."""
+    places = {"TENSORBOARD_LOGGING_DIR": folder / "tensorboard", "TRACKIO_DIR": folder / "trackio", "WANDB_DIR": folder}
+    before = {name: os.environ.get(name) for name in places}
+    os.environ.update({name: str(place) for name, place in places.items()})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def keep_activations(model: PreTrainedModel, keep: bool) -> None:
+    """Keep what the backward needs of each decoder layer, or compute it again from the layer's input."""
+    if keep:
+        model.activation_checkpointing_disable()
+    else:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 def collate(batch: Sequence[dict[str, Any]], isolate: bool = True) -> dict[str, torch.Tensor]:
     """Rows as `input_ids` `[batch, time]`, and whatever arrays they have besides.
 
-    With `starts` `[batch, time]`, True at first tokens, if documents are to be kept apart and a row has several.
+    With `starts` `[batch, time]`, True at first tokens, if documents are to be kept apart and a row has several; with
+    `loss_mask` `[batch, time]`, False at tokens that are not learnt, if there are such.
     """
     ids = torch.tensor([row["input_ids"] for row in batch])
-    others = batch[0].keys() - {"input_ids", "starts"}
+    others = batch[0].keys() - {"input_ids", "starts", "ignored"}
     tensors = {"input_ids": ids, **{name: torch.from_numpy(np.stack([row[name] for row in batch])) for name in others}}
-    if not isolate or all(len(row["starts"]) == 1 for row in batch):
-        return tensors
-    starts = torch.zeros_like(ids, dtype=torch.bool)
-    for number, row in enumerate(batch):
-        starts[number, row["starts"]] = True
-    return {**tensors, "starts": starts}
+    if isolate and any(len(row["starts"]) > 1 for row in batch):
+        tensors["starts"] = _at(ids, [row["starts"] for row in batch])
+    if any(row["ignored"] for row in batch):
+        tensors["loss_mask"] = ~_at(ids, [row["ignored"] for row in batch])
+    return tensors
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written whole, or None."""
-    whole = [path.parent for path in (folder / "checkpoints").glob(f"checkpoint-*/{FINISHED}")]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+def _at(ids: torch.Tensor, places: Sequence[Sequence[int]]) -> torch.Tensor:
+    """`[batch, time]`, True at the places of each row."""
+    marks = torch.zeros_like(ids, dtype=torch.bool)
+    for number, row in enumerate(places):
+        marks[number, list(row)] = True
+    return marks
+
+
+def _entries(log: Path) -> Iterator[dict[str, float]]:
+    """The lines of a log, less one that was cut short."""
+    for line in log.read_text().splitlines() if log.exists() else []:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
 
 
 class _Keeper(TrainerCallback):
     """Marks whole checkpoints, writes the log, shows the progress and stops at a loss that is not finite."""
 
-    def __init__(self, folder: Path, report: Report):
-        self._log, self._report = folder / _LOG, report
+    def __init__(self, folder: Path, report: Report, watch: Watch):
+        self._log, self._report, self._watch = folder / _LOG, report, watch
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        lines = self._log.read_text().splitlines() if self._log.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        self._log.write_text("".join(line + "\n" for line in kept))
+        first = ranks.first(lambda: self._cut_log(state.global_step))
+        if first is not None:
+            self._watch.check_growth(first, 1)
+
+    def _cut_log(self, step: int) -> float | None:
+        """Forget what was logged behind `step`; the loss of the first step, if there is one."""
+        kept = [entry for entry in _entries(self._log) if entry["step"] <= step]
+        with atomic_path(self._log) as temporary:
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        return kept[0]["loss"] if kept else None
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        (Path(args.output_dir or "") / f"checkpoint-{state.global_step}" / FINISHED).touch()
+        ranks.wait()  # Each process writes its own random state.
+        if ranks.is_first():
+            finish(Path(args.output_dir or "") / f"checkpoint-{state.global_step}")
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" not in logs:
@@ -198,7 +261,9 @@ class _Keeper(TrainerCallback):
                 f"the loss is {logs['loss']} at step {state.global_step}; the last good checkpoint is kept: lower "
                 "learning_rate and run again"
             )
+        self._watch.check_growth(logs["loss"], state.global_step)
         entry = {"step": state.global_step, **{name: logs[name] for name in ("loss", "grad_norm", "learning_rate")}}
-        with self._log.open("a") as stream:
-            stream.write(json.dumps(entry) + "\n")
+        if ranks.is_first():
+            with self._log.open("a") as stream:
+                stream.write(json.dumps(entry) + "\n")
         self._report(state.global_step, state.max_steps, loss=logs["loss"])

@@ -1,0 +1,43 @@
+"""The command that hands a hybrid to another engine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flashmorph.cli.app import app
+from flashmorph.cli.options import ERR, OUT, quiet
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A finished run, or any folder with a hybrid.", metavar="RUN")],
+    gguf: Annotated[Path, typer.Option(help="The file to write.", metavar="FILE")],
+    llama_cpp: Annotated[
+        Path, typer.Option("--llama-cpp", help="Your checkout of llama.cpp: its converter does the work.")
+    ],
+    dtype: Annotated[
+        str | None, typer.Option(help="`f32`, `bf16`, `f16`, `q8_0`: as its converter's --outtype. Default: as it is.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it is there.")] = False,
+) -> None:
+    """Write a hybrid as a GGUF file for llama.cpp and what is built on it, with the converter of your llama.cpp.
+
+    Tells the converter what the hybrid's class needs, then reads the file back: its list of full and linear layers must
+    be the plan's. Refuses what llama.cpp would run as something else. Smaller types (`Q4_K_M`, ...) are made from the
+    file with llama.cpp's own `llama-quantize`.
+
+    Example: `flashmorph export runs/demo --gguf demo.gguf --llama-cpp ~/llama.cpp`
+    """
+    from flashmorph.export import export_gguf
+    from flashmorph.plan import FULL
+
+    quiet()
+    with ERR.status(f"converting {run}"):
+        options = export_gguf(run, gguf, llama_cpp, dtype, force)
+    full = ", ".join(str(layer) for layer, option in enumerate(options) if option == FULL)
+    OUT.print(
+        f"{gguf}: {gguf.stat().st_size / 2**20:,.1f} MiB, layers {full} of {len(options)} full, as in {run}",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,65 @@
+"""Which of Trainer's checkpoints can be gone on from: those that were written whole and still are."""
+
+import json
+import logging
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from flashmorph.files import write_json
+
+FINISHED = "finished"
+_LOG = logging.getLogger(__name__)
+
+
+def finish(checkpoint: Path) -> None:
+    """Mark a checkpoint as whole, when all of it is on the disk; the mark holds the size of each file."""
+    sizes = {}
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != FINISHED):
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+        sizes[str(path.relative_to(checkpoint))] = path.stat().st_size
+    write_json(checkpoint / FINISHED, sizes)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written whole, or None."""
+    whole = [path.parent for path in (folder / "checkpoints").glob(f"checkpoint-*/{FINISHED}")]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+
+
+def drop_damaged(folder: Path) -> None:
+    """Remove checkpoints that are not whole: a killed write's, and any that was damaged since, which is said.
+
+    Trainer keeps the last two, whole or not: with a damaged one among them, a kill could leave none to go on from.
+    """
+    for checkpoint in sorted((folder / "checkpoints").glob("checkpoint-*")):
+        found = _damage(checkpoint) if (checkpoint / FINISHED).exists() else "it was not finished"
+        if found:
+            if (checkpoint / FINISHED).exists():
+                _LOG.warning("%s is damaged (%s): going on from the one before it", checkpoint, found)
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint; nothing if it can be read. Marks of earlier versions hold no sizes."""
+    try:
+        sizes = json.loads((checkpoint / FINISHED).read_text() or "{}")
+        for name, size in sizes.items():
+            found = (checkpoint / name).stat().st_size
+            if found != size:
+                return f"{name} has {found:,} bytes of {size:,}"
+        for path in checkpoint.iterdir():
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+                return f"{path.name} cannot be read"
+            elif path.suffix == ".json":
+                json.loads(path.read_text())
+    except (OSError, ValueError, SafetensorError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return ""

@@ -1,0 +1,154 @@
+"""`transformers.Trainer` for stages: it saves what it trains and nothing else, whole or divided among processes."""
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from transformers import Trainer, TrainingArguments
+
+from flashmorph import ranks
+from flashmorph.errors import UserError
+from flashmorph.sharding import is_sharded
+from flashmorph.stages.watch import Watch
+
+_WEIGHTS = "trainable.safetensors"
+_SHARDS = "shards"
+_SCHEDULE = "scheduler.pt"
+_TRAINABLE = StateDictOptions(ignore_frozen_params=True)
+
+
+class StageTrainer(Trainer):
+    """Trainer that saves what it trains, and nothing else.
+
+    The model is a wrapper whose forward returns the loss; frozen weights and tied ones stay out of its checkpoints.
+    Weights that are divided (`sharding.py`) are saved as they lie, with the optimiser's moments, and can be read by any
+    number of processes, also by one that holds them whole. A step whose loss or gradient is not finite never reaches
+    the weights.
+    """
+
+    def __init__(self, model: nn.Module, args: TrainingArguments, watch: Watch, **settings: Any):
+        super().__init__(model=model, args=args, **settings)
+        self._watch, self._problem = watch, ""
+        self._divided = is_sharded(model)
+        # Trainer's own word for a model that it must neither place nor wrap: gradients are reduced by the model.
+        self.is_distributed_loading_by_transformers = self._divided
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """See `Trainer`; with a look at what comes out."""
+        kept = dict(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._problem = self._problem or self._look_at(loss, kept)
+        if self.accelerator.sync_gradients or ranks.count() == 1:
+            # What one process finds stops all of them, in words.
+            if told := [problem for problem in ranks.gather(self._problem) if problem]:
+                raise UserError(told[0])
+        return loss
+
+    def _look_at(self, loss: torch.Tensor, inputs: dict[str, Any]) -> str:
+        """What is wrong with a part of a step, or nothing."""
+        step = self.state.global_step + 1
+        try:
+            # Where processes share a model, a forward needs all of them.
+            self._watch.check_loss(loss, step, (lambda: self._forward(inputs)) if ranks.count() == 1 else None)
+            if self.accelerator.sync_gradients:
+                self._watch.check_gradients(step)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    def _forward(self, inputs: dict[str, Any]) -> None:
+        with self.compute_loss_context_manager():
+            _module(self.model)(**self._prepare_inputs(inputs))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"cannot write checkpoint-{self.state.global_step} in {self.args.output_dir}: {reason}; the checkpoint "
+                "before it is kept"
+            ) from error
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save or self._divided:
+            return
+        folder = Path(output_dir or self.args.output_dir or "")
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(trainable_state(_module(self.model)), folder / _WEIGHTS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._divided:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = {"weights": self._weights(), "moments": self._moments()}
+        state_dict_saver.save(state, checkpoint_id=Path(output_dir) / _SHARDS)
+        if self.args.should_save:
+            torch.save(self._schedule().state_dict(), Path(output_dir) / _SCHEDULE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if (folder / _SHARDS).is_dir():
+            weights = self._weights()
+            state_dict_loader.load({"weights": weights}, checkpoint_id=folder / _SHARDS)
+            set_model_state_dict(_module(self.model), weights, options=StateDictOptions(strict=False))
+            return
+        if self._divided:
+            raise UserError(f"{folder} was written by processes that hold all weights: go on with --set shard=false")
+        state = load_file(folder / _WEIGHTS)
+        with torch.no_grad():
+            for name, weight in trainable_state(_module(self.model)).items():
+                weight.copy_(state[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not (Path(checkpoint) / _SHARDS).is_dir():
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        moments = self._moments()
+        state_dict_loader.load({"moments": moments}, checkpoint_id=Path(checkpoint) / _SHARDS)
+        set_optimizer_state_dict(_module(self.model), self._adam(), moments, options=_TRAINABLE)
+        self._schedule().load_state_dict(torch.load(Path(checkpoint) / _SCHEDULE, weights_only=True))
+
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
+        """Gradients of divided weights are reduced after each micro-batch, so that no device ever holds them whole."""
+        return nullcontext()
+
+    def _weights(self) -> dict[str, Any]:
+        return get_model_state_dict(_module(self.model), options=_TRAINABLE)
+
+    def _moments(self) -> dict[str, Any]:
+        return get_optimizer_state_dict(_module(self.model), self._adam(), options=_TRAINABLE)
+
+    def _adam(self) -> torch.optim.Optimizer:
+        """The optimiser itself: accelerate puts a wrapper around it."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        return optimizer
+
+    def _schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
+        assert isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
+        return self.lr_scheduler
+
+
+def _module(model: Any) -> nn.Module:
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of `model` that train, each once."""
+    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}

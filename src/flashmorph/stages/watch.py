@@ -1,0 +1,96 @@
+"""A step that went wrong is stopped before it reaches the weights, and told with the layer in which it did."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from flashmorph.errors import UserError
+
+_LAYER = re.compile(r"\blayers\.(\d+)\b")
+_EXPLODED = 10.0
+_ADVICE = "the last good checkpoint is kept: lower learning_rate and run again"
+
+
+class Watch:
+    """Looks at the loss and at the gradients of a model's decoder layers, step by step."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._weights: dict[int, list[nn.Parameter]] = {}
+        for name, weight in model.named_parameters():
+            if weight.requires_grad and (found := _LAYER.search(name)):
+                self._weights.setdefault(int(found[1]), []).append(weight)
+        self._norms: dict[int, torch.Tensor] = {}
+        self._first: float | None = None
+
+    def check_loss(self, loss: torch.Tensor, step: int, run: Callable[[], Any] | None) -> None:
+        """Look at the loss of a part of a step; `run` is its forward once more, to find the layer with.
+
+        Raises:
+            UserError: it is not finite.
+        """
+        if not torch.isfinite(loss).all():
+            where = f", {self._first_broken(run)}" if run else ""
+            raise UserError(f"the loss is {loss.item()} at step {step}{where}; {_ADVICE}")
+
+    def check_gradients(self, step: int) -> None:
+        """Look at the gradients of a step, before they are clipped.
+
+        Raises:
+            UserError: one is not finite.
+        """
+        gradients = {
+            layer: [_local(weight.grad) for weight in weights if weight.grad is not None]
+            for layer, weights in self._weights.items()
+        }
+        self._norms = {layer: nn.utils.get_total_norm(each) for layer, each in gradients.items() if each}
+        if self._norms and not torch.isfinite(torch.stack(list(self._norms.values()))).all():
+            broken = [layer for layer, norm in self._norms.items() if not torch.isfinite(norm)]
+            where = f"layer {broken[0]}" if len(broken) == 1 else f"layers {min(broken)} to {max(broken)}"
+            raise UserError(f"the gradient is not finite at step {step}, in {where}; {_ADVICE}")
+
+    def check_growth(self, loss: float, step: int) -> None:
+        """Look at the loss of a whole step against the first one's.
+
+        Raises:
+            UserError: it has exploded.
+        """
+        if self._first is None:
+            self._first = loss
+        if loss > _EXPLODED * max(self._first, 1.0):
+            most = max(self._norms, key=lambda layer: float(self._norms[layer]), default=None)
+            where = "" if most is None else f", the largest gradient in layer {most}"
+            raise UserError(
+                f"the loss has exploded: {loss:.4g} at step {step}, {self._first:.4g} at the first{where}; {_ADVICE}"
+            )
+
+    @torch.no_grad()
+    def _first_broken(self, run: Callable[[], Any]) -> str:
+        """Where something that is not finite first comes out of a module."""
+        found: list[str] = []
+
+        def look(layer: str) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                outputs = output if isinstance(output, tuple) else (output,)
+                if not found and not all(torch.isfinite(each).all() for each in outputs if torch.is_tensor(each)):
+                    found.append(layer)
+
+            return hook
+
+        named = [(_LAYER.search(name), module) for name, module in self._model.named_modules()]
+        hooks = [module.register_forward_hook(look(layer[1])) for layer, module in named if layer]
+        try:
+            run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return f"first in layer {found[0]}" if found else "in no decoder layer: look at the teacher and the head"
+
+
+def _local(gradient: torch.Tensor) -> torch.Tensor:
+    """This process's part of a sharded gradient; the gradient itself elsewhere."""
+    part: Any = getattr(gradient, "to_local", None)
+    return part() if part else gradient

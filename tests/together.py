@@ -1,0 +1,109 @@
+"""What two processes do together, for test_ranks.py: `torchrun --nproc_per_node 2 tests/together.py FOLDER`."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from conftest import random_qwen3, tiny_tokenizer
+from safetensors.torch import save_file
+from test_objective import objective_on
+from test_training import SETTINGS, rows_in, settings_of, student_and_teacher
+from torch.distributed.tensor import DTensor
+
+from flashmorph import ranks, recompute
+from flashmorph.errors import UserError
+from flashmorph.morphable import Morphable, attach
+from flashmorph.move import transplant
+from flashmorph.plan import Budget
+from flashmorph.sharding import in_turn, is_sharded, shard_morphable, shard_student, shard_teacher, whole
+from flashmorph.stages import align, alignment_errors, distill, extend
+
+CPU = torch.device("cpu")
+
+
+def morphable_of(seed: int = 0) -> Morphable:
+    model, _ = transplant(random_qwen3(seed, vocab_size=len(tiny_tokenizer())))
+    tokens = torch.randint(97, (4, 48), generator=torch.Generator().manual_seed(seed))
+    return attach(model, tokens)[0]
+
+
+def trained(kind: str, folder: Path, sharded: bool, bf16: bool = False, **changes) -> dict[str, torch.Tensor]:
+    """The weights that five steps of a stage end with, whole; empty in all processes but the first."""
+    settings = settings_of(SETTINGS[kind], **{"steps": 5, "checkpoint_steps": 3, **changes})
+    rows = rows_in(folder / str(ranks.rank()), settings.rows)
+    if kind == "align":
+        morphable = in_turn(lambda: shard_morphable(morphable_of(), CPU, bf16)) if sharded else morphable_of()
+        assert is_sharded(morphable) == sharded
+        align(morphable, rows, settings, folder, 0, bf16)
+        ids = torch.tensor([rows[row]["input_ids"] for row in range(4)])
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            assert all(0 < error < 10 for error in alignment_errors(morphable, ids))
+        return whole(morphable.branch_state())
+    student, teacher = student_and_teacher()
+    if sharded:
+        shard_student(student, CPU, bf16)
+        shard_teacher(teacher, CPU, bf16)
+        assert all(isinstance(weight, DTensor) for weight in student.model.layers.parameters())
+    run = {"distill": lambda: distill(student, teacher, rows, settings, folder, 0, bf16)}
+    run["extend"] = lambda: extend(student, rows, settings, folder, 0, bf16)
+    run[kind]()
+    assert all(isinstance(weight, DTensor) for weight in student.parameters()) == sharded
+    return whole(dict(student.named_parameters()))
+
+
+def searched(folder: Path, sharded: bool, again: bool = False) -> dict[str, list]:
+    """Losses and gradients of gates, and losses of plans, on more parts than there are processes."""
+    recompute.KEPT_BYTES = 0 if again else 2**30
+    morphable = morphable_of()
+    if sharded:
+        shard_morphable(morphable, CPU)
+        assert is_sharded(morphable)
+    rows = torch.randint(97, (3, 40), generator=torch.Generator().manual_seed(1))
+    objective = objective_on(morphable, folder, rows, batch_tokens=3 * 96)
+    gates = torch.tensor([[0.7, 0.3], [0.2, 0.8]])
+    space, budget = morphable.space(Budget("layers", 1)), Budget("layers", 1)
+    plans = [space.plan([group], budget) for group in space.groups]
+    found: dict[str, list] = {}
+    for loss in ("answers", "hidden"):
+        value, gradient = objective.gradient(gates, 3, loss)
+        found[loss] = [value, *gradient.flatten().tolist()]
+    objective.evaluate(plans[:1], [4, 2])
+    found["plans"] = objective.evaluate(plans).flatten().tolist()
+    found["text"] = [objective.text_loss(plan) for plan in plans]
+    found["cost"] = [objective.cost.tokens_forward, objective.cost.tokens_backward, objective.cost.flops]
+    return found
+
+
+def main(folder: Path) -> None:
+    torch.manual_seed(0)
+    assert ranks.join(CPU) == CPU and dist.get_world_size() == ranks.count() == 2
+    assert ranks.gather(ranks.rank()) == [0, 1]
+    assert ranks.first(lambda: (ranks.rank(), ranks.count())) == (0, 1)
+    assert ranks.rounds("abc") == [[("a", True), ("b", True)], [("c", True), ("c", False)]]
+    try:
+        ranks.first(lambda: (_ for _ in ()).throw(UserError("no room")))
+    except UserError as error:
+        assert str(error) == "no room"
+    else:
+        raise AssertionError("both should have been told")
+    for kind in SETTINGS:
+        weights = trained(kind, folder / f"{kind}-sharded", True)
+        if ranks.is_first():
+            save_file(weights, folder / f"{kind}-sharded.safetensors")
+        for sharded in (False, True):
+            trained(kind, folder / f"{kind}-bf16-{sharded}", sharded, bf16=True)
+    weights = trained("extend", folder / "extend-again", True, activation_checkpointing=True, micro_batch_tokens=24)
+    if ranks.is_first():
+        save_file(weights, folder / "extend-again.safetensors")
+    kinds = {"whole": (False, False), "divided": (True, False), "divided-again": (True, True)}
+    every = [ranks.gather(searched(folder / name, *kind)) for name, kind in kinds.items()]
+    assert all(one == other for one, other in every), "both must be told the same"
+    if ranks.is_first():
+        (folder / "searched.json").write_text(json.dumps([one for one, _ in every]))
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
