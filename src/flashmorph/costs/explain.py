@@ -36,7 +36,7 @@ def notes(found: Estimate) -> Iterator[str]:
     if found.num_gpus > 1:
         yield (
             "memory of a GPU: each holds all weights; sharded (--set shard=true): decoder layers and what trains are "
-            "divided among them, transplant and build run on the CPU."
+            "divided among them, and build runs on the CPU."
         )
     for stage in found.stages:
         if stage.memory and stage.memory.bytes() > gpu.memory_bytes:
@@ -54,6 +54,8 @@ def _does_not_fit(found: Estimate, stage: Stage) -> str:
     if shared:
         return f"! {stage.name} fits only with --set shard=true --set {memory.setting}={shared}"
     least = f", not even one row of {memory.length:,} tokens" if memory.tokens else ""
+    if memory.keeps_layers:
+        return f"! {stage.name} does not fit{least}: try --set {stage.name}.activation_checkpointing=true"
     return f"! {stage.name} does not fit{least}: more memory, or more GPUs that share the weights"
 
 

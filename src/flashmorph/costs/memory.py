@@ -40,8 +40,9 @@ class Share(NamedTuple):
 class Memory(NamedTuple):
     """`shares` stand throughout; `per_token` bytes are kept for each of `tokens`, in rows of `length`.
 
-    `setting` is what to lower where they do not fit. Where weights are sharded, what the first process does `alone` is
-    done in the memory of its CPU.
+    `setting` is what to lower where they do not fit; with `keeps_layers` the inside of layers could be computed again
+    instead (`activation_checkpointing`). Where weights are sharded, what the first process does `alone` is done in the
+    memory of its CPU.
     """
 
     shares: list[Share]
@@ -50,6 +51,7 @@ class Memory(NamedTuple):
     length: int = 1
     setting: str = ""
     alone: bool = False
+    keeps_layers: bool = False
 
     def bytes(self, gpus: int = 1) -> float:
         """All of it on each of `gpus` GPUs that share weights, gradients and moments."""
@@ -166,4 +168,6 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
 def _batched(settings: TrainSettings, num_gpus: int, per_token: float, shares: list[Share]) -> Memory:
     """A stage that trains: the rows that one GPU runs at once."""
     rows = settings.division(num_gpus).rows
-    return Memory(shares, per_token, rows * settings.length, settings.length, f"{settings.stage}.micro_batch_tokens")
+    keeps_layers = isinstance(settings, DistillSettings | ExtendSettings) and not settings.activation_checkpointing
+    tokens, setting = rows * settings.length, f"{settings.stage}.micro_batch_tokens"
+    return Memory(shares, per_token, tokens, settings.length, setting, keeps_layers=keeps_layers)
