@@ -37,7 +37,9 @@ def objective_on(
     tasks = [TaskSettings.model_validate({"task": "many_keys", "num_keys": 1})]
     search = SearchSettings(length=96, batch_tokens=96, micro_batch_tokens=micro_batch_tokens, questions=5)
     data = SearchData({"train": layout, "validation": layout}, STYLES["lines"], tasks, search)
-    return MorphableObjective(morphable, data, folder, text_rows=text_rows, distiller=distiller(morphable, folder), **more)
+    return MorphableObjective(
+        morphable, data, folder, text_rows=text_rows, distiller=distiller(morphable, folder), **more
+    )
 
 
 def distiller(morphable: Morphable, folder) -> Distiller:
