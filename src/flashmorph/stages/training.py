@@ -208,8 +208,9 @@ def collate(batch: Sequence[dict[str, Any]], isolate: bool = True) -> dict[str, 
     tensors = {"input_ids": ids, **{name: torch.from_numpy(np.stack([row[name] for row in batch])) for name in others}}
     if isolate and any(len(row["starts"]) > 1 for row in batch):
         tensors["starts"] = _at(ids, [row["starts"] for row in batch])
-    if any(row["ignored"] for row in batch):
-        tensors["loss_mask"] = ~_at(ids, [row["ignored"] for row in batch])
+    ignored = [row.get("ignored", ()) for row in batch]
+    if any(ignored):
+        tensors["loss_mask"] = ~_at(ids, ignored)
     return tensors
 
 
