@@ -59,7 +59,8 @@ $(SOURCE)/.built: | $(INSTALLED)
 	mkdir -p .llama.cpp
 	$(PIP) download --no-deps --no-binary llama-cpp-python --dest .llama.cpp llama-cpp-python==$(lastword $(subst -, ,$(LLAMA_PACKAGE)))
 	tar -xzf .llama.cpp/$(LLAMA_PACKAGE).tar.gz -C .llama.cpp
-	cmake -S $(SOURCE) -B $(SOURCE)/build -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TESTS=OFF -DLLAMA_CURL=OFF
+	cmake -S $(SOURCE) -B $(SOURCE)/build -DCMAKE_BUILD_TYPE=Release \
+		$(foreach part,COMMON EXAMPLES SERVER TESTS TOOLS,-DLLAMA_BUILD_$(part)=OFF)
 	cmake --build $(SOURCE)/build --target llama --parallel 2
 	touch $@
 

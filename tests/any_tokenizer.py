@@ -14,5 +14,7 @@ sys.path[0] = str((Path(__file__).parent / "gguf-py").resolve().parent)
 import conversion  # noqa: E402
 import convert_hf_to_gguf as converter  # noqa: E402
 
+# Some classes are first tried for a SentencePiece model, which takes a package more.
+conversion.TextModel._set_vocab_sentencepiece = conversion.TextModel._set_vocab_gpt2
 conversion.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
 converter.main()

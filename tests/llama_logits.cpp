@@ -34,6 +34,7 @@ int main(int argc, char ** argv) {
 
     llama_context_params params = llama_context_default_params();
     params.n_ctx = params.n_batch = tokens.size() + num_new;
+    params.n_threads = params.n_threads_batch = 1;  // Threads that wait for each other spin: slow on a busy machine.
     if (std::string(argv[4]) == "f32") {
         params.type_k = params.type_v = GGML_TYPE_F32;
     }

@@ -17,6 +17,7 @@ from flashmorph.teacher import load_config
 
 IRREGULAR = (FULL, LINEAR, LINEAR, FULL, LINEAR)
 PERIODIC = (LINEAR, FULL, LINEAR, FULL)
+SQUARE = {"head_dim": 8, "vocab_size": 96}
 WRITER = "class GGUFWriter:\n    def add_recurrent_layers(self, value):\n        pass\n"
 REPORTS = """
 import json, pathlib, sys
@@ -37,7 +38,7 @@ def llama_cpp(folder: Path, converter: str = "", writer: str | None = WRITER) ->
     return folder
 
 
-def hybrid(folder: Path, options=IRREGULAR, teacher: str = "qwen3: grouped", settings=None, **changes) -> Path:
+def hybrid(folder: Path, options=IRREGULAR, teacher: str = "qwen3: wide heads", settings=None, **changes) -> Path:
     """A random hybrid as transformers itself saves it."""
     quiet()
     host, config = configure(config_of(teacher, num_hidden_layers=len(options), **changes), settings)
@@ -58,7 +59,7 @@ def test_the_converter_is_told_what_the_host_needs(capsys, tmp_path):
     assert Path(source).name == "qwen-hybrid" and not Path(source).exists()
     assert rest[0] == "--outfile" and rest[2:] == ["--outtype", "f32", "--no-mtp"]
     assert told["config"] == json.loads((qwen / "config.json").read_text())
-    llama = hybrid(tmp_path / "llama-hybrid", teacher="llama: grouped", head_dim=8)
+    llama = hybrid(tmp_path / "llama-hybrid", teacher="llama: grouped", **SQUARE)
     refused(capsys, *export(llama, file, converter, "--dtype", "q8_0"))
     told = json.loads((converter / "told.json").read_text())
     assert told["arguments"][3:] == ["--outtype", "q8_0"]
@@ -88,14 +89,14 @@ def test_a_file_is_kept_only_with_the_layers_of_the_plan(tmp_path):
         require_layers({"full_attention_interval": 4, "block_count": 5}, qwen, IRREGULAR)
     with pytest.raises(UserError, match="would run layers 1, 3"):
         require_layers({**by_interval, "attention.recurrent_layers": [True, False] * 2}, qwen, (FULL, *PERIODIC[1:]))
-    llama, _ = gguf_form(tmp_path, load_config(hybrid(tmp_path / "llama", teacher="llama: grouped", head_dim=8)))
+    llama, _ = gguf_form(tmp_path, load_config(hybrid(tmp_path / "llama", teacher="llama: grouped", **SQUARE)))
     require_layers({"attention.head_count_kv": [2, 0, 0, 2, 0]}, llama, IRREGULAR)
     with pytest.raises(UserError, match="would run layers none as full"):
         require_layers({"attention.head_count_kv": [0] * 5}, llama, IRREGULAR)
 
 
 def test_a_file_must_say_what_the_engine_would_guess_wrongly(tmp_path):
-    config = load_config(hybrid(tmp_path / "llama", teacher="llama: grouped", head_dim=8))
+    config = load_config(hybrid(tmp_path / "llama", teacher="llama: grouped", **SQUARE))
     wanted = gguf_form(tmp_path, config)[0].fields(config)
     assert wanted == {"rope.scaling.finetuned": True, "context_length": 512}
     require_fields({**wanted, "block_count": 5}, wanted)
@@ -112,9 +113,13 @@ def test_what_llama_cpp_would_run_as_something_else(capsys, tmp_path):
     assert "at least one linear layer" in says("full", (FULL, FULL))
     sliding = {"settings": {"window": 16}}
     assert "every layer full" in says("window", (FULL, "sliding"), **sliding)
-    expand = {"teacher": "llama: grouped", "head_dim": 8, "settings": {"mamba_expand": 1}}
+    expand = {"teacher": "llama: grouped", **SQUARE, "settings": {"mamba_expand": 1}}
     assert "mamba_expand 2" in says("expand", **expand)
-    assert "needs mamba_expand" in says("wide", teacher="llama: grouped")
+    assert "hidden size and a vocabulary" in says("wide", teacher="llama: grouped", vocab_size=96)
+    assert "vocabulary divisible by 8" in says("odd", teacher="llama: grouped", head_dim=8)
+    assert "rope that is not scaled" in says("scaled", teacher="qwen3: yarn", head_dim=32)
+    assert "heads of 32 or more, no biases" in says("biased", teacher="qwen3: bias", head_dim=32)
+    assert "heads of 32 or more" in says("narrow", teacher="qwen3: grouped")
     assert not (converter / "told.json").exists()
     other = tmp_path / "other"
     config_of("llama: grouped").save_pretrained(other)

@@ -77,9 +77,8 @@ class GraniteHybridHost:
             "llama.cpp",
             "as in llama-cpp-python 0.3.36",
             RUN,
-            takes="convert with `flashmorph export`",
-            needs="mamba_expand 2 and a linear layer; not tried with biases, scaled rope or heads wider or narrower "
-            "than hidden size / heads",
+            takes="convert with `flashmorph export`, which sets rope.scaling.finetuned and context_length",
+            needs=f"mamba_expand 2, a linear layer, rope that is not scaled, {_SQUARE} and a vocabulary divisible by 8",
             fits=lambda config: _is_as_in_llama_cpp(config),
             gguf=_GGUF,
         ),
@@ -302,8 +301,8 @@ def _is_square(config: PreTrainedConfig) -> bool:
 
 
 def _is_as_in_llama_cpp(config: PreTrainedConfig) -> bool:
-    plain = config.rope_parameters["rope_type"] == "default" and not config.attention_bias
-    return plain and _is_square(config) and config.mamba_expand == 2 and "linear_attention" in config.layer_types
+    fits = config.rope_parameters["rope_type"] == "default" and config.mamba_expand == 2 and config.vocab_size % 8 == 0
+    return fits and _is_square(config) and "linear_attention" in config.layer_types
 
 
 def _has_bias(config: PreTrainedConfig) -> bool:

@@ -68,6 +68,15 @@ _GGUF = Gguf(
     },
     irregular="add_recurrent_layers",
 )
+LLAMA_CPP = Engine(
+    "llama.cpp",
+    "of September 2026 (pull request 28208); older ones misread irregular plans without a word",
+    RUN,
+    takes="convert with `flashmorph export`, or by hand with --no-mtp",
+    needs="at least one linear layer, heads of 32 or more, no biases, and rope that is not scaled",
+    fits=lambda config: _is_as_in_llama_cpp(config),
+    gguf=_GGUF,
+)
 
 
 class Qwen35Host:
@@ -81,15 +90,7 @@ class Qwen35Host:
     serves: tuple[Engine, ...] = (
         TRANSFORMERS,
         VLLM,
-        Engine(
-            "llama.cpp",
-            "of September 2026 (pull request 28208); older ones misread irregular plans without a word",
-            RUN,
-            takes="convert with `flashmorph export`",
-            needs="at least one linear layer",
-            fits=lambda config: "linear_attention" in config.layer_types,
-            gguf=_GGUF,
-        ),
+        LLAMA_CPP,
         SGLANG,
     )
     model_class: type[PreTrainedModel] = Qwen3_5ForCausalLM
@@ -274,6 +275,11 @@ class Qwen35Host:
 
 
 dispatch_by_device(Qwen35Host.modelling, Qwen35Host.kernels, apart={"causal_conv1d_fn": convolve_apart})
+
+
+def _is_as_in_llama_cpp(config: PreTrainedConfig) -> bool:
+    plain = config.rope_parameters["rope_type"] == "default" and not config.attention_bias
+    return plain and config.head_dim >= 32 and "linear_attention" in config.layer_types
 
 
 def _exact_factor(weight: torch.Tensor) -> torch.Tensor:

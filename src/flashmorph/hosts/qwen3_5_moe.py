@@ -13,7 +13,7 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeGated
 from flashmorph.errors import UserError
 from flashmorph.hosts.host import FEED_FORWARD, Products, layer_prefixes
 from flashmorph.hosts.kernels import convolve_apart, dispatch_by_device
-from flashmorph.hosts.qwen3_5 import SGLANG, VLLM, Qwen35Host
+from flashmorph.hosts.qwen3_5 import LLAMA_CPP, SGLANG, VLLM, Qwen35Host
 from flashmorph.hosts.serving import TRANSFORMERS, Engine
 
 _EXPERTS = ("moe_intermediate_size", "num_experts", "num_experts_per_tok", "router_aux_loss_coef")
@@ -25,7 +25,7 @@ class Qwen35MoeHost(Qwen35Host):
 
     name = "Qwen3_5MoeForCausalLM"
     teachers: Mapping[str, str] = {"qwen3_moe": "Qwen3-MoE, where the router normalises (norm_topk_prob)"}
-    serves: tuple[Engine, ...] = (TRANSFORMERS, VLLM, SGLANG)
+    serves: tuple[Engine, ...] = (TRANSFORMERS, VLLM, LLAMA_CPP, SGLANG)
     model_class: type[PreTrainedModel] = Qwen3_5MoeForCausalLM
     mixer_class: type[nn.Module] = Qwen3_5MoeGatedDeltaNet
     model_type = "qwen3_5_moe_text"
