@@ -7,7 +7,9 @@ and silenced hybrids answer the same grid. Prints a table and writes `benchmarks
 """
 
 import argparse
+import shlex
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -51,7 +53,7 @@ def main() -> None:
         found, change = figures[name]["grid"], figures[name].get("minus_first", {}).get("grid")
         label = f"hybrid without layer {silenced[name]}" if name in silenced else name
         rows.append({"model": label, "recall": found["recall"], "worst": found["worst"], "minus_hybrid": change})
-    command = f"python benchmarks/zeroed_layer.py {arguments.run}"
+    command = f"python benchmarks/zeroed_layer.py {shlex.join(sys.argv[1:])}"
     about = {"command": command, "weights": weights_digest(arguments.run), "grid": grid.model_dump(mode="json")}
     write_json(arguments.output, {**about, "rows": rows})
     table = Table(title="recall grid, mean of all cells", title_justify="left")
