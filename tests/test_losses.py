@@ -15,6 +15,11 @@ import flashmorph.losses as losses
 VOCABULARY, WIDTH = 61, 8
 
 
+def next_token_loss(hidden, layer, ids):
+    """The loss of labels where each token predicts the one behind it; `hidden` `[batch, time, width]`."""
+    return losses.label_loss(hidden[:, :-1].flatten(0, 1), layer, ids[:, 1:].flatten())
+
+
 @pytest.fixture(params=[1, 7, 1000], ids="chunks of {}".format)
 def chunk(request, monkeypatch) -> int:
     monkeypatch.setattr(losses, "LOGITS_BYTES", 4 * VOCABULARY * request.param)
@@ -77,7 +82,7 @@ def test_next_token_loss_is_the_plain_formula_in_value_and_gradient(chunk):
     layer = head()
     hidden = (torch.randn(3, 12, WIDTH) * 3).requires_grad_(True)
     ids = torch.randint(VOCABULARY, (3, 12))
-    found = losses.next_token_loss(hidden, layer, ids)
+    found = next_token_loss(hidden, layer, ids)
     logits = layer(hidden).double()
     expected = F.cross_entropy(logits[:, :-1].reshape(-1, VOCABULARY), ids[:, 1:].reshape(-1))
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -87,7 +92,7 @@ def test_next_token_loss_is_the_plain_formula_in_value_and_gradient(chunk):
 
 def test_next_token_loss_does_not_see_what_follows_the_last_label(chunk):
     hidden = torch.randn(1, 6, WIDTH, requires_grad=True)
-    losses.next_token_loss(hidden, head(), torch.randint(VOCABULARY, (1, 6))).backward()
+    next_token_loss(hidden, head(), torch.randint(VOCABULARY, (1, 6))).backward()
     assert (hidden.grad[:, -1] == 0).all()
     assert (hidden.grad[:, :-1].abs().sum(-1) > 0).all()
 
@@ -104,9 +109,9 @@ def test_losses_are_taken_in_float32_under_autocast(chunk):
     layer, other = head(), head()
     student, teacher = torch.randn(2, 9, WIDTH), torch.randn(2, 9, WIDTH)
     ids = torch.randint(VOCABULARY, (2, 9))
-    exact = losses.forward_kl(student, layer, teacher, other), losses.next_token_loss(student, layer, ids)
+    exact = losses.forward_kl(student, layer, teacher, other), next_token_loss(student, layer, ids)
     with torch.autocast("cpu", torch.bfloat16):
-        found = losses.forward_kl(student, layer, teacher, other), losses.next_token_loss(student, layer, ids)
+        found = losses.forward_kl(student, layer, teacher, other), next_token_loss(student, layer, ids)
     for one, another in zip(found, exact, strict=True):
         assert one.dtype == torch.float32
         assert one.item() == pytest.approx(another.item(), rel=0.02)
@@ -149,7 +154,7 @@ def kl(tokens):
 
 
 def next_token(tokens):
-    return losses.next_token_loss(student[:, :tokens], student_head, ids[:, :tokens])
+    return next_token_loss(student[:, :tokens], student_head, ids[:, :tokens])
 
 
 def plain(tokens):

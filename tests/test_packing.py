@@ -16,7 +16,7 @@ import flashmorph.hosts.qwen3_5 as qwen3_5
 from flashmorph.hosts import HOSTS, WINDOW_HOSTS, Host, configure
 from flashmorph.hosts.granite_hybrid import GraniteHybridHost
 from flashmorph.hosts.kernels import convolve_apart, in_one_row
-from flashmorph.losses import Head, forward_kl, next_token_loss, top_log_probabilities
+from flashmorph.losses import Head, forward_kl, label_loss, top_log_probabilities
 from flashmorph.morphable import Morphable, attach
 from flashmorph.move import transplant
 from flashmorph.packing import Packed, apart, cut, how_apart, marked
@@ -198,7 +198,7 @@ def test_losses_are_those_of_the_documents(case):
         )
         divergences.append(len(document[0]) * forward_kl(hidden, heads[0], target, heads[1]))
         if len(document[0]) > 1:
-            losses.append((len(document[0]) - 1) * next_token_loss(hidden, heads[0], document))
+            losses.append((len(document[0]) - 1) * label_loss(hidden[0, :-1], heads[0], document[0, 1:]))
     labels = ids.numel() - len(apart_ids)
     found = DistillationLoss(student, teacher)(ids, starts)["loss"]
     torch.testing.assert_close(found, sum(divergences) / ids.numel(), rtol=1e-4, atol=1e-5)

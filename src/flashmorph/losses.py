@@ -65,11 +65,6 @@ def forward_kl(
     return _in_chunks(divergence, chunk_tokens(student_head.out_features), student, teacher) / max(1, len(student))
 
 
-def next_token_loss(hidden: torch.Tensor, head: nn.Linear | Head, input_ids: torch.Tensor) -> torch.Tensor:
-    """Mean next-token cross-entropy in nats, from last hidden states `[batch, time, width]`."""
-    return label_loss(hidden[:, :-1].flatten(0, 1), head, input_ids[:, 1:].flatten())
-
-
 def label_loss(hidden: torch.Tensor, head: nn.Linear | Head, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy in nats of `labels` `[tokens]`, from hidden states `[tokens, width]`; 0 without any."""
 
