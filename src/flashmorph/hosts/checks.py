@@ -1,10 +1,19 @@
-"""Refusals that hosts share: parts of a teacher that they cannot compute exactly."""
+"""What hosts share in looking at a teacher: its settings, and the parts that they cannot compute exactly."""
 
 from collections.abc import Sequence
 
 from transformers import PreTrainedConfig
 
 from flashmorph.errors import UserError
+
+LLAMA_SETTINGS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+    "max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings attention_dropout pad_token_id "
+    "bos_token_id eos_token_id"
+).split()
+"""What the configuration of a Llama-shaped teacher and of its host say alike."""
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+"""Rotary embeddings that transformers computes by one code in all Llama-shaped classes."""
 
 
 def refuse_windows(config: PreTrainedConfig, host: str) -> None:

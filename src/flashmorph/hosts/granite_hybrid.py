@@ -16,20 +16,21 @@ from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, Pr
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMambaLayer
 
 from flashmorph.errors import UserError
-from flashmorph.hosts.checks import refuse_activation, refuse_rope, refuse_windows
+from flashmorph.hosts.checks import LLAMA_SETTINGS, ROPE_TYPES, refuse_activation, refuse_rope, refuse_windows
 from flashmorph.hosts.host import FEED_FORWARD, LINEAR, Products, layer_prefixes
 from flashmorph.hosts.kernels import boundaries_in, dispatch_by_device
-from flashmorph.hosts.products import attention_products, feed_forward_products, head_dim_of
+from flashmorph.hosts.products import (
+    attention_cache_bytes,
+    attention_operations,
+    attention_products,
+    feed_forward_products,
+    head_dim_of,
+    number_bytes,
+)
 from flashmorph.hosts.serving import READ, RUN, TRANSFORMERS, Engine, Gguf
 from flashmorph.hosts.start import constant_row, fit_head_scales, mean_distance
 from flashmorph.plan import FULL
 
-_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
-_SAME = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
-    "max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings attention_dropout pad_token_id "
-    "bos_token_id eos_token_id"
-).split()
 _MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 _BIASED = ("qwen2",)
 """Teachers whose configuration does not say that queries, keys and values have a bias."""
@@ -102,7 +103,7 @@ class GraniteHybridHost:
             raise UserError(
                 f"the teacher has layers without RoPE (no_rope_layers); {self.name} has RoPE in all layers or in none"
             )
-        refuse_rope(config, self.name, _ROPE_TYPES)
+        refuse_rope(config, self.name, ROPE_TYPES)
         refuse_activation(config, self.name)
         if getattr(config, "mlp_bias", False):
             raise UserError(f"the teacher's MLP has biases (mlp_bias); {self.name} has none there")
@@ -125,7 +126,7 @@ class GraniteHybridHost:
         if heads * head_dim > inner:
             raise UserError(f"the teacher's {heads} heads of {head_dim} do not fit into {about} of {self.name}")
         mamba_heads = inner // head_dim
-        same: dict[str, Any] = {name: getattr(teacher, name) for name in _SAME}
+        same: dict[str, Any] = {name: getattr(teacher, name) for name in LLAMA_SETTINGS}
         same |= {name: getattr(teacher, name, 1.0) for name in _MULTIPLIERS} | {"head_dim": head_dim}
         return GraniteMoeHybridConfig(
             **same,
@@ -252,17 +253,16 @@ class GraniteHybridHost:
 
     def cache_bytes(self, config: PreTrainedConfig, option: str, context: int) -> int:
         """Keys and values; or the convolution's inputs and the recurrent state, which is kept in float32."""
-        width = torch.empty(0, dtype=cast(torch.dtype, config.dtype)).element_size()
         if option == FULL:
-            return 2 * config.num_key_value_heads * head_dim_of(config) * context * width
+            return attention_cache_bytes(config, context)
         inner = config.mamba_n_heads * config.mamba_d_head
         convolved = inner + 2 * config.mamba_n_groups * config.mamba_d_state
-        return convolved * config.mamba_d_conv * width + inner * config.mamba_d_state * _FLOAT32_BYTES
+        return convolved * config.mamba_d_conv * number_bytes(config) + inner * config.mamba_d_state * _FLOAT32_BYTES
 
     def mixing_operations(self, config: PreTrainedConfig, option: str, context: int) -> int:
         """Scores and their weighted sum; or decay, write and query of the state, and the convolution."""
         if option == FULL:
-            return 4 * config.num_attention_heads * head_dim_of(config) * context
+            return attention_operations(config, context)
         inner = config.mamba_n_heads * config.mamba_d_head
         convolved = inner + 2 * config.mamba_n_groups * config.mamba_d_state
         return 5 * inner * config.mamba_d_state + 2 * convolved * config.mamba_d_conv

@@ -1,5 +1,8 @@
-"""Matrix products that hosts have in common, for `Host.flops_per_token`."""
+"""What attention and feed-forward cost, alike in all hosts: operations and cache."""
 
+from typing import cast
+
+import torch
 from transformers import PreTrainedConfig
 
 from flashmorph.hosts.host import Products
@@ -8,6 +11,21 @@ from flashmorph.hosts.host import Products
 def head_dim_of(config: PreTrainedConfig) -> int:
     """Width of a head; not every family's configuration states it."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def number_bytes(config: PreTrainedConfig) -> int:
+    """Bytes of a number in the configuration's dtype."""
+    return torch.empty(0, dtype=cast(torch.dtype, config.dtype)).element_size()
+
+
+def attention_cache_bytes(config: PreTrainedConfig, tokens: int) -> int:
+    """Keys and values of `tokens`, in one layer."""
+    return 2 * config.num_key_value_heads * head_dim_of(config) * tokens * number_bytes(config)
+
+
+def attention_operations(config: PreTrainedConfig, tokens: int) -> int:
+    """Scores of one token with `tokens` others, and their weighted sum, in one layer."""
+    return 4 * config.num_attention_heads * head_dim_of(config) * tokens
 
 
 def attention_products(

@@ -24,7 +24,13 @@ from flashmorph.hosts.kernels import (
     dispatch_by_device,
     implementation_in_use,
 )
-from flashmorph.hosts.products import attention_products, feed_forward_products
+from flashmorph.hosts.products import (
+    attention_cache_bytes,
+    attention_operations,
+    attention_products,
+    feed_forward_products,
+    number_bytes,
+)
 from flashmorph.hosts.serving import READ, RUN, TRANSFORMERS, Engine, Gguf, full_interval
 from flashmorph.hosts.start import constant_row, fit_head_scales, mean_distance, softplus_inverse
 from flashmorph.plan import FULL
@@ -234,18 +240,17 @@ class Qwen35Host:
 
     def cache_bytes(self, config: PreTrainedConfig, option: str, context: int) -> int:
         """Keys and values; or the convolution's inputs and the recurrent state, which is kept in float32."""
-        width = torch.empty(0, dtype=cast(torch.dtype, config.dtype)).element_size()
         if option == FULL:
-            return 2 * config.num_key_value_heads * config.head_dim * context * width
+            return attention_cache_bytes(config, context)
         keys = config.linear_num_key_heads * config.linear_key_head_dim
         values = config.linear_num_value_heads * config.linear_value_head_dim
         state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
-        return (2 * keys + values) * config.linear_conv_kernel_dim * width + state * _FLOAT32_BYTES
+        return (2 * keys + values) * config.linear_conv_kernel_dim * number_bytes(config) + state * _FLOAT32_BYTES
 
     def mixing_operations(self, config: PreTrainedConfig, option: str, context: int) -> int:
         """Scores and their weighted sum; or decay, read, write and query of the state, and the convolution."""
         if option == FULL:
-            return 4 * config.num_attention_heads * config.head_dim * context
+            return attention_operations(config, context)
         keys = config.linear_num_key_heads * config.linear_key_head_dim
         values = config.linear_num_value_heads * config.linear_value_head_dim
         state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim

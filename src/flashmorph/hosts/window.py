@@ -22,19 +22,18 @@ from transformers import (
 from transformers.masking_utils import create_sliding_window_causal_mask
 
 from flashmorph.errors import UserError
-from flashmorph.hosts.checks import refuse_rope, refuse_windows
+from flashmorph.hosts.checks import LLAMA_SETTINGS, ROPE_TYPES, refuse_rope, refuse_windows
 from flashmorph.hosts.host import FEED_FORWARD, Products
-from flashmorph.hosts.products import attention_products, feed_forward_products, head_dim_of
+from flashmorph.hosts.products import (
+    attention_cache_bytes,
+    attention_operations,
+    attention_products,
+    feed_forward_products,
+)
 from flashmorph.hosts.serving import READ, TRANSFORMERS, Engine, Gguf
 from flashmorph.plan import FULL
 
 SLIDING = "sliding"
-_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
-_MINISTRAL = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "hidden_act max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings attention_dropout "
-    "pad_token_id bos_token_id eos_token_id"
-).split()
 
 
 class WindowHost:
@@ -59,7 +58,7 @@ class WindowHost:
         refuse_windows(config, self.name)
         if config.model_type == self.model_type:
             return
-        refuse_rope(config, self.name, _ROPE_TYPES)
+        refuse_rope(config, self.name, ROPE_TYPES)
         for name in ("attention_bias", "mlp_bias"):
             if getattr(config, name, False):
                 raise UserError(f"the teacher has biases ({name}); {self.name} has none")
@@ -79,7 +78,7 @@ class WindowHost:
             config.sliding_window, config.layer_types = window, types
             config.use_sliding_window = True
             return config
-        same = {name: getattr(teacher, name) for name in _MINISTRAL}
+        same = {name: getattr(teacher, name) for name in (*LLAMA_SETTINGS, "head_dim")}
         rope = dict(teacher.rope_parameters)
         return MinistralConfig(
             **same, rope_parameters=rope, sliding_window=window, layer_types=types, dtype=teacher.dtype
@@ -124,9 +123,8 @@ class WindowHost:
 
     def cache_bytes(self, config: PreTrainedConfig, option: str, context: int) -> int:
         """Keys and values, of a window all but one token's: the newest is in the forward that reads them."""
-        width = torch.empty(0, dtype=cast(torch.dtype, config.dtype)).element_size()
         tokens = context if option == FULL else min(context, config.sliding_window - 1)
-        return 2 * config.num_key_value_heads * head_dim_of(config) * tokens * width
+        return attention_cache_bytes(config, tokens)
 
     def flops_per_token(self, config: PreTrainedConfig, part: str, context: int) -> list[Products]:
         """Attention over the context or over its window, and a gated feed-forward."""
@@ -137,7 +135,7 @@ class WindowHost:
     def mixing_operations(self, config: PreTrainedConfig, option: str, context: int) -> int:
         """Scores and their weighted sum, over the window at most."""
         tokens = context if option == FULL else min(context, config.sliding_window)
-        return 4 * config.num_attention_heads * head_dim_of(config) * tokens
+        return attention_operations(config, tokens)
 
 
 class _Window(nn.Module):
