@@ -28,6 +28,7 @@ from flashmorph.recipe import Recipe, load_recipe
 from flashmorph.run import Run
 from flashmorph.rundata import open_questions
 from flashmorph.runfolder import RunFolder
+from flashmorph.runmodels import open_morphable, open_objective
 from flashmorph.screen import RichScreen
 from flashmorph.selection.uniform import uniform
 from flashmorph.teacher import open_teacher
@@ -78,12 +79,12 @@ def select_with(run: Run, host, branches, seed: int) -> Plan:
 
 def compare_with_swaps(run: Run, host, branches, plan: Plan, questions: int) -> list[dict]:
     """Loss of each one-swap neighbour minus the plan's, with paired intervals; below 0 the neighbour is better."""
-    morphable = pipeline.open_morphable(run, host, branches)
+    morphable = open_morphable(run, host, branches)
     search = run.recipe.select.search.model_copy(update={"questions": questions})
     values = {**json.loads(run.recipe.model_dump_json()), "seed": CHECK_SEED}
     check = Run(run.teacher, Recipe.model_validate(values), run.folder, run.device, run.screen)
     with tempfile.TemporaryDirectory() as folder:
-        objective = pipeline.open_objective(check, morphable, Path(folder), silent, search)
+        objective = open_objective(check, morphable, Path(folder), silent, search)
         neighbours = one_swap_neighbours(plan)
         own, *others = objective.evaluate([plan, *neighbours])
     swaps = []
@@ -107,7 +108,7 @@ def one_swap_neighbours(plan: Plan) -> list[Plan]:
 
 def recall_of_offsets(run: Run, host, branches, plan: Plan) -> list[dict]:
     """Recall before distillation of the plan and of the uniform layout at each of its offsets."""
-    morphable = pipeline.open_morphable(run, host, branches)
+    morphable = open_morphable(run, host, branches)
     budget = Budget("layers", len(plan.full_groups))
     space = morphable.space(budget)
     layouts = {"selected": plan}

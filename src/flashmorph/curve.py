@@ -11,12 +11,12 @@ from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.hosts import cache_by_context
 from flashmorph.judge import recall_of_plan
 from flashmorph.morphable import Morphable
-from flashmorph.pipeline import open_morphable, open_objective
 from flashmorph.plan import Budget, Plan, Space
 from flashmorph.progress import Report
 from flashmorph.run import Run
 from flashmorph.rundata import select_settings
 from flashmorph.runfolder import Stage
+from flashmorph.runmodels import open_morphable, open_objective
 from flashmorph.selection import Selection, needs_of
 from flashmorph.selection.search import searches_alike, select, serves_every_budget
 

@@ -6,14 +6,12 @@ library's own. Several processes go through it together: a stage's work is share
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from safetensors.torch import save_file
 
 from flashmorph import ranks
 from flashmorph.card import model_card
@@ -24,32 +22,27 @@ from flashmorph.hosts import cache_by_context, host_for, host_of, host_settings,
 from flashmorph.morphable import Morphable, attach, build
 from flashmorph.packing import how_apart
 from flashmorph.plan import Budget, Plan
-from flashmorph.progress import Report, silent
+from flashmorph.progress import Report
 from flashmorph.publish import publish, save_model, write_host
 from flashmorph.report import write_report
-from flashmorph.rows import Rows
 from flashmorph.run import Results, Run
 from flashmorph.rundata import (
     calibration,
     held_out_rows,
     open_questions,
     row_settings,
-    search_data,
     select_settings,
     task_settings,
     training_rows,
     training_settings,
 )
 from flashmorph.runfolder import Stage
-from flashmorph.selection import NOTHING, Needs, needs_of
-from flashmorph.selection.distilling import Distiller
-from flashmorph.selection.objective import MorphableObjective
+from flashmorph.runmodels import divided, open_morphable, open_objective, open_stage
+from flashmorph.selection import needs_of
 from flashmorph.selection.search import select
-from flashmorph.selection.searchdata import SearchSettings
 from flashmorph.selection.uniform import uniform
-from flashmorph.sharding import Model, in_turn, is_sharded, shard_morphable, shard_student, shard_teacher, whole
+from flashmorph.sharding import shard_morphable, shard_student, shard_teacher, whole
 from flashmorph.stages import (
-    DistillSettings,
     RowsWithLogits,
     TrainSettings,
     align,
@@ -60,8 +53,6 @@ from flashmorph.stages import (
     write_logits,
 )
 from flashmorph.teacher import load_config, load_model
-
-SEARCH_TEXT_TOKENS = 16_384
 
 
 def morph(run: Run, plan: Plan | None = None) -> Results:
@@ -125,7 +116,7 @@ def run_align(run: Run, host: Stage) -> Stage:
         start: list[float] = []
 
         def open_attached() -> Morphable:
-            morphable, start[:] = attach(open_host(run, host), first["input_ids"])
+            morphable, start[:] = attach(open_stage(run, host), first["input_ids"])
             return morphable
 
         morphable = divided(run, open_attached, shard_morphable)
@@ -164,35 +155,6 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
     return Plan.load(stage.folder / "plan.json")
 
 
-def open_objective(
-    run: Run,
-    morphable: Morphable,
-    folder: Path,
-    report: Report,
-    search: SearchSettings | None = None,
-    judging: str = "validation",
-    evaluations: Path | None = None,
-    needs: Needs = NOTHING,
-) -> MorphableObjective:
-    """What a search asks of the model, with the loss on text and short distillations where it needs them.
-
-    Its state is kept in `folder`, evaluated plans in `evaluations`; `judging` is the split whose questions it sees.
-    """
-    recipe, search = run.recipe, search or run.recipe.select.search
-    text, distiller = None, None
-    if needs.text:
-        rows = held_out_rows(run, judging, search.longest, max(1, SEARCH_TEXT_TOKENS // search.longest))
-        text = torch.tensor([rows[row]["input_ids"] for row in range(len(rows))])
-    if needs.training:
-
-        def make_rows(settings: DistillSettings) -> Rows:
-            return training_rows(run, settings, "distill", silent)
-
-        distiller = Distiller(morphable, make_rows, recipe.distill, folder / "distilled", recipe.seed, run.bf16)
-    data = search_data(run, judging, search)
-    return MorphableObjective(morphable, data, folder, run.bf16, report, text, distiller, evaluations, run.screen.say)
-
-
 def uniform_plan(run: Run, host: Stage, plan: Plan) -> Plan:
     """The layout at regular intervals with as many full layers as `plan`."""
     budget = Budget("layers", len(plan.full_groups))
@@ -222,7 +184,7 @@ def run_distill(run: Run, host: Stage, built: Stage, label: str) -> Stage:
     def work(folder: Path, report: Report) -> dict[str, Any]:
         rows = training_rows(run, settings, "distill", report)
         student = divided(run, lambda: open_stage(run, built), shard_student)
-        teacher = None if logits else divided(run, lambda: open_host(run, host), shard_teacher)
+        teacher = None if logits else divided(run, lambda: open_stage(run, host), shard_teacher)
         given = RowsWithLogits(rows, logits.folder) if logits else rows
         distill(student, teacher, given, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
         save_model(student, folder / "model", built.folder / "model")
@@ -285,33 +247,6 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
     record, text = stage.record, stage.folder / "text.json"
     losses = RangeLosses(**read_json(text)) if text.exists() else None
     return Score(read_json(stage.folder / "right.json"), record["perplexity"], record["cache_bytes"], losses)
-
-
-def open_stage(run: Run, stage: Stage) -> PreTrainedModel:
-    """The model that a stage saved, in float32: training keeps its master weights in it and casts by itself."""
-    return load_model(stage.folder / "model", torch.float32, run.loads_on)
-
-
-def divided(run: Run, make: Callable[[], Model], shard: Callable[[Model, torch.device, bool], Model]) -> Model:
-    """What `make` returns; where the recipe says so, its weights divided among the processes."""
-    if not run.shards:
-        return make()
-    model = in_turn(lambda: shard(make(), run.device, run.bf16))
-    if not is_sharded(model):
-        raise ValueError(f"{type(model).__name__} has no weights that are divided")
-    return model
-
-
-def open_host(run: Run, host: Stage) -> PreTrainedModel:
-    """The transplanted teacher, all layers full."""
-    return open_stage(run, host)
-
-
-def open_morphable(run: Run, host: Stage, branches: Stage) -> Morphable:
-    """The host with its aligned branches."""
-    morphable = Morphable(open_host(run, host))
-    morphable.load_branch_state(load_file(branches.folder / "branches.safetensors"))
-    return morphable
 
 
 def _no_branches(folder: Path, report: Report) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from flashmorph.morphable import Morphable
-from flashmorph.pipeline import open_objective
 from flashmorph.plan import Plan
 from flashmorph.referee.cells import Cell
 from flashmorph.referee.truth import Truth
 from flashmorph.run import Run
+from flashmorph.runmodels import open_objective
 from flashmorph.selection import Needs
 from flashmorph.selection.searchdata import SearchSettings
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from flashmorph.errors import UserError, unknown
 from flashmorph.judge import recall_of_plan
-from flashmorph.pipeline import open_morphable, open_objective, run_align, run_transplant
+from flashmorph.pipeline import run_align, run_transplant
 from flashmorph.plan import Budget
 from flashmorph.recipe import parse_changes
 from flashmorph.referee.after import after_distillation
@@ -18,6 +18,7 @@ from flashmorph.referee.truth import Truth, find_truths
 from flashmorph.run import Run
 from flashmorph.rundata import task_settings
 from flashmorph.runfolder import digest_of
+from flashmorph.runmodels import open_morphable, open_objective
 from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES, Selection, needs_of
 from flashmorph.selection.search import check_settings, own_settings, searches_alike, select, serves_every_budget
 
