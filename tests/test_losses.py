@@ -154,7 +154,7 @@ def kl(tokens):
 
 
 def next_token(tokens):
-    return next_token_loss(student[:, :tokens], student_head, ids[:, :tokens])
+    return losses.label_loss(student[:, : tokens - 1].flatten(0, 1), student_head, ids[:, 1:tokens].flatten())
 
 
 def plain(tokens):
