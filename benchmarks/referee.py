@@ -41,6 +41,7 @@ CASES = {
     "chains": ("tiny", "chains"),
     "many_chains": ("tiny", "many_chains"),
     "twins": (str(TEACHERS / "twins"), "keys"),
+    "twin_chains": (str(TEACHERS / "twin_chains"), "chains"),
     "deep": (str(TEACHERS / "deep"), "keys"),
     "llama": (str(TEACHERS / "llama"), "keys"),
 }

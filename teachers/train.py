@@ -6,8 +6,9 @@
 
 Minutes on two cores without a GPU. The recipe: matrices by Muon, the rest by AdamW; lengths grow as answers become
 right; until `windows_until` of the steps only the `retrieval_layers` attend fully, the others to a short window, which
-makes retrieval emerge early and puts it into known layers (a *planted* teacher). With `twins` only one of them, drawn
-anew in each step, so that each can do the job alone. Where `retrieval_layers` is empty, any layer is local in
+makes retrieval emerge early and puts it into known layers (a *planted* teacher). With `twins` only one layer of each of
+those groups, drawn anew in each step, so that each can do its group's job alone; `copied_attention` starts a layer with
+the attention of another (`{3: 2}`: layer 3 with that of layer 2). Where `retrieval_layers` is empty, any layer is local in
 `local_share` of the steps, so that layers learn to stand in for each other (a *redundant* teacher); with a share of 0
 it is a *natural* one. With `shape: llama` the start's norms of queries and keys, which Llama lacks, are replaced by
 what they do on average, and the training takes care of the rest.
@@ -74,6 +75,8 @@ def main() -> None:
         # A Llama has no norms of queries and keys; all else has the same names.
         missing = model.load_state_dict(start.state_dict(), strict=not is_llama).missing_keys
         assert not missing
+    for layer, other in settings.get("copied_attention", {}).items():
+        model.model.layers[layer].self_attn.load_state_dict(model.model.layers[other].self_attn.state_dict())
     print(f"{model.num_parameters():,} parameters", flush=True)
     log = train(model, curriculum, settings)
     if not is_llama:
@@ -181,7 +184,7 @@ def attention_pattern(
     elif not full:
         full = [layer for layer in every if rng.random() >= settings["local_share"]]
     elif settings.get("twins"):
-        full = [rng.choice(full)]
+        full = [rng.choice(group) for group in settings["twins"]]
     elif stage + 1 < len(settings["lengths"]) and rng.random() < settings["one_layer_share"]:
         full.remove(rng.choice(full))
     types = ["full_attention" if layer in full else "sliding_attention" for layer in range(num_layers)]

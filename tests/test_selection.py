@@ -197,12 +197,11 @@ def test_a_swap_at_the_end_parts_twins(seed):
     assert objective.asked < math.comb(LAYERS, 2) * objective.num_questions / 2
 
 
-def test_no_plan_is_given_up_for_one_that_cannot_be_told_from_it():
-    """Layers 1 and 4 are worth the same: whichever was found stays."""
-    for seed in range(3):
-        found = [search("budgeted-gates", Surface(redundant_pair, seed=seed), 2, seed, swaps=swaps) for swaps in (0, 2)]
-        assert found[0].plan == found[1].plan
-    with pytest.raises(UserError, match="swaps must be 0 or more neighbours a layer; got -1"):
+@pytest.mark.parametrize("seed", range(4))
+def test_swaps_mend_a_search_that_was_cut_short(seed):
+    """One step says next to nothing; the races for both places find the best plan all the same."""
+    assert search("budgeted-gates", Surface(additive, seed=seed), 2, seed, steps=1).plan.full_layers == [1, 3]
+    with pytest.raises(UserError, match="swaps must be 0 or more places that are raced for; got -1"):
         search("budgeted-gates", Surface(additive), 2, swaps=-1)
 
 
@@ -329,7 +328,7 @@ def test_race_can_ask_the_hardest_questions_first():
     assert search("race", surface, 1, swaps=False, hard_first=True).plan.full_layers == [1]
     nothing = Space.of_layers(LAYERS).plan([], Budget("layers", 1))
     (losses,) = evaluate([nothing])
-    assert asked[0] == list(range(40)) and asked[1] == list(np.argsort(-losses)[:8])
+    assert asked[0] == list(range(40)) and asked[1] == list(np.argsort(-losses)[:6])
 
 
 def test_race_asks_least_where_candidates_enter_by_their_gradient():
@@ -346,18 +345,6 @@ def test_race_decides_on_all_questions_where_nothing_tells_candidates_apart():
     selection = search("race", surface, 2)
     assert selection.plan.full_layers == [0, 1]
     assert max(entry["questions"] for entry in selection.trace) == surface.num_questions
-
-
-def test_race_does_not_tell_apart_what_cannot_matter():
-    """Two layers are worth nearly the same: with indifference, questions are saved and at most that much is lost."""
-    worth = torch.tensor([0.0, 2.0, 2.01, 0.1, 0.0, 0.0])
-    asked = {}
-    for indifference in (0.0, 0.05):
-        surface = Surface(lambda full: full @ worth, 6, 400, 0.1)
-        selection = search("race", surface, 1, layers=6, swaps=False, indifference=indifference)
-        assert selection.plan.full_layers[0] in (1, 2)
-        asked[indifference] = surface.asked
-    assert asked[0.05] < asked[0.0] / 2
 
 
 def test_race_mends_a_plan_by_one_swap():
@@ -466,8 +453,7 @@ def test_a_budget_without_a_choice_is_refused_before_anything_is_spent(strategy)
         ("nll", {"direction": "up"}, "direction must be restore or switch; got 'up'"),
         ("greedy-forward", {"num_questions": 0}, "num_questions must be at least 1; got 0"),
         ("race", {"start_questions": 1}, "start_questions must be at least 2"),
-        ("race", {"indifference": -0.1}, "indifference must be 0 or more nats; got -0.1"),
-        ("race", {"confidence": 1.0}, "confidence must lie between 0 and 1, for example 0.95; got 1.0"),
+        ("race", {"confidence": 1.0}, "confidence must lie between 0 and 1, for example 0.8; got 1.0"),
     ],
 )
 def test_a_setting_out_of_range_is_told_in_a_sentence(strategy, settings, sentence):

@@ -2,8 +2,9 @@
 
 Every step draws Gumbel noise on the logits, runs the *hard* plan of `Space.best` (so the search sees what will be
 built, and rounding loses nothing), and sends the gradient of the hard gates back to the logits, projected onto the
-budget's plane. The noise falls as the search settles. There is no penalty to tune. One search serves every budget; at
-the end of it the budget's own plan is tried against its neighbours, forward passes only.
+budget's plane. The noise falls as the search settles. There is no penalty to tune. One search serves every budget, and
+it may be short: at the end of it the weakest layers of the budget's own plan race against all others for their place,
+forward passes only.
 """
 
 from dataclasses import replace
@@ -23,7 +24,7 @@ def budgeted_gates(
     budget: Budget,
     objective: Objective,
     seed: int,
-    steps: int = 150,
+    steps: int = 24,
     learning_rate: float = 0.1,
     final_learning_rate: float = 0.1,
     noise: float = 1.0,
@@ -37,14 +38,14 @@ def budgeted_gates(
     With `random_budget` each step spends its own budget, from the smallest that buys a layer to nearly all, so that the
     logits do not depend on `budget` and one search serves every count. With `shared_moment` steps keep the proportions
     of the gradients (`SharedAdam`) instead of being equally long for every logit. The logits cannot say that one layer
-    makes up for another; so at the end `swaps` one-swap neighbours a layer, those of the nearest logits, race against
-    the plan (`improve_by_swaps`; 0 for none), where full layers cost the same everywhere.
+    makes up for another; so at the end the places of the `swaps` weakest layers of the plan are raced for
+    (`improve_by_swaps`; 0 for none), where full layers cost the same everywhere.
 
     Raises:
         UserError: see `Space.limit`; or `swaps` is below 0.
     """
     if swaps < 0:
-        raise UserError(f"swaps must be 0 or more neighbours a layer; got {swaps}")
+        raise UserError(f"swaps must be 0 or more places that are raced for; got {swaps}")
     space.limit(budget)
     rng = np.random.default_rng(seed)
     draws = rng.gumbel(size=(steps, *space.cost.shape))
@@ -65,7 +66,7 @@ def budgeted_gates(
         worth = scores[:, 0] - scores[:, 1]
         scores = group_scores(space, (worth - worth.min()).tolist(), space.options[0])
         if swaps and not np.ptp(space.cost[:, 0] - space.cost[:, 1]):
-            scores = improve_by_swaps(space, budget, objective, scores, swaps * len(space.groups), trace)
+            scores = improve_by_swaps(space, budget, objective, scores, swaps, trace)
     return Selection(space.best(scores, budget), scores, trace, objective.cost)
 
 

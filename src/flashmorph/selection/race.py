@@ -13,7 +13,7 @@ import torch
 from flashmorph.errors import UserError
 from flashmorph.plan import FULL, Budget, Space
 from flashmorph.selection.measure import count_layers, first_questions
-from flashmorph.selection.racing import CONFIDENCE, START_QUESTIONS, Track
+from flashmorph.selection.racing import CONFIDENCE, MOST_QUESTIONS, START_QUESTIONS, Track
 from flashmorph.selection.strategy import Objective, Selection, group_scores
 
 
@@ -22,25 +22,22 @@ def race(
     budget: Budget,
     objective: Objective,
     seed: int,
-    num_questions: int | None = None,
+    num_questions: int | None = MOST_QUESTIONS,
     start_questions: int = START_QUESTIONS,
     confidence: float = CONFIDENCE,
     swaps: bool = True,
     first_by_gradient: bool = False,
     hard_first: bool = False,
-    indifference: float = 0.0,
 ) -> Selection:
     """Greedy forward's plan for a fraction of its questions, forward passes only; then one-swap neighbours are tried.
 
     Races run over the first `num_questions` of the search-validation split, from `start_questions` on doubling. A
     candidate leaves when the paired t-interval of that `confidence` around its mean difference to the best lies above
-    0: the more the candidates differ, the fewer questions it takes. With `swaps` the plan found runs once against all
-    plans that exchange one of its layers; only such an interval or the mean over all questions can beat it. With
-    `first_by_gradient` only the better half of the layers runs in each step (always more than the budget's), in the
-    order of the answers' loss gradient where no layer is full; a swap can still bring in the others. With `hard_first`
-    each race asks those questions first that the plan so far answers worst. With `indifference` a race also ends when
-    no candidate left may be better than the leader by more than so many nats, by its interval: what cannot matter is
-    not told apart.
+    0: the more the candidates differ, the fewer questions it takes. With `swaps` the plan found runs once against
+    those in which the last race's runner-up takes the place of a layer that was chosen earlier; only such an interval
+    or the mean over all questions can beat it. With `first_by_gradient` only the better half of the layers runs in
+    each step (always more than the budget's), in the order of the answers' loss gradient where no layer is full. With
+    `hard_first` each race asks those questions first that the plan so far answers worst.
 
     A layer's score is the order of choice: K for the first, 1 for the last, 0 for a layer that was not chosen. In the
     trace, `questions` is how many stand behind a loss.
@@ -52,27 +49,27 @@ def race(
     if start_questions < 2:
         raise UserError(f"start_questions must be at least 2, an interval needs them; got {start_questions}")
     if not 0 < confidence < 1:
-        raise UserError(f"confidence must lie between 0 and 1, for example 0.95; got {confidence}")
+        raise UserError(f"confidence must lie between 0 and 1, for example 0.8; got {confidence}")
     questions = len(first_questions(objective, num_questions))
     entrants = _by_gradient(space, budget, objective, kept) if first_by_gradient else list(space.groups)
-    if indifference < 0:
-        raise UserError(f"indifference must be 0 or more nats; got {indifference}")
-    track = Track(objective, questions, start_questions, confidence, indifference)
+    track = Track(objective, questions, start_questions, confidence)
     chosen: list[str] = []
+    spare: str | None = None
     for place in range(kept):
         if hard_first:
             track.hardest_first(space.plan(chosen, budget))
         candidates = [group for group in entrants if group not in chosen]
-        winner, loss = track.run([space.plan([*chosen, group], budget) for group in candidates])
-        chosen.append(candidates[winner])
-        objective.progress(place + 1, kept + swaps, loss=loss)
+        finish = track.run([space.plan([*chosen, group], budget) for group in candidates])
+        chosen.append(candidates[finish.winner])
+        spare = None if finish.runner_up is None else candidates[finish.runner_up]
+        objective.progress(place + 1, kept + swaps, loss=finish.loss)
     if swaps:
-        others = [group for group in space.groups if group not in chosen]
-        neighbours = [[*chosen[:place], other, *chosen[place + 1 :]] for place in range(kept) for other in others]
-        choices = [chosen, *neighbours]
-        winner, loss = track.run([space.plan(full, budget) for full in choices], defended=True)
-        chosen = choices[winner]
-        objective.progress(kept + 1, kept + 1, loss=loss)
+        # In the place of the last one the runner-up has run already.
+        places = range(kept - 1) if spare else ()
+        choices = [chosen, *([*chosen[:place], spare, *chosen[place + 1 :]] for place in places)]
+        finish = track.run([space.plan(full, budget) for full in choices], defended=True)
+        chosen = choices[finish.winner]
+        objective.progress(kept + 1, kept + 1, loss=finish.loss)
     order = [float(kept - chosen.index(group)) if group in chosen else 0.0 for group in space.groups]
     scores = group_scores(space, order, FULL)
     return Selection(space.best(scores, budget), scores, track.trace, objective.cost)

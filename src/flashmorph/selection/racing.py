@@ -1,6 +1,7 @@
 """Where plans race: the same questions for all, few at first, more for those that may still be the best."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import t as student_t
@@ -9,19 +10,27 @@ from flashmorph.plan import Budget, Plan, Space
 from flashmorph.selection.measure import first_questions
 from flashmorph.selection.strategy import Objective
 
-START_QUESTIONS = 8
-CONFIDENCE = 0.95
-_SURE = 0.99
-"""A plan that a search has found is only given up for another with this confidence: many others are tried."""
+START_QUESTIONS = 6
+MOST_QUESTIONS = 64
+CONFIDENCE = 0.8
+"""Small, since what leaves a race by mistake is nearly as good as what stays (docs/decisions/0010)."""
+
+
+class Finish(NamedTuple):
+    """How a race ended: the winner's place and mean loss in nats, and the place of the last one that it beat."""
+
+    winner: int
+    loss: float
+    runner_up: int | None
 
 
 class Track:
     """Where plans race: the same questions and the same rule for every race."""
 
-    def __init__(self, objective: Objective, questions: int, start: int, confidence: float, indifference: float):
+    def __init__(self, objective: Objective, questions: int, start: int, confidence: float):
         self.trace: list[dict] = []
         self._objective, self._order, self._start = objective, list(range(questions)), start
-        self._confidence, self._indifference = confidence, indifference
+        self._confidence = confidence
 
     def hardest_first(self, plan: Plan) -> None:
         """Ask from now on those questions first whose answers have the largest loss under `plan`."""
@@ -29,13 +38,10 @@ class Track:
         (losses,) = self._objective.evaluate([plan], numbers)
         self._order = [numbers[place] for place in np.argsort(-losses, kind="stable")]
 
-    def run(self, plans: list[Plan], defended: bool = False) -> tuple[int, float]:
-        """The place of the winner and its mean loss in nats.
-
-        A `defended` first plan leaves by its interval only, never with the worse half.
-        """
+    def run(self, plans: list[Plan], defended: bool = False) -> Finish:
+        """Race `plans`; a `defended` first one leaves by its interval only, never with the worse half."""
         losses = {place: np.empty(0) for place in range(len(plans))}
-        running, asked = list(losses), 0
+        running, asked, runner_up = list(losses), 0, None
         while True:
             is_first_round = not asked
             until = min(len(self._order), max(self._start, 2 * asked))
@@ -47,17 +53,17 @@ class Track:
             asked = until
             running.sort(key=lambda place: losses[place].mean())
             best, *rest = running
+            runner_up = rest[0] if rest else runner_up
             if asked < len(self._order):
                 half = len(running) if is_first_round else max(2, math.ceil(len(running) / 2))
                 stay = set(running[:half]) | ({0} if defended else set())
-                rest = [place for place in rest if place in stay]
-                margins = {place: margin(losses[place] - losses[best], self._confidence) for place in rest}
-                # What may be better by this much at most, as the interval says: below 0, it is worse.
-                rest = [place for place in rest if margins[place] >= 0]
-                if all(margins[place] < self._indifference for place in rest):
-                    rest = []
+                rest = [
+                    place
+                    for place in rest
+                    if place in stay and margin(losses[place] - losses[best], self._confidence) >= 0
+                ]
             if not rest or asked == len(self._order):
-                return best, float(losses[best].mean())
+                return Finish(best, float(losses[best].mean()), runner_up)
             running = [best, *rest]
 
 
@@ -69,34 +75,30 @@ def margin(differences: np.ndarray, confidence: float) -> float:
 
 
 def improve_by_swaps(
-    space: Space, budget: Budget, objective: Objective, scores: np.ndarray, tries: int, trace: list[dict]
+    space: Space, budget: Budget, objective: Objective, scores: np.ndarray, places: int, trace: list[dict]
 ) -> np.ndarray:
     """Exchange the scores `[groups, options]` of two layers as long as that makes a better plan of them.
 
-    The `tries` exchanges of a full layer for another whose scores lie nearest race against the plan, forward passes
-    only; the winner takes its place where it is better with 99 % confidence, and the next race begins.
+    For each of the `places` full layers of the lowest scores, the plan races against all that have another layer there,
+    forward passes only; the winner takes its place. That is repeated until nothing changes.
     """
-    questions = first_questions(objective, None)
-    worth = scores[:, 0] - scores[:, 1]
-    for _ in range(len(space.best(scores, budget).full_groups)):
-        plan = space.best(scores, budget)
-        full = [space.groups.index(group) for group in plan.full_groups]
-        others = [place for place in range(len(space.groups)) if place not in full]
-        pairs = sorted(
-            ((out, into) for out in full for into in others), key=lambda pair: worth[pair[0]] - worth[pair[1]]
-        )
-        exchanged = [_exchange(scores, *pair) for pair in pairs[:tries]]
-        plans = [plan, *(space.best(each, budget) for each in exchanged)]
-        track = Track(objective, len(questions), START_QUESTIONS, CONFIDENCE, indifference=0.0)
-        winner, _ = track.run(plans, defended=True)
-        trace += track.trace
-        if not winner:
-            break
-        mine, other = objective.evaluate([plan, plans[winner]], questions)
-        if margin(mine - other, _SURE) >= 0:
-            break
-        scores = exchanged[winner - 1]
+    questions = first_questions(objective, MOST_QUESTIONS)
+    for _ in space.groups:
+        before = scores
         worth = scores[:, 0] - scores[:, 1]
+        full = [space.groups.index(group) for group in space.best(scores, budget).full_groups]
+        weakest = sorted(full, key=lambda place: worth[place])[:places]
+        for number, out in enumerate(weakest, 1):
+            others = [place for place in range(len(space.groups)) if place not in full]
+            choices = [scores, *(_exchange(scores, out, into) for into in others)]
+            track = Track(objective, len(questions), START_QUESTIONS, CONFIDENCE)
+            finish = track.run([space.best(choice, budget) for choice in choices], defended=True)
+            trace += track.trace
+            scores = choices[finish.winner]
+            objective.progress(number, len(weakest), loss=finish.loss)
+            full = [space.groups.index(group) for group in space.best(scores, budget).full_groups]
+        if scores is before:
+            break
     return scores
 
 
