@@ -328,7 +328,7 @@ def test_race_can_ask_the_hardest_questions_first():
     assert search("race", surface, 1, swaps=False, hard_first=True).plan.full_layers == [1]
     nothing = Space.of_layers(LAYERS).plan([], Budget("layers", 1))
     (losses,) = evaluate([nothing])
-    assert asked[0] == list(range(40)) and asked[1] == list(np.argsort(-losses)[:6])
+    assert asked[0] == list(range(40)) and asked[1] == list(np.argsort(-losses)[:8])
 
 
 def test_race_asks_least_where_candidates_enter_by_their_gradient():

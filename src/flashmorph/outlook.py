@@ -75,6 +75,8 @@ def outlook(name: str, config: PreTrainedConfig, recipe: Recipe) -> list[dict[st
     else:
         rows.append(("align", 0, 0, "nothing to train"))
     about = f"{recipe.select.strategy}: {', '.join(recipe.tasks)}, in {source}"
+    if own_settings(recipe.select.strategy, recipe.select.settings).get("steps") and recipe.select.strategy == "budgeted-gates":
+        about += ", then races"
     rows += [("select", search_tokens(recipe)[0], recipe.select.search.longest, about), ("build", 0, 0, "")]
     if kept := recipe.distill.teacher_logits:
         about = f"the teacher's {kept.top_k:,} likeliest next tokens, {logits_on_disk(recipe.distill, kept.top_k)}"

@@ -13,7 +13,7 @@ import torch
 from flashmorph.errors import UserError
 from flashmorph.plan import FULL, Budget, Space
 from flashmorph.selection.measure import count_layers, first_questions
-from flashmorph.selection.racing import CONFIDENCE, MOST_QUESTIONS, START_QUESTIONS, Track
+from flashmorph.selection.racing import CONFIDENCE, MOST_QUESTIONS, Track
 from flashmorph.selection.strategy import Objective, Selection, group_scores
 
 
@@ -23,7 +23,7 @@ def race(
     objective: Objective,
     seed: int,
     num_questions: int | None = MOST_QUESTIONS,
-    start_questions: int = START_QUESTIONS,
+    start_questions: int = 8,
     confidence: float = CONFIDENCE,
     swaps: bool = True,
     first_by_gradient: bool = False,
