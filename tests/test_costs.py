@@ -20,6 +20,7 @@ from flashmorph.morphable import Morphable, attach, build
 from flashmorph.move import transplant
 from flashmorph.plan import FULL, Budget
 from flashmorph.recipe import Recipe, load_recipe
+from flashmorph.selection.racing import START_QUESTIONS
 from flashmorph.stages.align import AlignmentLoss
 from flashmorph.stages.distill import DistillationLoss
 from flashmorph.stages.extend import NextTokenLoss
@@ -42,7 +43,7 @@ RECIPE = load_recipe(
         "budget": str(KEPT),
         "baseline": None,
         "select.search": {"length": LENGTH, "batch_tokens": ROWS * LENGTH},
-        "select.settings": {"steps": 1},
+        "select.settings": {"steps": 1, "swaps": 0},
         "evaluate.length": LENGTH,
         **{f"{stage}.{name}": value for stage in ("align", "distill", "extend") for name, value in STEP.items()},
     },
@@ -181,6 +182,20 @@ def test_a_search_that_runs_layers_again_takes_the_operations_that_are_counted(c
     work = stage_of(expected(case), "select").work
     found = counted(lambda: morphable(ids, gates).square().mean().backward())
     assert work.flops == pytest.approx(found, rel=0.02)
+
+
+@torch.no_grad()
+def test_races_at_the_end_of_a_search_ask_every_layer_a_few_questions(case, models):
+    """Two places, each raced for by two plans of one full layer and by the plan itself."""
+    _, hybrid, ids = models
+    chosen = recipe_of(case).select.model_copy(update={"settings": {"steps": 1, "swaps": 2}})
+    config = config_of(f"{case.partition(',')[0]}: grouped", **SHAPE, **CASES[case])
+    raced = estimate("random", config, recipe_of(case).model_copy(update={"select": chosen}))
+    extra = stage_of(raced, "select").work.flops - stage_of(expected(case), "select").work.flops
+    row = counted(lambda: hybrid.model(input_ids=ids, use_cache=False)) / ROWS
+    plans = 2 * (SHAPE["num_hidden_layers"] - KEPT + 1)
+    assert extra == pytest.approx(plans * START_QUESTIONS * row / 2, rel=0.02)
+    assert stage_of(raced, "select").data.endswith("then races")
 
 
 @torch.no_grad()

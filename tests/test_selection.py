@@ -351,7 +351,7 @@ def test_race_mends_a_plan_by_one_swap():
     """Layer 0 looks best alone, but 1 and 2 together are better than it with any other."""
 
     def help(full: torch.Tensor) -> torch.Tensor:
-        return 1.5 * full[:, 0] + full[:, 1] + full[:, 2] + 2 * full[:, 1] * full[:, 2] - full[:, 0] * full[:, 1]
+        return 1.5 * full[:, 0] + full[:, 1] + full[:, 2] + 2 * full[:, 1] * full[:, 2] - 0.5 * full[:, 0] * full[:, 1]
 
     assert layers_of("race", help, 2, swaps=False) == layers_of("greedy-forward", help, 2) == [0, 2]
     assert layers_of("race", help, 2) == layers_of("exhaustive", help, 2) == [1, 2]

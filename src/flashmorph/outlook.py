@@ -75,7 +75,7 @@ def outlook(name: str, config: PreTrainedConfig, recipe: Recipe) -> list[dict[st
     else:
         rows.append(("align", 0, 0, "nothing to train"))
     about = f"{recipe.select.strategy}: {', '.join(recipe.tasks)}, in {source}"
-    if own_settings(recipe.select.strategy, recipe.select.settings).get("steps") and recipe.select.strategy == "budgeted-gates":
+    if race_places(recipe):
         about += ", then races"
     rows += [("select", search_tokens(recipe)[0], recipe.select.search.longest, about), ("build", 0, 0, "")]
     if kept := recipe.distill.teacher_logits:
@@ -112,6 +112,11 @@ def search_tokens(recipe: Recipe) -> tuple[int | None, float]:
     shapes = [step_shape(search, recipe.seed, step) for step in range(steps)]
     tokens = sum(length * rows for length, rows in shapes)
     return tokens, sum(length * length * rows for length, rows in shapes) / max(1, tokens)
+
+
+def race_places(recipe: Recipe) -> int:
+    """Places of the plan that are raced for when the steps of the search are done."""
+    return own_settings(recipe.select.strategy, recipe.select.settings).get("swaps", 0)
 
 
 def _training_row(name: str, settings: TrainSettings, source: str, times: int) -> tuple[str, int, int, str]:

@@ -6,11 +6,12 @@ from typing import NamedTuple
 from transformers import PreTrainedConfig
 
 from flashmorph.hosts import FEED_FORWARD, Host, Products
-from flashmorph.outlook import num_models, search_tokens
+from flashmorph.outlook import num_models, race_places, search_tokens
 from flashmorph.plan import FULL
 from flashmorph.recipe import Recipe
 from flashmorph.recompute import recomputes
 from flashmorph.selection import FOLLOW_GRADIENTS
+from flashmorph.selection.racing import START_QUESTIONS
 from flashmorph.stages import DistillSettings, ExtendSettings
 
 
@@ -107,7 +108,8 @@ def align_work(model: Model, recipe: Recipe) -> Work:
 
 
 def select_work(model: Model, recipe: Recipe) -> Work | None:
-    """Every branch forward, and backward to the gates, where that takes too much memory with a second forward.
+    """Every branch forward, and backward to the gates, where that takes too much memory with a second forward; and the
+    least that the races after it take.
 
     None where only the search itself will tell.
     """
@@ -130,6 +132,11 @@ def select_work(model: Model, recipe: Recipe) -> Work | None:
     if FOLLOW_GRADIENTS[recipe.select.strategy] == "hidden":
         teacher = [*model.part(FULL, length), *model.part(FEED_FORWARD, length)]
         passes.append(_times("teacher forward", model.layers, operations(teacher)))
+    if race_places(recipe):
+        # Every layer that is not full runs in each place, and on average half of the layers are shared.
+        plans = race_places(recipe) * (model.layers - model.num_full + 1)
+        raced = plans * START_QUESTIONS * recipe.select.search.longest / 2 / tokens
+        passes.append(_times("first questions of the races", raced, body_forward(model, recipe.select.search.longest)))
     return Work(tokens, passes)
 
 
@@ -198,5 +205,5 @@ def _body(model: Model, length: int, forward: int, weights: int, inputs: int) ->
     return sum(count * flops for count, (flops, _) in found), sum(count * causal for count, (_, causal) in found)
 
 
-def _times(name: str, times: int, flops: tuple[float, float], again: float = 0.0) -> Pass:
+def _times(name: str, times: float, flops: tuple[float, float], again: float = 0.0) -> Pass:
     return Pass(name, times * flops[0], times * flops[1], times * again)
