@@ -87,14 +87,18 @@ def compare_on(teacher: str, arguments: argparse.Namespace, console: Console) ->
         only_kept=arguments.kept,
     )
     summary = summarise(compare(run, settings, RESULTS / case))
-    write_json(RESULTS / case / "compare.json", {"commands": commands(RESULTS / case, teacher, arguments), **summary})
+    path = RESULTS / case / "compare.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    context = json.loads((RESULTS / case / "cells.jsonl").read_text().partition("\n")[0])["context"]
+    if not arguments.distill_steps and known.get("context") == context:
+        summary["after_distillation"] = known["after_distillation"]
+    made = {"context": context, "commands": commands(known.get("commands", []), teacher, arguments)}
+    write_json(path, {**made, **summary})
     draw_regret(summary, RESULTS / case / "regret.png")
 
 
-def commands(folder: Path, teacher: str, arguments: argparse.Namespace) -> list[str]:
+def commands(known: list[str], teacher: str, arguments: argparse.Namespace) -> list[str]:
     """The commands that made the cells of a case, this one the last; one that only shows them is none."""
-    path = folder / "compare.json"
-    known = json.loads(path.read_text())["commands"] if path.exists() else []
     command = f"python benchmarks/referee.py --teachers {teacher} --seeds {arguments.seeds}"
     if arguments.strategies != list(STRATEGIES):
         command += f" --strategies {' '.join(arguments.strategies)}"
