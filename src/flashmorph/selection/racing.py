@@ -77,28 +77,24 @@ def margin(differences: np.ndarray, confidence: float) -> float:
 def improve_by_swaps(
     space: Space, budget: Budget, objective: Objective, scores: np.ndarray, places: int, trace: list[dict]
 ) -> np.ndarray:
-    """Exchange the scores `[groups, options]` of two layers as long as that makes a better plan of them.
+    """Exchange the scores `[groups, options]` of two layers where that makes a better plan of them.
 
-    For each of the `places` full layers of the lowest scores, the plan races against all that have another layer there,
-    forward passes only; the winner takes its place. That is repeated until nothing changes.
+    For each of the `places` full layers of the lowest scores, the weakest first, the plan races against all that have
+    another layer there, forward passes only; the winner takes its place.
     """
     questions = first_questions(objective, MOST_QUESTIONS)
-    for _ in space.groups:
-        before = scores
-        worth = scores[:, 0] - scores[:, 1]
-        full = [space.groups.index(group) for group in space.best(scores, budget).full_groups]
-        weakest = sorted(full, key=lambda place: worth[place])[:places]
-        for number, out in enumerate(weakest, 1):
-            others = [place for place in range(len(space.groups)) if place not in full]
-            choices = [scores, *(_exchange(scores, out, into) for into in others)]
-            track = Track(objective, len(questions), START_QUESTIONS, CONFIDENCE)
-            finish = track.run([space.best(choice, budget) for choice in choices], defended=True)
-            trace += track.trace
-            scores = choices[finish.winner]
-            objective.progress(number, len(weakest), loss=finish.loss)
-            full = [space.groups.index(group) for group in space.best(scores, budget).full_groups]
-        if scores is before:
-            break
+    worth = scores[:, 0] - scores[:, 1]
+    full = [space.groups.index(group) for group in space.best(scores, budget).full_groups]
+    weakest = sorted(full, key=lambda place: worth[place])[:places]
+    for number, out in enumerate(weakest, 1):
+        kept = space.best(scores, budget).full_groups
+        others = [place for place, group in enumerate(space.groups) if group not in kept]
+        choices = [scores, *(_exchange(scores, out, into) for into in others)]
+        track = Track(objective, len(questions), START_QUESTIONS, CONFIDENCE)
+        finish = track.run([space.best(choice, budget) for choice in choices], defended=True)
+        trace += track.trace
+        scores = choices[finish.winner]
+        objective.progress(number, len(weakest), loss=finish.loss)
     return scores
 
 
