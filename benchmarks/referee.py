@@ -151,7 +151,8 @@ def table_of(rows: list[dict]) -> Table:
     title = f"over all teachers, budgets, seeds; the default is {DEFAULT_STRATEGY}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for column in ("strategy", "cells", "regret", "first", "worst", "- default", "95 %"):
-        table.add_column(column, justify="left" if column == "strategy" else "right", no_wrap=True)
+        named = column == "strategy"
+        table.add_column(column, justify="left" if named else "right", no_wrap=not named, overflow="fold")
     for row in rows:
         interval = row["interval"] and f"{row['interval'][0]:+.3f} to {row['interval'][1]:+.3f}"
         minus = "" if row["minus_default"] is None else f"{row['minus_default']:+.3f}"
