@@ -13,7 +13,7 @@ from flashmorph.selection.strategy import Objective
 START_QUESTIONS = 6
 MOST_QUESTIONS = 64
 CONFIDENCE = 0.8
-"""Small, since what leaves a race by mistake is nearly as good as what stays (docs/decisions/0010)."""
+"""Small, since what leaves a race by mistake is nearly as good as what stays (docs/decisions/0020)."""
 
 
 class Finish(NamedTuple):
