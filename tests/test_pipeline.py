@@ -135,6 +135,24 @@ def test_a_changed_setting_makes_new_folders_beside_the_old_and_says_so(
     assert not same_weights(finished, copy)
 
 
+def test_text_that_grew_is_noticed(teacher_folder, recipe_file, tmp_path, capsys):
+    text = tmp_path / "text"
+    text.mkdir()
+    lines = [f"Line {number} of some text about the number {number * number}.\n" for number in range(4000)]
+    for part in range(40):
+        (text / f"{part}.txt").write_text("".join(lines[part * 100 : part * 100 + 100]))
+    command = ("align", teacher_folder, "--recipe", recipe_file, "--output", tmp_path / "run", "--data", text)
+    told = []
+    for addition in ("", "", "One line more.\n"):
+        with (text / "0.txt").open("a") as file:
+            file.write(addition)
+        assert run_command(*command) == 0
+        told.append(capsys.readouterr().out)
+    assert "done before" not in told[0].splitlines()[-1]
+    assert "done before" in told[1].splitlines()[-1] and "inputs differ" not in told[1]
+    assert "align: settings or inputs differ from align-" in told[2]
+
+
 def test_the_same_seed_gives_the_same_plan_and_weights(finished, teacher_folder, recipe_file, tmp_path):
     again = tmp_path / "again"
     assert run_command("morph", teacher_folder, "--recipe", recipe_file, "--output", again) == 0

@@ -193,6 +193,12 @@ def shares_of(corpus: Corpus | Mixture) -> Sequence[tuple[Corpus, float]]:
     return list(zip(corpus.parts, corpus.shares, strict=True)) if isinstance(corpus, Mixture) else [(corpus, 1.0)]
 
 
+def local_files(corpus: Corpus | Mixture) -> list[tuple[str, int]]:
+    """Name and size in bytes of every local file that a corpus is read from: none for the demo text or the hub."""
+    paths = [Path(part.source) for part, _ in shares_of(corpus) if part.source != DEMO]
+    return [(str(file), file.stat().st_size) for path in paths if path.exists() for file in _files(path)]
+
+
 def no_text(corpus: Corpus, split: str) -> UserError:
     """What to say of a corpus without a document in `split`."""
     return UserError(f"{corpus.source} has no text for the split {split!r}: it needs more documents")

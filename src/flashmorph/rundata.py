@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from flashmorph import ranks
-from flashmorph.corpus import Corpus, Mixture
+from flashmorph.corpus import Corpus, Mixture, local_files
 from flashmorph.progress import Report
 from flashmorph.recipe import Recipe
 from flashmorph.rows import Rows, pack
@@ -113,8 +113,10 @@ def calibration(run: Run, rows: Rows) -> dict[str, torch.Tensor]:
 
 
 def common_settings(run: Run) -> dict[str, Any]:
-    """What the digest of every stage with data depends on."""
-    return {"data": run.recipe.data.model_dump(mode="json"), "seed": run.recipe.seed, "bf16": run.bf16}
+    """What the digest of every stage with data depends on; local text by the names and sizes of its files too."""
+    files = local_files(run.corpus)
+    common = {"data": run.recipe.data.model_dump(mode="json"), "seed": run.recipe.seed, "bf16": run.bf16}
+    return {**common, "files": digest_of(files)} if files else common
 
 
 def task_settings(run: Run) -> dict[str, Any]:
