@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib
 
 from flashmorph.files import atomic_path
+from flashmorph.selection import DEFAULT_STRATEGY
 
 matplotlib.use("Agg")
 
@@ -16,7 +17,7 @@ _FLOOR = 1e-4
 
 
 def draw_regret(summary: dict[str, Any], path: Path) -> None:
-    """Regret against search FLOPs, one panel a budget, one line a strategy over its spends; a PNG.
+    """Regret against search FLOPs, one panel a budget, one line a strategy over its spends, the default's black; a PNG.
 
     Strategies that search nothing stand at the left edge as horizontal lines.
     """
@@ -24,6 +25,7 @@ def draw_regret(summary: dict[str, Any], path: Path) -> None:
     figure, panels = plt.subplots(1, len(budgets), figsize=(5 * len(budgets), 4.5), squeeze=False, sharey=True)
     strategies = sorted({row["strategy"] for row in summary["rows"]})
     colours = {name: plt.get_cmap("tab20")(place % 20) for place, name in enumerate(strategies)}
+    colours[DEFAULT_STRATEGY] = (0.0, 0.0, 0.0, 1.0)
     for panel, budget in zip(panels[0], budgets, strict=True):
         for name in strategies:
             rows = [row for row in summary["rows"] if (row["strategy"], row["budget"]) == (name, budget)]
