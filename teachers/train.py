@@ -3,14 +3,15 @@
     python teachers/train.py teachers/tiny.yaml --output tiny-first
     python teachers/train.py teachers/tiny_second.yaml --start tiny-first --output src/flashmorph/assets/tiny
     python teachers/train.py teachers/llama.yaml --start src/flashmorph/assets/tiny --output teachers/llama
+    python teachers/train.py teachers/twin_chains.yaml --start src/flashmorph/assets/tiny --output teachers/twin_chains
 
 Minutes on two cores without a GPU. The recipe: matrices by Muon, the rest by AdamW; lengths grow as answers become
 right; until `windows_until` of the steps only the `retrieval_layers` attend fully, the others to a short window, which
 makes retrieval emerge early and puts it into known layers (a *planted* teacher). With `twins` only one layer of each of
 those groups, drawn anew in each step, so that each can do its group's job alone; `copied_attention` starts a layer with
-the attention of another (`{3: 2}`: layer 3 with that of layer 2). Where `retrieval_layers` is empty, any layer is local in
-`local_share` of the steps, so that layers learn to stand in for each other (a *redundant* teacher); with a share of 0
-it is a *natural* one. With `shape: llama` the start's norms of queries and keys, which Llama lacks, are replaced by
+the attention of another (`{3: 2}`: layer 3 with that of layer 2). Where `retrieval_layers` is empty, any layer is local
+in `local_share` of the steps, so that layers learn to stand in for each other (a *redundant* teacher); with a share of
+0 it is a *natural* one. With `shape: llama` the start's norms of queries and keys, which Llama lacks, are replaced by
 what they do on average, and the training takes care of the rest.
 """
 
