@@ -114,7 +114,7 @@ def calibration(run: Run, rows: Rows) -> dict[str, torch.Tensor]:
 
 def common_settings(run: Run) -> dict[str, Any]:
     """What the digest of every stage with data depends on; local text by the names and sizes of its files too."""
-    files = local_files(run.corpus)
+    files = local_files(run.recipe.data.corpus)
     common = {"data": run.recipe.data.model_dump(mode="json"), "seed": run.recipe.seed, "bf16": run.bf16}
     return {**common, "files": digest_of(files)} if files else common
 
