@@ -41,8 +41,9 @@ def draw_regret(summary: dict[str, Any], path: Path) -> None:
         panel.xaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel(f"regret + {_FLOOR:g}, nats an answer token")
-    panels[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
+    named = dict(zip(*reversed(panels[0][-1].get_legend_handles_labels()), strict=True))
+    figure.legend(list(named.values()), list(named), fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 0.0))
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+        figure.savefig(temporary, dpi=150, format="png", bbox_inches="tight")
     plt.close(figure)
