@@ -11,6 +11,7 @@ from flashmorph.selection.measure import first_questions
 from flashmorph.selection.strategy import Objective
 
 START_QUESTIONS = 6
+"""Of a race for a place, where the plan that is there is defended. `race`, which defends none, asks more."""
 MOST_QUESTIONS = 64
 CONFIDENCE = 0.8
 """Small, since what leaves a race by mistake is nearly as good as what stays (docs/decisions/0020)."""
