@@ -77,7 +77,7 @@ def costs(layers: int, questions: int) -> list[dict]:
                 "settings": own_settings(name),
                 "sequences": sequences,
                 "backward_share": cost.tokens_backward / tokens,
-                "tokens_at": {name: sequences * length for name, length in PAPER_LENGTHS.items()},
+                "tokens_at": {context: sequences * length for context, length in PAPER_LENGTHS.items()},
             }
         )
     return rows

@@ -116,7 +116,8 @@ def search_tokens(recipe: Recipe) -> tuple[int | None, float]:
 
 def race_places(recipe: Recipe) -> int:
     """Places of the plan that are raced for when the steps of the search are done."""
-    return own_settings(recipe.select.strategy, recipe.select.settings).get("swaps", 0)
+    strategy = recipe.select.strategy
+    return own_settings(strategy, recipe.select.settings).get("swaps", 0) if strategy in FOLLOW_GRADIENTS else 0
 
 
 def _training_row(name: str, settings: TrainSettings, source: str, times: int) -> tuple[str, int, int, str]:

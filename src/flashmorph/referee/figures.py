@@ -42,8 +42,8 @@ def draw_regret(summary: dict[str, Any], path: Path) -> None:
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel(f"regret + {_FLOOR:g}, nats an answer token")
     figure.tight_layout()
-    named = dict(zip(*reversed(panels[0][-1].get_legend_handles_labels()), strict=True))
-    figure.legend(list(named.values()), list(named), fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 0.0))
+    lines, names = panels[0][-1].get_legend_handles_labels()
+    figure.legend(lines, names, fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 0.0))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png", bbox_inches="tight")
     plt.close(figure)
