@@ -1,0 +1,40 @@
+"""The special tokens around a text: what the tokenizer puts before it, and what ends an answer."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+_PROBE = "a"
+
+
+def before_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer puts before a text: `<s>` for Llama, none for Qwen.
+
+    For Llama, Mistral and Phi the first token is the attention sink, so every separately attended piece of text must
+    begin with it. What a tokenizer puts behind a text is left out, and so is a prefix space.
+    """
+    whole = list(tokenizer(_PROBE, verbose=False).input_ids)
+    bare = list(tokenizer(_PROBE, add_special_tokens=False, verbose=False).input_ids)
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start]
+    special = set(tokenizer.all_special_ids)
+    count = next((number for number, token in enumerate(whole) if token not in special), len(whole))
+    return whole[:count]
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase, *configs: Any) -> list[int]:
+    """The tokens after which a teacher has nothing more to say, sorted.
+
+    Those that its configurations (`config`, `generation_config`) name as `eos_token_id`, one or several, and the
+    tokenizer's own.
+    """
+    named = [tokenizer.eos_token_id, *(getattr(config, "eos_token_id", None) for config in configs if config)]
+    return sorted({int(token) for each in named for token in _several(each)})
+
+
+def _several(value: Any) -> Iterable[int]:
+    if value is None:
+        return []
+    return value if isinstance(value, list | tuple) else [value]
