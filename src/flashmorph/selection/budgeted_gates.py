@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from flashmorph.errors import UserError
-from flashmorph.plan import Budget, Space
+from flashmorph.plan import FULL, Budget, Space
 from flashmorph.selection.descend import Schedule, descend
 from flashmorph.selection.racing import improve_by_swaps
 from flashmorph.selection.strategy import Objective, Selection, group_scores
@@ -74,8 +74,8 @@ def _random_budgets(space: Space, budget: Budget, rng: np.random.Generator, step
     """A budget for each step, of the kind of `budget`."""
     if budget.resource in ("layers", "share"):
         return [Budget("layers", int(kept)) for kept in rng.integers(1, len(space.groups), size=steps)]
-    least = space.cost.min(1).sum() + (space.cost.max(1) - space.cost.min(1)).min()
-    limits = rng.uniform(least, space.cost.max(1).sum(), size=steps)
+    full, rest = space.cost[:, space.options.index(FULL)], space.cost.min(1)
+    limits = rng.uniform(rest.sum() + (full - rest).min(), full.sum(), size=steps)
     return [replace(budget, limit=float(limit)) for limit in limits]
 
 
