@@ -325,7 +325,9 @@ class Plan:
         if not isinstance(data, dict) or not isinstance(data.get("assignments"), dict):
             raise UserError(f'{path} is no plan: it needs "assignments", a mapping of layers to options')
         if data.get("version") != PLAN_VERSION:
-            raise UserError(f"{path} has plan version {quoted(data.get('version'))}; this flashmorph reads {PLAN_VERSION}")
+            raise UserError(
+                f"{path} has plan version {quoted(data.get('version'))}; this flashmorph reads {PLAN_VERSION}"
+            )
         try:
             read = _PlanFile.model_validate(data)
             return cls(**(dict(read) | {"budget": Budget.parse(read.budget)}))

@@ -8,15 +8,19 @@ forward passes only.
 """
 
 from dataclasses import replace
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 
-from flashmorph.errors import UserError
 from flashmorph.plan import FULL, Budget, Space
 from flashmorph.selection.descend import Schedule, descend
 from flashmorph.selection.racing import improve_by_swaps
-from flashmorph.selection.strategy import Objective, Selection, group_scores
+from flashmorph.selection.strategy import FinalRate, Objective, Rate, Selection, Steps, group_scores
+
+Noise = Annotated[float, Field(ge=0, le=1_000)]
+"""The scale of the Gumbel noise on the logits."""
 
 
 def budgeted_gates(
@@ -24,14 +28,14 @@ def budgeted_gates(
     budget: Budget,
     objective: Objective,
     seed: int,
-    steps: int = 24,
-    learning_rate: float = 0.1,
-    final_learning_rate: float = 0.1,
-    noise: float = 1.0,
-    final_noise: float = 0.2,
+    steps: Steps = 24,
+    learning_rate: Rate = 0.1,
+    final_learning_rate: FinalRate = 0.1,
+    noise: Noise = 1.0,
+    final_noise: Noise = 0.2,
     random_budget: bool = True,
     shared_moment: bool = True,
-    swaps: int = 2,
+    swaps: Annotated[int, Field(ge=0, le=1_000)] = 2,
 ) -> Selection:
     """Learn logits `[groups, options]` under the budget; the plan is the best one by the final logits.
 
@@ -42,10 +46,8 @@ def budgeted_gates(
     (`improve_by_swaps`; 0 for none), where full layers cost the same everywhere.
 
     Raises:
-        UserError: see `Space.limit`; or `swaps` is below 0.
+        UserError: see `Space.limit`.
     """
-    if swaps < 0:
-        raise UserError(f"swaps must be 0 or more places that are raced for; got {swaps}")
     space.limit(budget)
     rng = np.random.default_rng(seed)
     draws = rng.gumbel(size=(steps, *space.cost.shape))
