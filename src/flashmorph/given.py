@@ -21,7 +21,7 @@ _OTHER_HOST = {
 def given_plan(
     teacher: str, config: PreTrainedConfig, recipe: Recipe, path: Path | None, layers: str | None
 ) -> Plan | None:
-    """The plan in a file, or of these layers, for a teacher of this name and configuration; None where neither is given.
+    """The plan in a file, or of these layers, for a teacher of this name and configuration; None where none is given.
 
     Raises:
         UserError: both are given, the file is no plan, or see `require_fits`.

@@ -42,8 +42,8 @@ def check_recipe(config: PreTrainedConfig, recipe: Recipe) -> None:
     """What a teacher's configuration and a recipe alone tell.
 
     Raises:
-        UserError: a budget that leaves no choice or saves nothing, settings that the host or the strategy does not take,
-            or a context longer than the teacher's.
+        UserError: a budget that leaves no choice or saves nothing, settings that the host or the strategy does not
+            take, or a context longer than the teacher's.
     """
     host, own = configure(config, recipe.host)
     chosen, budget = recipe.select, Budget.parse(recipe.budget)

@@ -154,9 +154,9 @@ class Space:
     def best(self, scores: np.ndarray, budget: Budget) -> "Plan":
         """The plan of the largest summed score under the budget: the only place where scores become a plan.
 
-        Exact: a multiple-choice knapsack (`_knapsack`). A count of layers is spent exactly, bytes at most. Of plans with
-        the same sum the first one is taken, compared group by group from the first on in `order`: the lower layers stay
-        full, and the others get what `plan` gives them.
+        Exact: a multiple-choice knapsack (`_knapsack`). A count of layers is spent exactly, bytes at most. Of plans
+        with the same sum the first one is taken, compared group by group from the first on in `order`: the lower layers
+        stay full, and the others get what `plan` gives them.
 
         Raises:
             UserError: see `limit`.
@@ -324,13 +324,13 @@ class Plan:
         data = read_json(Path(path), unique=True)
         if not isinstance(data, dict) or not isinstance(data.get("assignments"), dict):
             raise UserError(f'{path} is no plan: it needs "assignments", a mapping of layers to options')
-        if data.get("version") != PLAN_VERSION:
-            raise UserError(
-                f"{path} has plan version {quoted(data.get('version'))}; this flashmorph reads {PLAN_VERSION}"
-            )
+        version = data.get("version")
+        if version != PLAN_VERSION:
+            raise UserError(f"{path} has plan version {quoted(version)}; this flashmorph reads {PLAN_VERSION}")
         try:
             read = _PlanFile.model_validate(data)
-            return cls(**(dict(read) | {"budget": Budget.parse(read.budget)}))
+            budget = Budget.parse(read.budget)
+            return cls(read.assignments, budget, read.strategy, read.seed, read.teacher, read.revision, read.scores)
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
             place = ".".join(str(part) for part in problem["loc"] if part != "[key]")

@@ -42,7 +42,7 @@ def read_yaml(text: str, name: str) -> Any:
     except RecursionError as error:
         raise UserError(f"{name} is not valid YAML: it is nested too deeply") from error
     except (yaml.YAMLError, ValueError) as error:  # A ValueError: a date or a number that cannot be.
-        raise UserError(f"{name} is not valid YAML: {_cut(str(error))}") from error
+        raise UserError(f"{name} is not valid YAML: {_cut(str(error).split(';')[0])}") from error
 
 
 def _cut(text: str) -> str:
@@ -51,8 +51,9 @@ def _cut(text: str) -> str:
 
 
 def sentence(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem with the settings of `model`, in words; an unknown key is told with the nearest known name."""
-    problem = error.errors(include_url=False)[0]
+    """A problem with the settings of `model`, in words; an unknown key is told with the nearest known name."""
+    # Where one value may be several things, what went furthest is what was meant.
+    problem = max(error.errors(include_url=False), key=lambda problem: len(problem["loc"]))
     path, owner = _place(problem["loc"], model)
     if problem["type"] == "extra_forbidden" and owner:
         parents = path[:-1]

@@ -59,5 +59,5 @@ def _in_words(schema: Mapping[str, Any]) -> str:
     words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "null"}
     bounds = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
     limits = [f"{word} {schema[name]:,}" for name, word in bounds.items() if name in schema]
-    kind = schema.get("type", "another value")
+    kind = str(schema.get("type", "another value"))
     return " ".join([words.get(kind, kind), " and ".join(limits)]).strip()

@@ -70,7 +70,7 @@ class Options:
 
     @property
     def kept_recipe(self) -> Path | None:
-        """The recipe of the first of `recipe_of` that has one; None where a recipe is given, or none of them has one."""
+        """The recipe of the first of `recipe_of` that has one; None where there is none, or a recipe is given."""
         from flashmorph.runfolder import RECIPE
 
         places = (place / RECIPE for place in self.recipe_of if not self.recipe)
@@ -108,9 +108,8 @@ def recipe_of(options: Options) -> Any:
     changes |= {key: value for key, value in given.items() if value is not None}
     if options.allow_repeat:
         changes["data.max_passes"] = None
-    return load_recipe(
-        options.recipe or options.kept_recipe or ("demo" if options.teacher in EMBEDDED else "default"), changes
-    )
+    shipped = "demo" if options.teacher in EMBEDDED else "default"
+    return load_recipe(options.recipe or options.kept_recipe or shipped, changes)
 
 
 def open_run(options: Options, keep_recipe: bool = True) -> Any:
