@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from flashmorph.errors import UserError
+from flashmorph.errors import UserError, quoted
 
 PART = ".part"
 """How the name of a file ends that is being written."""
@@ -48,18 +48,27 @@ def write_json(target: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON.
+def read_json(path: Path, unique: bool = False) -> Any:
+    """Read JSON; where keys must be `unique`, one that stands twice in an object is refused.
 
     Raises:
         UserError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once if unique else None)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {quoted(twice)} stands twice")
+    return values
 
 
 def weights_digest(folder: Path) -> str:

@@ -7,12 +7,12 @@ from transformers import PreTrainedConfig
 
 from flashmorph.corpus import shares_of
 from flashmorph.errors import UserError
-from flashmorph.hosts import configure
-from flashmorph.plan import Budget, Space
+from flashmorph.hosts import configure, layer_space
+from flashmorph.plan import Budget
 from flashmorph.recipe import Recipe
 from flashmorph.rows import require_template
 from flashmorph.selection import FOLLOW_GRADIENTS, SEARCH_NOTHING
-from flashmorph.selection.search import check_settings, own_settings
+from flashmorph.selection.search import check_search, own_settings
 from flashmorph.selection.searchdata import step_shape
 from flashmorph.stages import TrainSettings, logits_on_disk
 from flashmorph.teacher import Teacher, load_config
@@ -42,17 +42,12 @@ def check_recipe(config: PreTrainedConfig, recipe: Recipe) -> None:
     """What a teacher's configuration and a recipe alone tell.
 
     Raises:
-        UserError: a budget that leaves no choice, settings that the host or the strategy does not have, or a context
-            longer than the teacher's.
+        UserError: a budget that leaves no choice or saves nothing, settings that the host or the strategy does not
+            take, or a context longer than the teacher's.
     """
-    configure(config, recipe.host)
-    budget = Budget.parse(recipe.budget)
-    strategy = recipe.select.strategy
-    if strategy == "tolerance" and budget.resource != "loss":
-        raise UserError(f"strategy tolerance finds the number of full layers itself: give loss=1%, not {budget}")
-    if budget.resource not in ("kv", "loss") or strategy != "tolerance" and budget.resource == "loss":
-        Space.of_layers(config.num_hidden_layers).limit(budget)
-    check_settings(strategy, recipe.select.settings)
+    host, own = configure(config, recipe.host)
+    chosen, budget = recipe.select, Budget.parse(recipe.budget)
+    check_search(chosen.strategy, layer_space(host, own, budget), budget, chosen.search.questions, chosen.settings)
     longest = max(recipe.select.search.longest, recipe.evaluate.length)
     if longest > config.max_position_embeddings:
         raise UserError(

@@ -18,6 +18,7 @@ from flashmorph.card import model_card
 from flashmorph.errors import UserError
 from flashmorph.evaluation import RangeLosses, Score, evaluate
 from flashmorph.files import read_json, write_json
+from flashmorph.given import require_fits, space_of_run
 from flashmorph.hosts import cache_by_context, host_for, host_of, host_settings, layer_space
 from flashmorph.morphable import Morphable, attach, build
 from flashmorph.packing import how_apart
@@ -55,17 +56,17 @@ from flashmorph.stages import (
 from flashmorph.teacher import load_config, load_model
 
 
-def morph(run: Run, plan: Plan | None = None) -> Results:
+def morph(run: Run) -> Results:
     """The whole path: a hybrid of the teacher with its evidence, published into the run's folder.
-
-    With a `plan` nothing is selected.
 
     Raises:
         UserError: bad input, or a stage that cannot go on.
     """
+    if run.given:
+        require_fits(run.given, space_of_run(load_config(run.teacher.folder), run.recipe), "the plan")
     host = run_transplant(run)
     branches = run_align(run, host)
-    plan = plan or run_select(run, host, branches)
+    plan = run.given or run_select(run, host, branches)
     hybrid = finish(run, host, branches, plan, "")
     models = {"teacher": host, "hybrid_undistilled": hybrid["build"], "hybrid": hybrid["extend"]}
     if hybrid["extend"].name == "extend":

@@ -40,13 +40,14 @@ class Screen(Protocol):
 
 @dataclass
 class Run:
-    """One `flashmorph morph`: what goes in, where it goes, and what shows it."""
+    """One `flashmorph morph`: what goes in, where it goes, and what shows it. A `given` plan stands for a search."""
 
     teacher: Teacher
     recipe: Recipe
     folder: RunFolder
     device: torch.device
     screen: Screen
+    given: Plan | None = None
     done: dict[str, Stage] = field(default_factory=dict)
 
     @property

@@ -21,10 +21,12 @@ from filelock import FileLock, Timeout
 import flashmorph
 from flashmorph import ranks
 from flashmorph.errors import UserError
-from flashmorph.files import PART, read_json, write_json
+from flashmorph.files import PART, atomic_path, read_json, write_json
 
 MARKER = "flashmorph.json"
-_STAGES = "stages"
+RECIPE = "recipe.yaml"
+"""What the folder's stages were told: of what is published there, or else of the last command that made some."""
+STAGES = "stages"
 _PARTIAL = ".partial"
 _RECORD = "stage.json"
 
@@ -61,14 +63,14 @@ class RunFolder:
                 no run.
         """
         self.path = path
-        self._places = [place / _STAGES for place in (path, *others)]
+        self._places = [place / STAGES for place in (path, *others)]
         ranks.first(self._claim)
 
     def _claim(self) -> None:
         path = self.path
         for other in self._places[1:]:
             if not other.is_dir():
-                raise UserError(f"{other.parent} is no run of flashmorph's: it has no folder {_STAGES!r}")
+                raise UserError(f"{other.parent} is no run of flashmorph's: it has no folder {STAGES!r}")
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file; give a folder that is new, empty or a run of flashmorph's")
         if path.is_dir() and _holds_anything(path) and not (path / MARKER).is_file():
@@ -76,7 +78,7 @@ class RunFolder:
         if not (path / MARKER).is_file():
             write_json(path / MARKER, {"made_by": "flashmorph", "version": flashmorph.__version__, "last": {}})
         try:
-            (path / _STAGES).mkdir(exist_ok=True)
+            (path / STAGES).mkdir(exist_ok=True)
             (path / "data").mkdir(exist_ok=True)
             self._lock = FileLock(path / ".lock", timeout=0)
             self._lock.acquire()
@@ -95,6 +97,16 @@ class RunFolder:
     def data(self) -> Path:
         """Where tokenised rows are kept."""
         return self.path / "data"
+
+    def keep_recipe(self, text: str) -> None:
+        """Write the recipe of what is made here; what is published already keeps its own until it is published anew."""
+
+        def write() -> None:
+            if not (self.path / "results.json").is_file():
+                with atomic_path(self.path / RECIPE) as temporary:
+                    temporary.write_text(text, encoding="utf-8")
+
+        ranks.first(write)
 
     def find(self, name: str, settings: Any, inputs: list[str]) -> Stage | None:
         """The finished stage with these settings and inputs, here or in another run."""

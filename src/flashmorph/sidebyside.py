@@ -32,7 +32,8 @@ from flashmorph.judge import held_out, open_model
 from flashmorph.progress import Report
 from flashmorph.recipe import Recipe
 from flashmorph.rundata import open_questions
-from flashmorph.teacher import EMBEDDED, load_config, load_tokenizer, locate
+from flashmorph.runfolder import STAGES
+from flashmorph.teacher import load_config, load_tokenizer, locate
 
 
 class Screen(Protocol):
@@ -75,16 +76,14 @@ class Found:
     classes: TokenClasses | None = None
 
 
-def own_recipe(name: str) -> str | None:
-    """The recipe that a model came with: that of its run, or the embedded teachers' `demo`.
+def homes(names: Sequence[str]) -> tuple[Path, ...]:
+    """Where models come from: their folders, and of what a stage wrote the folder of its run.
 
     Raises:
         UserError: there is no such model.
     """
-    if name in EMBEDDED and not Path(name).is_dir():
-        return "demo"
-    path = locate(name)[0] / "recipe.yaml"
-    return str(path) if path.is_file() else None
+    folders = [locate(name)[0] for name in names]
+    return tuple(folder.parents[2] if folder.parts[-3:-2] == (STAGES,) else folder for folder in folders)
 
 
 def check(names: Sequence[str], longest: int) -> None:

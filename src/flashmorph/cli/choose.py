@@ -57,6 +57,8 @@ def select(
 ) -> None:
     """Choose the layers that stay full, on a run that is aligned; or see with --curve what each budget would give.
 
+    The run's own recipe is taken unless --recipe is given; what else is given changes it.
+
     Example: `flashmorph select tiny --from runs/demo --budget 3 --strategy greedy-forward --output plan.json`
 
     Example: `flashmorph select tiny --from runs/demo --curve --within 5% --output curve.json`
@@ -64,14 +66,22 @@ def select(
     from flashmorph import pipeline, ranks
 
     share = _share(within)
-    if recipe is None and _kept_recipe(source).is_file():
-        recipe = str(_kept_recipe(source))
     if max_plans is not None:
         changes = [*(changes or []), f"select.settings.max_plans={max_plans}"]
-    options = Options(teacher, source, recipe, budget, changes, strategy=strategy, device=device, json=as_json)
+    options = Options(
+        teacher,
+        source,
+        recipe,
+        budget,
+        changes,
+        strategy=strategy,
+        device=device,
+        json=as_json,
+        recipe_of=(source,),
+    )
     if not (source / "stages").is_dir():
         raise UserError(f"{source} is no run of flashmorph's: run `flashmorph align {teacher} --output {source}` first")
-    run = open_run(options)
+    run = open_run(options, keep_recipe=False)
     host = pipeline.run_transplant(run)
     branches = pipeline.run_align(run, host)
     if curve:
@@ -147,7 +157,3 @@ def _show_tolerance(run: Any, plan: Any) -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _kept_recipe(run: Path) -> Path:
-    return run / "recipe.yaml"

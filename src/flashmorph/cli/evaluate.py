@@ -1,6 +1,7 @@
 """The command that judges finished models, side by side."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +37,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Whose tasks, text and lengths: `demo`, `default`, `chat` or a YAML file. Default: that of "
-            "`--report`'s run, else the first model's own, else `demo`."
+            "`--report`'s run, else of the first model that came with one, else `demo`."
         ),
     ] = None,
     lengths: Annotated[
@@ -92,14 +93,16 @@ def evaluate(
     from flashmorph.evaluation.harness import Harness
     from flashmorph.report import keep, require_finished, write_report
     from flashmorph.screen import RichScreen
-    from flashmorph.sidebyside import Wanted, compare_models, own_recipe
-    from flashmorph.teacher import locate
+    from flashmorph.sidebyside import Wanted, compare_models, homes
+    from flashmorph.teacher import EMBEDDED, locate
 
     quiet()
     if report:
         require_finished(report)
-    chosen = recipe or (str(report / "recipe.yaml") if report else own_recipe(models[0]))
-    settings = recipe_of(Options("", Path(), chosen or "demo", None, changes, data))
+    options = Options("", Path(), recipe, None, changes, data, recipe_of=(report,) if report else homes(models))
+    kept = options.kept_recipe
+    chosen = recipe or kept or ("demo" if any(name in EMBEDDED for name in models) else None)
+    settings = recipe_of(replace(options, recipe=str(chosen or "demo")))
     if questions:
         settings = settings.model_copy(
             update={"evaluate": settings.evaluate.model_copy(update={"questions": questions})}
@@ -112,6 +115,8 @@ def evaluate(
         Harness(names("--tasks", tasks), {"max_seq_lengths": list(grid.lengths)} if grid else None) if tasks else None
     )
     wanted = Wanted(settings, grid, harness, tokens)
+    if kept:
+        RichScreen(ERR if as_json else OUT).say(f"recipe: {kept} (--recipe takes another)")
     figures = compare_models(models, wanted, pick_device(device), RichScreen(ERR))
     if report:
         keep(report, "evaluate", {"models": figures}, {name: locate(name)[0] for name in figures})

@@ -63,6 +63,18 @@ class Options:
     device: str = "auto"
     json: bool = False
     window: int | None = None
+    plan: Path | None = None
+    layers: str | None = None
+    recipe_of: tuple[Path, ...] = ()
+    """Runs or models; where no recipe is given, that of the first one that has one is taken."""
+
+    @property
+    def kept_recipe(self) -> Path | None:
+        """The recipe of the first of `recipe_of` that has one; None where there is none, or a recipe is given."""
+        from flashmorph.runfolder import RECIPE
+
+        places = (place / RECIPE for place in self.recipe_of if not self.recipe)
+        return next((path for path in places if path.is_file()), None)
 
 
 def quiet() -> None:
@@ -96,20 +108,25 @@ def recipe_of(options: Options) -> Any:
     changes |= {key: value for key, value in given.items() if value is not None}
     if options.allow_repeat:
         changes["data.max_passes"] = None
-    return load_recipe(options.recipe or ("demo" if options.teacher in EMBEDDED else "default"), changes)
+    shipped = "demo" if options.teacher in EMBEDDED else "default"
+    return load_recipe(options.recipe or options.kept_recipe or shipped, changes)
 
 
-def open_run(options: Options) -> Any:
-    """The run: recipe, teacher, device and folder, checked in this order, so that bad input harms nothing."""
+def open_run(options: Options, keep_recipe: bool = True) -> Any:
+    """The run: recipe, teacher, device, given plan and folder, checked in this order, so that bad input harms nothing.
+
+    Where the command makes a checkpoint or its branches, the folder is to `keep_recipe`.
+    """
     import atexit
 
     from flashmorph import ranks
     from flashmorph.devices import pick_device
+    from flashmorph.given import given_plan
     from flashmorph.outlook import check
     from flashmorph.run import Run
     from flashmorph.runfolder import RunFolder
     from flashmorph.screen import RichScreen
-    from flashmorph.teacher import open_teacher
+    from flashmorph.teacher import load_config, open_teacher
 
     quiet()
     device = ranks.join(pick_device(options.device))
@@ -119,12 +136,18 @@ def open_run(options: Options) -> Any:
     if teacher.note:
         screen.say(teacher.note)
     check(teacher, recipe, ranks.count())
+    given = given_plan(teacher.name, load_config(teacher.folder), recipe, options.plan, options.layers)
     if recipe.shard and not ranks.are_several():
         raise UserError("shard=true divides weights among processes, and there is one: start it with torchrun")
     if ranks.are_several():
         atexit.register(ranks.leave)
         screen.say(f"{ranks.count()} processes share the work, this one on {device}")
-    return Run(teacher, recipe, RunFolder(options.output, tuple(options.others or [])), device, screen)
+    if options.kept_recipe:
+        screen.say(f"recipe: {options.kept_recipe} (--recipe takes another)")
+    folder = RunFolder(options.output, tuple(options.others or []))
+    if keep_recipe:
+        folder.keep_recipe(recipe.to_yaml())
+    return Run(teacher, recipe, folder, device, screen, given)
 
 
 def numbers(option: str, text: str) -> list[int]:

@@ -1,7 +1,6 @@
 """The commands of the path: `morph`, and each of its stages."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -71,15 +70,16 @@ def morph(
         device,
         as_json,
         window,
+        plan,
+        layers,
     )
     if dry_run:
         _dry_run(options)
         return
     from flashmorph import pipeline
-    from flashmorph.given import given_plan
 
     run = open_run(options)
-    results = pipeline.morph(run, given_plan(run, plan, layers))
+    results = pipeline.morph(run)
     if as_json:
         print(json.dumps(results.to_dict(), indent=2))
         return
@@ -139,6 +139,7 @@ def align(
     teacher: TeacherArgument,
     output: OutputOption,
     recipe: RecipeOption = None,
+    window: WindowOption = None,
     data: DataOption = None,
     allow_repeat: RepeatOption = False,
     others: FromOption = None,
@@ -151,7 +152,7 @@ def align(
     """
     from flashmorph import pipeline
 
-    options = Options(teacher, output, recipe, None, changes, data, others, allow_repeat, device=device)
+    options = Options(teacher, output, recipe, None, changes, data, others, allow_repeat, device=device, window=window)
     run = open_run(options)
     pipeline.run_align(run, pipeline.run_transplant(run))
 
@@ -160,6 +161,7 @@ def _dry_run(options: Options) -> None:
     """Stages, tokens and data of a run that is not started."""
     from rich.table import Table
 
+    from flashmorph.given import given_plan
     from flashmorph.outlook import check, outlook
     from flashmorph.teacher import load_config, open_teacher
 
@@ -167,7 +169,9 @@ def _dry_run(options: Options) -> None:
     recipe = recipe_of(options)
     teacher = open_teacher(options.teacher)
     check(teacher, recipe)
-    rows = outlook(teacher.name, load_config(teacher.folder), recipe)
+    config = load_config(teacher.folder)
+    given_plan(teacher.name, config, recipe, options.plan, options.layers)
+    rows = outlook(teacher.name, config, recipe)
     if options.json:
         print(json.dumps(rows, indent=2))
         return
@@ -180,15 +184,14 @@ def _dry_run(options: Options) -> None:
     OUT.print(table)
 
 
-def _finish_until(last: str, options: Options, plan: Path | None, layers: str | None) -> None:
+def _finish_until(last: str, options: Options) -> None:
     """The path up to `build`, `distill` or `extend` for a plan that is given, or selected first."""
     from flashmorph import pipeline
-    from flashmorph.given import given_plan
 
     run = open_run(options)
     host = pipeline.run_transplant(run)
     branches = pipeline.run_align(run, host)
-    chosen = given_plan(run, plan, layers) or pipeline.run_select(run, host, branches)
+    chosen = run.given or pipeline.run_select(run, host, branches)
     stage = pipeline.run_build(run, host, branches, chosen, "")
     if last != "build":
         stage = pipeline.run_distill(run, host, stage, "")
@@ -208,14 +211,29 @@ def _stage_command(last: str, text: str) -> None:
         strategy: StrategyOption = None,
         plan: PlanOption = None,
         layers: LayersOption = None,
+        window: WindowOption = None,
         data: DataOption = None,
         allow_repeat: RepeatOption = False,
         others: FromOption = None,
         changes: SetOption = None,
         device: DeviceOption = "auto",
     ) -> None:
-        options = Options(teacher, output, recipe, budget, changes, data, others, allow_repeat, strategy, device=device)
-        _finish_until(last, options, plan, layers)
+        options = Options(
+            teacher,
+            output,
+            recipe,
+            budget,
+            changes,
+            data,
+            others,
+            allow_repeat,
+            strategy,
+            device=device,
+            window=window,
+            plan=plan,
+            layers=layers,
+        )
+        _finish_until(last, options)
 
     command.__doc__ = f"{text}\n\nExample: `flashmorph {last} tiny --output runs/tiny --layers 2,5`"
     app.command(last)(command)

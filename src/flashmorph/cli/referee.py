@@ -54,7 +54,8 @@ def compare(
 
     For every strategy, budget and seed: the plan, its rank among all plans (1: cannot be told from the best), its
     regret (mean loss minus the best plan's, before distillation), recall, and what the search cost. Finished cells are
-    kept, so the same command again goes on. Small teachers only: all plans are run.
+    kept, so the same command again goes on. Small teachers only: all plans are run. Without --recipe the recipe is that
+    of the first run in --from that has one.
 
     Example: `flashmorph compare tiny --output runs/referee --from runs/demo --budgets 1,2,3 --seeds 5`
     """
@@ -64,7 +65,11 @@ def compare(
     from flashmorph.referee.figures import draw_regret
     from flashmorph.referee.summary import summarise
 
-    run = open_run(Options(teacher, output, recipe, None, changes, data, others, device=device, json=as_json))
+    places = tuple(others or ())
+    options = Options(
+        teacher, output, recipe, None, changes, data, others, device=device, json=as_json, recipe_of=places
+    )
+    run = open_run(options, keep_recipe=False)
     try:
         shares = tuple(float(share) for share in spends.split(","))
     except ValueError as error:

@@ -11,7 +11,13 @@ from flashmorph.evaluation.grid import (
     ask_grid,
     make_questions,
 )
-from flashmorph.evaluation.intervals import mean_interval, paired_interval, ratio_interval, share_interval
+from flashmorph.evaluation.intervals import (
+    clustered_interval,
+    mean_interval,
+    paired_interval,
+    ratio_interval,
+    share_interval,
+)
 from flashmorph.evaluation.perplexity import RangeLosses, perplexity, text_losses
 from flashmorph.evaluation.recall import answer_scores, answers_right
 
@@ -28,6 +34,7 @@ __all__ = [
     "answer_scores",
     "answers_right",
     "ask_grid",
+    "clustered_interval",
     "evaluate",
     "make_questions",
     "mean_interval",

@@ -7,7 +7,7 @@ Granite's multipliers are 1, or the teacher's own where it is a Granite.
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -108,16 +108,14 @@ class GraniteHybridHost:
         if getattr(config, "mlp_bias", False):
             raise UserError(f"the teacher's MLP has biases (mlp_bias); {self.name} has none there")
 
-    def host_config(self, teacher: PreTrainedConfig, mamba_expand: int = 2) -> GraniteMoeHybridConfig:
+    def host_config(self, teacher: PreTrainedConfig, mamba_expand: Literal[1, 2] = 2) -> GraniteMoeHybridConfig:
         """Same shapes; Mamba heads are as wide as the attention's and fill `mamba_expand` times the hidden size.
 
         2 is Granite's own value and the only one that llama.cpp reads; 1 makes the linear layers smaller.
 
         Raises:
-            UserError: `mamba_expand` is neither, or the teacher's heads do not fit.
+            UserError: the teacher's heads do not fit.
         """
-        if mamba_expand not in (1, 2) or isinstance(mamba_expand, bool):
-            raise UserError(f"host.mamba_expand must be 1 or 2; got {mamba_expand!r}")
         head_dim, heads = head_dim_of(teacher), teacher.num_attention_heads
         inner = mamba_expand * teacher.hidden_size
         about = f"mamba_expand × hidden size = {mamba_expand} × {teacher.hidden_size:,}"

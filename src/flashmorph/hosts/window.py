@@ -6,9 +6,10 @@ Qwen2, Qwen3 and SmolLM3 stay in their own class; Llama and Mistral move into Mi
 
 import copy
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
+from pydantic import Field
 from torch import nn
 from transformers import (
     MinistralConfig,
@@ -63,15 +64,15 @@ class WindowHost:
             if getattr(config, name, False):
                 raise UserError(f"the teacher has biases ({name}); {self.name} has none")
 
-    def host_config(self, teacher: PreTrainedConfig, window: int = 0) -> PreTrainedConfig:
+    def host_config(self, teacher: PreTrainedConfig, window: Annotated[int, Field(ge=2)] = 0) -> PreTrainedConfig:
         """The teacher's own configuration, every layer full, and the window that layers may be switched to.
 
         Raises:
-            UserError: `window` is below 2 tokens or not below the teacher's longest context.
+            UserError: `window` is not below the teacher's longest context.
         """
         longest = teacher.max_position_embeddings
-        if not isinstance(window, int) or not 2 <= window < longest:
-            raise UserError(f"host.window must be a number of tokens from 2 to below {longest:,}; got {window!r}")
+        if not 2 <= window < longest:
+            raise UserError(f"host.window must be a number of tokens from 2 to below {longest:,}; got {window}")
         types = [self.options[FULL]] * teacher.num_hidden_layers
         if teacher.model_type == self.model_type:
             config = copy.deepcopy(teacher)
