@@ -41,7 +41,10 @@ def use_bf16(device: torch.device) -> bool:
 
 
 def usable_memory(device: torch.device, processes: int = 1) -> float:
-    """Bytes that one of so many processes on this machine may plan with; each has a GPU of its own, a CPU they share."""
+    """Bytes that one of so many processes on this machine may plan with.
+
+    Each has a GPU of its own; they share the memory of a CPU.
+    """
     return usable(total_memory(device), device.type) / (processes if device.type == "cpu" else 1)
 
 

@@ -78,10 +78,9 @@ def read_json(path: Path) -> Any:
 
 
 def weights_digest(folder: Path) -> str:
-    """Of a checkpoint's configuration and weights alone, so that another tokenizer or template leaves them as they are."""
-    return _digest_of_files(
-        folder, [folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.index.json")]
-    )
+    """Of a checkpoint's configuration and weights: with another tokenizer or template they are the same."""
+    weights = [path for pattern in ("*.safetensors", "*.index.json") for path in folder.glob(pattern)]
+    return _digest_of_files(folder, [folder / "config.json", *weights])
 
 
 def travelling_files(folder: Path) -> list[Path]:
@@ -105,13 +104,15 @@ def template_digest(folder: Path) -> str:
 
 @cache
 def content_digest(path: Path, size: int, changed: int, most: int) -> str:
-    """Of a file of `size` bytes, last `changed` then, which is read once: whole, or where it is longer than `most` bytes
-    as many of it, in blocks at equal distances."""
+    """Of a file of `size` bytes, last `changed` then; it is read once.
+
+    Of a file longer than `most` bytes so many are read, in blocks at equal distances.
+    """
     block = 1 << 16
     number = max(1, most // block)
-    starts = (
-        range(0, size, block) if size <= most else (place * (size - block) // number for place in range(number + 1))
-    )
+    starts = range(0, size, block)
+    if size > most:
+        starts = [place * (size - block) // number for place in range(number + 1)]
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as stream:
         for start in starts:

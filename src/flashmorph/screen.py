@@ -41,7 +41,7 @@ class RichScreen:
             yield report
 
     def done(self, stage: Stage, about: str, figures: str) -> None:
-        """One line: what, how it came out, how long it took; or that it was done before, and with which other versions."""
+        """One line: what, how it came out, how long it took, or with which other versions it was done before."""
         time = f"{stage.record['seconds']:.0f} s"
         if stage.reused:
             time = " with ".join(filter(None, ("done before", made_with(stage.record))))

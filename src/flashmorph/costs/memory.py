@@ -164,10 +164,8 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
         del stages["align"]
     settings = recipe.evaluate
     # In float32, in one process, which keeps the cache of all layers and one layer's inside.
-    inside = (
-        _FLOAT32 * sum(sizes.parts[name].widths + sizes.parts[name].expert_widths for name in (FULL, FEED_FORWARD))
-        + residual
-    )
+    layer = [sizes.parts[FULL], sizes.parts[FEED_FORWARD]]
+    inside = _FLOAT32 * sum(part.widths + part.expert_widths for part in layer) + residual
     stages["evaluate"] = Memory(
         [Share("the larger of host and hybrid", "4 · parameters", _FLOAT32 * max(host, hybrid), False), chunks],
         model.layers * _cache_per_token(model) + inside,

@@ -113,14 +113,9 @@ class Referee:
         branches = run_align(run, host)
         self._morphable = open_morphable(run, host, branches)
         search = run.recipe.select.search.model_dump(mode="json", exclude={"micro_batch_tokens"})
-        about = [
-            task_settings(run),
-            text_settings(run),
-            ends(run),
-            search,
-            run.recipe.distill.what_counts(tokens=False),
-        ]
-        self.context = digest_of([branches.digest, run.bf16, *about, settings.questions])
+        trained = run.recipe.distill.what_counts(tokens=False)
+        about = [task_settings(run), text_settings(run), ends(run), search, trained, settings.questions]
+        self.context = digest_of([branches.digest, run.bf16, *about])
         self._work = run.folder.path / "compare" / self.context
         self._run = run = replace(run, recipe=run.at_once(COMPARE, self._work))
         self._search = run.recipe.select.search.model_copy(update={"questions": settings.questions})

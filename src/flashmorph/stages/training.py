@@ -93,7 +93,8 @@ class TrainSettings(BaseModel):
 
     def division(self, processes: int) -> Division:
         """The step divided among so many processes, with the same micro-batches as in one: `micro_batch_tokens`, or
-        the whole batch (also for `auto`, until the device's memory is known: `costs/auto.py`). Only where there are fewer of them than processes do several processes hold one together.
+        the whole batch (also for `auto`, as long as `costs/auto.py` has not said what that is). Only where there are
+        fewer of them than processes do several processes hold one together.
 
         Raises:
             UserError: the rows of a step do not divide.
