@@ -106,6 +106,13 @@ class Corpus:
             for number, document in enumerate(islice(wanted, at.given, None), at.given + 1):
                 yield document, Place(at.reader, at.blocks, number)
 
+    def every(self) -> Iterator[Document]:
+        """One pass over the documents of all splits; see `read`."""
+        whole_files = self.source != DEMO and _reader_of(Path(self.source)) == "text"
+        for block, _ in self._blocks(0, Place()):
+            for row in block:
+                yield from (document for document in self._documents_in(row, whole_files) if document.text)
+
     def _blocks(self, seed: int, place: Place) -> Iterator[tuple[list[dict[str, Any]], Place]]:
         """Shuffled blocks of rows, each with its place; whatever a reader stumbles over becomes one sentence."""
         order = np.random.default_rng(seed)
@@ -196,6 +203,16 @@ class Mixture:
 def shares_of(corpus: Corpus | Mixture) -> Sequence[tuple[Corpus, float]]:
     """Each corpus with its share of the tokens."""
     return list(zip(corpus.parts, corpus.shares, strict=True)) if isinstance(corpus, Mixture) else [(corpus, 1.0)]
+
+
+def is_local(corpus: Corpus) -> bool:
+    """Whether its text is on this machine."""
+    return corpus.source == DEMO or Path(corpus.source).exists()
+
+
+def files_of(corpus: Corpus) -> list[Path]:
+    """The files that a local corpus is read from; none for the demo text."""
+    return [] if corpus.source == DEMO else _files(Path(corpus.source))
 
 
 def identity_of(corpus: Corpus | Mixture) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from flashmorph.corpus import shares_of
 from flashmorph.errors import UserError
+from flashmorph.fitting import require_within_limit
 from flashmorph.hosts import configure
 from flashmorph.plan import Budget, Space
 from flashmorph.recipe import Recipe
@@ -53,12 +54,7 @@ def check_recipe(config: PreTrainedConfig, recipe: Recipe) -> None:
     if budget.resource not in ("kv", "loss") or strategy != "tolerance" and budget.resource == "loss":
         Space.of_layers(config.num_hidden_layers).limit(budget)
     check_settings(strategy, recipe.select.settings)
-    longest = max(recipe.select.search.longest, recipe.evaluate.length)
-    if longest > config.max_position_embeddings:
-        raise UserError(
-            f"the recipe asks for contexts of {longest:,} tokens and the teacher's limit is "
-            f"{config.max_position_embeddings:,}: lower select.search.length and evaluate.length"
-        )
+    require_within_limit(recipe, config)
 
 
 def outlook(name: str, config: PreTrainedConfig, recipe: Recipe) -> list[dict[str, Any]]:

@@ -71,7 +71,7 @@ def select(
     options = Options(teacher, source, recipe, budget, changes, strategy=strategy, device=device, json=as_json)
     if not (source / "stages").is_dir():
         raise UserError(f"{source} is no run of flashmorph's: run `flashmorph align {teacher} --output {source}` first")
-    run = open_run(options)
+    run = open_run(options, ["align", "select"])
     host = pipeline.run_transplant(run)
     branches = pipeline.run_align(run, host)
     if curve:

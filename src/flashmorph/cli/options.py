@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,8 @@ from rich.console import Console
 from flashmorph.errors import UserError
 
 OUT, ERR = Console(), Console(stderr=True)
+EVERY_STAGE = ("align", "select", "distill", "extend", "evaluate")
+"""The stages of the path that read text or ask questions."""
 
 TeacherArgument = Annotated[
     str, typer.Argument(help="`tiny`, a local folder, or a model on the hub.", metavar="TEACHER")
@@ -99,17 +102,31 @@ def recipe_of(options: Options) -> Any:
     return load_recipe(options.recipe or ("demo" if options.teacher in EMBEDDED else "default"), changes)
 
 
-def open_run(options: Options) -> Any:
-    """The run: recipe, teacher, device and folder, checked in this order, so that bad input harms nothing."""
+def fitted(recipe: Any, config: Any, say: Callable[[str], None]) -> Any:
+    """The recipe with its contexts within the teacher's; what that changes is told in one line."""
+    from flashmorph.fitting import fit
+
+    recipe, told = fit(recipe, config)
+    if told:
+        say(told)
+    return recipe
+
+
+def open_run(options: Options, stages: Collection[str] = EVERY_STAGE) -> Any:
+    """The run: recipe, teacher, device and folder, checked in this order, so that bad input harms nothing.
+
+    `stages` are those that the command goes through.
+    """
     import atexit
 
     from flashmorph import ranks
     from flashmorph.devices import pick_device
     from flashmorph.outlook import check
+    from flashmorph.preflight import preflight
     from flashmorph.run import Run
     from flashmorph.runfolder import RunFolder
     from flashmorph.screen import RichScreen
-    from flashmorph.teacher import open_teacher
+    from flashmorph.teacher import load_config, open_teacher
 
     quiet()
     device = ranks.join(pick_device(options.device))
@@ -118,7 +135,11 @@ def open_run(options: Options) -> Any:
     teacher = ranks.first(lambda: open_teacher(options.teacher))
     if teacher.note:
         screen.say(teacher.note)
+    config = load_config(teacher.folder)
+    recipe = fitted(recipe, config, screen.say)
     check(teacher, recipe, ranks.count())
+    if tokenizer := teacher.tokenizer():
+        ranks.first(lambda: preflight(recipe, tokenizer, config, stages))
     if recipe.shard and not ranks.are_several():
         raise UserError("shard=true divides weights among processes, and there is one: start it with torchrun")
     if ranks.are_several():

@@ -9,6 +9,7 @@ import typer
 from flashmorph.cli.app import app
 from flashmorph.cli.options import (
     ERR,
+    EVERY_STAGE,
     OUT,
     BudgetOption,
     DataOption,
@@ -25,6 +26,7 @@ from flashmorph.cli.options import (
     StrategyOption,
     TeacherArgument,
     WindowOption,
+    fitted,
     open_run,
     quiet,
     recipe_of,
@@ -72,13 +74,14 @@ def morph(
         as_json,
         window,
     )
+    stages = [stage for stage in EVERY_STAGE if stage != "select" or not (plan or layers)]
     if dry_run:
-        _dry_run(options)
+        _dry_run(options, stages)
         return
     from flashmorph import pipeline
     from flashmorph.given import given_plan
 
-    run = open_run(options)
+    run = open_run(options, stages)
     results = pipeline.morph(run, given_plan(run, plan, layers))
     if as_json:
         print(json.dumps(results.to_dict(), indent=2))
@@ -152,22 +155,29 @@ def align(
     from flashmorph import pipeline
 
     options = Options(teacher, output, recipe, None, changes, data, others, allow_repeat, device=device)
-    run = open_run(options)
+    run = open_run(options, ["align"])
     pipeline.run_align(run, pipeline.run_transplant(run))
 
 
-def _dry_run(options: Options) -> None:
+def _dry_run(options: Options, stages: list[str]) -> None:
     """Stages, tokens and data of a run that is not started."""
     from rich.table import Table
 
     from flashmorph.outlook import check, outlook
+    from flashmorph.preflight import preflight
     from flashmorph.teacher import load_config, open_teacher
 
     quiet()
     recipe = recipe_of(options)
     teacher = open_teacher(options.teacher)
+    config = load_config(teacher.folder)
+    recipe = fitted(
+        recipe, config, lambda text: (ERR if options.json else OUT).print(text, highlight=False, soft_wrap=True)
+    )
     check(teacher, recipe)
-    rows = outlook(teacher.name, load_config(teacher.folder), recipe)
+    if tokenizer := teacher.tokenizer():
+        preflight(recipe, tokenizer, config, stages)
+    rows = outlook(teacher.name, config, recipe)
     if options.json:
         print(json.dumps(rows, indent=2))
         return
@@ -182,10 +192,12 @@ def _dry_run(options: Options) -> None:
 
 def _finish_until(last: str, options: Options, plan: Path | None, layers: str | None) -> None:
     """The path up to `build`, `distill` or `extend` for a plan that is given, or selected first."""
-    from flashmorph import pipeline
+    from flashmorph import pipeline, ranks
     from flashmorph.given import given_plan
+    from flashmorph.publish import bring
 
-    run = open_run(options)
+    stages = ["align", *([] if plan or layers else ["select"])]
+    run = open_run(options, [*stages, *{"build": [], "distill": ["distill"]}.get(last, ["distill", "extend"])])
     host = pipeline.run_transplant(run)
     branches = pipeline.run_align(run, host)
     chosen = given_plan(run, plan, layers) or pipeline.run_select(run, host, branches)
@@ -194,6 +206,9 @@ def _finish_until(last: str, options: Options, plan: Path | None, layers: str | 
         stage = pipeline.run_distill(run, host, stage, "")
     if last == "extend" and run.recipe.extend:
         stage = pipeline.run_extend(run, stage, "")
+    if stage.folder.is_relative_to(run.folder.path):
+        # Tokenizer and templates may have been edited since: they are no part of what the stage computed.
+        ranks.first(lambda: bring(run.teacher.folder, stage.folder / "model"))
     OUT.print(f"checkpoint: {stage.folder / 'model'}", highlight=False, soft_wrap=True)
 
 

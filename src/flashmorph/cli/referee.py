@@ -64,7 +64,10 @@ def compare(
     from flashmorph.referee.figures import draw_regret
     from flashmorph.referee.summary import summarise
 
-    run = open_run(Options(teacher, output, recipe, None, changes, data, others, device=device, json=as_json))
+    run = open_run(
+        Options(teacher, output, recipe, None, changes, data, others, device=device, json=as_json),
+        ["align", "select", "compare"],
+    )
     try:
         shares = tuple(float(share) for share in spends.split(","))
     except ValueError as error:

@@ -6,15 +6,13 @@ not depend on what else runs there. No result depends on it, so it is in no dige
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
-
-from pydantic import BaseModel
+from typing import Any, NamedTuple
 
 from flashmorph.costs.memory import Memory, stage_memory
 from flashmorph.costs.sizes import Sizes
 from flashmorph.costs.work import Model
 from flashmorph.files import read_json, write_json
-from flashmorph.recipe import Recipe
+from flashmorph.recipe import Recipe, setting, with_settings
 from flashmorph.selection import NEED_TRAINING
 
 AUTO = "auto"
@@ -49,7 +47,7 @@ class Choice(NamedTuple):
 
 def asked(recipe: Recipe, stage: str) -> list[str]:
     """The settings of a stage that are `auto`."""
-    return [key for key in _settings_of(recipe, stage) if _value(recipe, key) == AUTO]
+    return [key for key in _settings_of(recipe, stage) if setting(recipe, key) == AUTO]
 
 
 def choose(stage: str, recipe: Recipe, model: Model, sizes: Sizes, room: Room) -> Choice:
@@ -90,31 +88,12 @@ def resolved(
         kept |= {key: found.values[key] for key in missing if key in found.values}
         too_large = found.too_large
         write_json(folder / _FILE, kept)
-    return with_values(recipe, {key: kept[key] for key in asked(recipe, stage) if key in kept}), too_large
+    return with_settings(recipe, {key: kept[key] for key in asked(recipe, stage) if key in kept}), too_large
 
 
 def chosen(folder: Path) -> dict[str, Any]:
     """What was chosen for the stage in `folder`, by the names of the settings."""
     return read_json(folder / _FILE) if (folder / _FILE).exists() else {}
-
-
-def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
-    """The recipe with other values, by the names of their settings."""
-    for key, value in values.items():
-        recipe = cast(Recipe, _with(recipe, key, value))
-    return recipe
-
-
-def _with(settings: BaseModel, key: str, value: Any) -> BaseModel:
-    name, _, rest = key.partition(".")
-    return settings.model_copy(update={name: _with(getattr(settings, name), rest, value) if rest else value})
-
-
-def _value(recipe: Recipe, key: str) -> Any:
-    value: Any = recipe
-    for name in key.split("."):
-        value = getattr(value, name, None)
-    return value
 
 
 def _sections(recipe: Recipe, stage: str) -> list[str]:
@@ -144,10 +123,10 @@ def _of_training(
     values: dict[str, Any] = {}
 
     def within() -> int:
-        memory = stage_memory(model, sizes, with_values(recipe, values), room.processes, room.bf16)[name]
+        memory = stage_memory(model, sizes, with_settings(recipe, values), room.processes, room.bf16)[name]
         return memory.tokens_within(room.bytes, room.sharing)
 
-    if _value(recipe, again) == AUTO and name != "logits":
+    if setting(recipe, again) == AUTO and name != "logits":
         step = max(1, settings.batch_rows // room.processes) * length
         enough = step if number is None else min(step, _ENOUGH_TOKENS if number == AUTO else number)
         values[again] = False
@@ -165,7 +144,7 @@ def _of_search(recipe: Recipe, model: Model, sizes: Sizes, room: Room) -> tuple[
         return {}, True, stage_memory(model, sizes, recipe, room.processes, room.bf16)["select"]
     for rows in range(max(1, search.batch_tokens // search.longest), 0, -1):
         values = {key: rows * search.longest}
-        memory = stage_memory(model, sizes, with_values(recipe, values), room.processes, room.bf16)["select"]
+        memory = stage_memory(model, sizes, with_settings(recipe, values), room.processes, room.bf16)["select"]
         if memory.bytes(room.sharing) <= room.bytes:
             return values, True, memory
     return {key: search.longest}, False, memory

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedConfig
 
-from flashmorph.costs.auto import Room, choose, with_values
+from flashmorph.costs.auto import Room, choose
 from flashmorph.costs.gpus import Gpu
 from flashmorph.costs.memory import Memory, stage_memory
 from flashmorph.costs.sizes import Sizes, count_sizes
@@ -27,7 +27,7 @@ from flashmorph.errors import UserError
 from flashmorph.hosts import cache_bytes
 from flashmorph.outlook import check_recipe, outlook
 from flashmorph.plan import FULL, Budget
-from flashmorph.recipe import Recipe
+from flashmorph.recipe import Recipe, with_settings
 
 UTILISATION = 0.3
 """Share of a GPU's peak that hours assume unless told otherwise. An assumption: nothing here has measured it."""
@@ -161,11 +161,11 @@ def estimate(
     bf16 = recipe.bf16 is not False
     values = _at_once(recipe, model, sizes, gpu, num_gpus, bf16)
     memory = {
-        name: stage_memory(model, sizes, with_values(recipe, own_values), num_gpus, bf16).get(name)
+        name: stage_memory(model, sizes, with_settings(recipe, own_values), num_gpus, bf16).get(name)
         for name, own_values in values.items()
     }
     # Of the two stages that take the same rows, `distill` says how they are computed.
-    recipe = with_values(recipe, {key: value for each in values.values() for key, value in each.items()})
+    recipe = with_settings(recipe, {key: value for each in values.values() for key, value in each.items()})
     cache = {context: (cache_bytes(own, context), cache_bytes(hybrid, context)) for context in contexts}
     work = {
         "align": align_work(model, recipe),

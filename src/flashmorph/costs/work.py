@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedConfig
 
-from flashmorph.hosts import FEED_FORWARD, Host, Products, configure, layer_space
+from flashmorph.hosts import FEED_FORWARD, HOSTS, WINDOW_HOSTS, Host, Products, configure, host_of, layer_space
 from flashmorph.outlook import num_models, race_places, search_tokens
 from flashmorph.plan import FULL, Budget
 from flashmorph.recipe import Recipe
@@ -100,6 +100,20 @@ def model_of(config: PreTrainedConfig, recipe: Recipe) -> Model:
         return Model(host, own, 1)
     space = layer_space(host, own, budget)
     return Model(host, own, len(uniform(space, budget, None, recipe.seed).plan.full_groups))
+
+
+def model_in(config: PreTrainedConfig) -> Model:
+    """The host of a teacher's or of a hybrid's configuration, every layer full.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if config.model_type not in {host.model_type for host in (*HOSTS, *WINDOW_HOSTS)}:
+        host, config = configure(config)
+    else:
+        host = host_of(config)
+        config = host.with_layer_types(config, [FULL] * config.num_hidden_layers)
+    return Model(host, config, config.num_hidden_layers)
 
 
 def align_work(model: Model, recipe: Recipe) -> Work:
