@@ -171,9 +171,7 @@ def _dry_run(options: Options, stages: list[str]) -> None:
     recipe = recipe_of(options)
     teacher = open_teacher(options.teacher)
     config = load_config(teacher.folder)
-    recipe = fitted(
-        recipe, config, lambda text: (ERR if options.json else OUT).print(text, highlight=False, soft_wrap=True)
-    )
+    recipe = fitted(recipe, config, RichScreen(ERR if options.json else OUT).say)
     check(teacher, recipe)
     if tokenizer := teacher.tokenizer():
         preflight(recipe, tokenizer, config, stages)
