@@ -4,6 +4,7 @@ import glob
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 
 from flashmorph.chat import CHAT_COLUMNS, Message, messages_in, spoken
 from flashmorph.errors import UserError
+from flashmorph.files import content_digest
 from flashmorph.tasks.words import SPLITS
 
 DEMO = "demo"
@@ -22,6 +24,9 @@ _HELD_OUT_SHARES = {"validation": 0.05, "referee": 0.05, "test": 0.05}
 _BLOCK = 1_000
 _POOL_CHARACTERS = 8_000_000
 _LONG, _PIECE = 60_000, 20_000
+_FIRST_ROWS = 100
+_DIGESTED, _LEAST_DIGESTED = 1 << 28, 1 << 20
+"""Bytes that are read to know local text again: of all files together, and of each at least."""
 
 
 def split_of(text: str) -> str:
@@ -100,6 +105,13 @@ class Corpus:
             wanted = (document for document in texts if document.text and split_of(document.text) == split)
             for number, document in enumerate(islice(wanted, at.given, None), at.given + 1):
                 yield document, Place(at.reader, at.blocks, number)
+
+    def every(self) -> Iterator[Document]:
+        """One pass over the documents of all splits; see `read`."""
+        whole_files = self.source != DEMO and _reader_of(Path(self.source)) == "text"
+        for block, _ in self._blocks(0, Place()):
+            for row in block:
+                yield from (document for document in self._documents_in(row, whole_files) if document.text)
 
     def _blocks(self, seed: int, place: Place) -> Iterator[tuple[list[dict[str, Any]], Place]]:
         """Shuffled blocks of rows, each with its place; whatever a reader stumbles over becomes one sentence."""
@@ -193,10 +205,62 @@ def shares_of(corpus: Corpus | Mixture) -> Sequence[tuple[Corpus, float]]:
     return list(zip(corpus.parts, corpus.shares, strict=True)) if isinstance(corpus, Mixture) else [(corpus, 1.0)]
 
 
-def local_files(corpus: Corpus | Mixture) -> list[tuple[str, int]]:
-    """Name and size in bytes of every local file that a corpus is read from: none for the demo text or the hub."""
-    paths = [Path(part.source) for part, _ in shares_of(corpus) if part.source != DEMO]
-    return [(str(file), file.stat().st_size) for path in paths if path.exists() for file in _files(path)]
+def is_local(corpus: Corpus) -> bool:
+    """Whether its text is on this machine."""
+    return corpus.source == DEMO or Path(corpus.source).exists()
+
+
+def files_of(corpus: Corpus) -> list[Path]:
+    """The files that a local corpus is read from; none for the demo text."""
+    return [] if corpus.source == DEMO else _files(Path(corpus.source))
+
+
+def identity_of(corpus: Corpus | Mixture) -> list[dict[str, Any]]:
+    """What the text of a corpus depends on, as JSON values, part by part.
+
+    Local text is known by what is in its files and by their names, wherever they lie; a dataset by what names it.
+    """
+    return [{"share": share, **_identity(part)} for part, share in shares_of(corpus)]
+
+
+def _identity(part: Corpus) -> dict[str, Any]:
+    about: dict[str, Any] = {"source": part.source, "replies_only": part.replies_only}
+    path = Path(part.source)
+    if part.source == DEMO:
+        return about
+    if path.exists():
+        column = {} if _reader_of(path) == "text" else {"column": part.column}
+        return {**about, "source": "files", "files": _contents(path), **column}
+    return {**about, "config": part.config, "column": part.column, "split": part.split}
+
+
+def has_conversations(corpus: Corpus | Mixture) -> bool:
+    """Whether text is worded by the teacher's chat template: as the settings say, or the first rows of local files."""
+    return any(part.is_chat or _starts_with_chat(part, str(_identity(part))) for part, _ in shares_of(corpus))
+
+
+@cache
+def _starts_with_chat(part: Corpus, identity: str) -> bool:
+    """Whether local files that are what `identity` says begin with conversations."""
+    if part.source == DEMO or not Path(part.source).exists() or _reader_of(Path(part.source)) in (None, "text"):
+        return False
+    try:
+        rows = list(islice(part._open(), _FIRST_ROWS))
+    except Exception:
+        return False  # Whoever reads the text says why it cannot be read.
+    return any(messages_in(row.get(name)) for row in rows for name in (part.column, *CHAT_COLUMNS))
+
+
+def _contents(path: Path) -> list[tuple[str, int, str]]:
+    """Name, size and digest of every file of a local source."""
+    paths = _files(path)
+    most = max(_LEAST_DIGESTED, _DIGESTED // max(1, len(paths)))
+    found = []
+    for file in paths:
+        stat = file.stat()
+        name = str(file.relative_to(path)) if path.is_dir() else file.name
+        found.append((name, stat.st_size, content_digest(file, stat.st_size, stat.st_mtime_ns, most)))
+    return found
 
 
 def no_text(corpus: Corpus, split: str) -> UserError:

@@ -32,7 +32,8 @@ def _remedy(stage: str, recipe: Recipe) -> str:
     setting, tokens, row = asked
     if tokens > row:
         return f"lower {setting}, now {tokens}: --set {setting}={max(row, tokens // 2 // row * row)}"
-    others = [f"--set {stage}.activation_checkpointing=true"] if stage in ("distill", "extend") else []
+    keeps = stage in ("distill", "extend") and getattr(recipe, stage).activation_checkpointing is not True
+    others = [f"--set {stage}.activation_checkpointing=true"] if keeps else []
     if stage != "evaluate" and ranks.count() > 1 and not recipe.shard:
         others.append("--set shard=true")
     return f"{setting} is one row already, {row:,} tokens: {' or '.join([*others, 'shorter rows'])}"
@@ -48,6 +49,6 @@ def _tokens_at_once(stage: str, recipe: Recipe) -> tuple[str, int, int] | None:
         search = recipe.select.search
         return "select.search.micro_batch_tokens", search.rows_at_once * search.longest, search.longest
     if stage == "evaluate":
-        tokens, row = recipe.evaluate.batch_tokens, recipe.evaluate.length
+        tokens, row = recipe.evaluate.tokens_at_once, recipe.evaluate.length
         return "evaluate.batch_tokens", max(tokens, row), row
     return None

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from flashmorph.corpus import shares_of
 from flashmorph.errors import UserError
+from flashmorph.fitting import require_within_limit
 from flashmorph.hosts import configure, layer_space
 from flashmorph.plan import Budget
 from flashmorph.recipe import Recipe
@@ -48,12 +49,7 @@ def check_recipe(config: PreTrainedConfig, recipe: Recipe) -> None:
     host, own = configure(config, recipe.host)
     chosen, budget = recipe.select, Budget.parse(recipe.budget)
     check_search(chosen.strategy, layer_space(host, own, budget), budget, chosen.search.questions, chosen.settings)
-    longest = max(recipe.select.search.longest, recipe.evaluate.length)
-    if longest > config.max_position_embeddings:
-        raise UserError(
-            f"the recipe asks for contexts of {longest:,} tokens and the teacher's limit is "
-            f"{config.max_position_embeddings:,}: lower select.search.length and evaluate.length"
-        )
+    require_within_limit(recipe, config)
 
 
 def outlook(name: str, config: PreTrainedConfig, recipe: Recipe) -> list[dict[str, Any]]:

@@ -31,10 +31,13 @@ from flashmorph.rundata import (
     calibration,
     held_out_rows,
     open_questions,
-    row_settings,
-    select_settings,
-    task_settings,
     training_rows,
+)
+from flashmorph.rundigests import (
+    budget_settings,
+    evaluate_settings,
+    logit_settings,
+    select_settings,
     training_settings,
 )
 from flashmorph.runfolder import Stage
@@ -79,7 +82,8 @@ def morph(run: Run) -> Results:
 
     def leave_behind() -> None:
         folder, model = run.folder.path, hybrid["extend"].folder
-        publish(folder, model, plan, results.to_dict(), run.recipe, model_card(run, results))
+        card = model_card(run, results)
+        publish(folder, model, run.teacher.folder, plan, results.to_dict(), run.recipe, card)
         write_report(folder)
 
     ranks.first(leave_behind)
@@ -112,6 +116,7 @@ def run_align(run: Run, host: Stage) -> Stage:
         return run.stage("align", "nothing: a window has no weights", {}, [host.digest], _no_branches, alone=True)
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
+        settings = run.at_once("align", folder).align
         rows = training_rows(run, settings, "align", report)
         first = calibration(run, rows)
         start: list[float] = []
@@ -143,7 +148,8 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
         morphable = divided(run, lambda: open_morphable(run, host, branches), shard_morphable)
-        objective = open_objective(run, morphable, folder, report, needs=needs_of(chosen.strategy))
+        fitted = replace(run, recipe=run.at_once("select", folder))
+        objective = open_objective(fitted, morphable, folder, report, needs=needs_of(chosen.strategy))
         found = select(morphable, recipe.budget, chosen.strategy, objective, recipe.seed, **chosen.settings)
         if ranks.is_first():
             replace(found.plan, teacher=run.teacher.name, revision=run.teacher.revision).save(folder / "plan.json")
@@ -151,7 +157,7 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
         tokens = found.cost.tokens_forward + found.cost.tokens_backward
         return {"cost": found.cost.to_dict(), "tokens": tokens, "summary": found.plan.strip()}
 
-    wanted = {"budget": recipe.budget, **select_settings(run)}
+    wanted = {"budget": budget_settings(run), **select_settings(run)}
     stage = run.stage("select", f"{chosen.strategy}, budget {recipe.budget}", wanted, [branches.digest], work)
     return Plan.load(stage.folder / "plan.json")
 
@@ -183,6 +189,7 @@ def run_distill(run: Run, host: Stage, built: Stage, label: str) -> Stage:
     logits = run_logits(run, host, settings.teacher_logits.top_k) if settings.teacher_logits else None
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
+        settings = run.at_once("distill", folder).distill
         rows = training_rows(run, settings, "distill", report)
         student = divided(run, lambda: open_stage(run, built), shard_student)
         teacher = None if logits else divided(run, lambda: open_stage(run, host), shard_teacher)
@@ -201,6 +208,7 @@ def run_logits(run: Run, host: Stage, top_k: int) -> Stage:
     settings = run.recipe.distill
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
+        settings = run.at_once("logits", folder, alone=True).distill
         run.screen.say(f"logits: {logits_on_disk(settings, top_k)}, in {folder.parent}")
         rows = training_rows(run, settings, "distill", report)
         teacher = load_model(host.folder / "model", torch.float32, run.device)
@@ -208,7 +216,7 @@ def run_logits(run: Run, host: Stage, top_k: int) -> Stage:
         return {**_trained(run, settings), "summary": logits_on_disk(settings, top_k)}
 
     about = f"the teacher's {top_k:,} likeliest next tokens"
-    return run.stage("logits", about, {"top_k": top_k, **row_settings(run, settings)}, [host.digest], work, alone=True)
+    return run.stage("logits", about, logit_settings(run, settings, top_k), [host.digest], work, alone=True)
 
 
 def run_extend(run: Run, distilled: Stage, label: str) -> Stage:
@@ -217,6 +225,8 @@ def run_extend(run: Run, distilled: Stage, label: str) -> Stage:
     assert settings
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
+        settings = run.at_once("extend", folder).extend
+        assert settings
         rows = training_rows(run, settings, "extend", report)
         model = divided(run, lambda: open_stage(run, distilled), shard_student)
         extend(model, rows, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
@@ -229,10 +239,13 @@ def run_extend(run: Run, distilled: Stage, label: str) -> Stage:
 
 def run_evaluate(run: Run, label: str, model: Stage) -> Score:
     """Recall by generation, perplexity and cache of one model, on the test split."""
-    recipe, settings = run.recipe, run.recipe.evaluate
+    recipe = run.recipe
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
+        settings = run.at_once("evaluate", folder, alone=True).evaluate
         loaded = load_model(model.folder / "model", torch.float32, run.device)
+        # The stage's copy may be older than the teacher's file, which its answers end by.
+        loaded.generation_config = run.teacher.generation_config() or loaded.generation_config
         questions = open_questions(recipe, run.corpus, run.tokenizer)
         rows = max(1, settings.perplexity_tokens // settings.length)
         held_out = held_out_rows(run, "test", settings.length, rows)
@@ -243,8 +256,7 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
         summary = f"recall {100 * score.recall:.1f} %, perplexity {score.perplexity:.2f}"
         return {"perplexity": score.perplexity, "cache_bytes": score.cache_bytes, "summary": summary}
 
-    wanted = {"evaluate": settings.model_dump(mode="json"), **task_settings(run)}
-    stage = run.stage("evaluate", label, wanted, [model.digest], work, alone=True)
+    stage = run.stage("evaluate", label, evaluate_settings(run), [model.digest], work, alone=True)
     record, text = stage.record, stage.folder / "text.json"
     losses = RangeLosses(**read_json(text)) if text.exists() else None
     return Score(read_json(stage.folder / "right.json"), record["perplexity"], record["cache_bytes"], losses)

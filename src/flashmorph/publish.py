@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from flashmorph import ranks
 from flashmorph.errors import UserError
-from flashmorph.files import atomic_path, read_json, write_json
+from flashmorph.files import GENERATION, atomic_path, read_json, travelling_files, write_json
 from flashmorph.hosts import host_of
 from flashmorph.layerwise import transplant_checkpoint
 from flashmorph.plan import Plan
@@ -19,16 +19,6 @@ from flashmorph.progress import Report
 from flashmorph.recipe import Recipe
 from flashmorph.sharding import is_sharded, whole
 from flashmorph.teacher import Teacher
-
-_TRAVELS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-)
 
 
 def save_model(model: PreTrainedModel, folder: Path, origin: Path) -> None:
@@ -63,9 +53,24 @@ def complete(folder: Path, config: PreTrainedConfig, origin: Path) -> None:
     values = read_json(folder / "config.json")
     if (wanted := host_of(config).written(values)) != values:
         write_json(folder / "config.json", wanted)
-    for pattern in _TRAVELS:
-        for path in origin.glob(pattern):
-            shutil.copy2(path, folder / path.name)
+    bring(origin, folder)
+
+
+def bring(origin: Path, folder: Path) -> None:
+    """Make what travels with the weights in `folder` what it is in `origin`, each file whole.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    brought = {path.relative_to(origin): path for path in travelling_files(origin)}
+    for name, path in brought.items():
+        if not (folder / name).is_file() or (folder / name).read_bytes() != path.read_bytes():
+            with atomic_path(folder / name) as temporary:
+                shutil.copy2(path, temporary)
+    for path in travelling_files(folder):
+        # Without the teacher's, that which transformers writes says what config.json says.
+        if path.relative_to(folder) not in brought and path.name != GENERATION:
+            path.unlink()
 
 
 def write_host(
@@ -92,17 +97,23 @@ def write_host(
     return {**record, "summary": summary}
 
 
-def publish(folder: Path, model: Path, plan: Plan, results: dict[str, Any], recipe: Recipe, card: str) -> None:
+def publish(
+    folder: Path, model: Path, teacher: Path, plan: Plan, results: dict[str, Any], recipe: Recipe, card: str
+) -> None:
     """Make `folder` itself the checkpoint in `model`, with plan, results, recipe and card beside it.
 
-    Each file is replaced whole; what an earlier run published stays in its stage's folder.
+    Each file is replaced whole; what an earlier run published stays in its stage's folder. What travels with the
+    weights is the `teacher`'s as it is now: the stage may have been finished before it was edited.
 
     Raises:
         UserError: the place cannot be written.
     """
+    travelling = set(travelling_files(model / "model"))
     for path in sorted((model / "model").iterdir()):
-        with atomic_path(folder / path.name) as temporary:
-            shutil.copy2(path, temporary)
+        if path.is_file() and (path not in travelling or path.name == GENERATION):
+            with atomic_path(folder / path.name) as temporary:
+                shutil.copy2(path, temporary)
+    bring(teacher, folder)
     plan.save(folder / "plan.json")
     write_json(folder / "results.json", results)
     for name, text in (("recipe.yaml", recipe.to_yaml()), ("README.md", card)):

@@ -1,5 +1,6 @@
 """Everything that a run can be told, in one validated file. `demo`, `default` and `chat` are shipped."""
 
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +11,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -134,6 +136,13 @@ class Recipe(BaseModel):
         default=(), description="where the log of training goes besides log.jsonl"
     )
 
+    _given: frozenset[str] = PrivateAttr(default=frozenset())
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The settings that the user has set, by their names: in a file of their own, or one by one."""
+        return self._given
+
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -170,6 +179,22 @@ def load_recipe(source: str | Path, changes: dict[str, Any] | None = None) -> Re
     if not recipe.tasks:
         raise UserError(f"recipe {name} needs at least one task")
     assert recipe.style in STYLES
+    recipe._given = frozenset(_names(_nested(changes) if str(source) in SHIPPED else values))
+    return recipe
+
+
+def setting(recipe: BaseModel, key: str) -> Any:
+    """The value of a setting by its name, such as `align.tokens`; None inside of a group that is left out."""
+    value: Any = recipe
+    for name in key.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def with_settings(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+    """The recipe with other values, by the names of their settings."""
+    for key, value in values.items():
+        recipe = _with(recipe, key, value)
     return recipe
 
 
@@ -211,3 +236,23 @@ def _read(path: Path) -> str:
         raise UserError(f"recipe {path} is not UTF-8 text (byte {error.start:,})") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _with(settings: Any, key: str, value: Any) -> Any:
+    name, _, rest = key.partition(".")
+    return settings.model_copy(update={name: _with(getattr(settings, name), rest, value) if rest else value})
+
+
+def _nested(changes: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in changes.items():
+        _set(values, key, value)
+    return values
+
+
+def _names(values: dict[str, Any], before: str = "") -> Iterator[str]:
+    """The names of all values in nested groups."""
+    for name, value in values.items():
+        yield f"{before}{name}"
+        if isinstance(value, dict):
+            yield from _names(value, f"{before}{name}.")

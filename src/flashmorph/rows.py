@@ -239,11 +239,8 @@ class _Part:
 
     def _begin_pass(self) -> None:
         if self._passes == self._max_passes:
-            raise _TooLittle(
-                f"{self._corpus.source} is too small: it has about {self.made // self._passes:,} tokens for the split "
-                f"{self._split!r} and {self._needed:,} are needed, more than {self._max_passes} times that; give more "
-                "--data, fewer tokens, or --allow-repeat"
-            )
+            there = self.made // self._passes
+            raise _TooLittle(too_small(self._corpus, self._split, there, self._needed, self._max_passes))
         documents = self._corpus.read(self._split, self._seed + self._passes, self._place)
         self._documents = self._encoded(documents)
 
@@ -283,6 +280,14 @@ class _Part:
             f"{self._corpus.source}: the teacher's chat template takes none of the {self._unfit:,} conversations that "
             f"were tried: {self._reason}{way_out}"
         )
+
+
+def too_small(corpus: Corpus, split: str, there: int, needed: int, max_passes: int | None) -> str:
+    """What to say of a corpus that would have to be repeated too often; `there` and `needed` are tokens."""
+    return (
+        f"{corpus.source} is too small: it has about {there:,} tokens for the split {split!r} and {needed:,} are "
+        f"needed, more than {max_passes} times that; give more --data, fewer tokens, or --allow-repeat"
+    )
 
 
 def require_template(tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> None:

@@ -1,6 +1,6 @@
 """The rows and questions of a run: tokenised once into its data folder, the splits kept apart."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,17 +9,16 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from flashmorph import ranks
-from flashmorph.corpus import Corpus, Mixture, local_files
+from flashmorph.corpus import Corpus, Mixture
 from flashmorph.progress import Report
 from flashmorph.recipe import Recipe
 from flashmorph.rows import Rows, pack
 from flashmorph.run import Run
+from flashmorph.rundigests import row_settings, text_settings
 from flashmorph.runfolder import digest_of
-from flashmorph.selection import NEED_TRAINING
-from flashmorph.selection.search import own_settings
 from flashmorph.selection.searchdata import SearchData, SearchSettings
 from flashmorph.stages import TrainSettings, collate
-from flashmorph.tasks import STYLES, Example, Haystack, Layout, TaskSettings, make_example
+from flashmorph.tasks import STYLES, Example, Haystack, Layout, make_example
 
 
 def open_layout(recipe: Recipe, corpus: Corpus | Mixture, tokenizer: PreTrainedTokenizerBase, split: str) -> Layout:
@@ -63,12 +62,8 @@ def training_rows(run: Run, settings: TrainSettings, stage: str, report: Report)
 
 def _pack_training_rows(run: Run, settings: TrainSettings, stage: str, report: Report) -> Path:
     recipe = run.recipe
-    questions = round(settings.retrieval_share * settings.rows)
-    tasks = list(recipe.tasks.values()) if questions else []
-    wanted = {"train": [settings.length, settings.rows], **common_settings(run), "questions": [questions, recipe.style]}
-    wanted["documents"] = "marked"  # Rows of earlier versions do not tell where documents begin.
-    path = run.folder.data / f"{stage}-{digest_of([run.teacher.digest, wanted, plain(tasks)])}.npy"
-    others = _Questions(run, settings.length, questions)
+    path = run.folder.data / f"{stage}-{digest_of(row_settings(run, settings))}.npy"
+    others = _Questions(run, settings.length, settings.questions)
     passes = recipe.data.max_passes
     pack(run.corpus, run.tokenizer, "train", settings.length, settings.rows, recipe.seed, path, passes, report, others)
     return path
@@ -95,7 +90,7 @@ class _Questions(Sequence[list[int]]):
 
 def held_out_rows(run: Run, split: str, length: int, rows: int) -> Rows:
     """Text that no stage trains on, repeated where there is too little of it."""
-    path = run.folder.data / f"{split}-{digest_of([run.teacher.digest, length, rows, common_settings(run)])}.npy"
+    path = run.folder.data / f"{split}-{digest_of([length, rows, text_settings(run)])}.npy"
 
     def tokenise() -> None:
         pack(run.corpus, run.tokenizer, split, length, rows, run.recipe.seed, path, None)
@@ -110,51 +105,3 @@ def calibration(run: Run, rows: Rows) -> dict[str, torch.Tensor]:
     batch = collate([rows[row] for row in numbers], run.recipe.align.isolate_documents)
     batch.pop("loss_mask", None)  # Alignment has no targets.
     return batch
-
-
-def common_settings(run: Run) -> dict[str, Any]:
-    """What the digest of every stage with data depends on; local text by the names and sizes of its files too."""
-    files = local_files(run.recipe.data.corpus)
-    common = {"data": run.recipe.data.model_dump(mode="json"), "seed": run.recipe.seed, "bf16": run.bf16}
-    return {**common, "files": digest_of(files)} if files else common
-
-
-def task_settings(run: Run) -> dict[str, Any]:
-    """What the digest of a stage that asks questions depends on."""
-    return {"tasks": plain(run.recipe.tasks.values()), "style": run.recipe.style, **common_settings(run)}
-
-
-def select_settings(run: Run) -> dict[str, Any]:
-    """What the digest of a stage that searches depends on, the strategy's defaults written out."""
-    chosen = run.recipe.select
-    resolved = own_settings(chosen.strategy, chosen.settings)
-    select = {"strategy": chosen.strategy, "settings": resolved, "search": chosen.search.model_dump(mode="json")}
-    wanted = {"select": select, **task_settings(run)}
-    if chosen.strategy in NEED_TRAINING:
-        wanted["distill"] = _train_settings(run.recipe.distill)
-    return wanted
-
-
-def training_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
-    """What the digest of a stage that trains depends on."""
-    about = task_settings(run) if settings.retrieval_share else common_settings(run)
-    return {"train": _train_settings(settings), **about}
-
-
-def row_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
-    """What the digest of a stage depends on that only reads the rows of one that trains."""
-    about = task_settings(run) if settings.retrieval_share else common_settings(run)
-    names = ("length", "rows", "retrieval_share", "isolate_documents")
-    return {**{name: getattr(settings, name) for name in names}, **about}
-
-
-def _train_settings(settings: TrainSettings) -> dict[str, Any]:
-    """As JSON values. `isolate_documents` is left out where it is off: what was trained before there was such a setting
-    keeps its digest. What only trades time for memory is left out."""
-    left_out = {"activation_checkpointing", *(() if settings.isolate_documents else ("isolate_documents",))}
-    return settings.model_dump(mode="json", exclude=left_out)
-
-
-def plain(tasks: Iterable[TaskSettings]) -> list[dict[str, Any]]:
-    """Tasks as JSON values."""
-    return [task.model_dump(mode="json") for task in tasks]

@@ -22,6 +22,7 @@ import flashmorph
 from flashmorph import ranks
 from flashmorph.errors import UserError
 from flashmorph.files import PART, atomic_path, read_json, write_json
+from flashmorph.versions import versions
 
 MARKER = "flashmorph.json"
 RECIPE = "recipe.yaml"
@@ -43,7 +44,7 @@ def _holds_anything(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage's result: its folder, digest and record (settings, inputs, seconds, figures)."""
+    """One stage's result: its folder, digest and record (settings, inputs, versions, seconds, figures)."""
 
     name: str
     digest: str
@@ -153,6 +154,7 @@ class RunFolder:
 
         def finish() -> Stage:
             record = {"stage": name, "digest": digest, "settings": settings, "inputs": inputs, "seconds": seconds}
+            record["versions"] = versions()
             with _writing(partial):
                 write_json(partial / _RECORD, {**record, **figures})
                 shutil.rmtree(partial / "checkpoints", ignore_errors=True)

@@ -11,6 +11,10 @@ import numpy as np
 import torch
 
 from flashmorph.corpus import Corpus, Mixture
+from flashmorph.costs.auto import Room, asked, choose
+from flashmorph.costs.sizes import count_sizes
+from flashmorph.costs.work import model_in
+from flashmorph.devices import usable_memory
 from flashmorph.errors import UserError
 from flashmorph.evaluation import (
     ASKERS,
@@ -27,10 +31,11 @@ from flashmorph.evaluation import (
 )
 from flashmorph.evaluation.harness import Harness, HarnessFigure
 from flashmorph.evaluation.tokens import TokenClasses
+from flashmorph.fitting import fit
 from flashmorph.hosts import cache_by_context, require_known
 from flashmorph.judge import held_out, open_model
 from flashmorph.progress import Report
-from flashmorph.recipe import Recipe
+from flashmorph.recipe import Recipe, with_settings
 from flashmorph.rundata import open_questions
 from flashmorph.runfolder import STAGES
 from flashmorph.teacher import load_config, load_tokenizer, locate
@@ -84,6 +89,28 @@ def homes(names: Sequence[str]) -> tuple[Path, ...]:
     """
     folders = [locate(name)[0] for name in names]
     return tuple(folder.parents[2] if folder.parts[-3:-2] == (STAGES,) else folder for folder in folders)
+
+
+def fit_to_models(names: Sequence[str], recipe: Recipe, device: torch.device) -> tuple[Recipe, str]:
+    """The recipe with questions that every model takes, as many at once as fit for each; and a line on what was capped.
+
+    Raises:
+        UserError: no such model, or of a kind that is not known.
+    """
+    configs = [load_config(locate(name)[0]) for name in names]
+    for name, config in zip(names, configs, strict=True):
+        require_known(config, name)
+    shortest = min(configs, key=lambda config: config.max_position_embeddings)
+    recipe, told = fit(recipe, shortest, ["evaluate.length"])
+    if not asked(recipe, "evaluate"):
+        return recipe, told
+    models = [model_in(config) for config in configs]
+    room = Room(usable_memory(device))
+    every = [
+        choose("evaluate", recipe, model, count_sizes(model.host, model.config, model.config), room).values
+        for model in models
+    ]
+    return with_settings(recipe, {key: min(values[key] for values in every) for key in every[0]}), told
 
 
 def check(names: Sequence[str], longest: int) -> None:
@@ -144,7 +171,7 @@ def _judge(
         score = evaluate(model, tokenizer, questions, rows, recipe.evaluate, cache_by_context(model.config), report)
         found = Found(score, tokenizer.get_vocab())
         if wanted.tokens:
-            found.losses = text_losses(model, rows, recipe.evaluate.batch_tokens).double().numpy()
+            found.losses = text_losses(model, rows, recipe.evaluate.tokens_at_once).double().numpy()
             found.classes = classes or TokenClasses.of(rows, tokenizer)
     if grid:
         with screen.stage("evaluate", f"{name}: grid") as report:
@@ -152,7 +179,7 @@ def _judge(
     if wanted.harness:
         settings = recipe.evaluate
         with screen.stage("evaluate", f"{name}: lm-evaluation-harness"):
-            batch_size = max(1, settings.batch_tokens // settings.length)
+            batch_size = max(1, settings.tokens_at_once // settings.length)
             found.harness = wanted.harness.scores(model, tokenizer, locate(name)[0], batch_size)
     return found
 

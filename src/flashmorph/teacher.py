@@ -13,13 +13,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from flashmorph.errors import UserError
-from flashmorph.files import read_json, weights_digest
+from flashmorph.files import GENERATION, read_json, template_digest, tokenizer_digest, weights_digest
 from flashmorph.hosts import host_for, takes_with_windows
 
 EMBEDDED = ("tiny",)
@@ -30,13 +31,19 @@ _FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 @dataclass(frozen=True)
 class Teacher:
-    """A checkpoint on disk. `digest` covers its configuration and weights; `revision` is the hub's commit, if any."""
+    """A checkpoint on disk; `revision` is the hub's commit, if any.
+
+    `digest` covers its configuration and weights, `tokenizer_digest` what makes tokens of a text, `template_digest`
+    what makes a text of a conversation.
+    """
 
     name: str
     folder: Path
     digest: str
     revision: str
     note: str = ""
+    tokenizer_digest: str = ""
+    template_digest: str = ""
 
     def load(self, dtype: torch.dtype | str, device: torch.device | None = None) -> PreTrainedModel:
         """The model, in `dtype` on `device`.
@@ -54,6 +61,19 @@ class Teacher:
         """
         return load_tokenizer(self.folder)
 
+    def generation_config(self) -> GenerationConfig | None:
+        """How the teacher's authors generate, or None where they do not say.
+
+        Raises:
+            UserError: generation_config.json is damaged.
+        """
+        if not (self.folder / GENERATION).is_file():
+            return None
+        try:
+            return GenerationConfig.from_pretrained(self.folder)
+        except Exception as error:
+            raise UserError(f"{self.folder / GENERATION} cannot be read: {_first_line(error)}") from error
+
 
 def open_teacher(name: str) -> Teacher:
     """Find a teacher by name and check that it has an exact host, before any weight is read.
@@ -64,7 +84,8 @@ def open_teacher(name: str) -> Teacher:
     folder, revision, note = locate(name)
     _require_host(load_config(folder))
     require_safetensors(folder)
-    return Teacher(name, folder, weights_digest(folder), revision, note)
+    of_tokens, of_template = tokenizer_digest(folder), template_digest(folder)
+    return Teacher(name, folder, weights_digest(folder), revision, note, of_tokens, of_template)
 
 
 def locate(name: str) -> tuple[Path, str, str]:

@@ -81,7 +81,7 @@ def select(
     )
     if not (source / "stages").is_dir():
         raise UserError(f"{source} is no run of flashmorph's: run `flashmorph align {teacher} --output {source}` first")
-    run = open_run(options, keep_recipe=False)
+    run = open_run(options, ["align", "select"], keep_recipe=False)
     host = pipeline.run_transplant(run)
     branches = pipeline.run_align(run, host)
     if curve:

@@ -93,7 +93,7 @@ def evaluate(
     from flashmorph.evaluation.harness import Harness
     from flashmorph.report import keep, require_finished, write_report
     from flashmorph.screen import RichScreen
-    from flashmorph.sidebyside import Wanted, compare_models, homes
+    from flashmorph.sidebyside import Wanted, compare_models, fit_to_models, homes
     from flashmorph.teacher import EMBEDDED, locate
 
     quiet()
@@ -110,7 +110,10 @@ def evaluate(
     if style not in (None, *_STYLES):
         raise UserError(f"--style {style!r} must be {' or '.join(_STYLES)}")
     asked = style or ("lines" if chosen and settings.style == "lines" else "ruler")
-    grid = _grid_settings(lengths, depths, questions, asked, settings.evaluate.batch_tokens) if lengths else None
+    settings, told = fit_to_models(models, settings, pick_device(device))
+    if told:
+        RichScreen(ERR).say(told)
+    grid = _grid_settings(lengths, depths, questions, asked, settings.evaluate.tokens_at_once) if lengths else None
     harness = (
         Harness(names("--tasks", tasks), {"max_seq_lengths": list(grid.lengths)} if grid else None) if tasks else None
     )

@@ -8,6 +8,7 @@ import typer
 from flashmorph.cli.app import app
 from flashmorph.cli.options import (
     ERR,
+    EVERY_STAGE,
     OUT,
     BudgetOption,
     DataOption,
@@ -24,6 +25,7 @@ from flashmorph.cli.options import (
     StrategyOption,
     TeacherArgument,
     WindowOption,
+    fitted,
     open_run,
     quiet,
     recipe_of,
@@ -73,12 +75,13 @@ def morph(
         plan,
         layers,
     )
+    stages = [stage for stage in EVERY_STAGE if stage != "select" or not (plan or layers)]
     if dry_run:
-        _dry_run(options)
+        _dry_run(options, stages)
         return
     from flashmorph import pipeline
 
-    run = open_run(options)
+    run = open_run(options, stages)
     results = pipeline.morph(run)
     if as_json:
         print(json.dumps(results.to_dict(), indent=2))
@@ -153,24 +156,28 @@ def align(
     from flashmorph import pipeline
 
     options = Options(teacher, output, recipe, None, changes, data, others, allow_repeat, device=device, window=window)
-    run = open_run(options)
+    run = open_run(options, ["align"])
     pipeline.run_align(run, pipeline.run_transplant(run))
 
 
-def _dry_run(options: Options) -> None:
+def _dry_run(options: Options, stages: list[str]) -> None:
     """Stages, tokens and data of a run that is not started."""
     from rich.table import Table
 
     from flashmorph.given import given_plan
     from flashmorph.outlook import check, outlook
+    from flashmorph.preflight import preflight
     from flashmorph.teacher import load_config, open_teacher
 
     quiet()
     recipe = recipe_of(options)
     teacher = open_teacher(options.teacher)
-    check(teacher, recipe)
     config = load_config(teacher.folder)
+    recipe = fitted(recipe, config, RichScreen(ERR if options.json else OUT).say)
+    check(teacher, recipe)
     given_plan(teacher.name, config, recipe, options.plan, options.layers)
+    if tokenizer := teacher.tokenizer():
+        preflight(recipe, tokenizer, config, stages)
     rows = outlook(teacher.name, config, recipe)
     if options.json:
         print(json.dumps(rows, indent=2))
@@ -186,9 +193,11 @@ def _dry_run(options: Options) -> None:
 
 def _finish_until(last: str, options: Options) -> None:
     """The path up to `build`, `distill` or `extend` for a plan that is given, or selected first."""
-    from flashmorph import pipeline
+    from flashmorph import pipeline, ranks
+    from flashmorph.publish import bring
 
-    run = open_run(options)
+    stages = ["align", *([] if options.plan or options.layers else ["select"])]
+    run = open_run(options, [*stages, *{"build": [], "distill": ["distill"]}.get(last, ["distill", "extend"])])
     host = pipeline.run_transplant(run)
     branches = pipeline.run_align(run, host)
     chosen = run.given or pipeline.run_select(run, host, branches)
@@ -197,6 +206,9 @@ def _finish_until(last: str, options: Options) -> None:
         stage = pipeline.run_distill(run, host, stage, "")
     if last == "extend" and run.recipe.extend:
         stage = pipeline.run_extend(run, stage, "")
+    if stage.folder.is_relative_to(run.folder.path):
+        # Tokenizer and templates may have been edited since: they are no part of what the stage computed.
+        ranks.first(lambda: bring(run.teacher.folder, stage.folder / "model"))
     OUT.print(f"checkpoint: {stage.folder / 'model'}", highlight=False, soft_wrap=True)
 
 

@@ -69,7 +69,7 @@ def compare(
     options = Options(
         teacher, output, recipe, None, changes, data, others, device=device, json=as_json, recipe_of=places
     )
-    run = open_run(options, keep_recipe=False)
+    run = open_run(options, ["align", "select", "compare"], keep_recipe=False)
     try:
         shares = tuple(float(share) for share in spends.split(","))
     except ValueError as error:

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmorph.evaluation.intervals import paired_interval, share_interval
@@ -16,6 +16,8 @@ from flashmorph.progress import Report, silent
 from flashmorph.rows import Rows
 from flashmorph.tasks import Example
 
+_USUAL_TOKENS = 32_768
+
 
 class EvaluateSettings(BaseModel):
     """What is asked, and of how long a context."""
@@ -24,7 +26,14 @@ class EvaluateSettings(BaseModel):
     questions: int = Field(default=200, gt=0, description="questions a task")
     length: int = Field(default=4096, gt=1, description="context length in tokens")
     perplexity_tokens: int = Field(default=262_144, gt=1, description="held-out tokens that perplexity is measured on")
-    batch_tokens: int = Field(default=32_768, gt=0, description="tokens run at once")
+    batch_tokens: PositiveInt | Literal["auto"] = Field(
+        default="auto", description="tokens run at once; `auto`: from the device's memory"
+    )
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens run at once; a usual number while `auto` is not resolved (`costs/auto.py`)."""
+        return _USUAL_TOKENS if self.batch_tokens == "auto" else self.batch_tokens
 
 
 @dataclass(frozen=True)
@@ -79,9 +88,9 @@ def evaluate(
         report(done + step, total, **figures)
 
     for task, examples in questions.items():
-        right[task] = answers_right(model, tokenizer, examples, settings.batch_tokens, report_all)
+        right[task] = answers_right(model, tokenizer, examples, settings.tokens_at_once, report_all)
         done += len(examples)
-    losses = text_losses(model, rows, settings.batch_tokens, report_all)
+    losses = text_losses(model, rows, settings.tokens_at_once, report_all)
     return Score(right, perplexity(losses), cache_bytes or {}, RangeLosses.of(losses))
 
 

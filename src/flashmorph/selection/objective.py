@@ -181,7 +181,7 @@ class MorphableObjective:
                 self._asked.add(counted)
                 tokens = torch.empty(settings.steps * settings.batch_rows, settings.length, device="meta")
                 self._meter.count(tokens, forward=2, backward=1, weights=1)
-        key = key_of([about, settings.model_dump(mode="json", exclude={"activation_checkpointing"})])
+        key = key_of([about, settings.what_counts()])
         file = self._evaluations / f"{key}.distilled.json"
         found = kept(file, self._say)
         if found is None:
@@ -296,7 +296,7 @@ class MorphableObjective:
     def _mean_text_loss(self, run: Callable[[torch.Tensor], torch.Tensor], head: Head) -> float:
         """Mean next-token loss on the text rows of what `run(ids)` gives as last hidden states."""
         rows, found = self._text(), 0.0
-        parts = rows.split(max(1, self._data.settings.micro_batch_tokens // rows.shape[1]))
+        parts = rows.split(max(1, self._data.settings.tokens_at_once // rows.shape[1]))
         for together in ranks.rounds(parts):
             part, counts = together[ranks.rank()]
             ids = part.to(self._morphable.device)

@@ -5,7 +5,7 @@ The teacher runs beside the student, or what it says was written before (`teache
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer
@@ -31,7 +31,9 @@ class DistillSettings(TrainSettings):
     length: PositiveInt = 512
     batch_tokens: PositiveInt = 49_152
     learning_rate: PositiveFloat = 1e-4
-    activation_checkpointing: bool = Field(default=False, description="compute layers again instead of keeping them")
+    activation_checkpointing: bool | Literal["auto"] = Field(
+        default="auto", description="compute layers again instead of keeping them; `auto`: where memory asks for it"
+    )
     teacher_logits: LogitSettings | None = None
 
     @model_serializer(mode="wrap")
@@ -112,7 +114,7 @@ def distill(
     if teacher and student.config.vocab_size != teacher.config.vocab_size:
         sizes = student.config.vocab_size, teacher.config.vocab_size
         raise UserError(f"the student has {sizes[0]:,} tokens in its vocabulary and the teacher {sizes[1]:,}")
-    keep_activations(student.requires_grad_(True).train(), not settings.activation_checkpointing)
+    keep_activations(student.requires_grad_(True).train(), settings.activation_checkpointing is not True)
     loss = DistillationLoss(student, teacher.eval()) if teacher else StoredDistillationLoss(student)
     shard_loss(loss, student)
     train(loss, rows, settings, folder, seed, bf16, report, report_to=report_to)

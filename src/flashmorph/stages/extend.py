@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -27,7 +27,9 @@ class ExtendSettings(TrainSettings):
     length: PositiveInt = 16_384
     batch_tokens: PositiveInt = 2_097_152
     learning_rate: PositiveFloat = 1e-5
-    activation_checkpointing: bool = Field(default=False, description="compute layers again instead of keeping them")
+    activation_checkpointing: bool | Literal["auto"] = Field(
+        default="auto", description="compute layers again instead of keeping them; `auto`: where memory asks for it"
+    )
 
 
 class NextTokenLoss(nn.Module):
@@ -75,7 +77,7 @@ def extend(
         UserError: the loss is not finite, or the processes cannot share a step evenly.
     """
     mean = ranks.shared_mean(settings.division(ranks.count()).sharing)
-    keep_activations(model.requires_grad_(True).train(), not settings.activation_checkpointing)
+    keep_activations(model.requires_grad_(True).train(), settings.activation_checkpointing is not True)
     loss = NextTokenLoss(model, mean)
     shard_loss(loss, model)
     train(loss, rows, settings, folder, seed, bf16, report, report_to=report_to)

@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
@@ -25,6 +25,7 @@ from flashmorph.stages.trainer import StageTrainer
 from flashmorph.stages.watch import Watch
 
 _LOG = "log.jsonl"
+_NOT_IN_RESULTS = {"tokens", "batch_tokens", "micro_batch_tokens", "activation_checkpointing", "checkpoint_steps"}
 
 
 class Division(NamedTuple):
@@ -46,7 +47,9 @@ class TrainSettings(BaseModel):
     tokens: int = Field(gt=0, description="tokens to train on, in all")
     length: int = Field(gt=1, description="tokens in a row")
     batch_tokens: int = Field(gt=0, description="tokens in a step, over all devices")
-    micro_batch_tokens: int | None = Field(default=None, gt=0, description="tokens at once on one device")
+    micro_batch_tokens: PositiveInt | Literal["auto"] | None = Field(
+        default="auto", description="tokens at once on one device; `auto`: from its memory, null: a whole step"
+    )
     retrieval_share: float = Field(default=0.0, ge=0, le=1, description="share of rows that are retrieval questions")
     isolate_documents: bool = Field(default=True, description="documents in one row do not see each other")
     learning_rate: float = Field(gt=0)
@@ -75,9 +78,23 @@ class TrainSettings(BaseModel):
         """Tokens in all steps: `tokens` less what does not fill a step."""
         return self.rows * self.length
 
+    @property
+    def questions(self) -> int:
+        """Rows that are retrieval questions."""
+        return round(self.retrieval_share * self.rows)
+
+    def what_counts(self, tokens: bool = True) -> dict[str, Any]:
+        """What the result depends on, as JSON values, with or without how long is trained.
+
+        Left out is what only trades time for memory, and what a run may lose if it is killed.
+        """
+        shape = {"batch_rows": self.batch_rows, **({"steps": self.steps} if tokens else {})}
+        return {**self.model_dump(mode="json", exclude=_NOT_IN_RESULTS), **shape}
+
     def division(self, processes: int) -> Division:
         """The step divided among so many processes, with the same micro-batches as in one: `micro_batch_tokens`, or
-        the whole batch. Only where there are fewer of them than processes do several processes hold one together.
+        the whole batch (also for `auto`, as long as `costs/auto.py` has not said what that is). Only where there are
+        fewer of them than processes do several processes hold one together.
 
         Raises:
             UserError: the rows of a step do not divide.
@@ -91,7 +108,8 @@ class TrainSettings(BaseModel):
         )
 
     def _divided(self, batch_rows: int, processes: int) -> Division | None:
-        most = max(1, (self.micro_batch_tokens or batch_rows * self.length) // self.length)
+        at_once = self.micro_batch_tokens if isinstance(self.micro_batch_tokens, int) else batch_rows * self.length
+        most = max(1, at_once // self.length)
         batches = next(
             number for number in range(1, batch_rows + 1) if batch_rows % number == 0 and batch_rows // number <= most
         )
