@@ -66,6 +66,8 @@ def weights_digest(folder: Path) -> str:
     """Of a checkpoint's configuration, weights and tokenizer, so that a changed file is another model."""
     digest = hashlib.sha256()
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("tokenizer*.json")]):
+        if not path.is_file():
+            continue
         digest.update(path.name.encode())
         with path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

@@ -2,14 +2,16 @@
 
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from flashmorph import ranks
+from flashmorph.checkpoint import CONFIG, checkpoint_files, travelling_files
 from flashmorph.errors import UserError
 from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.hosts import host_of
@@ -18,17 +20,7 @@ from flashmorph.plan import Plan
 from flashmorph.progress import Report
 from flashmorph.recipe import Recipe
 from flashmorph.sharding import is_sharded, whole
-from flashmorph.teacher import Teacher
-
-_TRAVELS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-)
+from flashmorph.teacher import Teacher, load_config
 
 
 def save_model(model: PreTrainedModel, folder: Path, origin: Path) -> None:
@@ -39,7 +31,7 @@ def save_model(model: PreTrainedModel, folder: Path, origin: Path) -> None:
     Raises:
         UserError: the place cannot be written.
     """
-    dtype = AutoConfig.from_pretrained(origin, trust_remote_code=False).dtype or torch.float32
+    dtype = load_config(origin).dtype or torch.float32
     state = None
     if is_sharded(model):
         tied = model.all_tied_weights_keys or {}
@@ -63,27 +55,33 @@ def complete(folder: Path, config: PreTrainedConfig, origin: Path) -> None:
     values = read_json(folder / "config.json")
     if (wanted := host_of(config).written(values)) != values:
         write_json(folder / "config.json", wanted)
-    for pattern in _TRAVELS:
-        for path in origin.glob(pattern):
-            shutil.copy2(path, folder / path.name)
+    for path in travelling_files(origin):
+        copy = folder / path.relative_to(origin)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy2(path, copy)
 
 
 def write_host(
-    teacher: Teacher, folder: Path, settings: Mapping[str, Any], device: torch.device, report: Report
+    teacher: Teacher,
+    folder: Path,
+    settings: Mapping[str, Any],
+    device: torch.device,
+    report: Report,
+    allow_unused: bool = False,
 ) -> dict[str, Any]:
     """Write the host in the teacher's own dtype into `folder`; what the move was proven by, and a `summary`.
 
-    `settings` are the host's own.
+    `settings` are the host's own. `notices` in the result are about weights that are stored and were left out.
 
     Raises:
         UserError: see `flashmorph.layerwise.transplant_checkpoint`; or `folder` cannot be written.
     """
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        config, moved = transplant_checkpoint(teacher.folder, temporary, settings, device, report)
+        config, moved = transplant_checkpoint(teacher.folder, temporary, settings, device, report, allow_unused)
         complete(temporary, config, teacher.folder)
     proof, parts = moved.proof, {name: part.to_dict() for name, part in moved.parts.items()}
-    record: dict[str, Any] = {"proof": proof.to_dict(), "proof_of_parts": parts}
+    record: dict[str, Any] = {"proof": proof.to_dict(), "proof_of_parts": parts, "notices": list(moved.notices)}
     summary = f"logits differ by at most {proof.difference:.1e} (allowed: {proof.tolerance:.1e})"
     if moved.rounding is not None:
         record["rounding"] = moved.rounding
@@ -93,21 +91,41 @@ def write_host(
 
 
 def publish(folder: Path, model: Path, plan: Plan, results: dict[str, Any], recipe: Recipe, card: str) -> None:
-    """Make `folder` itself the checkpoint in `model`, with plan, results, recipe and card beside it.
+    """Make `folder` itself the checkpoint of the stage in `model`, with plan, results, recipe and card beside it.
 
-    Each file is replaced whole; what an earlier run published stays in its stage's folder.
+    What an earlier run published stays in its stage's folder, and nowhere else: see `replace_checkpoint`.
 
     Raises:
         UserError: the place cannot be written.
     """
-    for path in sorted((model / "model").iterdir()):
-        with atomic_path(folder / path.name) as temporary:
-            shutil.copy2(path, temporary)
+    replace_checkpoint(folder, model / "model")
     plan.save(folder / "plan.json")
     write_json(folder / "results.json", results)
     for name, text in (("recipe.yaml", recipe.to_yaml()), ("README.md", card)):
         with atomic_path(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def replace_checkpoint(folder: Path, source: Path) -> None:
+    """Make the checkpoint in `folder` that in `source`: its files, and no others that would be opened with them.
+
+    Everything is copied before anything changes. Then files take their places, weights first; what is left of an
+    earlier checkpoint goes, such as a single file that would be opened instead of several; and at last config.json is
+    replaced, so that until all of the new one is there the old one is opened. Files of other kinds are not touched.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    names = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
+    weights_last = sorted(names - {Path(CONFIG)}, key=lambda name: name.suffix == ".safetensors")
+    with atomic_path(folder / CONFIG) as config:
+        shutil.copy2(source / CONFIG, config)
+        with ExitStack() as stack:  # Left in reverse order.
+            for name in weights_last:
+                shutil.copy2(source / name, stack.enter_context(atomic_path(folder / name)))
+        for path in checkpoint_files(folder):
+            if path.relative_to(folder) not in names:
+                path.unlink()
 
 
 def claim_empty(folder: Path) -> None:

@@ -40,13 +40,17 @@ class Screen(Protocol):
 
 @dataclass
 class Run:
-    """One `flashmorph morph`: what goes in, where it goes, and what shows it."""
+    """One `flashmorph morph`: what goes in, where it goes, and what shows it.
+
+    With `allow_unused` weights that are stored in the teacher and not used are told, not refused.
+    """
 
     teacher: Teacher
     recipe: Recipe
     folder: RunFolder
     device: torch.device
     screen: Screen
+    allow_unused: bool = False
     done: dict[str, Stage] = field(default_factory=dict)
 
     @property

@@ -17,6 +17,7 @@ from flashmorph.cli.options import (
     JsonOption,
     Options,
     SetOption,
+    UnusedOption,
     names,
     numbers,
     quiet,
@@ -77,6 +78,7 @@ def evaluate(
     ] = None,
     data: DataOption = None,
     changes: SetOption = None,
+    allow_unused: UnusedOption = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -111,7 +113,7 @@ def evaluate(
     harness = (
         Harness(names("--tasks", tasks), {"max_seq_lengths": list(grid.lengths)} if grid else None) if tasks else None
     )
-    wanted = Wanted(settings, grid, harness, tokens)
+    wanted = Wanted(settings, grid, harness, tokens, allow_unused)
     figures = compare_models(models, wanted, pick_device(device), RichScreen(ERR))
     if report:
         keep(report, "evaluate", {"models": figures}, {name: locate(name)[0] for name in figures})

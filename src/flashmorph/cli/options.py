@@ -32,6 +32,10 @@ DataOption = Annotated[
 ]
 FromOption = Annotated[list[Path] | None, typer.Option("--from", help="Another run whose finished stages may be used.")]
 RepeatOption = Annotated[bool, typer.Option("--allow-repeat", help="Let stages repeat the text more than 4 times.")]
+UnusedOption = Annotated[
+    bool,
+    typer.Option("--allow-unused", help="Go on where stored weights are not used as they are stored, and say which."),
+]
 StrategyOption = Annotated[str | None, typer.Option(help="How layers are chosen.")]
 PlanOption = Annotated[Path | None, typer.Option(help="Build this plan instead of selecting one.")]
 LayersOption = Annotated[str | None, typer.Option(help="Keep these layers full instead of selecting: `1,2,6`.")]
@@ -63,6 +67,7 @@ class Options:
     device: str = "auto"
     json: bool = False
     window: int | None = None
+    allow_unused: bool = False
 
 
 def quiet() -> None:
@@ -124,7 +129,8 @@ def open_run(options: Options) -> Any:
     if ranks.are_several():
         atexit.register(ranks.leave)
         screen.say(f"{ranks.count()} processes share the work, this one on {device}")
-    return Run(teacher, recipe, RunFolder(options.output, tuple(options.others or [])), device, screen)
+    folder = RunFolder(options.output, tuple(options.others or []))
+    return Run(teacher, recipe, folder, device, screen, options.allow_unused)
 
 
 def numbers(option: str, text: str) -> list[int]:

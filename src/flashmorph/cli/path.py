@@ -24,6 +24,7 @@ from flashmorph.cli.options import (
     SetOption,
     StrategyOption,
     TeacherArgument,
+    UnusedOption,
     WindowOption,
     open_run,
     quiet,
@@ -45,6 +46,7 @@ def morph(
     baseline: Annotated[str | None, typer.Option(help="`uniform`: train the uniform layout as well.")] = None,
     data: DataOption = None,
     allow_repeat: RepeatOption = False,
+    allow_unused: UnusedOption = False,
     others: FromOption = None,
     changes: SetOption = None,
     device: DeviceOption = "auto",
@@ -71,6 +73,7 @@ def morph(
         device,
         as_json,
         window,
+        allow_unused,
     )
     if dry_run:
         _dry_run(options)
@@ -99,7 +102,11 @@ def morph(
 
 @app.command()
 def transplant(
-    teacher: TeacherArgument, output: OutputOption, changes: SetOption = None, device: DeviceOption = "auto"
+    teacher: TeacherArgument,
+    output: OutputOption,
+    changes: SetOption = None,
+    allow_unused: UnusedOption = False,
+    device: DeviceOption = "auto",
 ) -> None:
     """Move a teacher into its host, all layers full, with the same logits; nothing else.
 
@@ -126,7 +133,9 @@ def transplant(
     with ERR.status(f"moving {teacher}"):
         if output.is_dir():
             output.rmdir()
-        record = write_host(source, output, settings, pick_device(device), silent)
+        record = write_host(source, output, settings, pick_device(device), silent, allow_unused)
+    for notice in filter(None, (source.note, *record["notices"])):
+        ERR.print(notice, highlight=False, soft_wrap=True)
     OUT.print(
         f"{output}: {host.name}, all {config.num_hidden_layers} layers full; {record['summary']}",
         highlight=False,
@@ -141,6 +150,7 @@ def align(
     recipe: RecipeOption = None,
     data: DataOption = None,
     allow_repeat: RepeatOption = False,
+    allow_unused: UnusedOption = False,
     others: FromOption = None,
     changes: SetOption = None,
     device: DeviceOption = "auto",
@@ -151,7 +161,9 @@ def align(
     """
     from flashmorph import pipeline
 
-    options = Options(teacher, output, recipe, None, changes, data, others, allow_repeat, device=device)
+    options = Options(
+        teacher, output, recipe, None, changes, data, others, allow_repeat, device=device, allow_unused=allow_unused
+    )
     run = open_run(options)
     pipeline.run_align(run, pipeline.run_transplant(run))
 
@@ -210,11 +222,24 @@ def _stage_command(last: str, text: str) -> None:
         layers: LayersOption = None,
         data: DataOption = None,
         allow_repeat: RepeatOption = False,
+        allow_unused: UnusedOption = False,
         others: FromOption = None,
         changes: SetOption = None,
         device: DeviceOption = "auto",
     ) -> None:
-        options = Options(teacher, output, recipe, budget, changes, data, others, allow_repeat, strategy, device=device)
+        options = Options(
+            teacher,
+            output,
+            recipe,
+            budget,
+            changes,
+            data,
+            others,
+            allow_repeat,
+            strategy,
+            device=device,
+            allow_unused=allow_unused,
+        )
         _finish_until(last, options, plan, layers)
 
     command.__doc__ = f"{text}\n\nExample: `flashmorph {last} tiny --output runs/tiny --layers 2,5`"
