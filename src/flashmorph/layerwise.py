@@ -26,7 +26,7 @@ from flashmorph.move import Proof, in_float64, probe, require_finite
 from flashmorph.progress import Report, silent
 from flashmorph.shards import ShardReader, ShardWriter
 from flashmorph.stored import take_stock
-from flashmorph.teacher import without_weights, load_config, require_one_head, unreadable
+from flashmorph.teacher import load_config, require_one_head, unreadable, without_weights
 
 _EMBEDDING = "model.embed_tokens."
 _HEAD = "lm_head."

@@ -65,13 +65,13 @@ def take_stock(model: PreTrainedModel, stored: Mapping[str, str], folder: Path, 
         raise incomplete(folder, missing)
     used = {_part_of(name) for name in (*model.state_dict(), *taken)}
     inside = [name for name in left if _is_inside(name, used)]
-    whole = [name for name in left if name not in set(inside)]
+    whole = sorted(set(left) - set(inside))
     notices = [ignored_adapter(folder)]
     notices += _refuse_dtypes(folder, {name: stored[name] for name in (*taken, *inside)}, allow_unused)
     notices += _refuse_names(folder, inside, type(model).__name__, allow_unused)
     if whole:
         notices.append(
-            f"{folder} holds {len(whole)} weights of parts that {type(model).__name__} does not have, {whole[0]} first: "
+            f"{folder} has {len(whole)} weights of parts that {type(model).__name__} does not have, {whole[0]} first; "
             "they are left out"
         )
     return Stock(taken, tuple(filter(None, notices)))
@@ -82,9 +82,7 @@ def incomplete(folder: Path, missing: list[str]) -> UserError:
     return UserError(f"{folder} lacks {len(missing)} weights, {missing[0]} first: the checkpoint is incomplete")
 
 
-def _follow(
-    model: PreTrainedModel, stored: Iterable[str], folder: Path
-) -> tuple[dict[str, str], set[str], list[str]]:
+def _follow(model: PreTrainedModel, stored: Iterable[str], folder: Path) -> tuple[dict[str, str], set[str], list[str]]:
     """Which weight of the model each stored one goes into, all that are filled, and the stored ones that are left.
 
     A weight that is divided when it is loaded goes into several; the first stands for them.

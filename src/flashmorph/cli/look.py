@@ -59,6 +59,7 @@ def hosts(as_json: JsonOption = False) -> None:
         for engine in host["serves"]:
             needs = f"needs {engine['needs']}" if engine["needs"] else ""
             about = "; ".join(part for part in (engine["known"], engine["takes"], needs) if part)
+            about += f". {engine['otherwise']}" if engine["otherwise"] else ""
             rows.append(("served by", f"{engine['name']} {engine['version']}", about))
         _print_table(host["host"] + (", with --window" if "window" in host["settings"] else ""), rows)
     _print_table("no exact host", list(found["refused"].items()))

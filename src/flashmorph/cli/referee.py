@@ -19,6 +19,7 @@ from flashmorph.cli.options import (
     RecipeOption,
     SetOption,
     TeacherArgument,
+    UnusedOption,
     open_run,
 )
 from flashmorph.errors import UserError
@@ -47,6 +48,7 @@ def compare(
     data: DataOption = None,
     others: FromOption = None,
     changes: SetOption = None,
+    allow_unused: UnusedOption = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -64,7 +66,10 @@ def compare(
     from flashmorph.referee.figures import draw_regret
     from flashmorph.referee.summary import summarise
 
-    run = open_run(Options(teacher, output, recipe, None, changes, data, others, device=device, json=as_json))
+    options = Options(
+        teacher, output, recipe, None, changes, data, others, device=device, json=as_json, allow_unused=allow_unused
+    )
+    run = open_run(options)
     try:
         shares = tuple(float(share) for share in spends.split(","))
     except ValueError as error:
