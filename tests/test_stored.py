@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from flashmorph.errors import UserError
 from flashmorph.layerwise import transplant_checkpoint
+from flashmorph.move import transplant
+from flashmorph.publish import save_model
 from flashmorph.teacher import load_config, load_model
 
 LAYER, PROJECTION = "model.layers.1.", "model.layers.1.self_attn.q_proj.weight"
@@ -229,7 +231,7 @@ def without(folder: Path, *keys: str, **values) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("values", [{}, {"dtype": None}, {"dtype": "auto"}, {"torch_dtype": "float8_e4m3fn"}])
+@pytest.mark.parametrize("values", [{}, {"dtype": None}, {"torch_dtype": "float8_e4m3fn"}])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_configuration_without_a_dtype_means_the_one_that_is_stored(values, dtype, tmp_path):
     source = without(saved(tmp_path / "teacher", dtype=dtype), "dtype", **values)
@@ -255,12 +257,25 @@ def test_a_pad_token_outside_the_vocabulary_is_none(name, pad, tmp_path):
     assert host.config.pad_token_id is None and host.model.embed_tokens.padding_idx is None
 
 
-@pytest.mark.parametrize("values", [{"pad_token_id": [3]}, {"pad_token_id": "a"}, {"dtype": "bfloat1"}])
+@pytest.mark.parametrize(
+    "values", [{"pad_token_id": -1}, {"pad_token_id": 97}, {"temperature": 0.5, "do_sample": False}]
+)
+def test_what_transformers_reads_of_generation_but_does_not_save_travels_as_it_is(values, tmp_path):
+    source = saved(tmp_path / "teacher")
+    (source / "generation_config.json").write_text(json.dumps(values))
+    model, _ = transplant(load_model(source, torch.float32))
+    save_model(model, tmp_path / "host", source)
+    assert json.loads((tmp_path / "host" / "generation_config.json").read_text()) == values
+
+
+@pytest.mark.parametrize(
+    "values", [{"pad_token_id": [3]}, {"pad_token_id": "a"}, {"dtype": "bfloat1"}, {"dtype": "auto"}]
+)
 def test_a_value_that_cannot_be_read_is_one_sentence(values, tmp_path):
     with pytest.raises(UserError, match="cannot be read") as refusal:
         load_config(without(saved(tmp_path / "teacher"), **values))
     says = str(refusal.value)
-    assert "\n" not in says and (next(iter(values)) in says or "bfloat1" in says)
+    assert "\n" not in says and any(word in says for word in ("pad_token_id", "bfloat1", "auto"))
 
 
 def test_an_adapter_beside_whole_weights_is_not_opened(tmp_path, monkeypatch):

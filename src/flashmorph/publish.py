@@ -1,14 +1,14 @@
 """Checkpoints on disk: models with the teacher's tokenizer beside them, and the run's final result."""
 
 import shutil
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from flashmorph import ranks
 from flashmorph.checkpoint import CONFIG, checkpoint_files, travelling_files
@@ -41,9 +41,22 @@ def save_model(model: PreTrainedModel, folder: Path, origin: Path) -> None:
         nn.Module.to(model, dtype)
     if not ranks.is_first():
         return
-    with atomic_path(folder) as temporary:
+    with atomic_path(folder) as temporary, _plain_generation(model):
         model.save_pretrained(temporary, state_dict=state)
         complete(temporary, model.config, origin)
+
+
+@contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """What a model's configuration alone says of generation, in place of the file that it was opened with.
+
+    That file is copied as it is; transformers does not save all that it reads.
+    """
+    kept, model.generation_config = model.generation_config, GenerationConfig.from_model_config(model.config)
+    try:
+        yield
+    finally:
+        model.generation_config = kept
 
 
 def complete(folder: Path, config: PreTrainedConfig, origin: Path) -> None:

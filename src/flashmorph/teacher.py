@@ -28,7 +28,7 @@ from flashmorph.stored import take_stock
 
 EMBEDDED = ("tiny",)
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
-_OTHER_FORMS = ("consolidated*", "original/*", "onnx/*", "adapter_*")
+_OTHER_FORMS = ("consolidated*", "original/*", "onnx/*", "adapter_model*")
 _NO_FOLDER = "no-adapter-is-loaded"
 
 
