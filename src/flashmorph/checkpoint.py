@@ -1,6 +1,7 @@
 """Which files in a folder are a checkpoint: its weights, and what travels beside them. Says what other folders are."""
 
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,7 @@ def travelling_files(folder: Path) -> list[Path]:
     Raises:
         UserError: one is a dead link or a git-LFS pointer.
     """
-    found = {path for pattern in (*_TOKENIZER, *_BESIDE) for path in folder.glob(pattern)}
-    return sorted(path for path in found if is_present(path))
+    return sorted(path for path in _matching(folder, *_TOKENIZER, *_BESIDE) if is_present(path))
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -77,13 +77,12 @@ def has_tokenizer(folder: Path) -> bool:
     Raises:
         UserError: it is a dead link or a git-LFS pointer.
     """
-    return any(is_present(path) for pattern in _TOKENIZER for path in folder.glob(pattern))
+    return any([is_present(path) for path in _matching(folder, *_TOKENIZER)])
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """Every file in `folder` by whose name transformers would open it as this checkpoint's, also left-over ones."""
-    names = (CONFIG, *_WEIGHTS, *_TOKENIZER, *_BESIDE)
-    return sorted({path for pattern in names for path in folder.glob(pattern) if not path.is_dir()})
+    return sorted(path for path in _matching(folder, CONFIG, *_WEIGHTS, *_TOKENIZER, *_BESIDE) if not path.is_dir())
 
 
 def require_config(folder: Path) -> Path:
@@ -127,6 +126,16 @@ def ignored_adapter(folder: Path) -> str:
         f"{folder} has an adapter beside its weights ({ADAPTER_CONFIG_NAME}): it is left out; if it is not merged into "
         "them yet, merge it first"
     )
+
+
+def _matching(folder: Path, *patterns: str) -> set[Path]:
+    """What lies in `folder` under such names, dead links too, which `Path.glob` passes over."""
+    found: set[Path] = set()
+    for pattern in map(Path, patterns):
+        place = folder / pattern.parent
+        there = place.iterdir() if place.is_dir() else ()
+        found |= {path for path in there if fnmatchcase(path.name, pattern.name)}
+    return found
 
 
 def _refuse_other_kinds(folder: Path, values: Any) -> None:

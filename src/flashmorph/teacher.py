@@ -84,7 +84,7 @@ def locate(name: str) -> tuple[Path, str, str]:
         return path, "", embedded if name in EMBEDDED else ""
     if name in EMBEDDED:
         return Path(str(files("flashmorph") / "assets" / name)), "", ""
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if path.exists() or path.is_symlink() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"there is no folder {name!r}: give a folder with config.json and safetensors, or a hub name")
     folder = _download(name)
     return folder, folder.name, ""
