@@ -26,7 +26,7 @@ def model_card(run: Run, results: Results) -> str:
     mixer, tag = host.mixers[other], "linear-attention" if other == LINEAR else "sliding-window-attention"
     plan = results.plan
     config = host.with_layer_types(config, list(plan.assignments.values()))
-    engines = "\n".join(_served(engine, config) for engine in host.serves)
+    engines = "\n".join(served_by(engine, config) for engine in host.serves)
     kept, number = len(plan.full_groups), len(plan.assignments)
     selected = any(stage.name == "select" for stage in results.stages)
     given = "" if selected else " --plan plan.json"
@@ -78,10 +78,10 @@ and `results.json` lie beside this file.
 """
 
 
-def _served(engine: Engine, config: PreTrainedConfig) -> str:
+def served_by(engine: Engine, config: PreTrainedConfig) -> str:
     """One line of the table of engines, about this very checkpoint."""
     if not engine.fits(config):
-        return f"| {engine.name} | no: it needs {engine.needs} |"
+        return f"| {engine.name} | no: it needs {engine.needs}. {engine.otherwise}".rstrip() + " |"
     takes = f"; {engine.takes}" if engine.takes else ""
     return f"| {engine.name} | {engine.version} ({engine.known}){takes} |"
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -15,20 +15,6 @@ from flashmorph.errors import UserError, quoted
 
 PART = ".part"
 """How the name of a file ends that is being written."""
-GENERATION = "generation_config.json"
-_TOKENIZER_SETTINGS, _TEMPLATE = "tokenizer_config.json", "chat_template"
-_TRAVELS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    f"{_TEMPLATE}*",
-    "additional_chat_templates/*.jinja",
-    GENERATION,
-)
 
 
 @contextmanager
@@ -86,31 +72,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def weights_digest(folder: Path) -> str:
-    """Of a checkpoint's configuration and weights: with another tokenizer or template they are the same."""
-    weights = [path for pattern in ("*.safetensors", "*.index.json") for path in folder.glob(pattern)]
-    return _digest_of_files(folder, [folder / "config.json", *weights])
-
-
-def travelling_files(folder: Path) -> list[Path]:
-    """What goes with the weights in `folder` into every checkpoint that is made of them: tokenizer, chat templates and
-    generation settings."""
-    return sorted({path for pattern in _TRAVELS for path in folder.glob(pattern) if path.is_file()})
-
-
-def tokenizer_digest(folder: Path) -> str:
-    """Of the files that make tokens of a text."""
-    parts = [path for path in travelling_files(folder) if not _is_template(path) and path.name != GENERATION]
-    return _digest_of_files(folder, parts)
-
-
-def template_digest(folder: Path) -> str:
-    """Of the chat templates, also of those inside of tokenizer_config.json."""
-    inside = _settings_of_tokenizer(folder).get(_TEMPLATE)
-    parts = [path for path in travelling_files(folder) if _is_template(path)]
-    return _shortened(hashlib.sha256(f"{json.dumps(inside)} {_digest_of_files(folder, parts)}".encode()))
-
-
 @cache
 def content_digest(path: Path, size: int, changed: int, most: int) -> str:
     """Of a file of `size` bytes, last `changed` then; it is read once.
@@ -127,36 +88,11 @@ def content_digest(path: Path, size: int, changed: int, most: int) -> str:
         for start in starts:
             stream.seek(start)
             digest.update(stream.read(block))
-    return _shortened(digest)
+    return shortened(digest)
 
 
-def _digest_of_files(folder: Path, paths: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update(str(path.relative_to(folder)).encode())
-        if path.name == _TOKENIZER_SETTINGS and (values := _settings_of_tokenizer(folder)):
-            values = {name: value for name, value in values.items() if name != _TEMPLATE}
-            digest.update(json.dumps(values, sort_keys=True).encode())
-            continue
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return _shortened(digest)
-
-
-def _settings_of_tokenizer(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json; nothing where it is missing or damaged, which is told when the tokenizer is opened."""
-    try:
-        values = json.loads((folder / _TOKENIZER_SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def _is_template(path: Path) -> bool:
-    return path.name.startswith(_TEMPLATE) or path.suffix == ".jinja"
-
-
-def _shortened(digest: Any) -> str:
+def shortened(digest: Any) -> str:
+    """Twelve digits of a digest."""
     return digest.hexdigest()[:12]
 
 

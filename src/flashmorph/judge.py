@@ -1,5 +1,6 @@
 """Look at models and plans: score them on the same questions, or let them go on with a prompt."""
 
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -23,8 +24,12 @@ from flashmorph.runfolder import digest_of
 from flashmorph.teacher import load_model, load_tokenizer, locate
 
 
-def open_model(name: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def open_model(
+    name: str, device: torch.device, tell: Callable[[str], None] = lambda notice: None, allow_unused: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, by folder or name; in float32 on a CPU, else in its own dtype.
+
+    What is stored and not used goes to `tell`; see `flashmorph.teacher.load_model`.
 
     Raises:
         UserError: nothing there, damaged, or without a tokenizer.
@@ -33,7 +38,8 @@ def open_model(name: str, device: torch.device) -> tuple[PreTrainedModel, PreTra
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise UserError(f"{name} has no tokenizer")
-    return load_model(folder, torch.float32 if device.type == "cpu" else "auto", device), tokenizer
+    dtype = torch.float32 if device.type == "cpu" else "auto"
+    return load_model(folder, dtype, device, tell, allow_unused), tokenizer
 
 
 def score_model(name: str, recipe: Recipe, device: torch.device) -> Score:
@@ -80,13 +86,20 @@ def recall_of_plan(
 
 
 @torch.no_grad()
-def continue_prompt(name: str, prompt: str, max_new_tokens: int, device: torch.device) -> str:
-    """Greedy continuation of `prompt`, with the cache.
+def continue_prompt(
+    name: str,
+    prompt: str,
+    max_new_tokens: int,
+    device: torch.device,
+    tell: Callable[[str], None] = lambda notice: None,
+    allow_unused: bool = False,
+) -> str:
+    """Greedy continuation of `prompt`, with the cache; `tell` and `allow_unused` as in `open_model`.
 
     Raises:
         UserError: see `open_model`; or the prompt is empty.
     """
-    model, tokenizer = open_model(name, device)
+    model, tokenizer = open_model(name, device, tell, allow_unused)
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
     if not ids.numel():
         raise UserError("the prompt is empty; give some text to go on from")

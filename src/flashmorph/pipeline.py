@@ -103,10 +103,13 @@ def run_transplant(run: Run) -> Stage:
     settings = host_settings(host_for(load_config(run.teacher.folder), run.recipe.host), run.recipe.host)
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
-        return write_host(run.teacher, folder / "model", settings, run.device, report)
+        return write_host(run.teacher, folder / "model", settings, run.device, report, run.allow_unused)
 
     wanted = {"format": 1, **({"host": settings} if settings else {})}
-    return run.stage("transplant", run.teacher.name, wanted, [run.teacher.digest], work, alone=True)
+    stage = run.stage("transplant", run.teacher.name, wanted, [run.teacher.digest], work, alone=True)
+    for notice in stage.record.get("notices", []):
+        run.screen.say(notice)
+    return stage
 
 
 def run_align(run: Run, host: Stage) -> Stage:

@@ -44,7 +44,10 @@ class Screen(Protocol):
 
 @dataclass
 class Run:
-    """One `flashmorph morph`: what goes in, where it goes, and what shows it. A `given` plan stands for a search."""
+    """One `flashmorph morph`: what goes in, where it goes, and what shows it. A `given` plan stands for a search.
+
+    With `allow_unused` weights that are stored in the teacher and not used are told, not refused.
+    """
 
     teacher: Teacher
     recipe: Recipe
@@ -52,6 +55,7 @@ class Run:
     device: torch.device
     screen: Screen
     given: Plan | None = None
+    allow_unused: bool = False
     done: dict[str, Stage] = field(default_factory=dict)
 
     @property

@@ -51,12 +51,16 @@ class Screen(Protocol):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of every model: the recipe's tasks and text; the rest where asked for."""
+    """What is asked of every model: the recipe's tasks and text; the rest where asked for.
+
+    With `allow_unused` weights that are stored and not used are told, not refused.
+    """
 
     recipe: Recipe
     grid: GridSettings | None = None
     harness: Harness | None = None
     tokens: bool = False
+    allow_unused: bool = False
 
     @property
     def longest(self) -> int:
@@ -159,7 +163,7 @@ def _judge(
     name: str, wanted: Wanted, device: torch.device, screen: Screen, classes: TokenClasses | None = None
 ) -> Found:
     recipe, corpus = wanted.recipe, wanted.corpus
-    model, tokenizer = open_model(name, device)
+    model, tokenizer = open_model(name, device, screen.say, wanted.allow_unused)
     grid = None
     if wanted.grid:
         with screen.stage("evaluate", f"{name}: questions") as report:

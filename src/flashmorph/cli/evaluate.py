@@ -18,6 +18,7 @@ from flashmorph.cli.options import (
     JsonOption,
     Options,
     SetOption,
+    UnusedOption,
     names,
     numbers,
     quiet,
@@ -78,6 +79,7 @@ def evaluate(
     ] = None,
     data: DataOption = None,
     changes: SetOption = None,
+    allow_unused: UnusedOption = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -117,7 +119,7 @@ def evaluate(
     harness = (
         Harness(names("--tasks", tasks), {"max_seq_lengths": list(grid.lengths)} if grid else None) if tasks else None
     )
-    wanted = Wanted(settings, grid, harness, tokens)
+    wanted = Wanted(settings, grid, harness, tokens, allow_unused)
     if kept:
         RichScreen(ERR if as_json else OUT).say(f"recipe: {kept} (--recipe takes another)")
     figures = compare_models(models, wanted, pick_device(device), RichScreen(ERR))

@@ -35,6 +35,10 @@ DataOption = Annotated[
 ]
 FromOption = Annotated[list[Path] | None, typer.Option("--from", help="Another run whose finished stages may be used.")]
 RepeatOption = Annotated[bool, typer.Option("--allow-repeat", help="Let stages repeat the text more than 4 times.")]
+UnusedOption = Annotated[
+    bool,
+    typer.Option("--allow-unused", help="Go on where stored weights are not used as they are stored, and say which."),
+]
 StrategyOption = Annotated[str | None, typer.Option(help="How layers are chosen.")]
 PlanOption = Annotated[Path | None, typer.Option(help="Build this plan instead of selecting one.")]
 LayersOption = Annotated[str | None, typer.Option(help="Keep these layers full instead of selecting: `1,2,6`.")]
@@ -68,6 +72,7 @@ class Options:
     window: int | None = None
     plan: Path | None = None
     layers: str | None = None
+    allow_unused: bool = False
     recipe_of: tuple[Path, ...] = ()
     """Runs or models; where no recipe is given, that of the first one that has one is taken."""
 
@@ -166,7 +171,7 @@ def open_run(options: Options, stages: Collection[str] = EVERY_STAGE, keep_recip
     folder = RunFolder(options.output, tuple(options.others or []))
     if keep_recipe:
         folder.keep_recipe(recipe.to_yaml())
-    return Run(teacher, recipe, folder, device, screen, given)
+    return Run(teacher, recipe, folder, device, screen, given, options.allow_unused)
 
 
 def numbers(option: str, text: str) -> list[int]:

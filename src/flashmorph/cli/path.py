@@ -24,6 +24,7 @@ from flashmorph.cli.options import (
     SetOption,
     StrategyOption,
     TeacherArgument,
+    UnusedOption,
     WindowOption,
     fitted,
     open_run,
@@ -46,6 +47,7 @@ def morph(
     baseline: Annotated[str | None, typer.Option(help="`uniform`: train the uniform layout as well.")] = None,
     data: DataOption = None,
     allow_repeat: RepeatOption = False,
+    allow_unused: UnusedOption = False,
     others: FromOption = None,
     changes: SetOption = None,
     device: DeviceOption = "auto",
@@ -74,6 +76,7 @@ def morph(
         window,
         plan,
         layers,
+        allow_unused=allow_unused,
     )
     stages = [stage for stage in EVERY_STAGE if stage != "select" or not (plan or layers)]
     if dry_run:
@@ -102,7 +105,11 @@ def morph(
 
 @app.command()
 def transplant(
-    teacher: TeacherArgument, output: OutputOption, changes: SetOption = None, device: DeviceOption = "auto"
+    teacher: TeacherArgument,
+    output: OutputOption,
+    changes: SetOption = None,
+    allow_unused: UnusedOption = False,
+    device: DeviceOption = "auto",
 ) -> None:
     """Move a teacher into its host, all layers full, with the same logits; nothing else.
 
@@ -129,7 +136,9 @@ def transplant(
     with ERR.status(f"moving {teacher}"):
         if output.is_dir():
             output.rmdir()
-        record = write_host(source, output, settings, pick_device(device), silent)
+        record = write_host(source, output, settings, pick_device(device), silent, allow_unused)
+    for notice in filter(None, (source.note, *record["notices"])):
+        ERR.print(notice, highlight=False, soft_wrap=True)
     OUT.print(
         f"{output}: {host.name}, all {config.num_hidden_layers} layers full; {record['summary']}",
         highlight=False,
@@ -145,6 +154,7 @@ def align(
     window: WindowOption = None,
     data: DataOption = None,
     allow_repeat: RepeatOption = False,
+    allow_unused: UnusedOption = False,
     others: FromOption = None,
     changes: SetOption = None,
     device: DeviceOption = "auto",
@@ -155,7 +165,19 @@ def align(
     """
     from flashmorph import pipeline
 
-    options = Options(teacher, output, recipe, None, changes, data, others, allow_repeat, device=device, window=window)
+    options = Options(
+        teacher,
+        output,
+        recipe,
+        None,
+        changes,
+        data,
+        others,
+        allow_repeat,
+        device=device,
+        window=window,
+        allow_unused=allow_unused,
+    )
     run = open_run(options, ["align"])
     pipeline.run_align(run, pipeline.run_transplant(run))
 
@@ -226,6 +248,7 @@ def _stage_command(last: str, text: str) -> None:
         window: WindowOption = None,
         data: DataOption = None,
         allow_repeat: RepeatOption = False,
+        allow_unused: UnusedOption = False,
         others: FromOption = None,
         changes: SetOption = None,
         device: DeviceOption = "auto",
@@ -244,6 +267,7 @@ def _stage_command(last: str, text: str) -> None:
             window=window,
             plan=plan,
             layers=layers,
+            allow_unused=allow_unused,
         )
         _finish_until(last, options)
 

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flashmorph.digests import tokenizer_digest, weights_digest
 from flashmorph.errors import UserError
-from flashmorph.files import read_json, short_names, tokenizer_digest, weights_digest, write_json
+from flashmorph.files import read_json, short_names, write_json
 from flashmorph.plan import Plan
 from flashmorph.runfolder import MARKER
 
