@@ -126,20 +126,25 @@ def _as_taken(messages: list[Message], template: str, worded: Callable[[list[Mes
 
     Content in a list of parts goes as it is to a template that words the parts, and to others as one string. Content
     that is not there is None for templates that ask for that; where it makes a template fail it is an empty string.
+
+    Raises:
+        Unfit: the template leaves out what tools are called: without those a reply would be empty.
     """
-    if all(isinstance(message.get("content"), str) for message in messages):
+    called = [name for message in messages for name in _called(message)]
+    if not called and all(isinstance(message.get("content"), str) for message in messages):
         return messages
     if _ASKS_FOR_NONE.search(template):
         messages = [{"content": None, **message} for message in messages]
-    in_strings = [{**message, "content": _joined(message)} for message in messages]
     try:
         text = worded(messages)
+        takes_parts = all(_shows_parts(text, message) for message in messages)
     except Exception:
-        return in_strings
-    for message in messages:
-        parts = list(_parts(message))
-        if parts and (str(message["content"]) in text or not all(_shows(text, _text_of(part) or "") for part in parts)):
-            return in_strings
+        takes_parts = False
+    if not takes_parts:
+        messages = [{**message, "content": _joined(message)} for message in messages]
+        text = worded(messages)
+    if not all(_shows(text, name) for name in called):
+        raise Unfit("the template has no words for the tools that it calls")
     return messages
 
 
@@ -164,9 +169,16 @@ def _parts(message: Message) -> list[Any]:
 
 def _text_of(part: Any) -> str | None:
     """The text of a part; None if it is something else."""
-    if isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS:
-        part = part.get("text")
+    if isinstance(part, dict):
+        part = part.get("text", "") if part.get("type") in _TEXT_PARTS else "type" not in part and part.get("text")
     return part if isinstance(part, str) else None
+
+
+def _called(message: Message) -> list[str]:
+    """The names of the tools that a message calls."""
+    calls = message.get("tool_calls")
+    functions = [call.get("function", call) for call in calls if isinstance(call, dict)] if calls else []
+    return [function["name"] for function in functions if isinstance(function, dict) and "name" in function]
 
 
 def _joined(message: Message) -> Any:
@@ -175,6 +187,12 @@ def _joined(message: Message) -> Any:
     if isinstance(content, list):
         return "".join(_text_of(part) or "" for part in content)
     return "" if content is None else content
+
+
+def _shows_parts(text: str, message: Message) -> bool:
+    """Whether the parts of a content that is a list are worded in `text`, and not the list as Python writes it."""
+    parts = _parts(message)
+    return not parts or str(parts) not in text and all(_shows(text, _text_of(part) or "") for part in parts)
 
 
 def _shows(text: str, part: str) -> bool:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -141,7 +142,9 @@ class Corpus:
         if messages is not None:
             return Document(spoken(messages), messages, tools_in(row.get(TOOLS_COLUMN)))
         if not isinstance(value, str):
-            raise UserError(f"{where}: column {column!r} holds {value!r}, which is neither text nor conversation")
+            raise UserError(
+                f"{where}: column {column!r} holds {reprlib.repr(value)}, which is neither text nor conversation"
+            )
         return Document(value)
 
     @property

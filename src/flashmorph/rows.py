@@ -73,9 +73,9 @@ def pack(
     """Tokenise documents of `split`, join them end to end and cut rows of `length` tokens into the file `path`.
 
     Where documents begin is kept, so that training can hold them apart (`packing.py`), and which tokens of
-    conversations are learnt; a row in which nothing is learnt gives way to the next one. `others` are rows of that length
-    that stand among those of text at regular intervals, made when it is their turn. The rows are on disk before training
-    starts: any step can be resumed at without reading the text again. An existing file is taken as it is.
+    conversations are learnt; a row in which nothing is learnt gives way to the next one. `others` are rows of that
+    length that stand among those of text at regular intervals, made when it is their turn. The rows are on disk before
+    training starts: any step can be resumed at without reading the text again. An existing file is taken as it is.
 
     Until it is whole, the file stands in a folder of its own (`.partial`) beside the place in the text that it has come
     to. Packing that was killed goes on from there, and ends with the same file.
@@ -205,7 +205,7 @@ class _Text:
 
 
 class _Part:
-    """One corpus, pass after pass: `made` of the `needed` tokens so far. The end-of-text token stands after each text."""
+    """One corpus, pass after pass: `made` of `needed` tokens so far. The end-of-text token stands after each text."""
 
     def __init__(
         self,
@@ -302,7 +302,8 @@ class _Part:
         try:
             return encode_chat(self._tokenizer, document.messages, self._corpus.replies_only, document.tools)
         except Unfit as error:
-            self._unfit[str(error)] += not self.passes
+            if not self.passes:
+                self._unfit[str(error)] += 1
             if self._unfit.total() >= _ENOUGH_UNFIT and not self.made:
                 raise self._no_text() from error
             return [], None

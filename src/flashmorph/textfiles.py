@@ -26,9 +26,9 @@ _DECOMPRESS: dict[str, Callable[[Path], Any]] = {
     ".zst": lambda path: io.BufferedReader(pa.input_stream(str(path), compression="zstd")),
 }
 _NOTES = re.compile(
-    r"(read[ _-]?me|licen[cs]es?|copying|copyright|notices?|notes?|change[ _-]?log|changes|history|contribut\w*|"
-    r"code[ _-]of[ _-]conduct|security|citation|authors|credits|about|sources?|todo|manifest|checksums?|"
-    r"(md5|sha\d+)(sums?)?|requirements|version|terms|data[ _-]?(sheet|card))(?![a-z])",
+    r"(read[ _-]?me|licen[cs]es?|copying|copyright|notices?|notes?|change[ _-]?log|changes|contribut\w*|"
+    r"code[ _-]of[ _-]conduct|citation|authors|credits|about|todo|manifest|checksums?|"
+    r"(md5|sha\d+)(sums?)?|requirements|terms|data[ _-]?(sheet|card))(?![a-z])",
     re.IGNORECASE,
 )
 """What files are called that tell of data and are none."""
@@ -160,13 +160,17 @@ def _text_rows(path: Path, columns: Sequence[str], beside: Sequence[str]) -> Ite
 
 
 def _parquet_rows(path: Path, columns: Sequence[str], beside: Sequence[str]) -> Iterator[dict[str, Any]]:
-    with _open(path) as stream, pq.ParquetFile(stream) as file:
+    with _open(path) as stream, pq.ParquetFile(_seekable(stream, path)) as file:
         there = file.schema_arrow.names
         if not any(name in there for name in columns):
             raise no_column(str(path), columns[0], there)
         wanted = [name for name in (*columns, *beside) if name in there]
         for batch in file.iter_batches(batch_size=_ROWS_TOGETHER, columns=wanted, use_threads=False):
             yield from batch.to_pylist(maps_as_pydicts="lossy")
+
+
+def _seekable(stream: BinaryIO, path: Path) -> BinaryIO:
+    return io.BytesIO(stream.read()) if path.suffix.lower() in _DECOMPRESS else stream
 
 
 def _json_rows(path: Path, columns: Sequence[str], beside: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -197,14 +201,14 @@ def _json_values(stream: BinaryIO, path: Path) -> Iterator[tuple[int, Any]]:
         if not text.strip():
             continue
         if first and (text.lstrip().startswith("[") or ".json" in _suffixes(path) and not _is_json(text)):
-            yield from _values_over_lines(text + _decoded(stream.read(), path, number + 1), path, number)
+            yield from _values(text + _decoded(stream.read(), path, number + 1), path, number)
             return
         first = False
-        yield number, _parsed(text, 0, path, number)[0]
+        yield from _values(text.strip(), path, number)
 
 
-def _values_over_lines(text: str, path: Path, number: int) -> Iterator[tuple[int, Any]]:
-    """The values in a text that begins in line `number`: a list, or objects that go over several lines."""
+def _values(text: str, path: Path, number: int) -> Iterator[tuple[int, Any]]:
+    """The values in a text that begins in line `number`, one after the other; of a list those in it."""
     end = 0
     while match := _NOT_SPACE.search(text, end):
         value, end = _parsed(text, match.start(), path, number)
