@@ -13,7 +13,6 @@ TOOLS_COLUMN = "tools"
 """Where the tools are that a conversation may call."""
 NO_REPLY = "no message is a reply"
 """How the reason of `Unfit` begins where nothing of a conversation would be learnt."""
-_ASKS_FOR_NONE = re.compile(r"""\bcontent\b['"]?\]?\s*(is\s+(not\s+)?|[=!]=\s*)none\b""", re.IGNORECASE)
 _MARKS_REPLIES = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REPLY = "assistant"
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -90,7 +89,7 @@ def encode_chat(
     try:
         _check(messages, tools)
         template = tokenizer.get_chat_template(tools=tools)
-        messages = _as_taken(messages, template, lambda each: _worded(tokenizer, each, tools))
+        messages = _as_taken(messages, lambda each: _worded(tokenizer, each, tools))
         if replies_only and not _MARKS_REPLIES.search(template):
             ids, learnt = _find_replies(tokenizer, messages, tools)
         else:
@@ -121,11 +120,11 @@ def _check(messages: list[Message], tools: Any) -> None:
         raise Unfit(f"{TOOLS_COLUMN!r} holds neither a list of tools nor one in JSON")
 
 
-def _as_taken(messages: list[Message], template: str, worded: Callable[[list[Message]], str]) -> list[Message]:
+def _as_taken(messages: list[Message], worded: Callable[[list[Message]], str]) -> list[Message]:
     """The messages in the form that the template takes.
 
-    Content in a list of parts goes as it is to a template that words the parts, and to others as one string. Content
-    that is not there is None for templates that ask for that; where it makes a template fail it is an empty string.
+    Content in a list of parts goes as it is to a template that words the parts, and to others as one string. Where a
+    template fails on content that is not there, that is an empty string.
 
     Raises:
         Unfit: the template leaves out what tools are called: without those a reply would be empty.
@@ -133,8 +132,6 @@ def _as_taken(messages: list[Message], template: str, worded: Callable[[list[Mes
     called = [name for message in messages for name in _called(message)]
     if not called and all(isinstance(message.get("content"), str) for message in messages):
         return messages
-    if _ASKS_FOR_NONE.search(template):
-        messages = [{"content": None, **message} for message in messages]
     try:
         text = worded(messages)
         takes_parts = all(_shows_parts(text, message) for message in messages)
@@ -223,6 +220,8 @@ def _find_replies(
     for number, message in enumerate(messages):
         if message["role"] != _REPLY:
             continue
+        if not number:
+            raise Unfit("it begins with a reply, and the template cannot invite to one before there is a message")
         before = _worded(tokenizer, messages[:number], tools, invite=True)
         upto = _worded(tokenizer, messages[: number + 1], tools)
         if not whole.startswith(before):
