@@ -321,8 +321,8 @@ def test_what_most_conversations_are_left_out_for_is_told(tmp_path, caplog):
     )
     twice = [{"messages": [{"role": "user", "content": f"{n}"}] * 2} for n in range(30)]
     system = [{"messages": [{"role": "system", "content": f"be {n}"}]} for n in range(9)]
-    image = [{"messages": [{"role": "user", "content": [{"type": "image", "image": f"{n}"}, {"type": "text", "text": f"{n}"}]}]}
-             for n in range(9)]  # fmt: skip
+    picture = {"type": "image", "image": "a.png"}
+    image = [{"messages": [{"role": "user", "content": [picture, {"type": "text", "text": f"{n}"}]}]} for n in range(9)]
     corpus = written(tmp_path, [*twice, *system, *image, *talks_of("assistant")], "jsonl")
     pack(corpus, chatty(refuses + PLAIN), "train", 32, 20, 0, tmp_path / "rows.npy", None)
     assert all(reason in caplog.text for reason in ("since twice", "since no system", "'image' and not text"))
