@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from flashmorph.corpus import is_local, no_text, shares_of
+from flashmorph.corpus import no_text, shares_of
 from flashmorph.errors import UserError
 from flashmorph.hosts import configure
 from flashmorph.recipe import Recipe
@@ -44,7 +44,7 @@ def check_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stages: Colle
     """
     passes, splits = recipe.data.max_passes, _splits(recipe, stages)
     for part, share in shares_of(recipe.data.corpus):
-        if not is_local(part):
+        if not part.paths() is not None:
             continue
         needed = {settings.stage: round(share * _text_tokens(settings)) for settings in _trained(recipe, stages)}
         enough = max(needed.values(), default=0) / passes if passes else 0

@@ -33,7 +33,7 @@ SHIPPED = ("demo", "default", "chat")
 class SourceSettings(BaseModel):
     """Where text comes from: `demo`, a file, a folder, or the name of a dataset, which is streamed.
 
-    A row with `messages` or `conversations` in place of `column` is a conversation.
+    A row with `messages` or `conversations` in place of `column` is a conversation; `tools` is what it may call.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

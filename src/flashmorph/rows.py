@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from flashmorph.chat import Unfit, encode_chat
+from flashmorph.chat import NO_REPLY, Unfit, encode_chat
 from flashmorph.corpus import Corpus, Document, Mixture, Place, no_text, shares_of
 from flashmorph.errors import UserError
 from flashmorph.files import write_json
@@ -23,9 +24,10 @@ from flashmorph.progress import Report, silent
 PARTIAL = ".partial"
 _ROWS, _POSITION = "rows.npy", "position.json"
 _FIRST, _IGNORED = np.uint32(1 << 31), np.uint32(1 << 30)
-_TOGETHER = 200_000
+_TOGETHER, _AT_LEAST = 200_000, 200
 _KEEP_TOKENS = 1 << 22
 _ENOUGH_UNFIT = 1_000
+_REASONS = 3
 _LOG = logging.getLogger(__name__)
 
 
@@ -71,16 +73,17 @@ def pack(
     """Tokenise documents of `split`, join them end to end and cut rows of `length` tokens into the file `path`.
 
     Where documents begin is kept, so that training can hold them apart (`packing.py`), and which tokens of
-    conversations are learnt. `others` are rows of that length that stand among those of text at regular intervals, made
-    when it is their turn. The rows are on disk before training starts: any step can be resumed at without reading the
-    text again. An existing file is taken as it is.
+    conversations are learnt; a row in which nothing is learnt gives way to the next one. `others` are rows of that
+    length that stand among those of text at regular intervals, made when it is their turn. The rows are on disk before
+    training starts: any step can be resumed at without reading the text again. An existing file is taken as it is.
 
     Until it is whole, the file stands in a folder of its own (`.partial`) beside the place in the text that it has come
     to. Packing that was killed goes on from there, and ends with the same file.
 
     Raises:
         UserError: the text would have to be repeated more than `max_passes` times (None: as often as it takes), cannot
-            be read, has conversations that the tokenizer has no template for, or the place cannot be written.
+            be read, has conversations that the tokenizer has no template for or none with a token to learn, or the
+            place cannot be written.
     """
     partial = path.with_name(path.name + PARTIAL)
     if not path.exists():
@@ -155,12 +158,34 @@ class _Text:
         self._left = np.empty(0, np.uint32)
 
     def take(self, length: int) -> np.ndarray:
+        """The next row of `length` tokens in which something is learnt.
+
+        Raises:
+            UserError: there is none in a whole pass over the text, or see `pack`.
+        """
+        last_pass = self._passes() + 1
+        while not _teaches(row := self._next(length)):
+            if self._passes() > last_pass:
+                raise self._nothing_learnt(length)
+            for part in self._parts:
+                part.needed += round(part.share * length)
+        return row
+
+    def _next(self, length: int) -> np.ndarray:
         """The next `length` tokens; the next document is always of the corpus that lags most behind its share."""
         while len(self._left) < length:
             part = min(self._parts, key=lambda part: part.made / part.share)
             self._left = np.concatenate([self._left, part.next()])
         taken, self._left = self._left[:length], self._left[length:]
         return taken
+
+    def _passes(self) -> int:
+        """How often all of the text was read."""
+        return min(part.passes for part in self._parts)
+
+    def _nothing_learnt(self, length: int) -> UserError:
+        sources = " and ".join(part.source for part in self._parts)
+        return UserError(f"{sources}: no row of {length:,} tokens has one to learn: give longer rows or other text")
 
     def state(self) -> dict[str, Any]:
         """Where it stands, as JSON values."""
@@ -180,7 +205,7 @@ class _Text:
 
 
 class _Part:
-    """One corpus, pass after pass: `made` tokens so far. The end-of-text token stands after each text."""
+    """One corpus, pass after pass: `made` of `needed` tokens so far. The end-of-text token stands after each text."""
 
     def __init__(
         self,
@@ -192,13 +217,19 @@ class _Part:
         max_passes: int | None,
         needed: int,
     ):
-        self.share, self.made = share, 0
+        self.share, self.made, self.needed, self.passes = share, 0, round(share * needed), 0
         self._corpus, self._tokenizer, self._split, self._seed = corpus, tokenizer, split, seed
-        self._max_passes, self._needed = max_passes, round(share * needed)
+        self._max_passes = max_passes
         self._end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        self._passes, self._made_before, self._unfit, self._reason = 0, 0, 0, ""
+        self._made_before = 0
+        self._unfit: Counter[str] = Counter()
         self._place = Place()
         self._documents: Iterator[tuple[np.ndarray, Place]] | None = None
+
+    @property
+    def source(self) -> str:
+        """Where its text comes from."""
+        return self._corpus.source
 
     def next(self) -> np.ndarray:
         """The tokens of the next document, marked."""
@@ -213,7 +244,7 @@ class _Part:
                 return tokens
             if self.made == self._made_before:
                 raise self._no_text()
-            self._passes, self._made_before = self._passes + 1, self.made
+            self.passes, self._made_before = self.passes + 1, self.made
             self._place, self._documents = Place(), None
 
     def state(self) -> dict[str, Any]:
@@ -221,27 +252,28 @@ class _Part:
         return {
             "made": self.made,
             "made_before": self._made_before,
-            "passes": self._passes,
-            "unfit": [self._unfit, self._reason],
+            "needed": self.needed,
+            "passes": self.passes,
+            "unfit": dict(self._unfit),
             "place": asdict(self._place),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
-        self.made, self._made_before, self._passes = state["made"], state["made_before"], state["passes"]
-        self._unfit, self._reason = state["unfit"]
+        self.made, self._made_before, self.passes = state["made"], state["made_before"], state["passes"]
+        self.needed, self._unfit = state["needed"], Counter(state["unfit"])
         self._place = Place(**state["place"])
 
     def tell(self) -> None:
-        """Say how many conversations were left out, if any."""
-        if self._unfit:
-            _LOG.warning("%s: %d conversations were left out: %s", self._corpus.source, self._unfit, self._reason)
+        """Say how many conversations were left out, if any, and why."""
+        if number := self._unfit.total():
+            _LOG.warning("%s: %s conversations were left out: %s", self.source, f"{number:,}", self._reasons())
 
     def _begin_pass(self) -> None:
-        if self._passes == self._max_passes:
-            there = self.made // self._passes
-            raise _TooLittle(too_small(self._corpus, self._split, there, self._needed, self._max_passes))
-        documents = self._corpus.read(self._split, self._seed + self._passes, self._place)
+        if self.passes == self._max_passes:
+            there = self.made // self.passes
+            raise _TooLittle(too_small(self._corpus, self._split, there, self.needed, self._max_passes))
+        documents = self._corpus.read(self._split, self._seed + self.passes, self._place)
         self._documents = self._encoded(documents)
 
     def _encoded(self, documents: Iterator[tuple[Document, Place]]) -> Iterator[tuple[np.ndarray, Place]]:
@@ -261,25 +293,34 @@ class _Part:
                     yield _marked(ids, learnt), place
 
     def _encode_chat(self, document: Document) -> tuple[list[int], list[bool] | None]:
-        """The tokens of a conversation; none if the template refuses it."""
+        """The tokens of a conversation; none if it is not fit, which the first pass counts."""
         require_template(self._tokenizer, self._corpus)
         assert document.messages is not None
         try:
-            return encode_chat(self._tokenizer, document.messages, self._corpus.replies_only)
+            return encode_chat(self._tokenizer, document.messages, self._corpus.replies_only, document.tools)
         except Unfit as error:
-            self._unfit, self._reason = self._unfit + 1, str(error)
-            if self._unfit >= _ENOUGH_UNFIT and not self.made:
+            if not self.passes:
+                self._unfit[str(error)] += 1
+            if self._unfit.total() >= _ENOUGH_UNFIT and not self.made:
                 raise self._no_text() from error
             return [], None
 
     def _no_text(self) -> UserError:
         if not self._unfit:
             return no_text(self._corpus, self._split)
+        number = self._unfit.total()
+        if all(reason.startswith(NO_REPLY) for reason in self._unfit):
+            says = f"none of the {number:,} conversations that were tried has a reply to learn"
+        else:
+            says = f"the teacher's chat template takes none of the {number:,} conversations that were tried"
         way_out = "; `loss_on: all` needs no replies to be found" if self._corpus.replies_only else ""
-        return UserError(
-            f"{self._corpus.source}: the teacher's chat template takes none of the {self._unfit:,} conversations that "
-            f"were tried: {self._reason}{way_out}"
-        )
+        return UserError(f"{self.source}: {says}: {self._reasons()}{way_out}")
+
+    def _reasons(self) -> str:
+        """Why conversations were left out: the commonest reasons, with their numbers where there are several."""
+        if len(self._unfit) == 1:
+            return next(iter(self._unfit))
+        return "; ".join(f"{number:,} since {reason}" for reason, number in self._unfit.most_common(_REASONS))
 
 
 def too_small(corpus: Corpus, split: str, there: int, needed: int, max_passes: int | None) -> str:
@@ -308,7 +349,7 @@ def _some(documents: Iterator[tuple[Document, Place]]) -> list[tuple[Document, P
     some, size = [], 0
     while size < _TOGETHER and (found := next(documents, None)):
         some.append(found)
-        size += len(found[0].text)
+        size += max(_AT_LEAST, len(found[0].text))
     return some
 
 
@@ -318,3 +359,8 @@ def _marked(ids: list[int], learnt: list[bool] | None) -> np.ndarray:
     if learnt is not None:
         tokens[~np.array(learnt)] |= _IGNORED
     return tokens
+
+
+def _teaches(row: np.ndarray) -> bool:
+    """Whether a token of the row is learnt: not the first of the row or of a document, which nothing predicts."""
+    return not (row & _IGNORED).any() or not (row[1:] & (_FIRST | _IGNORED)).all()

@@ -7,7 +7,7 @@ written, what is shown and how often text may be repeated do not.
 from collections.abc import Iterable
 from typing import Any
 
-from flashmorph.corpus import has_conversations, identity_of
+from flashmorph.identity import has_conversations, identity_of
 from flashmorph.plan import Budget
 from flashmorph.run import Run
 from flashmorph.selection import FOLLOW_GRADIENTS, NEED_TEXT, NEED_TRAINING, SEARCH_NOTHING

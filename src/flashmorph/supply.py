@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet
 from transformers import PreTrainedTokenizerBase
 
-from flashmorph.corpus import Corpus, Document, files_of, split_of
+from flashmorph.corpus import Corpus, Document, files_of
 
 _TOKENISED = 2_000_000
 """Characters of the split `train` that are tokenised, if there are so many."""
@@ -51,7 +51,7 @@ def measure(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, enough: float, s
     sample = _Sample(tokenizer)
     read = size = rows = of_train = 0
     for document in corpus.every():
-        split, characters = split_of(document.text), len(document.text)
+        split, characters = document.split, len(document.text)
         seen.add(split)
         rows, read, size = rows + 1, read + characters, size + len(document.text.encode())
         if split == "train":
