@@ -24,6 +24,11 @@ from flashmorph.stages import AlignSettings, DistillSettings, ExtendSettings
 from flashmorph.tasks import STYLES, TaskSettings
 
 SHIPPED = ("demo", "default", "chat")
+_REPLACED = {
+    "extend.isolate_documents": "say `extend.documents: joined` (documents in a row see each other) or `long` (only "
+    "documents that fill rows on their own)",
+}
+"""Settings of earlier versions, and what to say in their place."""
 
 
 class SourceSettings(BaseModel):
@@ -207,6 +212,8 @@ def _sentence(error: ValidationError) -> str:
     """The first problem in words; an unknown key is told with the nearest known name."""
     problem = error.errors()[0]
     place = [str(part) for part in problem["loc"] if isinstance(part, str)]
+    if problem["type"] == "extra_forbidden" and (instead := _REPLACED.get(".".join(place))):
+        return f"there is no {'.'.join(place)} any more: {instead}"
     if problem["type"] == "extra_forbidden":
         model: Any = Recipe
         for part in place[:-1]:

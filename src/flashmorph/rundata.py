@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flashmorph import ranks
 from flashmorph.corpus import Corpus, Mixture, local_files
+from flashmorph.heldout import HeldOut, hold_out
 from flashmorph.progress import Report
 from flashmorph.recipe import Recipe
 from flashmorph.rows import Rows, pack
@@ -66,11 +67,24 @@ def _pack_training_rows(run: Run, settings: TrainSettings, stage: str, report: R
     questions = round(settings.retrieval_share * settings.rows)
     tasks = list(recipe.tasks.values()) if questions else []
     wanted = {"train": [settings.length, settings.rows], **common_settings(run), "questions": [questions, recipe.style]}
-    wanted["documents"] = "marked"  # Rows of earlier versions do not tell where documents begin.
+    # Rows of earlier versions have no special tokens before each text.
+    wanted["documents"] = "long" if settings.takes_long_documents else "each with special tokens"
     path = run.folder.data / f"{stage}-{digest_of([run.teacher.digest, wanted, plain(tasks)])}.npy"
     others = _Questions(run, settings.length, questions)
     passes = recipe.data.max_passes
-    pack(run.corpus, run.tokenizer, "train", settings.length, settings.rows, recipe.seed, path, passes, report, others)
+    pack(
+        run.corpus,
+        run.tokenizer,
+        "train",
+        settings.length,
+        settings.rows,
+        recipe.seed,
+        path,
+        passes,
+        report,
+        others,
+        settings.takes_long_documents,
+    )
     return path
 
 
@@ -93,21 +107,22 @@ class _Questions(Sequence[list[int]]):
         return open_layout(self._run.recipe, self._run.corpus, self._run.tokenizer, "train")
 
 
-def held_out_rows(run: Run, split: str, length: int, rows: int) -> Rows:
-    """Text that no stage trains on, repeated where there is too little of it."""
-    path = run.folder.data / f"{split}-{digest_of([run.teacher.digest, length, rows, common_settings(run)])}.npy"
+def held_out_text(run: Run, split: str, length: int, tokens: int) -> HeldOut:
+    """Text that no stage trains on, tokenised once into the run's data folder: `tokens` of it, or all that there is."""
+    path = run.folder.data / f"{split}-{digest_of([run.teacher.digest, length, tokens, common_settings(run)])}.npz"
 
     def tokenise() -> None:
-        pack(run.corpus, run.tokenizer, split, length, rows, run.recipe.seed, path, None)
+        if not path.exists():
+            hold_out(run.corpus, run.tokenizer, split, length, tokens, run.recipe.seed).save(path)
 
     ranks.first(tokenise)
-    return Rows(path)
+    return HeldOut.load(path)
 
 
 def calibration(run: Run, rows: Rows) -> dict[str, torch.Tensor]:
     """The rows that branches are started from, as a batch of the stage `align`."""
     numbers = range(min(run.recipe.calibration_rows, len(rows)))
-    batch = collate([rows[row] for row in numbers], run.recipe.align.isolate_documents)
+    batch = collate([rows[row] for row in numbers], run.recipe.align.keeps_apart)
     batch.pop("loss_mask", None)  # Alignment has no targets.
     return batch
 
@@ -144,14 +159,14 @@ def training_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
 def row_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
     """What the digest of a stage depends on that only reads the rows of one that trains."""
     about = task_settings(run) if settings.retrieval_share else common_settings(run)
-    names = ("length", "rows", "retrieval_share", "isolate_documents")
+    names = ("length", "rows", "retrieval_share", "keeps_apart")
     return {**{name: getattr(settings, name) for name in names}, **about}
 
 
 def _train_settings(settings: TrainSettings) -> dict[str, Any]:
     """As JSON values. `isolate_documents` is left out where it is off: what was trained before there was such a setting
     keeps its digest. What only trades time for memory is left out."""
-    left_out = {"activation_checkpointing", *(() if settings.isolate_documents else ("isolate_documents",))}
+    left_out = {"activation_checkpointing", *(() if settings.keeps_apart else ("isolate_documents",))}
     return settings.model_dump(mode="json", exclude=left_out)
 
 

@@ -160,23 +160,26 @@ def _dry_run(options: Options) -> None:
     """Stages, tokens and data of a run that is not started."""
     from rich.table import Table
 
-    from flashmorph.outlook import check, outlook
+    from flashmorph.outlook import check, outlook, training_contexts
     from flashmorph.teacher import load_config, open_teacher
 
     quiet()
     recipe = recipe_of(options)
     teacher = open_teacher(options.teacher)
     check(teacher, recipe)
-    rows = outlook(teacher.name, load_config(teacher.folder), recipe)
+    config = load_config(teacher.folder)
+    rows = outlook(teacher.name, config, recipe)
     if options.json:
         print(json.dumps(rows, indent=2))
         return
     table = Table(title=f"{options.teacher} -> {options.output}", title_justify="left")
-    for column in ("stage", "tokens", "length", "data"):
+    contexts = training_contexts(config, recipe)
+    for column in ("stage", "tokens", "length", "mean context", "data"):
         table.add_column(column, justify="left" if column in ("stage", "data") else "right")
     for row in rows:
         tokens = "as it goes" if row["tokens"] is None else f"{row['tokens']:,}" if row["tokens"] else ""
-        table.add_row(row["stage"], tokens, str(row["length"] or ""), row["data"])
+        _, context = contexts.get(row["stage"], (None, ""))
+        table.add_row(row["stage"], tokens, str(row["length"] or ""), context, row["data"])
     OUT.print(table)
 
 

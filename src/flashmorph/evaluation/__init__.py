@@ -12,7 +12,7 @@ from flashmorph.evaluation.grid import (
     make_questions,
 )
 from flashmorph.evaluation.intervals import mean_interval, paired_interval, ratio_interval, share_interval
-from flashmorph.evaluation.perplexity import RangeLosses, perplexity, text_losses
+from flashmorph.evaluation.perplexity import RangeLosses, shortage, text_in_words, text_losses
 from flashmorph.evaluation.recall import answer_scores, answers_right
 
 __all__ = [
@@ -32,10 +32,11 @@ __all__ = [
     "make_questions",
     "mean_interval",
     "paired_interval",
-    "perplexity",
     "perplexity_ratio",
     "ratio_interval",
     "recall_difference",
     "share_interval",
+    "shortage",
+    "text_in_words",
     "text_losses",
 ]
