@@ -181,7 +181,7 @@ def _figures(found: Found, first: Found | None) -> dict[str, Any]:
             for one, other in pairs
             if (difference := one.minus(other))
         ]
-    losses = found.score.losses, first.score.losses
-    if found.classes and losses[0] is not None and losses[1] is not None:
-        minus["tokens"] = found.classes.compare(*losses)
+    own, theirs = found.score.losses, first.score.losses
+    if found.classes and own is not None and theirs is not None:
+        minus["tokens"] = found.classes.compare(own, theirs)
     return {**figures, "minus_first": minus}
