@@ -191,12 +191,23 @@ class _Text:
         is_rest = bool(len(self._before)) and not self._left[0] & _FIRST
         room = self._length - (len(self._before) if is_rest else 0)
         self._gather(room)
-        taken, self._left = self._left[:room], self._left[room:]
+        taken, self._left = self._left[:room], self._left[room + self._unread(room) :]
         if not is_rest:
             return taken
         row = np.concatenate([self._before, taken])
         row[len(self._before)] |= _IGNORED
         return row
+
+    def _unread(self, room: int) -> int:
+        """Of a document whose special tokens do not all fit at the end of a row: those that the next row begins with
+        anyway."""
+        size = len(self._before)
+        for begin in range(max(0, room - size + 1), room):
+            if self._left[begin] & _FIRST:
+                self._gather(begin + size)
+                if (self._left[begin : begin + size] == self._before).all():
+                    return begin + size - room
+        return 0
 
     def _gather(self, number: int) -> None:
         """Have at least so many tokens ready."""

@@ -35,11 +35,15 @@ _FLOAT32_STAGES = ("transplant", "evaluate")
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: `tokens` is None where only the search itself will tell, and so are then `work` and hours."""
+    """One stage: `tokens` is None where only the search itself will tell, and so are then `work` and hours.
+
+    `mean_context` is that of `outlook`.
+    """
 
     name: str
     tokens: int | None
     length: int
+    mean_context: float | None
     data: str
     work: Work | None
     memory: Memory | None
@@ -117,6 +121,7 @@ class Estimate:
                     "stage": stage.name,
                     "tokens": stage.tokens,
                     "length": stage.length,
+                    "mean_context": stage.mean_context,
                     "data": stage.data,
                     "flops": stage.work and stage.work.flops,
                     "flops_causal": stage.work and stage.work.causal,
@@ -165,7 +170,15 @@ def estimate(
         work["extend"] = extend_work(model, recipe)
     memory = stage_memory(model, sizes, recipe, num_gpus, bf16=recipe.bf16 is not False)
     stages = [
-        Stage(row["stage"], row["tokens"], row["length"], row["data"], work.get(row["stage"]), memory.get(row["stage"]))
+        Stage(
+            row["stage"],
+            row["tokens"],
+            row["length"],
+            row["mean_context"],
+            row["data"],
+            work.get(row["stage"]),
+            memory.get(row["stage"]),
+        )
         for row in outlook(teacher, config, recipe)
     ]
     return Estimate(teacher, model, sizes, budget, cache, stages, gpu, num_gpus, utilisation)
