@@ -105,9 +105,7 @@ def test_evaluations_are_run_once_then_read_from_disk_and_counted_by_every_searc
 
 
 def test_a_strategy_that_weighs_text_asks_for_it(morphable, tmp_path):
-    with pytest.raises(
-        UserError, match="this strategy weighs text too: give the objective validation text, `text`"
-    ):
+    with pytest.raises(UserError, match="this strategy weighs text too: give the objective validation text, `text`"):
         STRATEGIES["halo"](
             morphable.space(Budget("layers", 1)), Budget("layers", 1), objective_on(morphable, tmp_path), 0
         )

@@ -186,9 +186,7 @@ def test_losses_of_held_out_text_are_those_of_each_piece_alone(tmp_path, templat
     from flashmorph.evaluation import text_losses
 
     tokenizer = make_tokenizer("sentencepiece", template)
-    text = hold_out(
-        Corpus(str(write_jsonl(tmp_path / "texts.jsonl", TEXTS["both"]))), tokenizer, "train", 40, 1_500, 0
-    )
+    text = hold_out(Corpus(str(write_jsonl(tmp_path / "texts.jsonl", TEXTS["both"]))), tokenizer, "train", 40, 1_500, 0)
     model = random_qwen3(vocab_size=len(tokenizer))
     expected = []
     for piece, first in zip(text.pieces, text.firsts, strict=True):

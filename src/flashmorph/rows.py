@@ -191,7 +191,8 @@ class _Text:
         is_rest = bool(len(self._before)) and not self._left[0] & _FIRST
         room = self._length - (len(self._before) if is_rest else 0)
         self._gather(room)
-        taken, self._left = self._left[:room], self._left[room + self._unread(room) :]
+        unread = self._unread(room)
+        taken, self._left = self._left[:room], self._left[room + unread :]
         if not is_rest:
             return taken
         row = np.concatenate([self._before, taken])
