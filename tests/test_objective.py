@@ -12,6 +12,7 @@ from conftest import random_qwen3, tiny_tokenizer
 from test_selection import BUDGETED, DESCENDING
 
 from flashmorph.errors import UserError
+from flashmorph.heldout import HeldOut
 from flashmorph.morphable import Morphable, build
 from flashmorph.move import transplant
 from flashmorph.plan import Budget
@@ -33,7 +34,7 @@ def morphable() -> Morphable:
 def objective_on(
     morphable: Morphable,
     folder,
-    text_rows: torch.Tensor | None = None,
+    text: torch.Tensor | None = None,
     micro_batch_tokens: int = 96,
     batch_tokens: int = 96,
     **more: Any,
@@ -43,8 +44,15 @@ def objective_on(
     search = SearchSettings(length=96, batch_tokens=batch_tokens, micro_batch_tokens=micro_batch_tokens, questions=5)
     data = SearchData({"train": layout, "validation": layout}, STYLES["lines"], tasks, search)
     return MorphableObjective(
-        morphable, data, folder, text_rows=text_rows, distiller=distiller(morphable, folder), **more
+        morphable, data, folder, text=as_text(text), distiller=distiller(morphable, folder), **more
     )
+
+
+def as_text(rows: torch.Tensor | None) -> HeldOut | None:
+    """Each of `rows` as a document."""
+    if rows is None:
+        return None
+    return HeldOut(rows.tolist(), list(range(len(rows))), [0] * len(rows), rows.shape[1], rows.numel())
 
 
 def distiller(morphable: Morphable, folder) -> Distiller:
@@ -97,14 +105,10 @@ def test_evaluations_are_run_once_then_read_from_disk_and_counted_by_every_searc
 
 
 def test_a_strategy_that_weighs_text_asks_for_it(morphable, tmp_path):
-    with pytest.raises(
-        UserError, match="this strategy weighs text too: give the objective validation text, `text_rows`"
-    ):
+    with pytest.raises(UserError, match="this strategy weighs text too: give the objective validation text, `text`"):
         STRATEGIES["halo"](
             morphable.space(Budget("layers", 1)), Budget("layers", 1), objective_on(morphable, tmp_path), 0
         )
-    with pytest.raises(UserError, match=r"text_rows must be \[rows, length\].*got \[7\]"):
-        objective_on(morphable, tmp_path, torch.zeros(7, dtype=torch.long))
 
 
 @torch.no_grad()
@@ -154,7 +158,7 @@ def test_a_search_that_cannot_train_says_so(morphable, tmp_path):
     )
     space, budget = morphable.space(Budget("layers", 1)), Budget("layers", 1)
     with pytest.raises(UserError, match="give the objective a distiller"):
-        STRATEGIES["kl"](space, budget, MorphableObjective(morphable, data, tmp_path, text_rows=rows), 0)
+        STRATEGIES["kl"](space, budget, MorphableObjective(morphable, data, tmp_path, text=as_text(rows)), 0)
 
 
 def test_a_loss_that_is_not_finite_is_told_with_its_plan(tmp_path):

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
@@ -13,11 +12,11 @@ from flashmorph.corpus import Corpus, Mixture
 from flashmorph.errors import UserError
 from flashmorph.evaluation import Score, answers_right, evaluate
 from flashmorph.files import read_json, write_json
+from flashmorph.heldout import HeldOut, hold_out
 from flashmorph.hosts import cache_by_context
 from flashmorph.morphable import Morphable
 from flashmorph.plan import Plan
 from flashmorph.recipe import Recipe
-from flashmorph.rows import Rows, pack
 from flashmorph.run import Run
 from flashmorph.rundata import open_questions
 from flashmorph.runfolder import digest_of
@@ -50,21 +49,19 @@ def score_model(name: str, recipe: Recipe, device: torch.device) -> Score:
     """
     model, tokenizer = open_model(name, device)
     corpus = recipe.data.corpus
-    with TemporaryDirectory() as folder:
-        rows = held_out(recipe, corpus, tokenizer, Path(folder))
-        questions = open_questions(recipe, corpus, tokenizer)
-        return evaluate(model, tokenizer, questions, rows, recipe.evaluate, cache_by_context(model.config))
+    text = held_out(recipe, corpus, tokenizer)
+    questions = open_questions(recipe, corpus, tokenizer)
+    return evaluate(model, tokenizer, questions, text, recipe.evaluate, cache_by_context(model.config))
 
 
-def held_out(recipe: Recipe, corpus: Corpus | Mixture, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Rows:
-    """The rows of text that perplexity is measured on, in `folder`.
+def held_out(recipe: Recipe, corpus: Corpus | Mixture, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
+    """The text that perplexity is measured on.
 
     Raises:
         UserError: the corpus has no text of the test split.
     """
     settings = recipe.evaluate
-    rows = max(1, settings.perplexity_tokens // settings.length)
-    return pack(corpus, tokenizer, "test", settings.length, rows, recipe.seed, folder / "rows.npy", None)
+    return hold_out(corpus, tokenizer, "test", settings.length, settings.perplexity_tokens, recipe.seed)
 
 
 def recall_of_plan(

@@ -6,12 +6,12 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from flashmorph.corpus import shares_of
+from flashmorph.documents import require_template
 from flashmorph.errors import UserError
 from flashmorph.fitting import require_within_limit
 from flashmorph.hosts import configure, layer_space
 from flashmorph.plan import Budget
 from flashmorph.recipe import Recipe
-from flashmorph.rows import require_template
 from flashmorph.selection import FOLLOW_GRADIENTS, SEARCH_NOTHING
 from flashmorph.selection.search import check_search, own_settings
 from flashmorph.selection.searchdata import step_shape
@@ -53,14 +53,15 @@ def check_recipe(config: PreTrainedConfig, recipe: Recipe) -> None:
 
 
 def outlook(name: str, config: PreTrainedConfig, recipe: Recipe) -> list[dict[str, Any]]:
-    """What each stage will spend on a teacher of this configuration: tokens, length and data.
+    """What each stage will spend on a teacher of this configuration: tokens, length and data; and the mean context.
 
-    Tokens are None where they show on the way.
+    That is how many tokens before it a token of a training row can attend to. Tokens are None where they show on the
+    way, the mean context where nothing is trained or the lengths of the documents tell.
     """
     source = recipe.data.about
     plans = 2 if recipe.baseline else 1
     host, _ = configure(config, recipe.host)
-    rows: list[tuple[str, int | None, int, str]] = [("transplant", 0, 0, f"{name}: a probe batch")]
+    rows: list[tuple[Any, ...]] = [("transplant", 0, 0, f"{name}: a probe batch")]
     if host.branches_train:
         rows.append(_training_row("align", recipe.align, source, 1))
     else:
@@ -79,7 +80,26 @@ def outlook(name: str, config: PreTrainedConfig, recipe: Recipe) -> list[dict[st
     tokens = settings.questions * settings.length * len(recipe.tasks) + settings.perplexity_tokens
     about = f"{models} models, {settings.questions} questions a task"
     rows.append(("evaluate", tokens * models, settings.length, about))
-    return [dict(zip(("stage", "tokens", "length", "data"), row, strict=True)) for row in rows]
+    found = [dict(zip(("stage", "tokens", "length", "data"), row, strict=True)) for row in rows]
+    contexts = {name: context for name, (context, _) in training_contexts(config, recipe).items()}
+    return [{**row, "mean_context": contexts.get(row["stage"])} for row in found]
+
+
+def training_contexts(config: PreTrainedConfig, recipe: Recipe) -> dict[str, tuple[float | None, str]]:
+    """The mean context of each stage that trains, in tokens, and in words; see `outlook`."""
+    host, _ = configure(config, recipe.host)
+    settings: dict[str, TrainSettings] = {"align": recipe.align} if host.branches_train else {}
+    settings["distill"] = recipe.distill
+    if recipe.distill.teacher_logits:
+        settings["logits"] = recipe.distill
+    if recipe.extend:
+        settings["extend"] = recipe.extend
+    return {name: _mean_context(each) for name, each in settings.items()}
+
+
+def _mean_context(settings: TrainSettings) -> tuple[float | None, str]:
+    most = (settings.length - 1) / 2
+    return (None, f"by the text, at most {most:,.0f}") if settings.keeps_apart else (most, f"{most:,.0f}")
 
 
 def num_models(recipe: Recipe) -> int:

@@ -26,10 +26,11 @@ from flashmorph.plan import Budget, Plan
 from flashmorph.progress import Report
 from flashmorph.publish import publish, save_model, write_host
 from flashmorph.report import write_report
+from flashmorph.rows import Rows
 from flashmorph.run import Results, Run
 from flashmorph.rundata import (
     calibration,
-    held_out_rows,
+    held_out_text,
     open_questions,
     training_rows,
 )
@@ -136,7 +137,7 @@ def run_align(run: Run, host: Stage) -> Stage:
         if ranks.is_first():
             save_file(state, folder / "branches.safetensors")
         summary = f"relative error by layer {_listed(start)} at the start, {_listed(errors)} now"
-        return {"errors_at_start": start, "errors": errors, **_trained(run, settings), "summary": summary}
+        return {"errors_at_start": start, "errors": errors, **_trained(run, settings, rows), "summary": summary}
 
     wanted = {**training_settings(run, settings), "calibration_rows": run.recipe.calibration_rows}
     return run.stage("align", f"{settings.tokens:,} tokens", wanted, [host.digest], work)
@@ -199,7 +200,7 @@ def run_distill(run: Run, host: Stage, built: Stage, label: str) -> Stage:
         given = RowsWithLogits(rows, logits.folder) if logits else rows
         distill(student, teacher, given, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
         save_model(student, folder / "model", built.folder / "model")
-        return {**_trained(run, settings), "summary": _last_loss(folder, "KL")}
+        return {**_trained(run, settings, rows), "summary": _last_loss(folder, "KL")}
 
     about = f"{label}{settings.tokens:,} tokens of length {settings.length:,}"
     inputs = [built.digest, *([logits.digest] if logits else [])]
@@ -216,7 +217,7 @@ def run_logits(run: Run, host: Stage, top_k: int) -> Stage:
         rows = training_rows(run, settings, "distill", report)
         teacher = load_model(host.folder / "model", torch.float32, run.device)
         write_logits(teacher, rows, settings, top_k, folder, run.bf16, report)
-        return {**_trained(run, settings), "summary": logits_on_disk(settings, top_k)}
+        return {**_trained(run, settings, rows), "summary": logits_on_disk(settings, top_k)}
 
     about = f"the teacher's {top_k:,} likeliest next tokens"
     return run.stage("logits", about, logit_settings(run, settings, top_k), [host.digest], work, alone=True)
@@ -234,7 +235,7 @@ def run_extend(run: Run, distilled: Stage, label: str) -> Stage:
         model = divided(run, lambda: open_stage(run, distilled), shard_student)
         extend(model, rows, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
         save_model(model, folder / "model", distilled.folder / "model")
-        return {**_trained(run, settings), "summary": _last_loss(folder, "loss")}
+        return {**_trained(run, settings, rows), "summary": _last_loss(folder, "loss")}
 
     about = f"{label}{settings.tokens:,} tokens of length {settings.length:,}"
     return run.stage("extend", about, training_settings(run, settings), [distilled.digest], work)
@@ -250,19 +251,22 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
         # The stage's copy may be older than the teacher's file, which its answers end by.
         loaded.generation_config = run.teacher.generation_config() or loaded.generation_config
         questions = open_questions(recipe, run.corpus, run.tokenizer)
-        rows = max(1, settings.perplexity_tokens // settings.length)
-        held_out = held_out_rows(run, "test", settings.length, rows)
-        score = evaluate(loaded, run.tokenizer, questions, held_out, settings, cache_by_context(loaded.config), report)
+        text = held_out_text(run, "test", settings.length, settings.perplexity_tokens)
+        score = evaluate(loaded, run.tokenizer, questions, text, settings, cache_by_context(loaded.config), report)
         write_json(folder / "right.json", score.right)
         assert score.text
         write_json(folder / "text.json", asdict(score.text))
         summary = f"recall {100 * score.recall:.1f} %, perplexity {score.perplexity:.2f}"
-        return {"perplexity": score.perplexity, "cache_bytes": score.cache_bytes, "summary": summary}
+        return {
+            "perplexity": score.perplexity,
+            "perplexity_text": score.text_read,
+            "cache_bytes": score.cache_bytes,
+            "summary": summary,
+        }
 
     stage = run.stage("evaluate", label, evaluate_settings(run), [model.digest], work, alone=True)
-    record, text = stage.record, stage.folder / "text.json"
-    losses = RangeLosses(**read_json(text)) if text.exists() else None
-    return Score(read_json(stage.folder / "right.json"), record["perplexity"], record["cache_bytes"], losses)
+    right, text = (read_json(stage.folder / name) for name in ("right.json", "text.json"))
+    return Score(right, stage.record["perplexity"], stage.record["cache_bytes"], RangeLosses(**text))
 
 
 def _no_branches(folder: Path, report: Report) -> dict[str, Any]:
@@ -270,11 +274,16 @@ def _no_branches(folder: Path, report: Report) -> dict[str, Any]:
     return {"tokens": 0, "summary": "the attention itself looks through it"}
 
 
-def _trained(run: Run, settings: TrainSettings) -> dict[str, Any]:
+def _trained(run: Run, settings: TrainSettings, rows: Rows) -> dict[str, Any]:
     """What a stage that trains says of its data."""
     host = host_for(load_config(run.teacher.folder), run.recipe.host)
-    apart = how_apart(settings.isolate_documents, host, run.device)
-    return {"tokens": settings.tokens_run, "documents": apart, "sharded": run.shards}
+    documents = "long" if settings.takes_long_documents else how_apart(settings.keeps_apart, host, run.device)
+    return {
+        "tokens": settings.tokens_run,
+        "documents": documents,
+        "mean_context": rows.mean_context(settings.keeps_apart),
+        "sharded": run.shards,
+    }
 
 
 def _listed(values: list[float]) -> str:

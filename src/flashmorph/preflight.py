@@ -5,10 +5,10 @@ from collections.abc import Collection, Iterator
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from flashmorph.corpus import no_text, shares_of
+from flashmorph.documents import too_small
 from flashmorph.errors import UserError
 from flashmorph.hosts import configure
 from flashmorph.recipe import Recipe
-from flashmorph.rows import too_small
 from flashmorph.rundata import open_layout
 from flashmorph.selection import FOLLOW_GRADIENTS, NEED_TEXT, SEARCH_NOTHING
 from flashmorph.stages import TrainSettings

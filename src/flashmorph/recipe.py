@@ -28,6 +28,11 @@ from flashmorph.stages import AlignSettings, DistillSettings, ExtendSettings
 from flashmorph.tasks import STYLES, TaskSettings
 
 SHIPPED = ("demo", "default", "chat")
+_REPLACED = {
+    "extend.isolate_documents": "say `extend.documents: joined` (documents in a row see each other) or `long` (only "
+    "documents that fill rows on their own)",
+}
+"""Settings of earlier versions, and what to say in their place."""
 
 
 class SourceSettings(BaseModel):
@@ -173,7 +178,7 @@ def load_recipe(source: str | Path, changes: dict[str, Any] | None = None) -> Re
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"recipe {name}: {sentence(error, Recipe)}") from error
+        raise UserError(f"recipe {name}: {sentence(error, Recipe, _REPLACED)}") from error
     if recipe.select.strategy not in STRATEGIES:
         raise UserError(unknown("strategy", recipe.select.strategy, STRATEGIES))
     if not recipe.tasks:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flashmorph import ranks
 from flashmorph.corpus import Corpus, Mixture
+from flashmorph.heldout import HeldOut, hold_out
 from flashmorph.progress import Report
 from flashmorph.recipe import Recipe
 from flashmorph.rows import Rows, pack
@@ -65,7 +66,19 @@ def _pack_training_rows(run: Run, settings: TrainSettings, stage: str, report: R
     path = run.folder.data / f"{stage}-{digest_of(row_settings(run, settings))}.npy"
     others = _Questions(run, settings.length, settings.questions)
     passes = recipe.data.max_passes
-    pack(run.corpus, run.tokenizer, "train", settings.length, settings.rows, recipe.seed, path, passes, report, others)
+    pack(
+        run.corpus,
+        run.tokenizer,
+        "train",
+        settings.length,
+        settings.rows,
+        recipe.seed,
+        path,
+        passes,
+        report,
+        others,
+        settings.takes_long_documents,
+    )
     return path
 
 
@@ -88,20 +101,21 @@ class _Questions(Sequence[list[int]]):
         return open_layout(self._run.recipe, self._run.corpus, self._run.tokenizer, "train")
 
 
-def held_out_rows(run: Run, split: str, length: int, rows: int) -> Rows:
-    """Text that no stage trains on, repeated where there is too little of it."""
-    path = run.folder.data / f"{split}-{digest_of([length, rows, text_settings(run)])}.npy"
+def held_out_text(run: Run, split: str, length: int, tokens: int) -> HeldOut:
+    """Text that no stage trains on, tokenised once into the run's data folder: `tokens` of it, or all that there is."""
+    path = run.folder.data / f"{split}-{digest_of([length, tokens, text_settings(run)])}.npz"
 
     def tokenise() -> None:
-        pack(run.corpus, run.tokenizer, split, length, rows, run.recipe.seed, path, None)
+        if not path.exists():
+            hold_out(run.corpus, run.tokenizer, split, length, tokens, run.recipe.seed).save(path)
 
     ranks.first(tokenise)
-    return Rows(path)
+    return HeldOut.load(path)
 
 
 def calibration(run: Run, rows: Rows) -> dict[str, torch.Tensor]:
     """The rows that branches are started from, as a batch of the stage `align`."""
     numbers = range(min(run.recipe.calibration_rows, len(rows)))
-    batch = collate([rows[row] for row in numbers], run.recipe.align.isolate_documents)
+    batch = collate([rows[row] for row in numbers], run.recipe.align.keeps_apart)
     batch.pop("loss_mask", None)  # Alignment has no targets.
     return batch

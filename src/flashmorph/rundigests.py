@@ -38,7 +38,8 @@ def row_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
     """What the rows of a stage that trains depend on."""
     questions = settings.questions
     asked = {"questions": [questions, task_settings(run)]} if questions else {}
-    return {"rows": [settings.length, settings.rows], **text_settings(run), **asked}
+    long = {"documents": "long"} if settings.takes_long_documents else {}
+    return {"rows": [settings.length, settings.rows], **long, **text_settings(run), **asked}
 
 
 def training_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
@@ -48,8 +49,7 @@ def training_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
 
 def logit_settings(run: Run, settings: TrainSettings, top_k: int) -> dict[str, Any]:
     """What the teacher's logits on the rows of a stage that trains depend on."""
-    apart = settings.isolate_documents
-    return {"top_k": top_k, "isolate_documents": apart, "bf16": run.bf16, **row_settings(run, settings)}
+    return {"top_k": top_k, "isolate_documents": settings.keeps_apart, "bf16": run.bf16, **row_settings(run, settings)}
 
 
 def select_settings(run: Run) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from flashmorph.evaluation import shortage
 from flashmorph.plan import FULL
 from flashmorph.progress import Report
 from flashmorph.run import Results
@@ -71,6 +72,8 @@ class RichScreen:
             by_task.add_row(label, *(f"{100 * task['recall']:.0f} %" for task in tasks))
         self.console.print(overview)
         self.console.print(by_task)
+        if note := shortage(first.to_dict()):
+            self.say(note)
         kept = ", ".join(map(str, results.plan.full_layers))
         other = ", ".join(sorted(set(results.plan.assignments.values()) - {FULL})) or "other"
         self.say(

@@ -4,10 +4,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from flashmorph.corpus import Corpus, Mixture
@@ -27,11 +25,11 @@ from flashmorph.evaluation import (
     paired_interval,
     perplexity_ratio,
     recall_difference,
-    text_losses,
 )
 from flashmorph.evaluation.harness import Harness, HarnessFigure
 from flashmorph.evaluation.tokens import TokenClasses
 from flashmorph.fitting import fit
+from flashmorph.heldout import HeldOut
 from flashmorph.hosts import cache_by_context, require_known
 from flashmorph.judge import held_out, open_model
 from flashmorph.progress import Report
@@ -79,9 +77,9 @@ class Found:
 
     score: Score
     vocabulary: dict[str, int]
+    text: HeldOut
     grid: Grid | None = None
     harness: list[HarnessFigure] = field(default_factory=list)
-    losses: np.ndarray | None = None
     classes: TokenClasses | None = None
 
 
@@ -142,7 +140,7 @@ def _require_one_tokenizer(names: Sequence[str]) -> None:
 
 
 def compare_models(names: Sequence[str], wanted: Wanted, device: torch.device, screen: Screen) -> dict[str, Any]:
-    """Figures by model; all but the first also have `minus_first`, with intervals paired by question and by row.
+    """Figures by model; all but the first also have `minus_first`, with intervals paired by question and by text.
 
     Raises:
         UserError: see `check` and `open_model`; or the corpus has no text of the test split.
@@ -153,30 +151,29 @@ def compare_models(names: Sequence[str], wanted: Wanted, device: torch.device, s
         _require_one_tokenizer(names)
     found: dict[str, Found] = {}
     for name in names:
-        classes = found[names[0]].classes if found else None
-        found[name] = _judge(name, wanted, device, screen, classes)
+        found[name] = _judge(name, wanted, device, screen, found.get(names[0]))
     first = found[names[0]]
     return {name: _figures(each, None if each is first else first) for name, each in found.items()}
 
 
-def _judge(
-    name: str, wanted: Wanted, device: torch.device, screen: Screen, classes: TokenClasses | None = None
-) -> Found:
+def _judge(name: str, wanted: Wanted, device: torch.device, screen: Screen, first: Found | None = None) -> Found:
+    """What one model can do; on the very text of the `first` where it has the same tokens."""
     recipe, corpus = wanted.recipe, wanted.corpus
     model, tokenizer = open_model(name, device, screen.say, wanted.allow_unused)
+    vocabulary = tokenizer.get_vocab()
     grid = None
     if wanted.grid:
         with screen.stage("evaluate", f"{name}: questions") as report:
             asker = ASKERS[wanted.grid.style](tokenizer, corpus.pool("test", recipe.seed), recipe.seed)
             grid = make_questions(asker, wanted.grid, report)
-    with TemporaryDirectory() as folder, screen.stage("evaluate", f"{name}: tasks, text") as report:
+    with screen.stage("evaluate", f"{name}: tasks, text") as report:
         questions = open_questions(recipe, corpus, tokenizer)
-        rows = held_out(recipe, corpus, tokenizer, Path(folder))
-        score = evaluate(model, tokenizer, questions, rows, recipe.evaluate, cache_by_context(model.config), report)
-        found = Found(score, tokenizer.get_vocab())
+        same = first is not None and first.vocabulary == vocabulary
+        text = first.text if first and same else held_out(recipe, corpus, tokenizer)
+        score = evaluate(model, tokenizer, questions, text, recipe.evaluate, cache_by_context(model.config), report)
+        found = Found(score, vocabulary, text)
         if wanted.tokens:
-            found.losses = text_losses(model, rows, recipe.evaluate.tokens_at_once).double().numpy()
-            found.classes = classes or TokenClasses.of(rows, tokenizer)
+            found.classes = first.classes if first else TokenClasses.of(text, tokenizer)
     if grid:
         with screen.stage("evaluate", f"{name}: grid") as report:
             found.grid = ask_grid(model, tokenizer, grid, report)
@@ -214,6 +211,7 @@ def _figures(found: Found, first: Found | None) -> dict[str, Any]:
             for one, other in pairs
             if (difference := one.minus(other))
         ]
-    if found.losses is not None and found.classes and first.losses is not None:
-        minus["tokens"] = found.classes.compare(found.losses, first.losses)
+    own, theirs = found.score.losses, first.score.losses
+    if found.classes and own is not None and theirs is not None:
+        minus["tokens"] = found.classes.compare(own, theirs)
     return {**figures, "minus_first": minus}

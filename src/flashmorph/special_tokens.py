@@ -1,9 +1,11 @@
 """The special tokens around a text: what the tokenizer puts before it, and what ends an answer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from flashmorph.errors import UserError
 
 _PROBE = "a"
 
@@ -22,6 +24,22 @@ def before_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     special = set(tokenizer.all_special_ids)
     count = next((number for number, token in enumerate(whole) if token not in special), len(whole))
     return whole[:count]
+
+
+def room_for_text(length: int, before: Sequence[int]) -> int:
+    """Tokens of text in `length` tokens that begin with the special ones `before`.
+
+    Raises:
+        UserError: there is no room.
+    """
+    if length <= len(before):
+        raise UserError(f"{length} tokens have no room for text behind the tokenizer's {len(before)} special tokens")
+    return length - len(before)
+
+
+def count_before(ids: Sequence[int], before: Sequence[int]) -> int:
+    """How many of the first tokens of a text are the special ones `before`: all of them, or none."""
+    return len(before) if list(ids[: len(before)]) == list(before) else 0
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, *configs: Any) -> list[int]:

@@ -187,7 +187,7 @@ def _dry_run(options: Options, stages: list[str]) -> None:
     from rich.table import Table
 
     from flashmorph.given import given_plan
-    from flashmorph.outlook import check, outlook
+    from flashmorph.outlook import check, outlook, training_contexts
     from flashmorph.preflight import preflight
     from flashmorph.screen import RichScreen
     from flashmorph.teacher import load_config, open_teacher
@@ -206,11 +206,13 @@ def _dry_run(options: Options, stages: list[str]) -> None:
         print(json.dumps(rows, indent=2))
         return
     table = Table(title=f"{options.teacher} -> {options.output}", title_justify="left")
-    for column in ("stage", "tokens", "length", "data"):
+    contexts = training_contexts(config, recipe)
+    for column in ("stage", "tokens", "length", "mean context", "data"):
         table.add_column(column, justify="left" if column in ("stage", "data") else "right")
     for row in rows:
         tokens = "as it goes" if row["tokens"] is None else f"{row['tokens']:,}" if row["tokens"] else ""
-        table.add_row(row["stage"], tokens, str(row["length"] or ""), row["data"])
+        _, context = contexts.get(row["stage"], (None, ""))
+        table.add_row(row["stage"], tokens, str(row["length"] or ""), context, row["data"])
     OUT.print(table)
 
 

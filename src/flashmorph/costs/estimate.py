@@ -39,12 +39,13 @@ _FLOAT32_STAGES = ("transplant", "evaluate")
 class Stage:
     """One stage: `tokens` is None where only the search itself will tell, and so are then `work` and hours.
 
-    `auto` is what the settings come to that have this value, by their names.
+    `mean_context` is that of `outlook`; `auto` is what the settings come to that have this value, by their names.
     """
 
     name: str
     tokens: int | None
     length: int
+    mean_context: float | None
     data: str
     work: Work | None
     memory: Memory | None
@@ -123,6 +124,7 @@ class Estimate:
                     "stage": stage.name,
                     "tokens": stage.tokens,
                     "length": stage.length,
+                    "mean_context": stage.mean_context,
                     "data": stage.data,
                     "flops": stage.work and stage.work.flops,
                     "flops_causal": stage.work and stage.work.causal,
@@ -182,6 +184,7 @@ def estimate(
             row["stage"],
             row["tokens"],
             row["length"],
+            row["mean_context"],
             row["data"],
             work.get(row["stage"]),
             memory.get(row["stage"]),

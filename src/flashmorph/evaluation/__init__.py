@@ -18,7 +18,7 @@ from flashmorph.evaluation.intervals import (
     ratio_interval,
     share_interval,
 )
-from flashmorph.evaluation.perplexity import RangeLosses, perplexity, text_losses
+from flashmorph.evaluation.perplexity import RangeLosses, shortage, text_in_words, text_losses
 from flashmorph.evaluation.recall import answer_scores, answers_right
 
 __all__ = [
@@ -39,10 +39,11 @@ __all__ = [
     "make_questions",
     "mean_interval",
     "paired_interval",
-    "perplexity",
     "perplexity_ratio",
     "ratio_interval",
     "recall_difference",
     "share_interval",
+    "shortage",
+    "text_in_words",
     "text_losses",
 ]

@@ -20,10 +20,10 @@ from flashmorph.packing import Packed, apart
 from flashmorph.plan import FULL
 from flashmorph.progress import Report, silent
 from flashmorph.rows import Rows
-from flashmorph.stages.training import TrainSettings, train
+from flashmorph.stages.training import IsolatedTrainSettings, train
 
 
-class AlignSettings(TrainSettings):
+class AlignSettings(IsolatedTrainSettings):
     """The published budget: 320M tokens at length 512, learning rate 1e-3 to 1e-5."""
 
     stage: ClassVar[str] = "align"

@@ -20,10 +20,10 @@ from flashmorph.progress import Report, silent
 from flashmorph.rows import Rows
 from flashmorph.sharding import shard_loss
 from flashmorph.stages.teacher_logits import LogitSettings, RowsWithLogits
-from flashmorph.stages.training import TrainSettings, keep_activations, train
+from flashmorph.stages.training import IsolatedTrainSettings, keep_activations, train
 
 
-class DistillSettings(TrainSettings):
+class DistillSettings(IsolatedTrainSettings):
     """The published budget: 1B tokens at length 512, learning rate 1e-4 to 1e-5."""
 
     stage: ClassVar[str] = "distill"

@@ -20,16 +20,29 @@ from flashmorph.stages.training import TrainSettings, keep_activations, train
 
 
 class ExtendSettings(TrainSettings):
-    """The published budget: 1B tokens at length 16K, constant learning rate 1e-5."""
+    """The published budget: 1B tokens at length 16K, constant learning rate 1e-5.
+
+    The published rows are documents end to end that see each other. Most documents of the web are far shorter than
+    such a row, so kept apart they would teach nothing about its length.
+    """
 
     stage: ClassVar[str] = "extend"
     tokens: PositiveInt = 1_000_000_000
     length: PositiveInt = 16_384
     batch_tokens: PositiveInt = 2_097_152
+    documents: Literal["joined", "long"] = Field(
+        default="joined",
+        description="`joined`: those in a row see each other; `long`: only such as fill rows on their own",
+    )
     learning_rate: PositiveFloat = 1e-5
     activation_checkpointing: bool | Literal["auto"] = Field(
         default="auto", description="compute layers again instead of keeping them; `auto`: where memory asks for it"
     )
+
+    @property
+    def takes_long_documents(self) -> bool:
+        """See `TrainSettings`."""
+        return self.documents == "long"
 
 
 class NextTokenLoss(nn.Module):

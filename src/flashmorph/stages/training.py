@@ -51,12 +51,21 @@ class TrainSettings(BaseModel):
         default="auto", description="tokens at once on one device; `auto`: from its memory, null: a whole step"
     )
     retrieval_share: float = Field(default=0.0, ge=0, le=1, description="share of rows that are retrieval questions")
-    isolate_documents: bool = Field(default=True, description="documents in one row do not see each other")
     learning_rate: float = Field(gt=0)
     final_learning_rate: float = Field(default=1e-5, ge=0)
     warmup_steps: int = Field(default=50, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     checkpoint_steps: int = Field(default=500, gt=0, description="steps between two checkpoints")
+
+    @property
+    def keeps_apart(self) -> bool:
+        """Whether documents in one row do not see each other."""
+        return False
+
+    @property
+    def takes_long_documents(self) -> bool:
+        """Whether only documents are taken that fill a row on their own."""
+        return False
 
     @property
     def steps(self) -> int:
@@ -117,6 +126,17 @@ class TrainSettings(BaseModel):
         if batch_rows % pieces:
             return None
         return Division(batch_rows // pieces, pieces // processes, pieces // batches)
+
+
+class IsolatedTrainSettings(TrainSettings):
+    """The same of a stage that may keep the documents in one row apart."""
+
+    isolate_documents: bool = Field(default=True, description="documents in one row do not see each other")
+
+    @property
+    def keeps_apart(self) -> bool:
+        """See `TrainSettings`."""
+        return self.isolate_documents
 
 
 def train(
@@ -183,7 +203,7 @@ def train(
             args=arguments,
             watch=watch,
             train_dataset=rows,
-            data_collator=lambda batch: collate(batch, settings.isolate_documents),
+            data_collator=lambda batch: collate(batch, settings.keeps_apart),
             callbacks=[*callbacks, _Keeper(folder, report, watch)],
         )
         trainer.remove_callback(PrinterCallback)
