@@ -232,7 +232,7 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
         loaded = load_model(model.folder / "model", torch.float32, run.device)
-        questions = open_questions(recipe, run.corpus, run.tokenizer)
+        questions = open_questions(recipe, run.corpus, run.tokenizer, chat_template=settings.chat_template)
         rows = max(1, settings.perplexity_tokens // settings.length)
         held_out = held_out_rows(run, "test", settings.length, rows)
         score = evaluate(loaded, run.tokenizer, questions, held_out, settings, cache_by_context(loaded.config), report)
@@ -242,7 +242,7 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
         summary = f"recall {100 * score.recall:.1f} %, perplexity {score.perplexity:.2f}"
         return {"perplexity": score.perplexity, "cache_bytes": score.cache_bytes, "summary": summary}
 
-    wanted = {"evaluate": settings.model_dump(mode="json"), **task_settings(run)}
+    wanted = {"evaluate": settings.model_dump(mode="json"), **task_settings(run, settings.chat_template)}
     stage = run.stage("evaluate", label, wanted, [model.digest], work, alone=True)
     record, text = stage.record, stage.folder / "text.json"
     losses = RangeLosses(**read_json(text)) if text.exists() else None

@@ -22,11 +22,23 @@ from flashmorph.stages import TrainSettings, collate
 from flashmorph.tasks import STYLES, Example, Haystack, Layout, TaskSettings, make_example
 
 
-def open_layout(recipe: Recipe, corpus: Corpus | Mixture, tokenizer: PreTrainedTokenizerBase, split: str) -> Layout:
-    """What lays problems out in the recipe's text of one split."""
+def open_layout(
+    recipe: Recipe,
+    corpus: Corpus | Mixture,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    chat_template: bool | None = None,
+) -> Layout:
+    """What lays problems out in the recipe's text of one split, through the chat template if the recipe says so (or
+    the caller).
+
+    Raises:
+        UserError: the corpus has no text in this split, or the tokenizer no template.
+    """
+    templated = recipe.chat_template if chat_template is None else chat_template
     repeated = recipe.data.haystack == "repeated"
     haystack = Haystack.repeated() if repeated else Haystack(corpus.pool(split, recipe.seed))
-    return Layout(tokenizer, STYLES[recipe.style], haystack)
+    return Layout(tokenizer, STYLES[recipe.style], haystack, templated)
 
 
 def open_questions(
@@ -36,10 +48,11 @@ def open_questions(
     split: str = "test",
     number: int | None = None,
     length: int | None = None,
+    chat_template: bool | None = None,
 ) -> dict[str, Sequence[Example]]:
     """The recipe's questions of one split, by task; as many and as long as its evaluation's unless told."""
     style, settings = STYLES[recipe.style], recipe.evaluate
-    layout, length = open_layout(recipe, corpus, tokenizer, split), length or settings.length
+    layout, length = open_layout(recipe, corpus, tokenizer, split, chat_template), length or settings.length
     return {
         name: [
             make_example(task, layout, style, split, length, recipe.seed, question)
@@ -65,7 +78,8 @@ def _pack_training_rows(run: Run, settings: TrainSettings, stage: str, report: R
     recipe = run.recipe
     questions = round(settings.retrieval_share * settings.rows)
     tasks = list(recipe.tasks.values()) if questions else []
-    wanted = {"train": [settings.length, settings.rows], **common_settings(run), "questions": [questions, recipe.style]}
+    asked = [questions, recipe.style, recipe.chat_template]
+    wanted = {"train": [settings.length, settings.rows], **common_settings(run), "questions": asked}
     wanted["documents"] = "marked"  # Rows of earlier versions do not tell where documents begin.
     path = run.folder.data / f"{stage}-{digest_of([run.teacher.digest, wanted, plain(tasks)])}.npy"
     others = _Questions(run, settings.length, questions)
@@ -119,9 +133,11 @@ def common_settings(run: Run) -> dict[str, Any]:
     return {**common, "files": digest_of(files)} if files else common
 
 
-def task_settings(run: Run) -> dict[str, Any]:
+def task_settings(run: Run, chat_template: bool | None = None) -> dict[str, Any]:
     """What the digest of a stage that asks questions depends on."""
-    return {"tasks": plain(run.recipe.tasks.values()), "style": run.recipe.style, **common_settings(run)}
+    templated = run.recipe.chat_template if chat_template is None else chat_template
+    asked = {"tasks": plain(run.recipe.tasks.values()), "style": run.recipe.style, "chat_template": templated}
+    return {**asked, **common_settings(run)}
 
 
 def select_settings(run: Run) -> dict[str, Any]:

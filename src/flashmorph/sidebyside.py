@@ -137,10 +137,11 @@ def _judge(
     grid = None
     if wanted.grid:
         with screen.stage("evaluate", f"{name}: questions") as report:
-            asker = ASKERS[wanted.grid.style](tokenizer, corpus.pool("test", recipe.seed), recipe.seed)
+            documents, templated = corpus.pool("test", recipe.seed), wanted.grid.chat_template
+            asker = ASKERS[wanted.grid.style](tokenizer, documents, recipe.seed, templated)
             grid = make_questions(asker, wanted.grid, report)
     with TemporaryDirectory() as folder, screen.stage("evaluate", f"{name}: tasks, text") as report:
-        questions = open_questions(recipe, corpus, tokenizer)
+        questions = open_questions(recipe, corpus, tokenizer, chat_template=recipe.evaluate.chat_template)
         rows = held_out(recipe, corpus, tokenizer, Path(folder))
         score = evaluate(model, tokenizer, questions, rows, recipe.evaluate, cache_by_context(model.config), report)
         found = Found(score, tokenizer.get_vocab())

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -107,7 +107,7 @@ def evaluate(
     if style not in (None, *_STYLES):
         raise UserError(f"--style {style!r} must be {' or '.join(_STYLES)}")
     asked = style or ("lines" if chosen and settings.style == "lines" else "ruler")
-    grid = _grid_settings(lengths, depths, questions, asked, settings.evaluate.batch_tokens) if lengths else None
+    grid = _grid_settings(lengths, depths, questions, asked, settings.evaluate) if lengths else None
     harness = (
         Harness(names("--tasks", tasks), {"max_seq_lengths": list(grid.lengths)} if grid else None) if tasks else None
     )
@@ -122,14 +122,12 @@ def evaluate(
     show_figures(OUT, figures)
 
 
-def _grid_settings(lengths: str, depths: int, questions: int | None, style: str, batch_tokens: int):
+def _grid_settings(lengths: str, depths: int, questions: int | None, style: str, evaluate: Any):
     from flashmorph.evaluation import GridSettings
 
-    given = {"questions": questions} if questions else {}
+    given: dict[str, Any] = {"lengths": numbers("--lengths", lengths), "depths": depths, "style": style}
+    given |= {name: getattr(evaluate, name) for name in ("batch_tokens", "chat_template")}
     try:
-        return GridSettings.model_validate(
-            {"lengths": numbers("--lengths", lengths), "depths": depths, "style": style, "batch_tokens": batch_tokens}
-            | given
-        )
+        return GridSettings.model_validate(given | ({"questions": questions} if questions else {}))
     except ValidationError as error:
         raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error

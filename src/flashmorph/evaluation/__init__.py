@@ -1,6 +1,7 @@
 """Evidence: recall by generation, perplexity, cache."""
 
 from flashmorph.evaluation.evaluate import EvaluateSettings, Score, evaluate, perplexity_ratio, recall_difference
+from flashmorph.evaluation.greedy import greedy
 from flashmorph.evaluation.grid import (
     ASKERS,
     Asker,
@@ -29,6 +30,7 @@ __all__ = [
     "answers_right",
     "ask_grid",
     "evaluate",
+    "greedy",
     "make_questions",
     "mean_interval",
     "paired_interval",

@@ -25,6 +25,9 @@ class EvaluateSettings(BaseModel):
     length: int = Field(default=4096, gt=1, description="context length in tokens")
     perplexity_tokens: int = Field(default=262_144, gt=1, description="held-out tokens that perplexity is measured on")
     batch_tokens: int = Field(default=32_768, gt=0, description="tokens run at once")
+    chat_template: bool = Field(
+        default=False, description="ask through the teacher's chat template (for teachers that follow instructions)"
+    )
 
 
 @dataclass(frozen=True)

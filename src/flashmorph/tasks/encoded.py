@@ -1,0 +1,59 @@
+"""Text as tokens, and which of them stand where in it."""
+
+import os
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of `text` without special tokens around it."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def encode_with_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], np.ndarray]:
+    """Tokens, and where in `text` each one ends, never before the one in front; spread evenly where the tokenizer does
+    not tell.
+
+    Only ends are read: byte-level tokenizers may leave a token's white space out of what they say it covers.
+    """
+    if not tokenizer.is_fast:
+        ids = encode(tokenizer, text)
+        return ids, np.linspace(0, len(text), len(ids) + 1)[1:].astype(np.int64)
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ends = np.array([end for _, end in found["offset_mapping"]], dtype=np.int64)
+    return list(found["input_ids"]), np.maximum.accumulate(ends) if len(ends) else ends
+
+
+class EncodedText:
+    """The tokens `ids` of a whole text, and which of them stand where."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str):
+        self._tokenizer, self._text = tokenizer, text
+        if tokenizer.is_fast:
+            self.ids, self._ends = encode_with_ends(tokenizer, text)
+        else:
+            self.ids = encode(tokenizer, text)
+
+    def at(self, place: int) -> tuple[int, bool]:
+        """The number of the first token that reaches into the text behind `place` (in characters), and whether it begins
+        there and not before."""
+        if place <= 0:
+            return 0, True
+        if self._tokenizer.is_fast:
+            token = int(np.searchsorted(self._ends, place, side="right"))
+            return token, token == 0 or int(self._ends[token - 1]) == place
+        # Without offsets: the tokens that the text up to there shares with the whole end before it.
+        before = encode(self._tokenizer, self._text[:place])
+        token = len(os.path.commonprefix([before, self.ids]))
+        return token, token == len(before)
+
+    def reaching_into(self, begin: int, end: int) -> tuple[int, int]:
+        """From which token to which the text from `begin` to `end` goes, those that it shares among them."""
+        (first, _), (last, clean) = self.at(begin), self.at(end)
+        return first, last + (not clean)
+
+    def within(self, begin: int, end: int) -> tuple[int, int]:
+        """The same without tokens that reach out of it."""
+        (first, clean), (last, _) = self.at(begin), self.at(end)
+        return first + (not clean), last
