@@ -48,7 +48,7 @@ def score_model(name: str, recipe: Recipe, device: torch.device) -> Score:
     corpus = recipe.data.corpus
     with TemporaryDirectory() as folder:
         rows = held_out(recipe, corpus, tokenizer, Path(folder))
-        questions = open_questions(recipe, corpus, tokenizer, chat_template=recipe.evaluate.chat_template)
+        questions = open_questions(recipe, corpus, tokenizer)
         return evaluate(model, tokenizer, questions, rows, recipe.evaluate, cache_by_context(model.config))
 
 

@@ -232,7 +232,7 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
         loaded = load_model(model.folder / "model", torch.float32, run.device)
-        questions = open_questions(recipe, run.corpus, run.tokenizer, chat_template=settings.chat_template)
+        questions = open_questions(recipe, run.corpus, run.tokenizer)
         rows = max(1, settings.perplexity_tokens // settings.length)
         held_out = held_out_rows(run, "test", settings.length, rows)
         score = evaluate(loaded, run.tokenizer, questions, held_out, settings, cache_by_context(loaded.config), report)

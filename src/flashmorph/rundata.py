@@ -29,8 +29,7 @@ def open_layout(
     split: str,
     chat_template: bool | None = None,
 ) -> Layout:
-    """What lays problems out in the recipe's text of one split, through the chat template if the recipe says so (or
-    the caller).
+    """What lays problems out in the recipe's text of one split; through the chat template as for a search unless told.
 
     Raises:
         UserError: the corpus has no text in this split, or the tokenizer no template.
@@ -50,9 +49,10 @@ def open_questions(
     length: int | None = None,
     chat_template: bool | None = None,
 ) -> dict[str, Sequence[Example]]:
-    """The recipe's questions of one split, by task; as many and as long as its evaluation's unless told."""
+    """The recipe's questions of one split, by task; as many, as long and asked as its evaluation's unless told."""
     style, settings = STYLES[recipe.style], recipe.evaluate
-    layout, length = open_layout(recipe, corpus, tokenizer, split, chat_template), length or settings.length
+    templated = settings.chat_template if chat_template is None else chat_template
+    layout, length = open_layout(recipe, corpus, tokenizer, split, templated), length or settings.length
     return {
         name: [
             make_example(task, layout, style, split, length, recipe.seed, question)

@@ -141,7 +141,7 @@ def _judge(
             asker = ASKERS[wanted.grid.style](tokenizer, documents, recipe.seed, templated)
             grid = make_questions(asker, wanted.grid, report)
     with TemporaryDirectory() as folder, screen.stage("evaluate", f"{name}: tasks, text") as report:
-        questions = open_questions(recipe, corpus, tokenizer, chat_template=recipe.evaluate.chat_template)
+        questions = open_questions(recipe, corpus, tokenizer)
         rows = held_out(recipe, corpus, tokenizer, Path(folder))
         score = evaluate(model, tokenizer, questions, rows, recipe.evaluate, cache_by_context(model.config), report)
         found = Found(score, tokenizer.get_vocab())
