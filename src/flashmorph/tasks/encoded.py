@@ -11,18 +11,18 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
-def encode_with_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], np.ndarray]:
-    """Tokens, and where in `text` each one ends, never before the one in front; spread evenly where the tokenizer does
-    not tell.
-
-    Only ends are read: byte-level tokenizers may leave a token's white space out of what they say it covers.
-    """
+def ends_of(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
+    """Where in `text` each of its tokens ends; spread evenly where the tokenizer does not tell."""
     if not tokenizer.is_fast:
-        ids = encode(tokenizer, text)
-        return ids, np.linspace(0, len(text), len(ids) + 1)[1:].astype(np.int64)
+        return np.linspace(0, len(text), len(encode(tokenizer, text)) + 1)[1:].astype(np.int64)
+    return _with_offsets(tokenizer, text)[2]
+
+
+def _with_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Tokens, where each begins, and where it ends: never before the one in front."""
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ends = np.array([end for _, end in found["offset_mapping"]], dtype=np.int64)
-    return list(found["input_ids"]), np.maximum.accumulate(ends) if len(ends) else ends
+    offsets = np.array(found["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    return list(found["input_ids"]), offsets[:, 0], np.maximum.accumulate(offsets[:, 1])
 
 
 class EncodedText:
@@ -31,7 +31,7 @@ class EncodedText:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str):
         self._tokenizer, self._text = tokenizer, text
         if tokenizer.is_fast:
-            self.ids, self._ends = encode_with_ends(tokenizer, text)
+            self.ids, self._begins, self._ends = _with_offsets(tokenizer, text)
         else:
             self.ids = encode(tokenizer, text)
 
@@ -42,11 +42,17 @@ class EncodedText:
             return 0, True
         if self._tokenizer.is_fast:
             token = int(np.searchsorted(self._ends, place, side="right"))
+            if 0 < token < len(self.ids) and place < self._begins[token] and self._ends_in_space(token - 1):
+                return token - 1, False
             return token, token == 0 or int(self._ends[token - 1]) == place
         # Without offsets: the tokens that the text up to there shares with the whole end before it.
         before = encode(self._tokenizer, self._text[:place])
         token = len(os.path.commonprefix([before, self.ids]))
         return token, token == len(before)
+
+    def _ends_in_space(self, token: int) -> bool:
+        """Byte-level tokenizers may leave white space out of what they say that a token covers."""
+        return str(self._tokenizer.decode([self.ids[token]], clean_up_tokenization_spaces=False))[-1:].isspace()
 
     def reaching_into(self, begin: int, end: int) -> tuple[int, int]:
         """From which token to which the text from `begin` to `end` goes, those that it shares among them."""

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flashmorph.errors import UserError
 from flashmorph.tasks.breaking import SHARE, broken
-from flashmorph.tasks.encoded import encode, encode_with_ends
+from flashmorph.tasks.encoded import encode, ends_of
 from flashmorph.tasks.haystack import Haystack
 
 _END = "\n"
@@ -36,7 +36,7 @@ class LineSizes:
         if len(line.encode()) <= most or self.size(line) <= most:
             return [line]
         if line not in self._ends:
-            self._ends[line] = encode_with_ends(self._tokenizer, line)[1]
+            self._ends[line] = ends_of(self._tokenizer, line)
         ends, room = self._ends[line], max(1, most - self._end)
 
         def furthest(begin: int) -> int:
