@@ -1,6 +1,7 @@
 """Small tokenizers of every kind that teachers have, trained on a few lines."""
 
 import re
+import string
 from functools import cache
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -90,7 +91,7 @@ class SlowTokenizer(PreTrainedTokenizer):
     """A tokenizer in Python, which does not tell where its tokens stand: words with their space, and single signs."""
 
     def __init__(self, **settings):
-        self._pieces = [*SPECIAL, *dict.fromkeys(re.findall(r" ?[A-Za-z]+|[\s\S]", "\n".join(TEXT) + "0123456789"))]
+        self._pieces = [*SPECIAL, *dict.fromkeys(re.findall(r" ?[A-Za-z]+|[\s\S]", "\n".join(TEXT) + string.printable))]
         self._numbers = {piece: number for number, piece in enumerate(self._pieces)}
         super().__init__(bos_token="<s>", eos_token="</s>", unk_token="<unk>", **settings)
 

@@ -40,18 +40,15 @@ def example_of(tokenizer, style, task=SEVERAL, number=0, length=LENGTH):
     return make_example(task, Layout(tokenizer, style, Haystack(TEXT)), style, "test", length, 0, number)
 
 
-def natural(tokenizer, style, example, following: str) -> str:
-    """What the tokens of the text read like behind the prompt, the text going on with `following`."""
-    text = tokenizer.decode(example.input_ids[-60:], skip_special_tokens=True)
-    question = text[text.rindex("\n") if "\n" in text else 0 : -len(example.answer)]
-    ids = tokenizer(f"{question}{example.answer}{following}", add_special_tokens=False).input_ids
-    prompt = tokenizer.decode(example.input_ids[: example.prompt_tokens], skip_special_tokens=True)
-    for size in range(len(ids)):
-        if prompt.endswith(tokenizer.decode(ids[:size]).strip("\n")) and not prompt.endswith(
-            tokenizer.decode(ids[: size + 1]).strip("\n")
-        ):
-            return continuation(tokenizer, ids[:size], ids[size:])
-    raise AssertionError("the prompt is not the beginning of the text")
+def natural(tokenizer, example, following: str) -> str:
+    """What the tokens of the whole text read like behind the prompt, the text going on with `following`."""
+    text, prompt = (
+        tokenizer.decode(ids, skip_special_tokens=True)
+        for ids in (example.input_ids, example.input_ids[: example.prompt_tokens])
+    )
+    ids = tokenizer(text + following, add_special_tokens=False).input_ids
+    size = next(size for size in range(len(ids)) if tokenizer.decode(ids[:size]).lstrip() == prompt.lstrip())
+    return continuation(tokenizer, ids[:size], ids[size:])
 
 
 @pytest.mark.parametrize("task", [ONE, SEVERAL, VALUES])
@@ -60,7 +57,7 @@ def test_the_natural_continuation_is_right_and_a_longer_number_wrong(tokenizer, 
     prompt = example.prompt
     made = example.input_ids[example.prompt_tokens :]
     for following, right in ((style.stop, 1), (f"{style.stop}More text", 1), ("0" + style.stop, 0), ("", 0)):
-        assert prompt.score(natural(tokenizer, style, example, following)) == right
+        assert prompt.score(natural(tokenizer, example, following)) == right
     own = continuation(tokenizer, prompt.input_ids, made)
     assert prompt.score(own) == 0 and prompt.score(own, ended=True) == 1
     assert prompt.score(own + "0", ended=True) == prompt.score(own[:-1], ended=True) == 0
