@@ -1,5 +1,6 @@
 """Small tokenizers of every kind that teachers have, trained on a few lines."""
 
+import json
 import re
 import string
 from functools import cache
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 TEXT = [
     f"Line {line} of a text.\n\nIt is about nothing,\n  as {line * 7919 % 997} others are: {line * 104729}.\n"
     for line in range(60)
-] + ["The secret number of the key is 48213. Question: What is it? Answer: @ name other:99 ? name:12,34\n"] * 20
+] + ["The secret number of the key is 48213. Question: What is it? Reply: @ name other:99 ? name:12,34\n"] * 20
 SPECIAL = ["<unk>", "<s>", "</s>"]
 CHAT = (
     "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>\n{{ message.content | trim }}</s>\n{% endfor %}"
@@ -20,15 +21,21 @@ CHAT = (
 
 def _sentencepiece() -> Tokenizer:
     """Llama 2's: a space in front, bytes for what is unknown, no cut between words, the space taken off when decoded."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Split(Regex(r"\d|\n"), behavior="isolated")]
+    )
+    trained.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    model = json.loads(trained.to_str())["model"]
+    tokens = dict.fromkeys([*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]])
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    merges = [tuple(merge) for merge in model["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.add_special_tokens(SPECIAL)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\d|\n"), behavior="isolated")
-    tokenizer.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=600, special_tokens=tokens, show_progress=False))
-    tokenizer.pre_tokenizer = None
     return tokenizer
 
 
@@ -54,7 +61,8 @@ def _byte_level(pattern: str | None = None, trim_offsets: bool = True) -> Tokeni
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        TEXT, trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+        TEXT,
+        trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
     )
     return tokenizer
 
@@ -91,7 +99,8 @@ class SlowTokenizer(PreTrainedTokenizer):
     """A tokenizer in Python, which does not tell where its tokens stand: words with their space, and single signs."""
 
     def __init__(self, **settings):
-        self._pieces = [*SPECIAL, *dict.fromkeys(re.findall(r" ?[A-Za-z]+|[\s\S]", "\n".join(TEXT) + string.printable))]
+        words = re.findall(r" ?[A-Za-z]+|[\s\S]", "\n".join(TEXT))
+        self._pieces = list(dict.fromkeys([*SPECIAL, *words, *string.printable]))
         self._numbers = {piece: number for number, piece in enumerate(self._pieces)}
         super().__init__(bos_token="<s>", eos_token="</s>", unk_token="<unk>", **settings)
 

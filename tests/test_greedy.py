@@ -1,19 +1,20 @@
 """Greedy means greedy: what the checkpoint says about generation changes no answer of ours, and nothing of it is lost."""
 
 import json
-import shutil
 
 import pytest
 import torch
-from conftest import random_qwen3, run_command, tiny_tokenizer
+from conftest import random_qwen3, tiny_tokenizer
 from test_cli import broken_copy
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from flashmorph.evaluation import answer_scores, greedy
 from flashmorph.judge import continue_prompt
-from flashmorph.publish import complete
+from flashmorph.progress import silent
+from flashmorph.publish import save_model, write_host
 from flashmorph.special_tokens import end_tokens
 from flashmorph.tasks import Prompt
+from flashmorph.teacher import load_model, open_teacher
 
 TOKENIZER = tiny_tokenizer()
 NEW = 12
@@ -128,48 +129,49 @@ def test_answers_end_with_every_end_token_and_nothing_behind_is_read(model, prom
     for named in (first, [3, first]):
         model.generation_config = saying({"eos_token_id": named})
         assert first in end_tokens(TOKENIZER, model.config, model.generation_config)
-        assert answer_scores(model, TOKENIZER, [text, other, whole]) == [1, answer_scores(model, TOKENIZER, [other])[0], 0]
+        assert answer_scores(model, TOKENIZER, [text, other, whole]) == [
+            1,
+            answer_scores(model, TOKENIZER, [other])[0],
+            0,
+        ]
     model.generation_config = GenerationConfig()
     assert answer_scores(model, TOKENIZER, [text, whole]) == [0, 1]
 
 
-@pytest.mark.parametrize("values", FIELDS[:6] + [{"use_cache": False}, {"stop_strings": ["a"]}], ids=lambda v: ",".join(v))
+@pytest.mark.parametrize(
+    "values", FIELDS[:6] + [{"use_cache": False}, {"stop_strings": ["a"]}], ids=lambda v: ",".join(v)
+)
 def test_a_continued_prompt_is_greedy(teacher_folder, tmp_path, values):
     other = broken_copy(teacher_folder, tmp_path / "other")
     (other / "generation_config.json").write_text(json.dumps(values))
-    texts = [continue_prompt(str(folder), "A line of text", 20, torch.device("cpu")) for folder in (teacher_folder, other)]
+    texts = [
+        continue_prompt(str(folder), "A line of text", 20, torch.device("cpu")) for folder in (teacher_folder, other)
+    ]
     assert texts[0] == texts[1] != ""
 
 
-@pytest.mark.parametrize(
-    "values",
-    [{"temperature": 0.6, "do_sample": False}, {"num_beams": 1, "num_return_sequences": 2}, {"use_cache": False},
-     {"top_p": 0.9, "temperature": 0.0}, {"eos_token_id": [0, 5], "do_sample": True, "temperature": 0.6}],
-    ids=lambda values: ",".join(values),
-)  # fmt: skip
-def test_a_run_ends_and_publishes_the_teachers_words(teacher_folder, tmp_path, recipe_file, values):
-    teacher = broken_copy(teacher_folder, tmp_path / "teacher")
-    (teacher / "generation_config.json").write_text(json.dumps(values))
-    config = json.loads((teacher / "config.json").read_text())
-    (teacher / "config.json").write_text(json.dumps({**config, "use_cache": False}))
-    run = tmp_path / "run"
-    assert run_command("morph", teacher, "-o", run, "--recipe", recipe_file, "--layers", "0", "--device", "cpu") == 0
-    published = json.loads((run / "generation_config.json").read_text())
-    assert published.pop("use_cache", True) is True
-    assert published == {name: value for name, value in values.items() if name != "use_cache"}
-    assert json.loads((run / "config.json").read_text()).get("use_cache", True) is True
-    assert AutoModelForCausalLM.from_pretrained(run).config.use_cache
+SAID = [
+    {"temperature": 0.6, "do_sample": False},
+    {"num_beams": 1, "num_return_sequences": 2},
+    {"top_p": 0.9, "temperature": 0.0, "do_sample": True},
+    {"eos_token_id": [0, 5], "do_sample": True, "temperature": 0.6},
+    {"use_cache": False, "cache_implementation": "static"},
+    {"watermarking_config": {"greenlist_ratio": 0.25}, "bad_words_ids": [[3]]},
+]
 
 
-def test_a_file_that_says_no_cache_is_put_right(teacher_folder, tmp_path):
-    folder = tmp_path / "folder"
-    shutil.copytree(teacher_folder, folder)
-    origin = broken_copy(teacher_folder, tmp_path / "origin")
-    (origin / "generation_config.json").write_text(json.dumps({"use_cache": False, "top_k": 20}))
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    from flashmorph.move import transplant
-
-    host, _ = transplant(model.float())
-    host.save_pretrained(folder)
-    complete(folder, host.config, origin)
-    assert json.loads((folder / "generation_config.json").read_text()) == {"use_cache": True, "top_k": 20}
+@pytest.mark.parametrize("values", SAID, ids=lambda values: ",".join(values))
+def test_what_is_published_says_what_the_teacher_says(teacher_folder, tmp_path, values):
+    """Written by the stage that moves the teacher, and by those that save a model that was trained."""
+    folder = broken_copy(teacher_folder, tmp_path / "teacher")
+    (folder / "generation_config.json").write_text(json.dumps(values))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "use_cache": False}))
+    host = tmp_path / "host"
+    write_host(open_teacher(str(folder)), host, {}, torch.device("cpu"), silent)
+    model = load_model(host, torch.float32)
+    save_model(model, tmp_path / "saved", folder)
+    for place in (host, tmp_path / "saved"):
+        written = json.loads((place / "generation_config.json").read_text())
+        assert written == {**values, **({"use_cache": True} if "use_cache" in values else {})}
+        assert json.loads((place / "config.json").read_text()).get("use_cache", True) is True

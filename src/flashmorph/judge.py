@@ -74,9 +74,7 @@ def recall_of_plan(
     if not path.exists():
         recipe = run.recipe.model_copy(update={"seed": seed})
         length = recipe.select.search.longest
-        by_task = open_questions(
-            recipe, run.corpus, run.tokenizer, split, questions, length, recipe.chat_template
-        )
+        by_task = open_questions(recipe, run.corpus, run.tokenizer, split, questions, length, recipe.chat_template)
         model = morphable.instantiate(plan)
         hits = [np.mean(answers_right(model, run.tokenizer, examples)) for examples in by_task.values()]
         write_json(path, float(np.mean(hits)))

@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -151,7 +152,12 @@ def load_model(folder: Path, dtype: torch.dtype | str, device: torch.device | No
     require_safetensors(folder)
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **_readable_generation(folder),
         )
         model, info = opened
     except Exception as error:
@@ -160,6 +166,20 @@ def load_model(folder: Path, dtype: torch.dtype | str, device: torch.device | No
         raise incomplete(folder, sorted(info["missing_keys"]))
     model.config.dtype = load_config(folder).dtype
     return model.eval().to(device or "cpu")
+
+
+def _readable_generation(folder: Path) -> dict[str, GenerationConfig]:
+    """The tokens of a generation_config.json whose other settings contradict each other: transformers refuses to open
+    a model beside it, and nothing of ours generates by them."""
+    try:
+        GenerationConfig.from_pretrained(folder)
+    except ValueError:
+        values = read_json(folder / "generation_config.json")
+        tokens = {name: values.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return {"generation_config": GenerationConfig(**tokens)}
+    except OSError:
+        pass  # There is none.
+    return {}
 
 
 def unreadable(folder: Path, error: Exception) -> UserError:

@@ -64,7 +64,5 @@ class Material:
         text = "".join(self._essay[(start + word) % len(self._essay)] for word in range(words)).rstrip()
         most = max(1, len(text) // SHARE)
         return [
-            part
-            for sentence in re.split(r"(?<=[.!?]) ", text)
-            for part in broken(sentence, lambda begin: begin + most)
+            part for sentence in re.split(r"(?<=[.!?]) ", text) for part in broken(sentence, lambda begin: begin + most)
         ]
