@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flashmorph.continuation import continuation
 from flashmorph.corpus import Corpus, Mixture
 from flashmorph.errors import UserError
-from flashmorph.evaluation import Score, answers_right, evaluate
+from flashmorph.evaluation import Score, answers_right, evaluate, greedy
 from flashmorph.files import read_json, write_json
 from flashmorph.heldout import HeldOut, hold_out
 from flashmorph.hosts import cache_by_context
@@ -20,6 +21,7 @@ from flashmorph.recipe import Recipe
 from flashmorph.run import Run
 from flashmorph.rundata import open_questions
 from flashmorph.runfolder import digest_of
+from flashmorph.special_tokens import before_text
 from flashmorph.teacher import load_model, load_tokenizer, locate
 
 
@@ -75,7 +77,7 @@ def recall_of_plan(
     if not path.exists():
         recipe = run.recipe.model_copy(update={"seed": seed})
         length = recipe.select.search.longest
-        by_task = open_questions(recipe, run.corpus, run.tokenizer, split, questions, length)
+        by_task = open_questions(recipe, run.corpus, run.tokenizer, split, questions, length, recipe.chat_template)
         model = morphable.instantiate(plan)
         hits = [np.mean(answers_right(model, run.tokenizer, examples)) for examples in by_task.values()]
         write_json(path, float(np.mean(hits)))
@@ -97,11 +99,12 @@ def continue_prompt(
         UserError: see `open_model`; or the prompt is empty.
     """
     model, tokenizer = open_model(name, device, tell, allow_unused)
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
-    if not ids.numel():
+    ids = [*before_text(tokenizer), *tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids]
+    if not ids:
         raise UserError("the prompt is empty; give some text to go on from")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    made = cast(Any, model).generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad
-    )
-    return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+    given = torch.tensor([ids], device=device)
+    with greedy(model, tokenizer) as config:
+        made = cast(Any, model).generate(
+            given, attention_mask=torch.ones_like(given), generation_config=config, max_new_tokens=max_new_tokens
+        )
+    return continuation(tokenizer, ids, made[0, len(ids) :].tolist())

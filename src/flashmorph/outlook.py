@@ -16,6 +16,7 @@ from flashmorph.selection import FOLLOW_GRADIENTS, SEARCH_NOTHING
 from flashmorph.selection.search import check_search, own_settings
 from flashmorph.selection.searchdata import step_shape
 from flashmorph.stages import TrainSettings, logits_on_disk
+from flashmorph.tasks.turns import template_words
 from flashmorph.teacher import Teacher, load_config
 
 
@@ -37,6 +38,8 @@ def check(teacher: Teacher, recipe: Recipe, processes: int = 1) -> None:
     for corpus, _ in shares_of(recipe.data.corpus):
         if tokenizer and corpus.is_chat:
             require_template(tokenizer, corpus)
+    if tokenizer and (recipe.chat_template or recipe.evaluate.chat_template):
+        template_words(tokenizer, 1)
 
 
 def check_recipe(config: PreTrainedConfig, recipe: Recipe) -> None:

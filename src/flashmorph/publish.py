@@ -63,12 +63,17 @@ def complete(folder: Path, config: PreTrainedConfig, origin: Path) -> None:
     """Make what transformers has saved in `folder`, with this configuration, what we publish.
 
     Its config.json says what engines read, not only what transformers does (`Host.written`); tokenizer, template and
-    generation settings come from `origin`.
+    generation settings come from `origin`. None of them says `use_cache: false`, as a teacher's may from its training:
+    whoever generates wants the cache.
     """
     values = read_json(folder / "config.json")
     if (wanted := host_of(config).written(values)) != values:
         write_json(folder / "config.json", wanted)
     bring(origin, folder)
+    for name in (CONFIG, GENERATION):
+        path = folder / name
+        if path.is_file() and (values := read_json(path)).get("use_cache") is False:
+            write_json(path, {**values, "use_cache": True})
 
 
 def bring(origin: Path, folder: Path) -> None:

@@ -128,6 +128,9 @@ class Recipe(BaseModel):
     shard: bool = Field(default=False, description="divide weights among processes (`sharding.py`)")
     baseline: Literal["uniform"] | None = None
     style: Literal["lines", "prose"] = "prose"
+    chat_template: bool = Field(
+        default=False, description="ask a search's questions, and those in training rows, through the chat template"
+    )
     tasks: dict[str, TaskSettings]
     data: DataSettings = DataSettings()
     host: dict[str, Any] = Field(default_factory=dict, description="the host's own settings (`flashmorph hosts`)")

@@ -80,8 +80,10 @@ def pack(
     Where documents begin is kept, so that training can hold them apart (`packing.py`), and which tokens of
     conversations are learnt; a row in which nothing is learnt gives way to the next one. With `long_documents` only
     those are taken that fill a row on their own, each as many whole rows as it fills. `others` are rows of that length
-    that stand among those of text at regular intervals, made when it is their turn. The rows are on disk before training
-    starts: any step can be resumed at without reading the text again. An existing file is taken as it is.
+    that stand among those of text at regular intervals, made when it is their turn.
+
+    The rows are on disk before training starts: any step can be resumed at without reading the text again. An existing
+    file is taken as it is.
 
     Until it is whole, the file stands in a folder of its own (`.partial`) beside the place in the text that it has come
     to. Packing that was killed goes on from there, and ends with the same file.

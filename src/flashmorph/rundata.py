@@ -22,11 +22,22 @@ from flashmorph.stages import TrainSettings, collate
 from flashmorph.tasks import STYLES, Example, Haystack, Layout, make_example
 
 
-def open_layout(recipe: Recipe, corpus: Corpus | Mixture, tokenizer: PreTrainedTokenizerBase, split: str) -> Layout:
-    """What lays problems out in the recipe's text of one split."""
+def open_layout(
+    recipe: Recipe,
+    corpus: Corpus | Mixture,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    chat_template: bool | None = None,
+) -> Layout:
+    """What lays problems out in the recipe's text of one split; through the chat template as for a search unless told.
+
+    Raises:
+        UserError: the corpus has no text in this split, or the tokenizer no template.
+    """
+    templated = recipe.chat_template if chat_template is None else chat_template
     repeated = recipe.data.haystack == "repeated"
     haystack = Haystack.repeated() if repeated else Haystack(corpus.pool(split, recipe.seed))
-    return Layout(tokenizer, STYLES[recipe.style], haystack)
+    return Layout(tokenizer, STYLES[recipe.style], haystack, templated)
 
 
 def open_questions(
@@ -36,10 +47,12 @@ def open_questions(
     split: str = "test",
     number: int | None = None,
     length: int | None = None,
+    chat_template: bool | None = None,
 ) -> dict[str, Sequence[Example]]:
-    """The recipe's questions of one split, by task; as many and as long as its evaluation's unless told."""
+    """The recipe's questions of one split, by task; as many, as long and asked as its evaluation's unless told."""
     style, settings = STYLES[recipe.style], recipe.evaluate
-    layout, length = open_layout(recipe, corpus, tokenizer, split), length or settings.length
+    templated = settings.chat_template if chat_template is None else chat_template
+    layout, length = open_layout(recipe, corpus, tokenizer, split, templated), length or settings.length
     return {
         name: [
             make_example(task, layout, style, split, length, recipe.seed, question)

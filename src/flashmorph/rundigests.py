@@ -25,13 +25,18 @@ def text_settings(run: Run) -> dict[str, Any]:
     return {**_read(run), "tokenizer": run.teacher.tokenizer_digest, **template}
 
 
-def task_settings(run: Run) -> dict[str, Any]:
-    """What questions depend on: the tasks, and what their facts are hidden in."""
+def task_settings(run: Run, chat_template: bool | None = None) -> dict[str, Any]:
+    """What questions depend on: the tasks, what their facts are hidden in, and the words around them.
+
+    With `chat_template` these are the teacher's template's; None: as for a search.
+    """
     recipe = run.recipe
+    templated = recipe.chat_template if chat_template is None else chat_template
     repeated = recipe.data.haystack == "repeated"
     hidden_in = {"haystack": "repeated", "seed": recipe.seed} if repeated else _read(run)
     tasks = {"tasks": plain(recipe.tasks.values()), "style": recipe.style}
-    return {**tasks, **hidden_in, "tokenizer": run.teacher.tokenizer_digest}
+    worded = {"template": run.teacher.template_digest} if templated else {}
+    return {**tasks, **hidden_in, "tokenizer": run.teacher.tokenizer_digest, "chat_template": worded}
 
 
 def row_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
@@ -82,7 +87,8 @@ def evaluate_settings(run: Run) -> dict[str, Any]:
     """What scores depend on; answers are kept by the name of their task."""
     settings = run.recipe.evaluate.model_dump(mode="json", exclude={"batch_tokens"})
     names = {name: task.model_dump(mode="json") for name, task in run.recipe.tasks.items()}
-    return {"evaluate": settings, **task_settings(run), "tasks": names, "text": text_settings(run), **ends(run)}
+    asked = task_settings(run, run.recipe.evaluate.chat_template)
+    return {"evaluate": settings, **asked, "tasks": names, "text": text_settings(run), **ends(run)}
 
 
 def ends(run: Run) -> dict[str, Any]:

@@ -164,7 +164,8 @@ def _judge(name: str, wanted: Wanted, device: torch.device, screen: Screen, firs
     grid = None
     if wanted.grid:
         with screen.stage("evaluate", f"{name}: questions") as report:
-            asker = ASKERS[wanted.grid.style](tokenizer, corpus.pool("test", recipe.seed), recipe.seed)
+            documents, templated = corpus.pool("test", recipe.seed), wanted.grid.chat_template
+            asker = ASKERS[wanted.grid.style](tokenizer, documents, recipe.seed, templated)
             grid = make_questions(asker, wanted.grid, report)
     with screen.stage("evaluate", f"{name}: tasks, text") as report:
         questions = open_questions(recipe, corpus, tokenizer)

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flashmorph.errors import UserError
 
-_PROBE = "a"
+_PROBES = ("a", "1", ".", " ")
 
 
 def before_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -16,14 +16,17 @@ def before_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     For Llama, Mistral and Phi the first token is the attention sink, so every separately attended piece of text must
     begin with it. What a tokenizer puts behind a text is left out, and so is a prefix space.
     """
-    whole = list(tokenizer(_PROBE, verbose=False).input_ids)
-    bare = list(tokenizer(_PROBE, add_special_tokens=False, verbose=False).input_ids)
-    for start in range(len(whole) - len(bare) + 1):
-        if whole[start : start + len(bare)] == bare:
-            return whole[:start]
-    special = set(tokenizer.all_special_ids)
-    count = next((number for number, token in enumerate(whole) if token not in special), len(whole))
-    return whole[:count]
+    for probe in _PROBES:
+        bare = list(tokenizer(probe, add_special_tokens=False, verbose=False).input_ids)
+        if not bare:
+            continue
+        whole = list(tokenizer(probe, verbose=False).input_ids)
+        for start in range(len(whole) - len(bare) + 1):
+            if whole[start : start + len(bare)] == bare:
+                return whole[:start]
+    # No such text has tokens, or special tokens change those of a text.
+    whole, special = list(tokenizer(_PROBES[0], verbose=False).input_ids), set(tokenizer.all_special_ids)
+    return whole[: next((number for number, token in enumerate(whole) if token not in special), 0)]
 
 
 def room_for_text(length: int, before: Sequence[int]) -> int:

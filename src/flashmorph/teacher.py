@@ -71,12 +71,7 @@ class Teacher:
         Raises:
             UserError: generation_config.json is damaged.
         """
-        if not (self.folder / GENERATION).is_file():
-            return None
-        try:
-            return GenerationConfig.from_pretrained(self.folder)
-        except Exception as error:
-            raise UserError(f"{self.folder / GENERATION} cannot be read: {_first_line(error)}") from error
+        return load_generation(self.folder)
 
 
 def open_teacher(name: str) -> Teacher:
@@ -169,7 +164,7 @@ def load_model(
     Raises:
         UserError: weights are missing, damaged, do not fit the configuration, or are not what would be computed.
     """
-    config = load_config(folder)
+    config, generation = load_config(folder), load_generation(folder)
     for notice in take_stock(without_weights(config), ShardReader(folder).dtypes, folder, allow_unused).notices:
         tell(notice)
     try:
@@ -182,6 +177,7 @@ def load_model(
             trust_remote_code=False,
             # With peft installed an adapter in the folder would be loaded; there is none in this sub-folder.
             adapter_kwargs={"subfolder": _NO_FOLDER},
+            **({"generation_config": generation} if generation else {}),
         )
         model = opened[0]
     except Exception as error:
@@ -212,6 +208,28 @@ def require_one_head(model: PreTrainedModel, folder: Path) -> None:
             f"{folder} has a head of its own, and its config.json ties it to the embedding: set tie_word_embeddings to "
             "false there if the head is the right one"
         )
+
+
+def load_generation(folder: Path) -> GenerationConfig | None:
+    """How the authors of the checkpoint in `folder` generate; None where they do not say.
+
+    Of settings that contradict each other, which transformers refuses to read, the tokens alone: nothing of ours
+    generates by the others.
+
+    Raises:
+        UserError: generation_config.json is damaged.
+    """
+    path = folder / GENERATION
+    if not path.is_file():
+        return None
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} cannot be read: it is no JSON object")
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception:  # Whatever its checks raise.
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return GenerationConfig(**{name: values.get(name) for name in names})
 
 
 def unreadable(folder: Path, error: Exception) -> UserError:

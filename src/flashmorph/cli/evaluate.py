@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -115,7 +115,7 @@ def evaluate(
     settings, told = fit_to_models(models, settings, pick_device(device))
     if told:
         RichScreen(ERR).say(told)
-    grid = _grid_settings(lengths, depths, questions, asked, settings.evaluate.tokens_at_once) if lengths else None
+    grid = _grid_settings(lengths, depths, questions, asked, settings.evaluate) if lengths else None
     harness = (
         Harness(names("--tasks", tasks), {"max_seq_lengths": list(grid.lengths)} if grid else None) if tasks else None
     )
@@ -132,14 +132,12 @@ def evaluate(
     show_figures(OUT, figures)
 
 
-def _grid_settings(lengths: str, depths: int, questions: int | None, style: str, batch_tokens: int):
+def _grid_settings(lengths: str, depths: int, questions: int | None, style: str, evaluate: Any):
     from flashmorph.evaluation import GridSettings
 
-    given = {"questions": questions} if questions else {}
+    given: dict[str, Any] = {"lengths": numbers("--lengths", lengths), "depths": depths, "style": style}
+    given |= {"batch_tokens": evaluate.tokens_at_once, "chat_template": evaluate.chat_template}
     try:
-        return GridSettings.model_validate(
-            {"lengths": numbers("--lengths", lengths), "depths": depths, "style": style, "batch_tokens": batch_tokens}
-            | given
-        )
+        return GridSettings.model_validate(given | ({"questions": questions} if questions else {}))
     except ValidationError as error:
         raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error

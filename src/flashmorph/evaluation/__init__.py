@@ -1,6 +1,7 @@
 """Evidence: recall by generation, perplexity, cache."""
 
 from flashmorph.evaluation.evaluate import EvaluateSettings, Score, evaluate, perplexity_ratio, recall_difference
+from flashmorph.evaluation.greedy import greedy
 from flashmorph.evaluation.grid import (
     ASKERS,
     Asker,
@@ -36,6 +37,7 @@ __all__ = [
     "ask_grid",
     "clustered_interval",
     "evaluate",
+    "greedy",
     "make_questions",
     "mean_interval",
     "paired_interval",

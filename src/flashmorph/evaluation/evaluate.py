@@ -28,6 +28,9 @@ class EvaluateSettings(BaseModel):
     batch_tokens: PositiveInt | Literal["auto"] = Field(
         default="auto", description="tokens run at once; `auto`: from the device's memory"
     )
+    chat_template: bool = Field(
+        default=False, description="ask through the teacher's chat template (for teachers that follow instructions)"
+    )
 
     @property
     def tokens_at_once(self) -> int:
