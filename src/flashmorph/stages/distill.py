@@ -19,6 +19,8 @@ from flashmorph.packing import apart, token_order
 from flashmorph.progress import Report, silent
 from flashmorph.rows import Rows
 from flashmorph.sharding import shard_loss
+from flashmorph.stages.dropout import without_dropout
+from flashmorph.stages.step import token_mean
 from flashmorph.stages.teacher_logits import LogitSettings, RowsWithLogits
 from flashmorph.stages.training import TrainSettings, keep_activations, train
 
@@ -44,11 +46,14 @@ class DistillSettings(TrainSettings):
 
 
 class DistillationLoss(nn.Module):
-    """Mean forward KL of student to teacher; the logits of both exist a chunk of tokens at a time."""
+    """Mean forward KL of student to teacher; the logits of both exist a chunk of tokens at a time.
+
+    The student loses its dropout (`without_dropout`): the teacher has none.
+    """
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel):
         super().__init__()
-        self.student = student
+        self.student = without_dropout(student)
         self._teacher = (teacher,)
         self._host = host_of(student.config)
 
@@ -62,7 +67,7 @@ class DistillationLoss(nn.Module):
         with torch.no_grad():
             target = torch.cat([each.predicting(each.run(teacher.model)) for each in packed])
         found = torch.cat([each.predicting(each.run(self.student.model)) for each in packed])
-        return {"loss": forward_kl(found, Head.of(self.student), target, Head.of(teacher))}
+        return token_mean(forward_kl(found, Head.of(self.student), target, Head.of(teacher)), len(found))
 
 
 class StoredDistillationLoss(nn.Module):
@@ -70,7 +75,7 @@ class StoredDistillationLoss(nn.Module):
 
     def __init__(self, student: PreTrainedModel):
         super().__init__()
-        self.student = student
+        self.student = without_dropout(student)
         self._host = host_of(student.config)
 
     def forward(
@@ -88,7 +93,7 @@ class StoredDistillationLoss(nn.Module):
         found = torch.cat([each.predicting(each.run(self.student.model)) for each in packed])
         order = token_order(input_ids, starts, self._host, loss_mask)
         values, places = (each.flatten(0, 1)[order] for each in (values, places))
-        return {"loss": top_kl(found, Head.of(self.student), values, places)}
+        return token_mean(top_kl(found, Head.of(self.student), values, places), len(found))
 
 
 def distill(
@@ -104,6 +109,8 @@ def distill(
 ) -> None:
     """Train all weights of `student` in place towards `teacher`, or towards what `rows` have of it if it is None.
 
+    A step's loss is the mean over all its learnt tokens. Dropout is off, in `student` from here on; its configuration
+    keeps the teacher's value.
     Interrupted work goes on from the last whole checkpoint in `folder`. `report_to`: see `train`.
 
     Raises:

@@ -1,6 +1,6 @@
 """Extension: next-token training at a longer context than the one distilled at."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -9,13 +9,14 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 from transformers import PreTrainedModel
 
-from flashmorph import ranks
 from flashmorph.hosts import host_of
 from flashmorph.losses import Head, label_loss
 from flashmorph.packing import apart
 from flashmorph.progress import Report, silent
 from flashmorph.rows import Rows
 from flashmorph.sharding import shard_loss
+from flashmorph.stages.dropout import without_dropout
+from flashmorph.stages.step import token_mean
 from flashmorph.stages.training import TrainSettings, keep_activations, train
 
 
@@ -31,13 +32,11 @@ class ExtendSettings(TrainSettings):
 
 
 class NextTokenLoss(nn.Module):
-    """Mean next-token cross-entropy; logits exist a chunk of tokens at a time."""
+    """Mean next-token cross-entropy; logits exist a chunk of tokens at a time. The model loses its dropout."""
 
-    def __init__(self, model: PreTrainedModel, mean: Callable[[torch.Tensor], torch.Tensor] = lambda counts: counts):
-        """`mean` is taken of the number of tokens that are predicted, where processes share a batch
-        (`ranks.shared_mean`)."""
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
-        self.student, self._mean = model, mean
+        self.student = without_dropout(model)
         self._host = host_of(model.config)
 
     def forward(
@@ -52,9 +51,7 @@ class NextTokenLoss(nn.Module):
             hidden.append(each.run(self.student.model)[places])
             labels.append(following)
         every = torch.cat(labels)
-        loss = label_loss(torch.cat(hidden), Head.of(self.student), every)
-        number = torch.tensor(float(len(every)), device=every.device)
-        return {"loss": loss * (number / self._mean(number).clamp_min(1))}
+        return token_mean(label_loss(torch.cat(hidden), Head.of(self.student), every), len(every))
 
 
 def extend(
@@ -69,14 +66,15 @@ def extend(
 ) -> None:
     """Train all weights of `model` in place on rows longer than before.
 
+    A step's loss is the mean over all its learnt tokens. Dropout is off, in `model` from here on; its configuration
+    keeps the teacher's value.
     Interrupted work goes on from the last whole checkpoint in `folder`. `report_to`: see `train`.
 
     Raises:
         UserError: the loss is not finite, or the processes cannot share a step evenly.
     """
-    mean = ranks.shared_mean(settings.division(ranks.count()).sharing)
     keep_activations(model.requires_grad_(True).train(), not settings.activation_checkpointing)
-    loss = NextTokenLoss(model, mean)
+    loss = NextTokenLoss(model)
     shard_loss(loss, model)
     train(loss, rows, settings, folder, seed, bf16, report, report_to=report_to)
     model.eval()
