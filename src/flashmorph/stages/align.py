@@ -16,10 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
 from flashmorph.morphable import Morphable, MorphableLayer, squares
-from flashmorph.packing import Packed, apart
+from flashmorph.packing import Packed, apart, as_often_everywhere
 from flashmorph.plan import FULL
 from flashmorph.progress import Report, silent
 from flashmorph.rows import Rows
+from flashmorph.sharding import is_sharded
 from flashmorph.stages.dropout import without_dropout
 from flashmorph.stages.training import TrainSettings, train
 
@@ -43,7 +44,7 @@ class AlignmentLoss(nn.Module):
 
     def __init__(self, morphable: Morphable):
         super().__init__()
-        self.morphable = morphable
+        self.morphable, self._is_sharded = morphable, is_sharded(morphable)
         without_dropout(morphable.model)
         self.terms = [
             [*branch.parameters()]
@@ -62,6 +63,8 @@ class AlignmentLoss(nn.Module):
         """
         found: list[torch.Tensor] = []
         packed = apart(input_ids, starts, self.morphable.host)
+        if self._is_sharded:
+            packed = as_often_everywhere(packed)
         for each in packed:
 
             def compare(

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from flashmorph.errors import UserError
 from flashmorph.hosts import host_of
 from flashmorph.losses import Head, forward_kl, top_kl
-from flashmorph.packing import apart, token_order
+from flashmorph.packing import apart, as_often_everywhere, token_order
 from flashmorph.progress import Report, silent
 from flashmorph.rows import Rows
-from flashmorph.sharding import shard_loss
+from flashmorph.sharding import is_sharded, shard_loss
 from flashmorph.stages.dropout import without_dropout
 from flashmorph.stages.step import token_mean
 from flashmorph.stages.teacher_logits import LogitSettings, RowsWithLogits
@@ -55,7 +55,7 @@ class DistillationLoss(nn.Module):
         super().__init__()
         self.student = without_dropout(student)
         self._teacher = (teacher,)
-        self._host = host_of(student.config)
+        self._host, self._is_sharded = host_of(student.config), is_sharded(student)
 
     def forward(
         self, input_ids: torch.Tensor, starts: torch.Tensor | None = None, loss_mask: torch.Tensor | None = None
@@ -64,6 +64,8 @@ class DistillationLoss(nn.Module):
         tokens; of what predicts the tokens at which `loss_mask` `[batch, time]` is True."""
         (teacher,) = self._teacher
         packed = apart(input_ids, starts, self._host, loss_mask)
+        if self._is_sharded:
+            packed = as_often_everywhere(packed)
         with torch.no_grad():
             target = torch.cat([each.predicting(each.run(teacher.model)) for each in packed])
         found = torch.cat([each.predicting(each.run(self.student.model)) for each in packed])
@@ -76,7 +78,7 @@ class StoredDistillationLoss(nn.Module):
     def __init__(self, student: PreTrainedModel):
         super().__init__()
         self.student = without_dropout(student)
-        self._host = host_of(student.config)
+        self._host, self._is_sharded = host_of(student.config), is_sharded(student)
 
     def forward(
         self,
@@ -90,6 +92,8 @@ class StoredDistillationLoss(nn.Module):
         `[batch, time, k]`; documents apart where `starts` `[batch, time]` marks their first tokens; of what predicts
         the tokens at which `loss_mask` `[batch, time]` is True."""
         packed = apart(input_ids, starts, self._host, loss_mask)
+        if self._is_sharded:
+            packed = as_often_everywhere(packed)
         found = torch.cat([each.predicting(each.run(self.student.model)) for each in packed])
         order = token_order(input_ids, starts, self._host, loss_mask)
         values, places = (each.flatten(0, 1)[order] for each in (values, places))

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from flashmorph.hosts import host_of
 from flashmorph.losses import Head, label_loss
-from flashmorph.packing import apart
+from flashmorph.packing import apart, as_often_everywhere
 from flashmorph.progress import Report, silent
 from flashmorph.rows import Rows
-from flashmorph.sharding import shard_loss
+from flashmorph.sharding import is_sharded, shard_loss
 from flashmorph.stages.dropout import without_dropout
 from flashmorph.stages.step import token_mean
 from flashmorph.stages.training import TrainSettings, keep_activations, train
@@ -37,7 +37,7 @@ class NextTokenLoss(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.student = without_dropout(model)
-        self._host = host_of(model.config)
+        self._host, self._is_sharded = host_of(model.config), is_sharded(model)
 
     def forward(
         self, input_ids: torch.Tensor, starts: torch.Tensor | None = None, loss_mask: torch.Tensor | None = None
@@ -45,8 +45,11 @@ class NextTokenLoss(nn.Module):
         """The loss for `input_ids` `[batch, time]`, of the tokens at which `loss_mask` `[batch, time]` is True; where
         `starts` `[batch, time]` marks the first tokens of documents, they are kept apart and those tokens are not
         predicted."""
+        packed = apart(input_ids, starts, self._host, loss_mask)
+        if self._is_sharded:
+            packed = as_often_everywhere(packed)
         hidden, labels = [], []
-        for each in apart(input_ids, starts, self._host, loss_mask):
+        for each in packed:
             places, following = each.next_tokens()
             hidden.append(each.run(self.student.model)[places])
             labels.append(following)
