@@ -81,8 +81,11 @@ def apart(
 
 
 def as_often_everywhere(batches: list[Packed]) -> list[Packed]:
-    """`batches`, and so many empty ones that every process has the same number: a model whose weights are divided runs in
-    all processes at once. Of an empty one no token counts. To be made by all at once."""
+    """`batches`, and so many empty ones that every process has the same number.
+
+    A model whose weights are divided runs in all processes at once. Of an empty one no token counts. To be made by all
+    at once.
+    """
     first = batches[0]
     nothing = torch.zeros_like(first.input_ids, dtype=torch.bool)
     empty = replace(first, real=nothing, continues=nothing, loss_mask=nothing)

@@ -40,13 +40,17 @@ class Screen(Protocol):
 
 @dataclass
 class Run:
-    """One `flashmorph morph`: what goes in, where it goes, and what shows it."""
+    """One `flashmorph morph`: what goes in, where it goes, and what shows it.
+
+    `left_out` names the tasks that its recipe had before `signal.with_signal` took them out.
+    """
 
     teacher: Teacher
     recipe: Recipe
     folder: RunFolder
     device: torch.device
     screen: Screen
+    left_out: tuple[str, ...] = ()
     done: dict[str, Stage] = field(default_factory=dict)
 
     @property

@@ -132,6 +132,8 @@ def select_settings(run: Run) -> dict[str, Any]:
     wanted = {"select": select, **task_settings(run)}
     if chosen.strategy in NEED_TRAINING:
         wanted["distill"] = _train_settings(run.recipe.distill)
+    if run.left_out:
+        wanted["left_out"] = list(run.left_out)
     return wanted
 
 

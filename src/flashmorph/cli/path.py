@@ -153,7 +153,9 @@ def align(
 
     options = Options(teacher, output, recipe, None, changes, data, others, allow_repeat, device=device)
     run = open_run(options)
-    pipeline.run_align(run, pipeline.run_transplant(run))
+    host = pipeline.run_transplant(run)
+    pipeline.run_teacher(run, host)
+    pipeline.run_align(run, host)
 
 
 def _dry_run(options: Options) -> None:
@@ -186,9 +188,12 @@ def _finish_until(last: str, options: Options, plan: Path | None, layers: str | 
     from flashmorph.given import given_plan
 
     run = open_run(options)
+    given = given_plan(run, plan, layers)
     host = pipeline.run_transplant(run)
+    if not given:
+        pipeline.run_teacher(run, host)
     branches = pipeline.run_align(run, host)
-    chosen = given_plan(run, plan, layers) or pipeline.run_select(run, host, branches)
+    chosen = given or pipeline.run_select(run, host, branches)
     stage = pipeline.run_build(run, host, branches, chosen, "")
     if last != "build":
         stage = pipeline.run_distill(run, host, stage, "")

@@ -21,6 +21,7 @@ from flashmorph.runfolder import digest_of
 from flashmorph.runmodels import open_morphable, open_objective
 from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES, Selection, needs_of
 from flashmorph.selection.search import check_settings, own_settings, searches_alike, select, serves_every_budget
+from flashmorph.signal import with_signal
 
 REFEREE_SEED = 1_000_003
 FIXED = ("first", "last", "middle", "uniform")
@@ -105,11 +106,12 @@ class Referee:
         """Transplant and align where that is not done yet, then evaluate every plan of every budget.
 
         Raises:
-            UserError: too many plans to enumerate.
+            UserError: too many plans to enumerate; or see `with_signal`.
         """
-        self._run, self._settings = run, settings
         host = run_transplant(run)
         branches = run_align(run, host)
+        run = with_signal(run, host, branches)
+        self._run, self._settings = run, settings
         self._morphable = open_morphable(run, host, branches)
         self._search = run.recipe.select.search.model_copy(update={"questions": settings.questions})
         about = [task_settings(run), run.recipe.select.search.model_dump(mode="json"), settings.questions]

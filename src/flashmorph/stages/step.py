@@ -16,7 +16,7 @@ from flashmorph import ranks
 
 def token_mean(loss: torch.Tensor, tokens: int) -> dict[str, torch.Tensor]:
     """A mean `loss` `[]` over so many learnt tokens as a stage's loss returns it; see `StepMean`."""
-    return {"loss": loss, "sums": (loss * tokens)[None], "sizes": loss.new_tensor([float(tokens)])}
+    return {"loss": loss, "sums": torch.stack([loss * tokens]), "sizes": loss.new_tensor([float(tokens)])}
 
 
 class StepMean:
