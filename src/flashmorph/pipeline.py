@@ -134,8 +134,8 @@ def run_align(run: Run, host: Stage) -> Stage:
         worse = worse_than_silent(errors, len(morphable.layers))
         if worse:
             run.screen.say(
-                f"align: layers {', '.join(map(str, worse))} end worse than a silent branch (relative error 1 or "
-                "more): train longer, or with another learning rate, before you trust a plan that switches them"
+                f"after alignment layers {', '.join(map(str, worse))} are worse than a silent branch (relative error 1 "
+                "or more): train longer, or with another learning rate, before you trust a plan that switches them"
             )
         summary = f"relative error by layer {_listed(start)} at the start, {_listed(errors)} now"
         figures = {"errors_at_start": start, "errors": errors, "worse_than_silent": worse}

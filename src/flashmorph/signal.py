@@ -4,11 +4,14 @@ Asked twice: of the teacher alone before `align` is paid for, and before a searc
 on the search's own questions. Tasks without signal are left out of the search.
 """
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -72,38 +75,39 @@ def ask_teacher(
     batch_tokens: int = 16_384,
     report: Report = silent,
 ) -> dict[str, dict[str, Any]]:
-    """By task: `recall` (greedy generation), `loss` (mean cross-entropy of the last answer's tokens, in nats), that of
-    the answer to the task's next question in its place (`loss_of_another`), and `at_chance`.
+    """By task: `recall` (greedy generation), `loss` (mean cross-entropy of the last answer's tokens, in nats), what
+    `guessing` its digits would cost, and whether the model is `at_chance`.
 
-    At chance is a task in which no question is answered and the right answer is no likelier than another question's:
-    the paired 95 % interval of the difference of the two losses reaches 0.
+    At chance is a task in which no question is answered and the answers are no likelier than guessed digits: the paired
+    95 % interval of the difference of the two losses reaches 0. Recall alone would not do: a teacher that knows the
+    number and words its answer otherwise has a loss that a search can go by.
     """
     found = {}
     for number, (name, examples) in enumerate(questions.items(), 1):
         right = answers_right(model, tokenizer, examples, batch_tokens)
-        answers = [example.input_ids[example.prompt_tokens :] for example in examples]
-        own = _answer_losses(model, examples, answers)
-        another = _answer_losses(model, examples, [*answers[1:], answers[0]])
-        low, _ = paired_interval([another], [own])
-        found[name] = {
-            "recall": sum(right) / len(right),
-            "loss": sum(own) / len(own),
-            "loss_of_another": sum(another) / len(another),
-            "at_chance": not any(right) and low <= 0,
-        }
+        losses = [_answer_loss(model, example) for example in examples]
+        guesses = [_guessing(example) for example in examples]
+        low, _ = paired_interval([guesses], [losses])
+        figures = {name: float(np.mean(each)) for name, each in (("recall", right), ("loss", losses))}
+        at_chance = not any(right) and low <= 0
+        found[name] = {**figures, "guessing": float(np.mean(guesses)), "at_chance": at_chance}
         report(number, len(questions))
     return found
 
 
 @torch.no_grad()
-def _answer_losses(model: PreTrainedModel, examples: Sequence[Example], answers: Sequence[list[int]]) -> list[float]:
-    """Mean cross-entropy of each answer's tokens behind its example's prompt, in nats."""
-    losses = []
-    for example, answer in zip(examples, answers, strict=True):
-        ids = torch.tensor([example.input_ids[: example.prompt_tokens] + answer], device=model.device)
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, example.prompt_tokens - 1 : -1]
-        losses.append(token_losses(hidden, Head.of(model), ids[0, example.prompt_tokens :]).mean().item())
-    return losses
+def _answer_loss(model: PreTrainedModel, example: Example) -> float:
+    """Mean cross-entropy of the last answer's tokens, in nats."""
+    ids = torch.tensor([example.input_ids], device=model.device)
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, example.prompt_tokens - 1 : -1]
+    return token_losses(hidden, Head.of(model), ids[0, example.prompt_tokens :]).mean().item()
+
+
+def _guessing(example: Example) -> float:
+    """The same of who knows how an answer is written and none of its digits; the first of a number is not 0."""
+    numbers = re.findall(r"\d+", example.answer)
+    nats = sum(math.log(9) + (len(number) - 1) * math.log(10) for number in numbers)
+    return nats / (len(example.input_ids) - example.prompt_tokens)
 
 
 def _in_short(task: tuple[str, dict[str, Any]]) -> str:
