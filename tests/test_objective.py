@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,10 +38,11 @@ def objective_on(
     text: torch.Tensor | None = None,
     micro_batch_tokens: int = 96,
     batch_tokens: int = 96,
+    tasks: Sequence[dict[str, Any]] = ({"task": "many_keys", "num_keys": 1},),
     **more: Any,
 ):
     layout = Layout(tiny_tokenizer(), STYLES["lines"], Haystack.repeated())
-    tasks = [TaskSettings.model_validate({"task": "many_keys", "num_keys": 1})]
+    tasks = [TaskSettings.model_validate(task) for task in tasks]
     search = SearchSettings(length=96, batch_tokens=batch_tokens, micro_batch_tokens=micro_batch_tokens, questions=5)
     data = SearchData({"train": layout, "validation": layout}, STYLES["lines"], tasks, search)
     return MorphableObjective(
@@ -83,6 +85,38 @@ def test_the_losses_of_a_plan_are_those_of_the_model_built_from_it(morphable, tm
         marked = torch.tensor(example.is_answer)[1:]
         found = F.cross_entropy(model(input_ids=ids, use_cache=False).logits[0, :-1][marked], ids[0, 1:][marked])
         assert losses[number] == pytest.approx(found.item(), rel=1e-3)
+
+
+UNEVEN = ({"task": "many_keys", "num_keys": 1}, {"task": "many_keys", "num_keys": 3, "num_asked": 3})
+"""Answers of one number, and of three with the questions between them."""
+GATES = torch.tensor([[0.7, 0.3], [0.2, 0.8]])
+
+
+@pytest.mark.parametrize("loss", ["answers", "hidden"])
+@pytest.mark.parametrize("data", ["questions", "text"])
+def test_loss_and_gradient_do_not_depend_on_how_much_is_run_at_once(morphable, tmp_path, loss, data):
+    found = []
+    for number, micro in enumerate((96, 2 * 96, 3 * 96, 5 * 96)):
+        objective = objective_on(morphable, tmp_path / str(number), None, micro, 5 * 96, UNEVEN)
+        found.append(objective.gradient(GATES, 0, loss, data))
+    assert len({sum(example.is_answer) for example in objective._data.batch(0)}) > 1
+    value, gradient = found[0]
+    assert gradient.abs().max() > 0
+    for other, another in found[1:]:
+        assert other == pytest.approx(value, rel=1e-4)
+        torch.testing.assert_close(another, gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
+
+
+def test_a_search_descends_what_plans_are_judged_by(morphable, tmp_path):
+    """The loss of a plan's gates is the mean over questions of the losses that `evaluate` gives."""
+    objective = objective_on(morphable, tmp_path, None, 2 * 96, 5 * 96, UNEVEN)
+    objective._data.batch = lambda step: objective._data.questions()
+    space, budget = morphable.space(Budget("layers", 1)), Budget("layers", 1)
+    for group in space.groups:
+        plan = space.plan([group], budget)
+        gates = torch.from_numpy(space.one_hot(plan)).float()
+        value, _ = objective.gradient(gates, 0, "answers")
+        assert value == pytest.approx(objective.evaluate([plan]).mean(), rel=1e-4)
 
 
 def test_evaluations_are_run_once_then_read_from_disk_and_counted_by_every_search(morphable, tmp_path):

@@ -19,6 +19,7 @@ from flashmorph.runfolder import Stage
 from flashmorph.runmodels import open_morphable, open_objective
 from flashmorph.selection import Selection, needs_of
 from flashmorph.selection.search import searches_alike, select, serves_every_budget
+from flashmorph.signal import with_signal
 
 _NESTED = ("greedy-backward", "greedy-forward", "race")
 """Strategies whose order of choice holds the plans for all budgets."""
@@ -103,18 +104,19 @@ def run_curve(run: Run, host: Stage, branches: Stage, questions: int) -> Curve:
     """The budget curve of an aligned run, as a stage of its own.
 
     Raises:
-        UserError: the strategy cannot spend a count of layers, or weights are divided.
+        UserError: the strategy cannot spend a count of layers, or weights are divided; or see `with_signal`.
     """
-    recipe = run.recipe
     if run.shards:
         raise UserError("a curve asks whole models for answers: go on with --set shard=false")
+    run = with_signal(run, host, branches)
+    recipe = run.recipe
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
         fitted = replace(run, recipe=run.at_once("curve", folder))
         curve = budget_curve(fitted, open_morphable(run, host, branches), questions, folder, report)
         if ranks.is_first():
             write_json(folder / "curve.json", curve.to_dict())
-        return {"summary": f"{len(curve.points)} budgets"}
+        return {"left_out": list(run.left_out), "summary": f"{len(curve.points)} budgets"}
 
     asked = [recipe.select.search.longest, recipe.select.search.questions, task_settings(run)]
     wanted = {"questions": questions, "asked": asked, **ends(run), **select_settings(run)}

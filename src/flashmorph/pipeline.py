@@ -1,4 +1,5 @@
-"""The whole path, top to bottom: transplant, align, select, build, distill, extend, evaluate, save, report.
+"""The whole path, top to bottom: transplant, teacher, align, signal, select, build, distill, extend, evaluate, save,
+report.
 
 Each stage reads an earlier stage's folder and writes its own (`runfolder.py`); the functions that do the work are the
 library's own. Several processes go through it together: a stage's work is shared, or the first does it `alone`
@@ -6,6 +7,7 @@ library's own. Several processes go through it together: a stage's work is share
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ from flashmorph.selection import needs_of
 from flashmorph.selection.search import select
 from flashmorph.selection.uniform import uniform
 from flashmorph.sharding import shard_morphable, shard_student, shard_teacher, whole
+from flashmorph.signal import run_teacher, with_signal
 from flashmorph.stages import (
     RowsWithLogits,
     TrainSettings,
@@ -69,6 +72,8 @@ def morph(run: Run) -> Results:
     if run.given:
         require_fits(run.given, space_of_run(load_config(run.teacher.folder), run.recipe), "the plan")
     host = run_transplant(run)
+    if not run.given:
+        run_teacher(run, host)
     branches = run_align(run, host)
     plan = run.given or run_select(run, host, branches)
     hybrid = finish(run, host, branches, plan, "")
@@ -136,19 +141,31 @@ def run_align(run: Run, host: Stage) -> Stage:
         state = whole(morphable.branch_state())
         if ranks.is_first():
             save_file(state, folder / "branches.safetensors")
+        worse = worse_than_silent(errors, len(morphable.layers))
+        if worse:
+            run.screen.say(
+                f"after alignment layers {', '.join(map(str, worse))} are worse than a silent branch (relative error 1 "
+                "or more): train longer, or with another learning rate, before you trust a plan that switches them"
+            )
         summary = f"relative error by layer {_listed(start)} at the start, {_listed(errors)} now"
-        return {"errors_at_start": start, "errors": errors, **_trained(run, settings, rows), "summary": summary}
+        figures = {"errors_at_start": start, "errors": errors, "worse_than_silent": worse}
+        return {**figures, **_trained(run, settings, rows), "summary": summary}
 
     wanted = {**training_settings(run, settings), "calibration_rows": run.recipe.calibration_rows}
     return run.stage("align", f"{settings.tokens:,} tokens", wanted, [host.digest], work)
 
 
 def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
-    """Which layers stay full, by the recipe's strategy."""
-    recipe, chosen = run.recipe, run.recipe.select
+    """Which layers stay full, by the recipe's strategy.
 
+    Raises:
+        UserError: see `with_signal`; or the strategy trains whole models and weights are divided.
+    """
+    chosen = run.recipe.select
     if run.shards and needs_of(chosen.strategy).training:
         raise UserError(f"strategy {chosen.strategy} trains whole models: go on with --set shard=false")
+    run = with_signal(run, host, branches)
+    recipe = run.recipe
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
         morphable = divided(run, lambda: open_morphable(run, host, branches), shard_morphable)
@@ -159,7 +176,8 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
             replace(found.plan, teacher=run.teacher.name, revision=run.teacher.revision).save(folder / "plan.json")
             write_json(folder / "trace.json", found.trace)
         tokens = found.cost.tokens_forward + found.cost.tokens_backward
-        return {"cost": found.cost.to_dict(), "tokens": tokens, "summary": found.plan.strip()}
+        figures = {"cost": found.cost.to_dict(), "tokens": tokens, "left_out": list(run.left_out)}
+        return {**figures, "summary": found.plan.strip()}
 
     wanted = {"budget": budget_settings(run), **select_settings(run)}
     stage = run.stage("select", f"{chosen.strategy}, budget {recipe.budget}", wanted, [branches.digest], work)
@@ -267,6 +285,11 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
     stage = run.stage("evaluate", label, evaluate_settings(run), [model.digest], work, alone=True)
     right, text = (read_json(stage.folder / name) for name in ("right.json", "text.json"))
     return Score(right, stage.record["perplexity"], stage.record["cache_bytes"], RangeLosses(**text))
+
+
+def worse_than_silent(errors: Sequence[float], layers: int) -> list[int]:
+    """Layers one of whose branches has a relative error of 1 or more; `errors` has those of each layer in turn."""
+    return sorted({place * layers // len(errors) for place, error in enumerate(errors) if not error < 1})
 
 
 def _no_branches(folder: Path, report: Report) -> dict[str, Any]:

@@ -105,12 +105,17 @@ class DataSettings(SourceSettings):
 
 
 class SelectSettings(BaseModel):
-    """How layers are chosen. `settings` are the strategy's own (`flashmorph select --help`)."""
+    """How layers are chosen. `settings` are the strategy's own (`flashmorph select --help`).
+
+    With `require_signal` (`signal.py`) tasks that the teacher cannot do are left out of the search.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     strategy: str = DEFAULT_STRATEGY
     settings: dict[str, Any] = Field(default_factory=dict)
     search: SearchSettings = SearchSettings()
+    require_signal: bool = Field(default=True, description="a task counts only where full attention answers better")
+    teacher_questions: int = Field(default=16, gt=0, description="questions a task for the teacher, before align")
 
 
 def _as_text(value: Any) -> str:

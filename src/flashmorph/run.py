@@ -46,7 +46,8 @@ class Screen(Protocol):
 class Run:
     """One `flashmorph morph`: what goes in, where it goes, and what shows it. A `given` plan stands for a search.
 
-    With `allow_unused` weights that are stored in the teacher and not used are told, not refused.
+    With `allow_unused` weights that are stored in the teacher and not used are told, not refused. `left_out` names the
+    tasks that its recipe had before `signal.with_signal` took them out.
     """
 
     teacher: Teacher
@@ -56,6 +57,7 @@ class Run:
     screen: Screen
     given: Plan | None = None
     allow_unused: bool = False
+    left_out: tuple[str, ...] = ()
     done: dict[str, Stage] = field(default_factory=dict)
 
     @property

@@ -65,6 +65,8 @@ def select_settings(run: Run) -> dict[str, Any]:
     wanted: dict[str, Any] = {"strategy": chosen.strategy, "settings": own, "seed": recipe.seed}
     if chosen.strategy in SEARCH_NOTHING:
         return wanted
+    if run.left_out:
+        wanted["left_out"] = list(run.left_out)
     wanted |= {"search": search_settings(chosen.search, chosen.strategy), "bf16": run.bf16, **task_settings(run)}
     if chosen.strategy in NEED_TEXT:
         wanted["text"] = text_settings(run)

@@ -23,6 +23,7 @@ from transformers import (
 from flashmorph.checkpoint import GENERATION, has_tokenizer, require_config, travelling_files, weight_files
 from flashmorph.digests import template_digest, tokenizer_digest, weights_digest
 from flashmorph.errors import UserError
+from flashmorph.files import read_json
 from flashmorph.hosts import host_for, takes_with_windows
 from flashmorph.shards import FLOATS, ShardReader
 from flashmorph.stored import take_stock

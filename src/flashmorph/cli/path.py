@@ -179,7 +179,9 @@ def align(
         allow_unused=allow_unused,
     )
     run = open_run(options, ["align"])
-    pipeline.run_align(run, pipeline.run_transplant(run))
+    host = pipeline.run_transplant(run)
+    pipeline.run_teacher(run, host)
+    pipeline.run_align(run, host)
 
 
 def _dry_run(options: Options, stages: list[str]) -> None:
@@ -224,6 +226,8 @@ def _finish_until(last: str, options: Options) -> None:
     stages = ["align", *([] if options.plan or options.layers else ["select"])]
     run = open_run(options, [*stages, *{"build": [], "distill": ["distill"]}.get(last, ["distill", "extend"])])
     host = pipeline.run_transplant(run)
+    if not run.given:
+        pipeline.run_teacher(run, host)
     branches = pipeline.run_align(run, host)
     chosen = run.given or pipeline.run_select(run, host, branches)
     stage = pipeline.run_build(run, host, branches, chosen, "")

@@ -21,7 +21,7 @@ COMPARE = "compare"
 _FILE = "auto.json"
 _ENOUGH_TOKENS = 4_096
 """Layers run again where fewer tokens than these would run at once without it: a GPU needs so many to be busy."""
-_SEARCHES = ("select", "curve", COMPARE)
+_SEARCHES = ("select", "curve", "signal", COMPARE)
 
 
 class Room(NamedTuple):
@@ -98,9 +98,11 @@ def chosen(folder: Path) -> dict[str, Any]:
 
 def _sections(recipe: Recipe, stage: str) -> list[str]:
     if stage in _SEARCHES:
-        trains = stage == COMPARE or recipe.select.strategy in NEED_TRAINING
+        trains = stage == COMPARE or stage != "signal" and recipe.select.strategy in NEED_TRAINING
         return ["select.search", *(["distill"] if trains else [])]
-    return {"logits": ["distill"]}.get(stage, [stage] if stage in ("align", "distill", "extend", "evaluate") else [])
+    if stage in ("align", "distill", "extend", "evaluate"):
+        return [stage]
+    return {"logits": ["distill"], "teacher": ["evaluate"]}.get(stage, [])
 
 
 def _settings_of(recipe: Recipe, stage: str) -> Iterator[str]:

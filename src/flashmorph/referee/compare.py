@@ -23,6 +23,7 @@ from flashmorph.runfolder import digest_of
 from flashmorph.runmodels import open_morphable, open_objective
 from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES, Selection, needs_of
 from flashmorph.selection.search import check_search, own_settings, searches_alike, select, serves_every_budget
+from flashmorph.signal import with_signal
 from flashmorph.teacher import load_config
 
 REFEREE_SEED = 1_000_003
@@ -108,11 +109,12 @@ class Referee:
         """Transplant and align where that is not done yet, then evaluate every plan of every budget.
 
         Raises:
-            UserError: too many plans to enumerate.
+            UserError: too many plans to enumerate; or see `with_signal`.
         """
-        self._run, self._settings = run, settings
         host = run_transplant(run)
         branches = run_align(run, host)
+        run = with_signal(run, host, branches)
+        self._run, self._settings = run, settings
         self._morphable = open_morphable(run, host, branches)
         search = run.recipe.select.search.model_dump(mode="json", exclude={"micro_batch_tokens"})
         trained = run.recipe.distill.what_counts(tokens=False)

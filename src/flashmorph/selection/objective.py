@@ -34,7 +34,8 @@ _WRITE_SECONDS = 20
 class MorphableObjective:
     """Answers, as `Objective` asks, with the model's losses on retrieval questions.
 
-    The answers' loss is everywhere the mean cross-entropy of the answer tokens, teacher-forced.
+    The answers' loss is everywhere the mean over questions of each question's mean cross-entropy of its answer tokens,
+    teacher-forced; neither it nor its gradient depends on how many rows are run at once.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class MorphableObjective:
 
         Gates lie outside of whatever wraps the model, so their gradient is brought together here.
         """
-        losses = {"answers": self._answer_loss, "hidden": self._hidden_loss}
+        run, size = {"answers": (self._answer_loss, len), "hidden": (self._hidden_loss, _answer_tokens)}[loss]
         gates = gates.to(self._morphable.device).requires_grad_(True)
         batch = self._data.batch(step) if data == "questions" else self._data.text_batch(step)
         parts = self._data.micro_batches(batch)
@@ -84,7 +85,7 @@ class MorphableObjective:
         for together in ranks.rounds(parts):
             part, counts = together[ranks.rank()]
             with self._autocast():
-                share = losses[loss](gates, part) * (counts * len(part) / len(batch))
+                share = run(gates, part) * (counts * size(part) / size(batch))
             share.backward()
             value += share.item()
         assert gates.grad is not None
@@ -267,9 +268,11 @@ class MorphableObjective:
         self._meter.count(ids, forward=1, backward=1, every_branch=True)
 
     def _answer_loss(self, gates: torch.Tensor, batch: Sequence[Example]) -> torch.Tensor:
+        """What `_question_losses` gives, as a mean with gradient."""
         ids, marks = self._tensors(batch)
-        hidden = self._morphable(ids, gates)[:, :-1][marks[:, 1:]]
-        return label_loss(hidden, self._head, ids[:, 1:][marks[:, 1:]])
+        ids, marks, hidden = ids[:, 1:], marks[:, 1:], self._morphable(ids, gates)[:, :-1]
+        weights = (marks / marks.sum(1, keepdim=True) / len(batch))[marks]
+        return label_loss(hidden[marks], self._head, ids[marks], weights)
 
     def _hidden_loss(self, gates: torch.Tensor, batch: Sequence[Example]) -> torch.Tensor:
         """`mean over layers and answer tokens |H_mix - H_full|^2`, the norm's square as a mean over the width.
@@ -306,6 +309,10 @@ class MorphableObjective:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._morphable.device.type, torch.bfloat16, enabled=self._bf16)
+
+
+def _answer_tokens(batch: Sequence[Example]) -> int:
+    return sum(sum(example.is_answer) for example in batch)
 
 
 def _check_finite(losses: Any, kind: str, plan: Plan) -> None:

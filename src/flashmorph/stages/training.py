@@ -154,8 +154,9 @@ def train(
     """Train `model` in place, from the last whole checkpoint in `folder` on if there is one.
 
     `model(input_ids)` returns `{"loss": ...}`; where documents are isolated and a row has several, `starts`
-    `[batch, time]` tells it the first token of each, and where some tokens are not learnt, `loss_mask` which are. The
-    log is `folder/log.jsonl`, one line a step, and goes to each of `report_to` as well, whose files stand in `folder`.
+    `[batch, time]` tells it the first token of each, and where some tokens are not learnt, `loss_mask` which are. How
+    micro-batches come together is told by `sums` and `sizes` beside the loss (`StepMean`). The log is
+    `folder/log.jsonl`, one line a step, and goes to each of `report_to` as well, whose files stand in `folder`.
 
     Raises:
         UserError: a loss or gradient is not finite, the loss has exploded, a checkpoint cannot be written, or the
