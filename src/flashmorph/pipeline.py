@@ -17,7 +17,7 @@ from flashmorph import ranks
 from flashmorph.card import model_card
 from flashmorph.errors import UserError
 from flashmorph.evaluation import RangeLosses, Score, evaluate
-from flashmorph.files import read_json, write_json
+from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.hosts import cache_by_context, host_for, host_of, host_settings, layer_space
 from flashmorph.morphable import Morphable, attach, build
 from flashmorph.packing import how_apart
@@ -56,6 +56,7 @@ from flashmorph.stages import (
     write_logits,
 )
 from flashmorph.teacher import load_config, load_model
+from flashmorph.wholeness import is_whole
 
 
 def morph(run: Run, plan: Plan | None = None) -> Results:
@@ -102,7 +103,7 @@ def run_transplant(run: Run) -> Stage:
     settings = host_settings(host_for(load_config(run.teacher.folder), run.recipe.host), run.recipe.host)
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
-        return write_host(run.teacher, folder / "model", settings, run.device, report)
+        return write_host(run.teacher, folder / "model", settings, run.device, report, over_folder=True)
 
     wanted = {"format": 1, **({"host": settings} if settings else {})}
     return run.stage("transplant", run.teacher.name, wanted, [run.teacher.digest], work, alone=True)
@@ -130,7 +131,8 @@ def run_align(run: Run, host: Stage) -> Stage:
             errors = alignment_errors(morphable, **first)
         state = whole(morphable.branch_state())
         if ranks.is_first():
-            save_file(state, folder / "branches.safetensors")
+            with atomic_path(folder / "branches.safetensors") as temporary:
+                save_file(state, temporary)
         summary = f"relative error by layer {_listed(start)} at the start, {_listed(errors)} now"
         return {"errors_at_start": start, "errors": errors, **_trained(run, settings), "summary": summary}
 
@@ -188,6 +190,11 @@ def run_distill(run: Run, host: Stage, built: Stage, label: str) -> Stage:
     logits = run_logits(run, host, settings.teacher_logits.top_k) if settings.teacher_logits else None
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
+        if not _has_model(folder):
+            train(folder, report)
+        return {**_trained(run, settings), "summary": _last_loss(folder, "KL")}
+
+    def train(folder: Path, report: Report) -> None:
         settings = run.at_once("distill", folder).distill
         rows = training_rows(run, settings, "distill", report)
         student = divided(run, lambda: open_stage(run, built), shard_student)
@@ -195,7 +202,6 @@ def run_distill(run: Run, host: Stage, built: Stage, label: str) -> Stage:
         given = RowsWithLogits(rows, logits.folder) if logits else rows
         distill(student, teacher, given, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
         save_model(student, folder / "model", built.folder / "model")
-        return {**_trained(run, settings), "summary": _last_loss(folder, "KL")}
 
     about = f"{label}{settings.tokens:,} tokens of length {settings.length:,}"
     inputs = [built.digest, *([logits.digest] if logits else [])]
@@ -224,13 +230,17 @@ def run_extend(run: Run, distilled: Stage, label: str) -> Stage:
     assert settings
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
+        if not _has_model(folder):
+            train(folder, report)
+        return {**_trained(run, settings), "summary": _last_loss(folder, "loss")}
+
+    def train(folder: Path, report: Report) -> None:
         settings = run.at_once("extend", folder).extend
         assert settings
         rows = training_rows(run, settings, "extend", report)
         model = divided(run, lambda: open_stage(run, distilled), shard_student)
         extend(model, rows, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
         save_model(model, folder / "model", distilled.folder / "model")
-        return {**_trained(run, settings), "summary": _last_loss(folder, "loss")}
 
     about = f"{label}{settings.tokens:,} tokens of length {settings.length:,}"
     return run.stage("extend", about, training_settings(run, settings), [distilled.digest], work)
@@ -259,6 +269,11 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
     record, text = stage.record, stage.folder / "text.json"
     losses = RangeLosses(**read_json(text)) if text.exists() else None
     return Score(read_json(stage.folder / "right.json"), record["perplexity"], record["cache_bytes"], losses)
+
+
+def _has_model(folder: Path) -> bool:
+    """Whether an interrupted stage had saved its model already."""
+    return ranks.first(lambda: is_whole(folder / "model"))
 
 
 def _no_branches(folder: Path, report: Report) -> dict[str, Any]:

@@ -19,12 +19,14 @@ from flashmorph.progress import Report
 from flashmorph.recipe import Recipe
 from flashmorph.sharding import is_sharded, whole
 from flashmorph.teacher import Teacher
+from flashmorph.wholeness import require_whole
 
 
 def save_model(model: PreTrainedModel, folder: Path, origin: Path) -> None:
     """Save `model` in the dtype of the checkpoint in `origin`, with its tokenizer, template and generation settings.
 
-    Of several processes the first writes; if the model's weights are divided, all must be here.
+    A folder that an interrupted save left is replaced. Of several processes the first writes; if the model's weights
+    are divided, all must be here.
 
     Raises:
         UserError: the place cannot be written.
@@ -39,7 +41,7 @@ def save_model(model: PreTrainedModel, folder: Path, origin: Path) -> None:
         nn.Module.to(model, dtype)
     if not ranks.is_first():
         return
-    with atomic_path(folder) as temporary:
+    with atomic_path(folder, over_folder=True) as temporary:
         model.save_pretrained(temporary, state_dict=state)
         complete(temporary, model.config, origin)
 
@@ -74,16 +76,21 @@ def bring(origin: Path, folder: Path) -> None:
 
 
 def write_host(
-    teacher: Teacher, folder: Path, settings: Mapping[str, Any], device: torch.device, report: Report
+    teacher: Teacher,
+    folder: Path,
+    settings: Mapping[str, Any],
+    device: torch.device,
+    report: Report,
+    over_folder: bool = False,
 ) -> dict[str, Any]:
     """Write the host in the teacher's own dtype into `folder`; what the move was proven by, and a `summary`.
 
-    `settings` are the host's own.
+    `settings` are the host's own. With `over_folder` it replaces what an interrupted move left.
 
     Raises:
         UserError: see `flashmorph.layerwise.transplant_checkpoint`; or `folder` cannot be written.
     """
-    with atomic_path(folder) as temporary:
+    with atomic_path(folder, over_folder) as temporary:
         temporary.mkdir()
         config, moved = transplant_checkpoint(teacher.folder, temporary, settings, device, report)
         complete(temporary, config, teacher.folder)
@@ -103,11 +110,13 @@ def publish(
     """Make `folder` itself the checkpoint in `model`, with plan, results, recipe and card beside it.
 
     Each file is replaced whole; what an earlier run published stays in its stage's folder. What travels with the
-    weights is the `teacher`'s as it is now: the stage may have been finished before it was edited.
+    weights is the `teacher`'s as it is now: the stage may have been finished before it was edited. The checkpoint is
+    opened before anything is replaced.
 
     Raises:
-        UserError: the place cannot be written.
+        UserError: the checkpoint is not whole, or the place cannot be written.
     """
+    require_whole(model / "model")
     travelling = set(travelling_files(model / "model"))
     for path in sorted((model / "model").iterdir()):
         if path.is_file() and (path not in travelling or path.name == GENERATION):

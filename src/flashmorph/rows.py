@@ -19,6 +19,7 @@ from flashmorph.corpus import Corpus, Document, Mixture, Place, no_text, shares_
 from flashmorph.errors import UserError
 from flashmorph.files import write_json
 from flashmorph.progress import Report, silent
+from flashmorph.wholeness import is_whole_array
 
 PARTIAL = ".partial"
 _ROWS, _POSITION = "rows.npy", "position.json"
@@ -73,7 +74,7 @@ def pack(
     Where documents begin is kept, so that training can hold them apart (`packing.py`), and which tokens of
     conversations are learnt. `others` are rows of that length that stand among those of text at regular intervals, made
     when it is their turn. The rows are on disk before training starts: any step can be resumed at without reading the
-    text again. An existing file is taken as it is.
+    text again. An existing file is taken as it is, unless it was cut: then it is made again.
 
     Until it is whole, the file stands in a folder of its own (`.partial`) beside the place in the text that it has come
     to. Packing that was killed goes on from there, and ends with the same file.
@@ -83,6 +84,9 @@ def pack(
             be read, has conversations that the tokenizer has no template for, or the place cannot be written.
     """
     partial = path.with_name(path.name + PARTIAL)
+    if path.exists() and not is_whole_array(path):
+        _LOG.warning("%s is damaged; making it again", path)
+        path.unlink()
     if not path.exists():
         text = _Text(corpus, tokenizer, split, seed, max_passes, (rows - len(others)) * length)
         try:
