@@ -18,10 +18,10 @@ PART = ".part"
 
 
 @contextmanager
-def atomic_path(target: Path) -> Iterator[Path]:
+def atomic_path(target: Path, over_folder: bool = False) -> Iterator[Path]:
     """A temporary path (file or folder, the caller's choice) beside `target` that takes its place on success.
 
-    An existing file is replaced; an existing folder is not, since a folder never changes once it stands.
+    An existing file is replaced; an existing folder only with `over_folder`.
 
     Raises:
         UserError: the place cannot be written, or the disk is full.
@@ -31,6 +31,9 @@ def atomic_path(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        if over_folder and target.is_dir():
+            # A folder with files in it cannot be renamed over.
+            shutil.rmtree(target)
         os.replace(temporary, target)
     except OSError as error:
         if error.errno is None:

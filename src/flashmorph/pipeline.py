@@ -19,7 +19,7 @@ from flashmorph import ranks
 from flashmorph.card import model_card
 from flashmorph.errors import UserError
 from flashmorph.evaluation import RangeLosses, Score, evaluate
-from flashmorph.files import read_json, write_json
+from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.given import require_fits, space_of_run
 from flashmorph.hosts import cache_by_context, host_for, host_of, host_settings, layer_space
 from flashmorph.morphable import Morphable, attach, build
@@ -61,6 +61,7 @@ from flashmorph.stages import (
     write_logits,
 )
 from flashmorph.teacher import load_config, load_model
+from flashmorph.wholeness import is_whole
 
 
 def morph(run: Run) -> Results:
@@ -109,7 +110,9 @@ def run_transplant(run: Run) -> Stage:
     settings = host_settings(host_for(load_config(run.teacher.folder), run.recipe.host), run.recipe.host)
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
-        return write_host(run.teacher, folder / "model", settings, run.device, report, run.allow_unused)
+        return write_host(
+            run.teacher, folder / "model", settings, run.device, report, run.allow_unused, over_folder=True
+        )
 
     wanted = {"format": 1, **({"host": settings} if settings else {})}
     stage = run.stage("transplant", run.teacher.name, wanted, [run.teacher.digest], work, alone=True)
@@ -140,7 +143,8 @@ def run_align(run: Run, host: Stage) -> Stage:
             errors = alignment_errors(morphable, **first)
         state = whole(morphable.branch_state())
         if ranks.is_first():
-            save_file(state, folder / "branches.safetensors")
+            with atomic_path(folder / "branches.safetensors") as temporary:
+                save_file(state, temporary)
         worse = worse_than_silent(errors, len(morphable.layers))
         if worse:
             run.screen.say(
@@ -211,14 +215,18 @@ def run_distill(run: Run, host: Stage, built: Stage, label: str) -> Stage:
     logits = run_logits(run, host, settings.teacher_logits.top_k) if settings.teacher_logits else None
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
-        settings = run.at_once("distill", folder).distill
         rows = training_rows(run, settings, "distill", report)
+        if not _has_model(folder):
+            train(folder, rows, report)
+        return {**_trained(run, settings, rows), "summary": _last_loss(folder, "KL")}
+
+    def train(folder: Path, rows: Rows, report: Report) -> None:
+        settings = run.at_once("distill", folder).distill
         student = divided(run, lambda: open_stage(run, built), shard_student)
         teacher = None if logits else divided(run, lambda: open_stage(run, host), shard_teacher)
         given = RowsWithLogits(rows, logits.folder) if logits else rows
         distill(student, teacher, given, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
         save_model(student, folder / "model", built.folder / "model")
-        return {**_trained(run, settings, rows), "summary": _last_loss(folder, "KL")}
 
     about = f"{label}{settings.tokens:,} tokens of length {settings.length:,}"
     inputs = [built.digest, *([logits.digest] if logits else [])]
@@ -247,13 +255,17 @@ def run_extend(run: Run, distilled: Stage, label: str) -> Stage:
     assert settings
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
+        rows = training_rows(run, settings, "extend", report)
+        if not _has_model(folder):
+            train(folder, rows, report)
+        return {**_trained(run, settings, rows), "summary": _last_loss(folder, "loss")}
+
+    def train(folder: Path, rows: Rows, report: Report) -> None:
         settings = run.at_once("extend", folder).extend
         assert settings
-        rows = training_rows(run, settings, "extend", report)
         model = divided(run, lambda: open_stage(run, distilled), shard_student)
         extend(model, rows, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
         save_model(model, folder / "model", distilled.folder / "model")
-        return {**_trained(run, settings, rows), "summary": _last_loss(folder, "loss")}
 
     about = f"{label}{settings.tokens:,} tokens of length {settings.length:,}"
     return run.stage("extend", about, training_settings(run, settings), [distilled.digest], work)
@@ -290,6 +302,11 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
 def worse_than_silent(errors: Sequence[float], layers: int) -> list[int]:
     """Layers one of whose branches has a relative error of 1 or more; `errors` has those of each layer in turn."""
     return sorted({place * layers // len(errors) for place, error in enumerate(errors) if not error < 1})
+
+
+def _has_model(folder: Path) -> bool:
+    """Whether an interrupted stage had saved its model already."""
+    return ranks.first(lambda: is_whole(folder / "model"))
 
 
 def _no_branches(folder: Path, report: Report) -> dict[str, Any]:

@@ -21,12 +21,14 @@ from flashmorph.progress import Report
 from flashmorph.recipe import Recipe
 from flashmorph.sharding import is_sharded, whole
 from flashmorph.teacher import Teacher, load_config
+from flashmorph.wholeness import require_whole
 
 
 def save_model(model: PreTrainedModel, folder: Path, origin: Path) -> None:
     """Save `model` in the dtype of the checkpoint in `origin`, with its tokenizer, template and generation settings.
 
-    Of several processes the first writes; if the model's weights are divided, all must be here.
+    A folder that an interrupted save left is replaced. Of several processes the first writes; if the model's weights
+    are divided, all must be here.
 
     Raises:
         UserError: the place cannot be written.
@@ -41,7 +43,7 @@ def save_model(model: PreTrainedModel, folder: Path, origin: Path) -> None:
         nn.Module.to(model, dtype)
     if not ranks.is_first():
         return
-    with atomic_path(folder) as temporary, _plain_generation(model):
+    with atomic_path(folder, over_folder=True) as temporary, _plain_generation(model):
         model.save_pretrained(temporary, state_dict=state)
         complete(temporary, model.config, origin)
 
@@ -100,15 +102,17 @@ def write_host(
     device: torch.device,
     report: Report,
     allow_unused: bool = False,
+    over_folder: bool = False,
 ) -> dict[str, Any]:
     """Write the host in the teacher's own dtype into `folder`; what the move was proven by, and a `summary`.
 
-    `settings` are the host's own. `notices` in the result are about weights that are stored and were left out.
+    `settings` are the host's own. `notices` in the result are about weights that are stored and were left out. With
+    `over_folder` it replaces what an interrupted move left.
 
     Raises:
         UserError: see `flashmorph.layerwise.transplant_checkpoint`; or `folder` cannot be written.
     """
-    with atomic_path(folder) as temporary:
+    with atomic_path(folder, over_folder) as temporary:
         temporary.mkdir()
         config, moved = transplant_checkpoint(teacher.folder, temporary, settings, device, report, allow_unused)
         complete(temporary, config, teacher.folder)
@@ -127,11 +131,13 @@ def publish(
 ) -> None:
     """Make `folder` itself the checkpoint of the stage in `model`, with plan, results, recipe and card beside it.
 
-    What an earlier run published stays in its stage's folder, and nowhere else: see `replace_checkpoint`.
+    What an earlier run published stays in its stage's folder, and nowhere else: see `replace_checkpoint`. The checkpoint
+    is opened before anything is replaced.
 
     Raises:
-        UserError: the place cannot be written.
+        UserError: the checkpoint is not whole, or the place cannot be written.
     """
+    require_whole(model / "model")
     replace_checkpoint(folder, model / "model", teacher)
     plan.save(folder / "plan.json")
     write_json(folder / "results.json", results)

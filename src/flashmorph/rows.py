@@ -1,6 +1,7 @@
 """Rows of tokens on disk: packed from a corpus before a stage trains, and read as they are needed."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -18,10 +19,12 @@ from flashmorph.errors import UserError
 from flashmorph.files import write_json
 from flashmorph.progress import Report, silent
 from flashmorph.special_tokens import before_text, room_for_text
+from flashmorph.wholeness import is_whole_array
 
 PARTIAL = ".partial"
 _ROWS, _POSITION = "rows.npy", "position.json"
 _KEEP_TOKENS = 1 << 22
+_LOG = logging.getLogger(__name__)
 
 
 class Rows(Dataset[dict[str, list[int]]]):
@@ -83,7 +86,7 @@ def pack(
     that stand among those of text at regular intervals, made when it is their turn.
 
     The rows are on disk before training starts: any step can be resumed at without reading the text again. An existing
-    file is taken as it is.
+    file is taken as it is, unless it was cut: then it is made again.
 
     Until it is whole, the file stands in a folder of its own (`.partial`) beside the place in the text that it has come
     to. Packing that was killed goes on from there, and ends with the same file.
@@ -94,6 +97,9 @@ def pack(
             document that is long enough, or the place cannot be written.
     """
     partial = path.with_name(path.name + PARTIAL)
+    if path.exists() and not is_whole_array(path):
+        _LOG.warning("%s is damaged; making it again", path)
+        path.unlink()
     if not path.exists():
         needed = (rows - len(others)) * length
         text = _Text(corpus, tokenizer, split, seed, max_passes, needed, length, long_documents)
