@@ -1,8 +1,8 @@
 """The folder of a run: one folder a stage, named by the digest of its settings and inputs, never changed once done.
 
 A stage works in `stages/<name>-<digest>.partial` and is renamed when it is finished, so a folder without that ending
-was whole once; its record lists its files, and each use compares them. The same digest means the same result: such a stage
-is not run again, also if it stands in another run's folder.
+was whole once; its record lists its files, and each use compares them. The same digest means the same result: such a
+stage is not run again, also if it stands in another run's folder.
 Of several processes the first holds the lock and writes; the others learn from it what there is.
 """
 
@@ -85,7 +85,7 @@ class RunFolder:
             (path / "data").mkdir(exist_ok=True)
             self._lock = FileLock(path / ".lock", timeout=0)
             self._lock.acquire()
-            for finished in (path / _STAGES).glob(f"*/{_RECORD}"):
+            for finished in (path / STAGES).glob(f"*/{_RECORD}"):
                 if finished.parent.suffix != _PARTIAL:
                     shutil.rmtree(finished.parent / CHECKPOINTS, ignore_errors=True)
             # Of a run that was killed while it wrote; what it can go on from has other names.
