@@ -14,8 +14,8 @@ from flashmorph.costs.work import model_of
 from flashmorph.devices import _cgroup_limits, total_memory, usable_memory
 from flashmorph.recipe import load_recipe, with_settings
 
-SHAPE = {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1536, "num_attention_heads": 8, "head_dim": 64,
-         "vocab_size": 8192, "max_position_embeddings": 32768}  # fmt: skip
+SHAPE = {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1536, "num_attention_heads": 8,
+         "head_dim": 64, "vocab_size": 8192, "max_position_embeddings": 32768}  # fmt: skip
 TRAINED = {"align": "align", "distill": "distill", "extend": "extend", "select": "select.search"}
 RECIPE = load_recipe("default")
 

@@ -1,4 +1,4 @@
-"""What can be known before any stage is known before: text, tasks and contexts that do not fit, told in one sentence."""
+"""What can be known before any stage: too little text, tasks and contexts that do not fit, told in one sentence."""
 
 import gzip
 import json
@@ -104,8 +104,8 @@ def test_tasks_that_do_not_fit_are_named(recipe_file, tasks, changes, says):
 
 
 def test_names_are_counted_in_the_split_that_is_asked(recipe_file):
-    recipe = load_recipe(recipe_file, {"tasks": {"chains": {"task": "hops", "num_chains": 15}}, "select.search.length": 1024,
-                                       "evaluate.length": 1024})  # fmt: skip
+    long = {"select.search.length": 1024, "evaluate.length": 1024}
+    recipe = load_recipe(recipe_file, {"tasks": {"chains": {"task": "hops", "num_chains": 15}}, **long})
     with pytest.raises(UserError, match="split 'validation'"):
         check_tasks(recipe, tiny_tokenizer(), EVERY, 4096)
     check_tasks(recipe, tiny_tokenizer(), ("align", "evaluate"), 4096)
