@@ -102,7 +102,7 @@ def moved(before: dict[str, str], after: dict[str, str]) -> set[str]:
         ({}, {"distill.activation_checkpointing": True, "extend.activation_checkpointing": False}, set()),
         ({}, {"select.search.micro_batch_tokens": 192, "evaluate.batch_tokens": 128}, set()),
         ({}, {"report_to": ["tensorboard"], "shard": True, "baseline": "uniform"}, set()),
-        ({}, {"align.tokens": 520, "distill.batch_tokens": 130}, set()),
+        ({}, {"align.tokens": 520, "extend.tokens": 600}, set()),
         ({}, {"budget": " 1 "}, set()),
         ({"bf16": False}, {"bf16": "auto"}, set()),
         ({}, {"data.column": "body", "data.config": "some"}, set()),
