@@ -165,6 +165,7 @@ def _dry_run(options: Options, stages: list[str]) -> None:
 
     from flashmorph.outlook import check, outlook
     from flashmorph.preflight import preflight
+    from flashmorph.screen import RichScreen
     from flashmorph.teacher import load_config, open_teacher
 
     quiet()
