@@ -75,7 +75,8 @@ def test_a_number_always_wins(shape):
 
 @pytest.mark.parametrize("rows, processes", [(7, 1), (10, 1), (12, 3), (12, 4), (9, 3)])
 def test_a_step_that_comes_out_uneven_takes_the_most_rows_that_divide_it(shape, rows, processes):
-    recipe = load_recipe("default", {"distill.batch_tokens": rows * 512, "distill.activation_checkpointing": True})
+    steps = {"align.batch_tokens": rows * 512, "distill.batch_tokens": rows * 512, "extend.batch_tokens": rows * 16384}
+    recipe = load_recipe("default", {**steps, "distill.activation_checkpointing": True})
     for gigabytes in (1.6, 1.8, 2, 2.4, 3, 80):
         room = Room(gigabytes * 1e9, processes)
         values = choose("distill", recipe, *shape, room).values
