@@ -1,6 +1,5 @@
 """Questions under every kind of tokenizer: what is marked, what is right, and where facts stand."""
 
-import itertools
 import random
 import re
 import statistics
