@@ -260,7 +260,7 @@ def test_numbers_are_read_as_people_write_them(recipe_file, tmp_path):
     file.write_text(written.replace("budget: '1'", "budget: 1") + "seed: 1\n")
     read = load_recipe(file)
     assert (read.budget, read.seed) == ("1", 1)
-    assert Recipe.model_validate(yaml.safe_load(read.to_yaml())) == read
+    assert Recipe.model_validate(yaml.safe_load(read.to_yaml())).to_yaml() == read.to_yaml()
 
 
 def test_outputs_that_cannot_be_used(capsys, tmp_path, teacher_folder, recipe_file):
