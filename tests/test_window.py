@@ -13,6 +13,7 @@ from flashmorph.hosts import SLIDING, cache_bytes, configure
 from flashmorph.morphable import Morphable, build
 from flashmorph.move import transplant
 from flashmorph.plan import FULL, Budget, Plan
+from flashmorph.publish import save_model
 
 WINDOW, TOKENS = 8, 40
 FAMILIES = ["qwen3", "qwen2", "smollm3", "llama", "mistral", "ministral"]
@@ -101,6 +102,23 @@ def test_the_cache_of_a_switched_layer_is_as_long_as_the_window(family, tmp_path
             logits = hybrid(input_ids=again, use_cache=False).logits[:, -1:]
             again = torch.cat([again, logits.argmax(-1)], 1)
     assert found.sequences.tolist() == again.tolist()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2"])
+@pytest.mark.parametrize("full", [[0], [1], []])
+def test_an_engine_that_goes_by_max_window_layers_cannot_take_windows_for_none(family, full, tmp_path):
+    """vLLM's own class computes every layer full where this is the number of layers, as published teachers have it."""
+    teacher = random_teacher(f"{family}: grouped", max_window_layers=2)
+    morphable = morphable_of(teacher)
+    teacher.save_pretrained(tmp_path / "teacher")
+    save_model(build(morphable, plan_of(morphable, full)), tmp_path / "hybrid", tmp_path / "teacher")
+    assert json.loads((tmp_path / "hybrid" / "config.json").read_text())["max_window_layers"] == 0
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid")
+    windows = [getattr(layer.self_attn, "sliding_window", None) for layer in again.model.layers]
+    assert windows == [None if layer in full else WINDOW for layer in range(2)]
+    with torch.no_grad():
+        expected = masked_by_hand(teacher, tokens(), full)
+        torch.testing.assert_close(again(input_ids=tokens()).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_every_gate_has_a_gradient():

@@ -3,6 +3,7 @@
 from transformers import PreTrainedConfig
 
 import flashmorph
+from flashmorph.evaluation import text_in_words
 from flashmorph.hosts import LINEAR, configure
 from flashmorph.hosts.serving import Engine
 from flashmorph.plan import FULL
@@ -26,7 +27,7 @@ def model_card(run: Run, results: Results) -> str:
     mixer, tag = host.mixers[other], "linear-attention" if other == LINEAR else "sliding-window-attention"
     plan = results.plan
     config = host.with_layer_types(config, list(plan.assignments.values()))
-    engines = "\n".join(_served(engine, config) for engine in host.serves)
+    engines = "\n".join(served_by(engine, config) for engine in host.serves)
     kept, number = len(plan.full_groups), len(plan.assignments)
     selected = any(stage.name == "select" for stage in results.stages)
     given = "" if selected else " --plan plan.json"
@@ -35,6 +36,7 @@ def model_card(run: Run, results: Results) -> str:
     revision = f" at revision `{run.teacher.revision}`" if run.teacher.revision else ""
     rows = "\n".join(_row(name, score) for name, score in results.scores.items())
     tasks = ", ".join(run.recipe.tasks)
+    text = text_in_words(results.scores["hybrid"].to_dict())
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -61,7 +63,8 @@ model = AutoModelForCausalLM.from_pretrained("{run.folder.path.name}")
 {rows}
 
 Recall: greedy generation, exact match of the whole answer, mean over {tasks}; {run.recipe.evaluate.questions} questions
-each at {run.recipe.evaluate.length:,} tokens. Perplexity: held-out text. Cache: one sequence of 131,072 tokens.
+each at {run.recipe.evaluate.length:,} tokens. Perplexity: {text}.
+Cache: one sequence of 131,072 tokens.
 {_worth(results)}
 [report.html](report.html) shows the choice, recall by task, perplexity by position, the cache and what each stage
 took, on one page; its figures lie in `figures/`.
@@ -78,10 +81,10 @@ and `results.json` lie beside this file.
 """
 
 
-def _served(engine: Engine, config: PreTrainedConfig) -> str:
+def served_by(engine: Engine, config: PreTrainedConfig) -> str:
     """One line of the table of engines, about this very checkpoint."""
     if not engine.fits(config):
-        return f"| {engine.name} | no: it needs {engine.needs} |"
+        return f"| {engine.name} | no: it needs {engine.needs}. {engine.otherwise}".rstrip() + " |"
     takes = f"; {engine.takes}" if engine.takes else ""
     return f"| {engine.name} | {engine.version} ({engine.known}){takes} |"
 

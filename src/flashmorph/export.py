@@ -13,13 +13,14 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from flashmorph.checkpoint import weight_files
 from flashmorph.errors import UserError
 from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.hosts import host_of, options_of
 from flashmorph.hosts.serving import Gguf, full_interval
 from flashmorph.plan import FULL
 from flashmorph.runfolder import MARKER
-from flashmorph.teacher import load_config, require_safetensors
+from flashmorph.teacher import load_config
 
 CONVERTER = "convert_hf_to_gguf.py"
 _OUTTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -41,7 +42,7 @@ def export_gguf(
     """
     config = _config_of(folder)
     form, options = gguf_form(folder, config)
-    require_safetensors(folder)
+    weight_files(folder)
     _claim(target, force)
     require_converter(llama_cpp, form, options)
     with TemporaryDirectory() as place, atomic_path(target) as file:

@@ -1,6 +1,7 @@
 """YAML as people write it, and what pydantic finds wrong with it, in one sentence each."""
 
 import re
+from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
 import yaml
@@ -50,11 +51,16 @@ def _cut(text: str) -> str:
     return text if len(text) <= 160 else f"{text[:159]}…"
 
 
-def sentence(error: ValidationError, model: type[BaseModel]) -> str:
-    """A problem with the settings of `model`, in words; an unknown key is told with the nearest known name."""
+def sentence(error: ValidationError, model: type[BaseModel], replaced: Mapping[str, str] | None = None) -> str:
+    """A problem with the settings of `model`, in words; an unknown key is told with the nearest known name.
+
+    `replaced` are names of earlier versions, each with what to say in its place.
+    """
     # Where one value may be several things, what went furthest is what was meant.
     problem = max(error.errors(include_url=False), key=lambda problem: len(problem["loc"]))
     path, owner = _place(problem["loc"], model)
+    if problem["type"] == "extra_forbidden" and (instead := (replaced or {}).get("".join(path))):
+        return f"there is no {''.join(path)} any more: {instead}"
     if problem["type"] == "extra_forbidden" and owner:
         parents = path[:-1]
         known = ["".join([*parents, _after(parents, name)]) for name in owner.model_fields]

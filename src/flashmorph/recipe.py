@@ -1,5 +1,6 @@
 """Everything that a run can be told, in one validated file. `demo`, `default` and `chat` are shipped."""
 
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +11,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -26,12 +28,17 @@ from flashmorph.stages import AlignSettings, DistillSettings, ExtendSettings
 from flashmorph.tasks import STYLES, TaskSettings
 
 SHIPPED = ("demo", "default", "chat")
+_REPLACED = {
+    "extend.isolate_documents": "say `extend.documents: joined` (documents in a row see each other) or `long` (only "
+    "documents that fill rows on their own)",
+}
+"""Settings of earlier versions, and what to say in their place."""
 
 
 class SourceSettings(BaseModel):
     """Where text comes from: `demo`, a file, a folder, or the name of a dataset, which is streamed.
 
-    A row with `messages` or `conversations` in place of `column` is a conversation.
+    A row with `messages` or `conversations` in place of `column` is a conversation; `tools` is what it may call.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -98,12 +105,17 @@ class DataSettings(SourceSettings):
 
 
 class SelectSettings(BaseModel):
-    """How layers are chosen. `settings` are the strategy's own (`flashmorph select --help`)."""
+    """How layers are chosen. `settings` are the strategy's own (`flashmorph select --help`).
+
+    With `require_signal` (`signal.py`) tasks that the teacher cannot do are left out of the search.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     strategy: str = DEFAULT_STRATEGY
     settings: dict[str, Any] = Field(default_factory=dict)
     search: SearchSettings = SearchSettings()
+    require_signal: bool = Field(default=True, description="a task counts only where full attention answers better")
+    teacher_questions: int = Field(default=16, gt=0, description="questions a task for the teacher, before align")
 
 
 def _as_text(value: Any) -> str:
@@ -121,6 +133,9 @@ class Recipe(BaseModel):
     shard: bool = Field(default=False, description="divide weights among processes (`sharding.py`)")
     baseline: Literal["uniform"] | None = None
     style: Literal["lines", "prose"] = "prose"
+    chat_template: bool = Field(
+        default=False, description="ask a search's questions, and those in training rows, through the chat template"
+    )
     tasks: dict[str, TaskSettings]
     data: DataSettings = DataSettings()
     host: dict[str, Any] = Field(default_factory=dict, description="the host's own settings (`flashmorph hosts`)")
@@ -133,6 +148,13 @@ class Recipe(BaseModel):
     report_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
         default=(), description="where the log of training goes besides log.jsonl"
     )
+
+    _given: frozenset[str] = PrivateAttr(default=frozenset())
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The settings that the user has set, by their names: in a file of their own, or one by one."""
+        return self._given
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out."""
@@ -164,12 +186,28 @@ def load_recipe(source: str | Path, changes: dict[str, Any] | None = None) -> Re
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"recipe {name}: {sentence(error, Recipe)}") from error
+        raise UserError(f"recipe {name}: {sentence(error, Recipe, _REPLACED)}") from error
     if recipe.select.strategy not in STRATEGIES:
         raise UserError(unknown("strategy", recipe.select.strategy, STRATEGIES))
     if not recipe.tasks:
         raise UserError(f"recipe {name} needs at least one task")
     assert recipe.style in STYLES
+    recipe._given = frozenset(_names(_nested(changes) if str(source) in SHIPPED else values))
+    return recipe
+
+
+def setting(recipe: BaseModel, key: str) -> Any:
+    """The value of a setting by its name, such as `align.tokens`; None inside of a group that is left out."""
+    value: Any = recipe
+    for name in key.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def with_settings(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+    """The recipe with other values, by the names of their settings."""
+    for key, value in values.items():
+        recipe = _with(recipe, key, value)
     return recipe
 
 
@@ -211,3 +249,23 @@ def _read(path: Path) -> str:
         raise UserError(f"recipe {path} is not UTF-8 text (byte {error.start:,})") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _with(settings: Any, key: str, value: Any) -> Any:
+    name, _, rest = key.partition(".")
+    return settings.model_copy(update={name: _with(getattr(settings, name), rest, value) if rest else value})
+
+
+def _nested(changes: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in changes.items():
+        _set(values, key, value)
+    return values
+
+
+def _names(values: dict[str, Any], before: str = "") -> Iterator[str]:
+    """The names of all values in nested groups."""
+    for name, value in values.items():
+        yield f"{before}{name}"
+        if isinstance(value, dict):
+            yield from _names(value, f"{before}{name}.")

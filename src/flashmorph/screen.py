@@ -7,10 +7,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from flashmorph.evaluation import shortage
 from flashmorph.plan import FULL
 from flashmorph.progress import Report
 from flashmorph.run import Results
 from flashmorph.runfolder import Stage
+from flashmorph.versions import made_with
 
 
 class RichScreen:
@@ -40,8 +42,10 @@ class RichScreen:
             yield report
 
     def done(self, stage: Stage, about: str, figures: str) -> None:
-        """One line: what, how it came out, how long it took."""
-        time = "done before" if stage.reused else f"{stage.record['seconds']:.0f} s"
+        """One line: what, how it came out, how long it took, or with which other versions it was done before."""
+        time = f"{stage.record['seconds']:.0f} s"
+        if stage.reused:
+            time = " with ".join(filter(None, ("done before", made_with(stage.record))))
         self.console.print(f"[bold]{stage.name:<10}[/] {about} · {figures} · {time}", highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
@@ -68,6 +72,8 @@ class RichScreen:
             by_task.add_row(label, *(f"{100 * task['recall']:.0f} %" for task in tasks))
         self.console.print(overview)
         self.console.print(by_task)
+        if note := shortage(first.to_dict()):
+            self.say(note)
         kept = ", ".join(map(str, results.plan.full_layers))
         other = ", ".join(sorted(set(results.plan.assignments.values()) - {FULL})) or "other"
         self.say(

@@ -18,6 +18,7 @@ from flashmorph.cli.options import (
     SetOption,
     StrategyOption,
     TeacherArgument,
+    UnusedOption,
     open_run,
 )
 from flashmorph.errors import UserError
@@ -52,6 +53,7 @@ def select(
     recall_questions: Annotated[int, typer.Option(min=1, help="With --curve: generated answers a task.")] = 50,
     max_plans: Annotated[int | None, typer.Option(help="With `exhaustive`: how many plans may be run.")] = None,
     changes: SetOption = None,
+    allow_unused: UnusedOption = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -78,10 +80,11 @@ def select(
         device=device,
         json=as_json,
         recipe_of=(source,),
+        allow_unused=allow_unused,
     )
     if not (source / "stages").is_dir():
         raise UserError(f"{source} is no run of flashmorph's: run `flashmorph align {teacher} --output {source}` first")
-    run = open_run(options, keep_recipe=False)
+    run = open_run(options, ["align", "select"], keep_recipe=False)
     host = pipeline.run_transplant(run)
     branches = pipeline.run_align(run, host)
     if curve:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -18,6 +18,7 @@ from flashmorph.cli.options import (
     JsonOption,
     Options,
     SetOption,
+    UnusedOption,
     names,
     numbers,
     quiet,
@@ -78,6 +79,7 @@ def evaluate(
     ] = None,
     data: DataOption = None,
     changes: SetOption = None,
+    allow_unused: UnusedOption = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -93,7 +95,7 @@ def evaluate(
     from flashmorph.evaluation.harness import Harness
     from flashmorph.report import keep, require_finished, write_report
     from flashmorph.screen import RichScreen
-    from flashmorph.sidebyside import Wanted, compare_models, homes
+    from flashmorph.sidebyside import Wanted, compare_models, fit_to_models, homes
     from flashmorph.teacher import EMBEDDED, locate
 
     quiet()
@@ -110,11 +112,14 @@ def evaluate(
     if style not in (None, *_STYLES):
         raise UserError(f"--style {style!r} must be {' or '.join(_STYLES)}")
     asked = style or ("lines" if chosen and settings.style == "lines" else "ruler")
-    grid = _grid_settings(lengths, depths, questions, asked, settings.evaluate.batch_tokens) if lengths else None
+    settings, told = fit_to_models(models, settings, pick_device(device))
+    if told:
+        RichScreen(ERR).say(told)
+    grid = _grid_settings(lengths, depths, questions, asked, settings.evaluate) if lengths else None
     harness = (
         Harness(names("--tasks", tasks), {"max_seq_lengths": list(grid.lengths)} if grid else None) if tasks else None
     )
-    wanted = Wanted(settings, grid, harness, tokens)
+    wanted = Wanted(settings, grid, harness, tokens, allow_unused)
     if kept:
         RichScreen(ERR if as_json else OUT).say(f"recipe: {kept} (--recipe takes another)")
     figures = compare_models(models, wanted, pick_device(device), RichScreen(ERR))
@@ -127,14 +132,12 @@ def evaluate(
     show_figures(OUT, figures)
 
 
-def _grid_settings(lengths: str, depths: int, questions: int | None, style: str, batch_tokens: int):
+def _grid_settings(lengths: str, depths: int, questions: int | None, style: str, evaluate: Any):
     from flashmorph.evaluation import GridSettings
 
-    given = {"questions": questions} if questions else {}
+    given: dict[str, Any] = {"lengths": numbers("--lengths", lengths), "depths": depths, "style": style}
+    given |= {"batch_tokens": evaluate.tokens_at_once, "chat_template": evaluate.chat_template}
     try:
-        return GridSettings.model_validate(
-            {"lengths": numbers("--lengths", lengths), "depths": depths, "style": style, "batch_tokens": batch_tokens}
-            | given
-        )
+        return GridSettings.model_validate(given | ({"questions": questions} if questions else {}))
     except ValidationError as error:
         raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error

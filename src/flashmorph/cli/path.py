@@ -8,6 +8,7 @@ import typer
 from flashmorph.cli.app import app
 from flashmorph.cli.options import (
     ERR,
+    EVERY_STAGE,
     OUT,
     BudgetOption,
     DataOption,
@@ -23,7 +24,9 @@ from flashmorph.cli.options import (
     SetOption,
     StrategyOption,
     TeacherArgument,
+    UnusedOption,
     WindowOption,
+    fitted,
     open_run,
     quiet,
     recipe_of,
@@ -44,6 +47,7 @@ def morph(
     baseline: Annotated[str | None, typer.Option(help="`uniform`: train the uniform layout as well.")] = None,
     data: DataOption = None,
     allow_repeat: RepeatOption = False,
+    allow_unused: UnusedOption = False,
     others: FromOption = None,
     changes: SetOption = None,
     device: DeviceOption = "auto",
@@ -72,13 +76,15 @@ def morph(
         window,
         plan,
         layers,
+        allow_unused=allow_unused,
     )
+    stages = [stage for stage in EVERY_STAGE if stage != "select" or not (plan or layers)]
     if dry_run:
-        _dry_run(options)
+        _dry_run(options, stages)
         return
     from flashmorph import pipeline
 
-    run = open_run(options)
+    run = open_run(options, stages)
     results = pipeline.morph(run)
     if as_json:
         print(json.dumps(results.to_dict(), indent=2))
@@ -99,7 +105,11 @@ def morph(
 
 @app.command()
 def transplant(
-    teacher: TeacherArgument, output: OutputOption, changes: SetOption = None, device: DeviceOption = "auto"
+    teacher: TeacherArgument,
+    output: OutputOption,
+    changes: SetOption = None,
+    allow_unused: UnusedOption = False,
+    device: DeviceOption = "auto",
 ) -> None:
     """Move a teacher into its host, all layers full, with the same logits; nothing else.
 
@@ -126,7 +136,9 @@ def transplant(
     with ERR.status(f"moving {teacher}"):
         if output.is_dir():
             output.rmdir()
-        record = write_host(source, output, settings, pick_device(device), silent)
+        record = write_host(source, output, settings, pick_device(device), silent, allow_unused)
+    for notice in filter(None, (source.note, *record["notices"])):
+        ERR.print(notice, highlight=False, soft_wrap=True)
     OUT.print(
         f"{output}: {host.name}, all {config.num_hidden_layers} layers full; {record['summary']}",
         highlight=False,
@@ -142,6 +154,7 @@ def align(
     window: WindowOption = None,
     data: DataOption = None,
     allow_repeat: RepeatOption = False,
+    allow_unused: UnusedOption = False,
     others: FromOption = None,
     changes: SetOption = None,
     device: DeviceOption = "auto",
@@ -152,44 +165,69 @@ def align(
     """
     from flashmorph import pipeline
 
-    options = Options(teacher, output, recipe, None, changes, data, others, allow_repeat, device=device, window=window)
-    run = open_run(options)
-    pipeline.run_align(run, pipeline.run_transplant(run))
+    options = Options(
+        teacher,
+        output,
+        recipe,
+        None,
+        changes,
+        data,
+        others,
+        allow_repeat,
+        device=device,
+        window=window,
+        allow_unused=allow_unused,
+    )
+    run = open_run(options, ["align"])
+    host = pipeline.run_transplant(run)
+    pipeline.run_teacher(run, host)
+    pipeline.run_align(run, host)
 
 
-def _dry_run(options: Options) -> None:
+def _dry_run(options: Options, stages: list[str]) -> None:
     """Stages, tokens and data of a run that is not started."""
     from rich.table import Table
 
     from flashmorph.given import given_plan
-    from flashmorph.outlook import check, outlook
+    from flashmorph.outlook import check, outlook, training_contexts
+    from flashmorph.preflight import preflight
+    from flashmorph.screen import RichScreen
     from flashmorph.teacher import load_config, open_teacher
 
     quiet()
     recipe = recipe_of(options)
     teacher = open_teacher(options.teacher)
-    check(teacher, recipe)
     config = load_config(teacher.folder)
+    recipe = fitted(recipe, config, RichScreen(ERR if options.json else OUT).say)
+    check(teacher, recipe)
     given_plan(teacher.name, config, recipe, options.plan, options.layers)
+    if tokenizer := teacher.tokenizer():
+        preflight(recipe, tokenizer, config, stages)
     rows = outlook(teacher.name, config, recipe)
     if options.json:
         print(json.dumps(rows, indent=2))
         return
     table = Table(title=f"{options.teacher} -> {options.output}", title_justify="left")
-    for column in ("stage", "tokens", "length", "data"):
+    contexts = training_contexts(config, recipe)
+    for column in ("stage", "tokens", "length", "mean context", "data"):
         table.add_column(column, justify="left" if column in ("stage", "data") else "right")
     for row in rows:
         tokens = "as it goes" if row["tokens"] is None else f"{row['tokens']:,}" if row["tokens"] else ""
-        table.add_row(row["stage"], tokens, str(row["length"] or ""), row["data"])
+        _, context = contexts.get(row["stage"], (None, ""))
+        table.add_row(row["stage"], tokens, str(row["length"] or ""), context, row["data"])
     OUT.print(table)
 
 
 def _finish_until(last: str, options: Options) -> None:
     """The path up to `build`, `distill` or `extend` for a plan that is given, or selected first."""
-    from flashmorph import pipeline
+    from flashmorph import pipeline, ranks
+    from flashmorph.publish import bring
 
-    run = open_run(options)
+    stages = ["align", *([] if options.plan or options.layers else ["select"])]
+    run = open_run(options, [*stages, *{"build": [], "distill": ["distill"]}.get(last, ["distill", "extend"])])
     host = pipeline.run_transplant(run)
+    if not run.given:
+        pipeline.run_teacher(run, host)
     branches = pipeline.run_align(run, host)
     chosen = run.given or pipeline.run_select(run, host, branches)
     stage = pipeline.run_build(run, host, branches, chosen, "")
@@ -197,6 +235,9 @@ def _finish_until(last: str, options: Options) -> None:
         stage = pipeline.run_distill(run, host, stage, "")
     if last == "extend" and run.recipe.extend:
         stage = pipeline.run_extend(run, stage, "")
+    if stage.folder.is_relative_to(run.folder.path):
+        # Tokenizer and templates may have been edited since: they are no part of what the stage computed.
+        ranks.first(lambda: bring(run.teacher.folder, stage.folder / "model"))
     OUT.print(f"checkpoint: {stage.folder / 'model'}", highlight=False, soft_wrap=True)
 
 
@@ -214,6 +255,7 @@ def _stage_command(last: str, text: str) -> None:
         window: WindowOption = None,
         data: DataOption = None,
         allow_repeat: RepeatOption = False,
+        allow_unused: UnusedOption = False,
         others: FromOption = None,
         changes: SetOption = None,
         device: DeviceOption = "auto",
@@ -232,6 +274,7 @@ def _stage_command(last: str, text: str) -> None:
             window=window,
             plan=plan,
             layers=layers,
+            allow_unused=allow_unused,
         )
         _finish_until(last, options)
 

@@ -19,6 +19,7 @@ from flashmorph.cli.options import (
     RecipeOption,
     SetOption,
     TeacherArgument,
+    UnusedOption,
     open_run,
 )
 from flashmorph.errors import UserError
@@ -47,6 +48,7 @@ def compare(
     data: DataOption = None,
     others: FromOption = None,
     changes: SetOption = None,
+    allow_unused: UnusedOption = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -67,9 +69,19 @@ def compare(
 
     places = tuple(others or ())
     options = Options(
-        teacher, output, recipe, None, changes, data, others, device=device, json=as_json, recipe_of=places
+        teacher,
+        output,
+        recipe,
+        None,
+        changes,
+        data,
+        others,
+        device=device,
+        json=as_json,
+        recipe_of=places,
+        allow_unused=allow_unused,
     )
-    run = open_run(options, keep_recipe=False)
+    run = open_run(options, ["align", "select", "compare"], keep_recipe=False)
     try:
         shares = tuple(float(share) for share in spends.split(","))
     except ValueError as error:

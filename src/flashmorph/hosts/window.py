@@ -78,6 +78,10 @@ class WindowHost:
             config = copy.deepcopy(teacher)
             config.sliding_window, config.layer_types = window, types
             config.use_sliding_window = True
+            if hasattr(config, "max_window_layers"):
+                # transformers goes by layer_types. vLLM's own class ignores windows where this is the number of layers,
+                # as published teachers have it, and refuses them otherwise.
+                config.max_window_layers = 0
             return config
         same = {name: getattr(teacher, name) for name in (*LLAMA_SETTINGS, "head_dim")}
         rope = dict(teacher.rope_parameters)
@@ -164,7 +168,7 @@ class _Window(nn.Module):
             attention.sliding_window = None
 
 
-_VLLM = Engine("vLLM", "0.33", READ, "start it with --model-impl transformers: its own class ignores windows by layer")
+_VLLM = Engine("vLLM", "0.33", READ, "start it with --model-impl transformers: its own class refuses windows by layer")
 _LLAMA_CPP = Engine(
     "llama.cpp",
     "as in llama-cpp-python 0.3.36",
@@ -175,7 +179,7 @@ _LLAMA_CPP = Engine(
 )
 WINDOW_HOSTS = (
     WindowHost(Qwen3ForCausalLM, {"qwen3": "Qwen3 (dense)"}, _VLLM, _LLAMA_CPP),
-    WindowHost(Qwen2ForCausalLM, {"qwen2": "Qwen2 and 2.5"}, _LLAMA_CPP),
+    WindowHost(Qwen2ForCausalLM, {"qwen2": "Qwen2 and 2.5"}, _VLLM, _LLAMA_CPP),
     WindowHost(SmolLM3ForCausalLM, {"smollm3": "SmolLM3, also with layers without RoPE"}),
     WindowHost(
         MinistralForCausalLM,

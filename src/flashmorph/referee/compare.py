@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from flashmorph.costs.auto import COMPARE
 from flashmorph.errors import UserError, unknown
 from flashmorph.hosts import configure, layer_space
 from flashmorph.judge import recall_of_plan
@@ -17,11 +18,12 @@ from flashmorph.referee.after import after_distillation
 from flashmorph.referee.cells import Cell, CellFile
 from flashmorph.referee.truth import Truth, find_truths
 from flashmorph.run import Run
-from flashmorph.rundata import task_settings
+from flashmorph.rundigests import ends, task_settings, text_settings
 from flashmorph.runfolder import digest_of
 from flashmorph.runmodels import open_morphable, open_objective
 from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES, Selection, needs_of
 from flashmorph.selection.search import check_search, own_settings, searches_alike, select, serves_every_budget
+from flashmorph.signal import with_signal
 from flashmorph.teacher import load_config
 
 REFEREE_SEED = 1_000_003
@@ -107,16 +109,20 @@ class Referee:
         """Transplant and align where that is not done yet, then evaluate every plan of every budget.
 
         Raises:
-            UserError: too many plans to enumerate.
+            UserError: too many plans to enumerate; or see `with_signal`.
         """
-        self._run, self._settings = run, settings
         host = run_transplant(run)
         branches = run_align(run, host)
+        run = with_signal(run, host, branches)
+        self._run, self._settings = run, settings
         self._morphable = open_morphable(run, host, branches)
-        self._search = run.recipe.select.search.model_copy(update={"questions": settings.questions})
-        about = [task_settings(run), run.recipe.select.search.model_dump(mode="json"), settings.questions]
-        self.context = digest_of([run.teacher.digest, branches.digest, *about])
+        search = run.recipe.select.search.model_dump(mode="json", exclude={"micro_batch_tokens"})
+        trained = run.recipe.distill.what_counts(tokens=False)
+        about = [task_settings(run), text_settings(run), ends(run), search, trained, settings.questions]
+        self.context = digest_of([branches.digest, run.bf16, *about])
         self._work = run.folder.path / "compare" / self.context
+        self._run = run = replace(run, recipe=run.at_once(COMPARE, self._work))
+        self._search = run.recipe.select.search.model_copy(update={"questions": settings.questions})
         self.truths = self._enumerate()
 
     def search(self, entry: Entry, budget: str, seed: int, settings: dict[str, Any]) -> Selection:
