@@ -13,7 +13,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -61,18 +60,17 @@ class Teacher:
         """
         return load_tokenizer(self.folder)
 
-    def generation_config(self) -> GenerationConfig | None:
-        """How the teacher's authors generate, or None where they do not say.
+    def generation(self) -> dict[str, Any]:
+        """What generation_config.json says, however transformers judges it; nothing where there is none.
 
         Raises:
-            UserError: generation_config.json is damaged.
+            UserError: it is no JSON.
         """
-        if not (self.folder / GENERATION).is_file():
-            return None
-        try:
-            return GenerationConfig.from_pretrained(self.folder)
-        except Exception as error:
-            raise UserError(f"{self.folder / GENERATION} cannot be read: {_first_line(error)}") from error
+        path = self.folder / GENERATION
+        values = read_json(path) if path.is_file() else {}
+        if not isinstance(values, dict):
+            raise UserError(f"{path} cannot be read: it is no JSON object")
+        return values
 
 
 def open_teacher(name: str) -> Teacher:
