@@ -23,8 +23,8 @@ def check(teacher: Teacher, recipe: Recipe, processes: int = 1) -> None:
     """What can be known to fail before anything is written.
 
     Raises:
-        UserError: see `check_recipe`; a generation_config.json that is damaged, a tokenizer that does not fit or has no words for conversations, or a batch that
-            so many processes cannot share.
+        UserError: see `check_recipe`; a tokenizer that does not fit or has no words for conversations, a damaged
+            generation_config.json, or a batch that so many processes cannot share.
     """
     check_recipe(load_config(teacher.folder), recipe)
     for settings in (recipe.align, recipe.distill, recipe.extend):
