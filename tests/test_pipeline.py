@@ -162,10 +162,12 @@ def test_an_edited_template_is_published_and_nothing_is_run_again(
     command = ("morph", teacher, "--recipe", recipe_file, "--output", copy)
     (teacher / "additional_chat_templates").mkdir()
     edited = {"chat_template.jinja": "{{ messages }}", "additional_chat_templates/tools.jinja": "{{ tools }}"}
-    edited |= {"generation_config.json": json.dumps({"temperature": 0.5, "do_sample": True})}
     for name, text in edited.items():
         (teacher / name).write_text(text)
+    sampling = {"temperature": 0.5, "do_sample": True}
+    (teacher / "generation_config.json").write_text(json.dumps({**sampling, "use_cache": False}))
     assert run_command(*command) == 0
+    assert json.loads((copy / "generation_config.json").read_text()) == {**sampling, "use_cache": True}
     assert capsys.readouterr().out.count("done before") == len(list(finished.glob("stages/*/stage.json")))
     assert {name: (copy / name).read_text() for name in edited} == edited
     (teacher / "chat_template.jinja").unlink()

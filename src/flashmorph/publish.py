@@ -73,9 +73,21 @@ def complete(folder: Path, config: PreTrainedConfig, origin: Path) -> None:
         write_json(folder / "config.json", wanted)
     bring(origin, folder)
     for name in (CONFIG, GENERATION):
-        path = folder / name
-        if path.is_file() and (values := read_json(path)).get("use_cache") is False:
-            write_json(path, {**values, "use_cache": True})
+        if (folder / name).is_file():
+            _use_cache(folder / name)
+
+
+def _use_cache(path: Path) -> None:
+    """Say nowhere in a file of settings that generation is to go without a cache."""
+    if (values := read_json(path)).get("use_cache") is False:
+        write_json(path, {**values, "use_cache": True})
+
+
+def _copy(path: Path, target: Path) -> None:
+    """Copy one file of a checkpoint as we publish it."""
+    shutil.copy2(path, target)
+    if path.name == GENERATION:
+        _use_cache(target)
 
 
 def bring(origin: Path, folder: Path) -> None:
@@ -88,7 +100,7 @@ def bring(origin: Path, folder: Path) -> None:
     for name, path in brought.items():
         if not (folder / name).is_file() or (folder / name).read_bytes() != path.read_bytes():
             with atomic_path(folder / name) as temporary:
-                shutil.copy2(path, temporary)
+                _copy(path, temporary)
     for path in travelling_files(folder):
         # Without the teacher's, that which transformers writes says what config.json says.
         if path.relative_to(folder) not in brought and path.name != GENERATION:
@@ -166,7 +178,7 @@ def replace_checkpoint(folder: Path, source: Path, teacher: Path) -> None:
         shutil.copy2(files[Path(CONFIG)], config)
         with ExitStack() as stack:  # Left in reverse order.
             for name in weights_last:
-                shutil.copy2(files[name], stack.enter_context(atomic_path(folder / name)))
+                _copy(files[name], stack.enter_context(atomic_path(folder / name)))
         for path in checkpoint_files(folder):
             if path.relative_to(folder) not in files:
                 path.unlink()
