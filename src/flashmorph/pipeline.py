@@ -79,7 +79,7 @@ def morph(run: Run, plan: Plan | None = None) -> Results:
     def leave_behind() -> None:
         folder, model = run.folder.path, hybrid["extend"].folder
         publish(folder, model, plan, results.to_dict(), run.recipe, model_card(run, results))
-        write_report(folder)
+        write_report(folder, force=True)  # A run's own folder holds what runs publish.
 
     ranks.first(leave_behind)
     return results

@@ -10,7 +10,6 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from flashmorph import ranks
-from flashmorph.errors import UserError
 from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.hosts import host_of
 from flashmorph.layerwise import transplant_checkpoint
@@ -108,13 +107,3 @@ def publish(folder: Path, model: Path, plan: Plan, results: dict[str, Any], reci
     for name, text in (("recipe.yaml", recipe.to_yaml()), ("README.md", card)):
         with atomic_path(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-
-
-def claim_empty(folder: Path) -> None:
-    """Refuse a place that holds anything.
-
-    Raises:
-        UserError: it is a file, or a folder with something in it.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} already holds something; give a folder that is new or empty")

@@ -21,10 +21,12 @@ from filelock import FileLock, Timeout
 import flashmorph
 from flashmorph import ranks
 from flashmorph.errors import UserError
-from flashmorph.files import PART, read_json, write_json
+from flashmorph.files import is_temporary, read_json, write_json
 
 MARKER = "flashmorph.json"
 _STAGES = "stages"
+_WRITTEN = (_STAGES, "data", "compare", "figures")
+"""The folders in a run's folder that runs write into."""
 _PARTIAL = ".partial"
 _RECORD = "stage.json"
 
@@ -36,7 +38,13 @@ def digest_of(value: Any) -> str:
 
 def _holds_anything(folder: Path) -> bool:
     """Whether there is more in a folder than what a run leaves that was killed in its first moments."""
-    return any(not path.name.endswith(PART) for path in folder.iterdir())
+    return any(not is_temporary(path) for path in folder.iterdir())
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    """What a killed run was writing: by the exact form of its name, and only where runs write."""
+    below = [path for name in _WRITTEN for path in (folder / name).rglob("*")]
+    return [path for path in (*folder.iterdir(), *below) if is_temporary(path)]
 
 
 @dataclass(frozen=True)
@@ -81,11 +89,11 @@ class RunFolder:
             self._lock = FileLock(path / ".lock", timeout=0)
             self._lock.acquire()
             # Of a run that was killed while it wrote; what it can go on from has other names.
-            for leftover in path.rglob(f".*{PART}"):
-                if leftover.is_dir():
+            for leftover in _leftovers(path):
+                if leftover.is_dir() and not leftover.is_symlink():
                     shutil.rmtree(leftover, ignore_errors=True)
                 else:
-                    leftover.unlink()
+                    leftover.unlink(missing_ok=True)
         except Timeout as error:
             raise UserError(f"another run is at work in {path}: wait for it, or give another --output") from error
         except OSError as error:

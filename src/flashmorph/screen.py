@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from flashmorph.plan import FULL
 from flashmorph.progress import Report
 from flashmorph.run import Results
 from flashmorph.runfolder import Stage
+from flashmorph.terminal import harmless
 
 
 class RichScreen:
@@ -23,15 +25,15 @@ class RichScreen:
     def stage(self, name: str, about: str) -> Iterator[Report]:
         """A bar that disappears when the stage ends."""
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            bar = progress.add_task(f"{name:<10} {about}", total=None, figures="")
+            bar = progress.add_task(harmless(f"{name:<10} {about}"), total=None, figures="")
 
             def report(done: float, total: float, **figures: float) -> None:
                 shown = " ".join(f"{label} {value:.3f}" for label, value in figures.items())
@@ -42,7 +44,8 @@ class RichScreen:
     def done(self, stage: Stage, about: str, figures: str) -> None:
         """One line: what, how it came out, how long it took."""
         time = "done before" if stage.reused else f"{stage.record['seconds']:.0f} s"
-        self.console.print(f"[bold]{stage.name:<10}[/] {about} · {figures} · {time}", highlight=False, soft_wrap=True)
+        line = Text.assemble((f"{stage.name:<10}", "bold"), harmless(f" {about} · {figures} · {time}"))
+        self.console.print(line, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """A line."""

@@ -14,6 +14,7 @@ from flashmorph.cli.options import (
     OUT,
     DataOption,
     DeviceOption,
+    ForceOption,
     JsonOption,
     Options,
     SetOption,
@@ -23,6 +24,7 @@ from flashmorph.cli.options import (
     recipe_of,
 )
 from flashmorph.errors import UserError
+from flashmorph.outputs import PAGE, claim_output
 
 _STYLES = ("lines", "ruler")
 
@@ -77,6 +79,7 @@ def evaluate(
     ] = None,
     data: DataOption = None,
     changes: SetOption = None,
+    force: ForceOption = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -90,14 +93,15 @@ def evaluate(
     """
     from flashmorph.devices import pick_device
     from flashmorph.evaluation.harness import Harness
-    from flashmorph.report import keep, require_finished, write_report
+    from flashmorph.report import PAGE_NAME, claim_kept, keep, write_report
     from flashmorph.screen import RichScreen
     from flashmorph.sidebyside import Wanted, compare_models, own_recipe
     from flashmorph.teacher import locate
 
     quiet()
     if report:
-        require_finished(report)
+        claim_kept(report, "evaluate", force)
+        claim_output(report / PAGE_NAME, PAGE, force)
     chosen = recipe or (str(report / "recipe.yaml") if report else own_recipe(models[0]))
     settings = recipe_of(Options("", Path(), chosen or "demo", None, changes, data))
     if questions:
@@ -115,7 +119,7 @@ def evaluate(
     figures = compare_models(models, wanted, pick_device(device), RichScreen(ERR))
     if report:
         keep(report, "evaluate", {"models": figures}, {name: locate(name)[0] for name in figures})
-        write_report(report)
+        write_report(report, force=force)
     if as_json:
         print(json.dumps(figures, indent=2))
         return

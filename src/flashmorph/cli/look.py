@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flashmorph.cli.app import app
-from flashmorph.cli.options import OUT, DeviceOption, JsonOption, quiet
+from flashmorph.cli.options import OUT, DeviceOption, ForceOption, JsonOption, quiet
 
 
 @app.command()
@@ -78,6 +78,7 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The page; PNG figures go into `figures` beside it.")
     ] = None,
+    force: ForceOption = False,
 ) -> None:
     """One page of what a run kept, lost and won: report.html in the run, one file that needs no network.
 
@@ -89,7 +90,7 @@ def report(
     """
     from flashmorph.report import write_report
 
-    written = write_report(run, output)
+    written = write_report(run, output, force)
     OUT.print(f"written: {written} and {written.parent / 'figures'}", highlight=False, soft_wrap=True)
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from flashmorph.errors import UserError
+from flashmorph.terminal import Terminal
 
-OUT, ERR = Console(), Console(stderr=True)
+OUT, ERR = Terminal(), Terminal(stderr=True)
 
 TeacherArgument = Annotated[
     str, typer.Argument(help="`tiny`, a local folder, or a model on the hub.", metavar="TEACHER")
@@ -35,6 +35,9 @@ RepeatOption = Annotated[bool, typer.Option("--allow-repeat", help="Let stages r
 StrategyOption = Annotated[str | None, typer.Option(help="How layers are chosen.")]
 PlanOption = Annotated[Path | None, typer.Option(help="Build this plan instead of selecting one.")]
 LayersOption = Annotated[str | None, typer.Option(help="Keep these layers full instead of selecting: `1,2,6`.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Replace files that are there and are not known as flashmorph's.")
+]
 DeviceOption = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `mps`.")]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the results as JSON on stdout, and nothing else there.")
