@@ -5,9 +5,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from flashmorph.interrupts import time_limit
+
 CHAT_COLUMNS = ("messages", "conversations")
 """Where a row's conversation is looked for, in this order."""
 _MARKS_REPLIES = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_TEMPLATE_SECONDS = 20
+"""Of computing, for one conversation: a template is a program, and it may have no end."""
 _REPLY = "assistant"
 _ROLES = {
     "human": "user",
@@ -48,6 +52,11 @@ def spoken(messages: list[Message]) -> str:
     return "\n\n".join(text for message in messages if isinstance(text := message.get("content"), str))
 
 
+@time_limit(
+    _TEMPLATE_SECONDS,
+    f"the teacher's chat template takes more than {_TEMPLATE_SECONDS} seconds for one conversation: mend it (does it "
+    "come to an end?), or train on text without conversations",
+)
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], replies_only: bool
 ) -> tuple[list[int], list[bool]]:
@@ -60,6 +69,7 @@ def encode_chat(
 
     Raises:
         Unfit: the template refuses the conversation, or a reply cannot be found.
+        UserError: the template does not come to an end.
     """
     try:
         if replies_only and not _MARKS_REPLIES.search(tokenizer.get_chat_template()):

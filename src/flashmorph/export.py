@@ -40,10 +40,10 @@ def export_gguf(
         UserError: llama.cpp does not run such a hybrid; the file exists and `force` is not set; the converter is
             missing, too old, or fails; what it wrote has other layers than the hybrid.
     """
+    claim_output(target, None, force)
     config = _config_of(folder)
     form, options = gguf_form(folder, config)
     require_safetensors(folder)
-    claim_output(target, None, force)
     require_converter(llama_cpp, form, options)
     with TemporaryDirectory() as place, atomic_path(target) as file:
         source = Path(place) / (folder.resolve().name or "model")

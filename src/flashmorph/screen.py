@@ -1,5 +1,7 @@
 """What a person sees: a line a stage, a progress bar with loss and time left, one table and the plan at the end."""
 
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +16,9 @@ from flashmorph.run import Results
 from flashmorph.runfolder import Stage
 from flashmorph.terminal import harmless
 
+_SILENT_SECONDS = 60.0
+"""After how long without news a stage says that it is still at work; each time it waits twice as long."""
+
 
 class RichScreen:
     """Draws on a terminal; in a pipe only the finished lines remain."""
@@ -23,7 +28,7 @@ class RichScreen:
 
     @contextmanager
     def stage(self, name: str, about: str) -> Iterator[Report]:
-        """A bar that disappears when the stage ends."""
+        """A bar that disappears when the stage ends, and a line where it stands still."""
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
@@ -35,11 +40,33 @@ class RichScreen:
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             bar = progress.add_task(harmless(f"{name:<10} {about}"), total=None, figures="")
 
+            news = [time.monotonic()]
+
             def report(done: float, total: float, **figures: float) -> None:
+                news[0] = time.monotonic()
                 shown = " ".join(f"{label} {value:.3f}" for label, value in figures.items())
                 progress.update(bar, completed=done, total=total, figures=shown)
 
-            yield report
+            with self._telling_of_silence(name, news):
+                yield report
+
+    @contextmanager
+    def _telling_of_silence(self, name: str, news: list[float]) -> Iterator[None]:
+        """What a stage runs may be a stranger's (a tokenizer, a chat template), and take as long as it likes."""
+        over = threading.Event()
+
+        def watch() -> None:
+            patience = _SILENT_SECONDS
+            while not over.wait(max(0.0, news[0] + patience - time.monotonic())):
+                if (silent := time.monotonic() - news[0]) >= patience:
+                    self.say(f"{name}: still at work, without news for {silent:,.0f} s; Ctrl-C ends it")
+                    patience *= 2
+
+        threading.Thread(target=watch, daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
 
     def done(self, stage: Stage, about: str, figures: str) -> None:
         """One line: what, how it came out, how long it took."""

@@ -5,6 +5,8 @@ What is slow to import is imported inside the commands: `--help` answers at once
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.text import Text
 
@@ -35,9 +37,8 @@ def main() -> None:
     with listening():
         try:
             _refuse_undecodable(sys.argv[1:])
-            if processes > 1 and sys.argv[1:] and sys.argv[1] not in _SHARED and "--help" not in sys.argv:
-                raise UserError(f"{processes} processes can share {', '.join(_SHARED)}; run this without torchrun")
-            app()
+            with _panics_are_sentences():
+                _run(processes)
         except UserError as error:
             if is_first or isinstance(error, OutOfMemory):
                 ERR.print(Text.assemble(("error:", "bold red"), " ", _one_line(str(error))), soft_wrap=True)
@@ -49,6 +50,23 @@ def main() -> None:
             if stop.code == _CTRL_C and is_first:
                 ERR.print(SENTENCE)
             raise
+
+
+def _run(processes: int) -> None:
+    if processes > 1 and sys.argv[1:] and sys.argv[1] not in _SHARED and "--help" not in sys.argv:
+        raise UserError(f"{processes} processes can share {', '.join(_SHARED)}; run this without torchrun")
+    app()
+
+
+@contextmanager
+def _panics_are_sentences() -> Iterator[None]:
+    """The libraries that read tokenizers and weights are written in Rust, whose panics are no `Exception`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__module__ != "pyo3_runtime":
+            raise
+        raise UserError(f"a tokenizer or its text is more than its library can do, which says: {error}") from error
 
 
 def _refuse_undecodable(arguments: list[str]) -> None:
