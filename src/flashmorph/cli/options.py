@@ -36,7 +36,7 @@ StrategyOption = Annotated[str | None, typer.Option(help="How layers are chosen.
 PlanOption = Annotated[Path | None, typer.Option(help="Build this plan instead of selecting one.")]
 LayersOption = Annotated[str | None, typer.Option(help="Keep these layers full instead of selecting: `1,2,6`.")]
 ForceOption = Annotated[
-    bool, typer.Option("--force", help="Replace files that are there and are not known as flashmorph's.")
+    bool, typer.Option("--force", help="Also replace files that flashmorph did not write; never links, folders, devices.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `mps`.")]
 JsonOption = Annotated[
