@@ -18,7 +18,7 @@ from rich.table import Table
 
 from flashmorph.cli.options import quiet
 from flashmorph.devices import pick_device
-from flashmorph.evaluation import paired_interval
+from flashmorph.evaluation import clustered_interval
 from flashmorph.files import write_json
 from flashmorph.outlook import check
 from flashmorph.recipe import load_recipe, parse_changes
@@ -113,7 +113,7 @@ def commands(known: list[str], teacher: str, arguments: argparse.Namespace) -> l
 
 def over_teachers() -> list[dict]:
     """One row a strategy: its mean regret over all teachers, budgets and seeds, and by how much it exceeds the
-    default's, paired by cell with a 95 % interval."""
+    default's, paired by cell; for its 95 % interval cases are drawn anew, then seeds at each budget."""
     regrets: dict[str, dict[tuple, float]] = {}
     ranks: dict[str, list[int]] = {}
     for path in sorted(RESULTS / case / "compare.json" for case in CASES):
@@ -128,10 +128,13 @@ def over_teachers() -> list[dict]:
     base = regrets.get(DEFAULT_STRATEGY, {})
     for strategy, found in regrets.items():
         # A strategy without a seed has one cell a budget, which stands for every seed of the default's.
-        pairs = [(found.get(key, found.get((*key[:2], 0))), value) for key, value in base.items()]
-        pairs = [(own, default) for own, default in pairs if own is not None]
-        own, default = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        interval = paired_interval([own], [default]) if pairs else None
+        by_case: dict[str, dict[str, list[float]]] = {}
+        for (case, budget, seed), default in base.items():
+            own = found.get((case, budget, seed), found.get((case, budget, 0)))
+            if own is not None:
+                by_case.setdefault(case, {}).setdefault(budget, []).append(own - default)
+        clusters = [list(budgets.values()) for budgets in by_case.values()]
+        differences = [each for budgets in clusters for some in budgets for each in some]
         rows.append(
             {
                 "strategy": strategy,
@@ -139,8 +142,8 @@ def over_teachers() -> list[dict]:
                 "regret": float(np.mean(list(found.values()))),
                 "first": float(np.mean([rank == 1 for rank in ranks[strategy]])),
                 "worst_rank": max(ranks[strategy]),
-                "minus_default": float(np.mean(own) - np.mean(default)) if pairs else None,
-                "interval": interval,
+                "minus_default": float(np.mean(differences)) if differences else None,
+                "interval": clustered_interval(clusters) if len(clusters) > 1 else None,
             }
         )
     return sorted(rows, key=lambda row: row["regret"])

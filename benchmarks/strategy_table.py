@@ -3,8 +3,8 @@
     python benchmarks/strategy_table.py
 
 Prints Markdown: mean regret in nats at each budget, over all cells the share of rank 1 and the worst rank, the paired
-difference to the default with its 95 % interval, and the thousand tokens of a search for two layers; then what `race`
-takes of `greedy-forward`'s tokens. Runs no model.
+difference to the default with its 95 % interval (cases drawn anew, then seeds), and the thousand tokens of a
+search for two layers; then what `race` takes of `greedy-forward`'s tokens. Runs no model.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flashmorph.evaluation import paired_interval
+from flashmorph.evaluation import clustered_interval
 from flashmorph.selection import DEFAULT_STRATEGY
 
 REFEREE = Path(__file__).parent / "results" / "referee"
@@ -64,9 +64,12 @@ def read() -> Cells:
 def row(cells: Cells, strategy: str) -> str:
     """One line of the table."""
     found = {key: cell for key, cell in cells.items() if key[1] == strategy}
-    base = {key: cells[key[0], DEFAULT_STRATEGY, *key[2:]]["regret"] for key in found}
-    difference = [cell["regret"] - base[key] for key, cell in found.items()]
-    low, high = paired_interval([[cell["regret"] for cell in found.values()]], [list(base.values())])
+    by_case: dict[str, dict[str, list[float]]] = {}
+    for key, cell in found.items():
+        default = cells[key[0], DEFAULT_STRATEGY, *key[2:]]
+        by_case.setdefault(key[0], {}).setdefault(key[2], []).append(cell["regret"] - default["regret"])
+    difference = [each for budgets in by_case.values() for some in budgets.values() for each in some]
+    low, high = clustered_interval([list(budgets.values()) for budgets in by_case.values()])
     tokens = [total(cell) for key, cell in found.items() if key[2] == "2"]
     ranks = [cell["rank"] for cell in found.values()]
     minus = "" if strategy == DEFAULT_STRATEGY else f"{np.mean(difference):+.3f} ({low:+.3f} to {high:+.3f})"

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from flashmorph.cli.options import quiet
 from flashmorph.devices import pick_device
+from flashmorph.digests import weights_digest
 from flashmorph.evaluation import GridSettings
-from flashmorph.files import weights_digest, write_json
+from flashmorph.files import write_json
 from flashmorph.plan import Plan
 from flashmorph.recipe import load_recipe
 from flashmorph.screen import RichScreen

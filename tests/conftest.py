@@ -26,6 +26,7 @@ FEW_STEPS = {
     "align": {"tokens": 512, "length": 64, "batch_tokens": 128, "learning_rate": 0.001, "checkpoint_steps": 1},
     "select": {
         "settings": {"steps": 12},
+        "require_signal": False,
         "search": {"length": 96, "batch_tokens": 192, "micro_batch_tokens": 96, "questions": 4},
     },
     "distill": {"tokens": 512, "length": 64, "batch_tokens": 128, "learning_rate": 0.001, "checkpoint_steps": 1},

@@ -1,5 +1,6 @@
 """A random tiny teacher of every family that has a host, in several shapes."""
 
+import copy
 import math
 
 import torch
@@ -38,6 +39,8 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 LLAMA3["original_max_position_embeddings"] = 64
 LONG = {"rope_type": "longrope", "short_factor": [1.0 + step / 8 for step in range(8)], "rope_theta": 1e4}
 LONG |= {"long_factor": [4.0 + step for step in range(8)], "original_max_position_embeddings": 64}
+
+ONE_LIST = {**LONG, "long_factor": LONG["short_factor"]}
 
 HIDDEN_64 = {"hidden_size": 64, "head_dim": None}
 """For families that know no head_dim of their own: 64 / 4 heads."""
@@ -85,6 +88,7 @@ SHAPES = {
         "surplus groups": {"hidden_size": 160, "head_dim": 32},
         "multi-head, linear": {"num_key_value_heads": 4, "head_dim": 8, "rope_parameters": LINEAR},
         "dynamic": {"rope_parameters": DYNAMIC, "max_position_embeddings": 48},
+        "longrope": {"rope_parameters": LONG},
     },
     "mistral": {
         "grouped": {},
@@ -118,7 +122,12 @@ SHAPES = {
     },
     "phi3": {
         "grouped": {},
-        "longrope": {"rope_parameters": LONG, "original_max_position_embeddings": 64},
+        "longrope, one list": {"rope_parameters": ONE_LIST, "original_max_position_embeddings": 64},
+        "longrope, the other list beyond its limit": {
+            "rope_parameters": LONG,
+            "original_max_position_embeddings": 512,
+            "num_key_value_heads": 1,
+        },
         "multi-head, untied": {"num_key_value_heads": 4, "tie_word_embeddings": False, "sliding_window": 512},
     },
 }
@@ -131,7 +140,8 @@ def config_of(teacher: str, **changes):
     """The configuration of `family: shape`, with `changes`; a head_dim of None is left to the family."""
     family, _, shape = teacher.partition(": ")
     config, own = FAMILIES[family]
-    values = {**TOKENS, **SHAPE, **own, **SHAPES[family][shape or "grouped"], **changes}
+    # Copied, since configurations write into the parameters of rope that they are given.
+    values = copy.deepcopy({**TOKENS, **SHAPE, **own, **SHAPES[family][shape or "grouped"], **changes})
     if values["head_dim"] is None:
         del values["head_dim"]
     return config(**values)

@@ -14,6 +14,7 @@ from transformers import BertConfig, Gemma3TextConfig, Olmo2Config, Qwen2_5_VLCo
 from typer.main import get_command
 
 from flashmorph.cli import app
+from flashmorph.recipe import Recipe, load_recipe, parse_changes
 from flashmorph.runfolder import RunFolder
 
 
@@ -180,6 +181,88 @@ def test_budgets_that_leave_no_choice(capsys, tmp_path, teacher_folder, recipe_f
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("layers", "says"),
+    [
+        ("", "must be layer numbers with commas"),
+        ("0,", "must be layer numbers with commas"),
+        ("1.0", "must be layer numbers with commas"),
+        ("first", "must be layer numbers with commas"),
+        ("9" * 5000, "must be layer numbers with commas"),
+        ("0,0", "layer 0 stands twice"),
+        ("-1", "there is no layer -1; the layers are 0 to 1"),
+        ("99", "there is no layer 99; the layers are 0 to 1"),
+        ("0,1", "keeps all 2 layers full"),
+    ],
+)
+def test_layers_that_cannot_be_kept(capsys, tmp_path, teacher_folder, recipe_file, layers, says):
+    options = (teacher_folder, "--recipe", recipe_file, "--output", tmp_path / "out", f"--layers={layers}")
+    for command in (("morph",), ("morph", "--dry-run"), ("build",)):
+        sentence = refused(capsys, *command, *options)
+        assert says in sentence and len(sentence) < 250
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("assignments", "says"),
+    [
+        ({"layers.0": "full", "layers.1": "full"}, "keeps all 2 layers full"),
+        ({"layers.0": "linear", "layers.1": "linear"}, "keeps no layer full"),
+        ({f"layers.{layer}": "full" for layer in range(3)}, "belongs to another model"),
+        ({"layers.0": "full", "layers.1": "mamba"}, "the option 'mamba'; it can be full, linear"),
+        ({"layers.0": "full", "layers.1": ["linear"]}, "is no plan: assignments.layers.1"),
+    ],
+)
+def test_plans_that_cannot_be_built(capsys, tmp_path, teacher_folder, recipe_file, assignments, says):
+    (tmp_path / "plan.json").write_text(json.dumps({"version": 1, "assignments": assignments, "budget": "1"}))
+    options = ("--recipe", recipe_file, "--output", tmp_path / "out", "--plan", tmp_path / "plan.json")
+    sentence = refused(capsys, "morph", teacher_folder, *options)
+    assert says in sentence and "plan.json" in sentence
+    assert "not both" in refused(capsys, "morph", teacher_folder, *options, "--layers", "0")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["select.strategy=uniform", "select.settings.offset=9"], "offset must be at most 1 for 1 of 2 layers; got 9"),
+        (["select.settings.steps=abc"], "strategy budgeted-gates: steps must be a whole number at least 1"),
+        (["select.settings.steps=true"], "steps must be a whole number"),
+        (["select.settings.learning_rate=.nan"], "learning_rate must be a number above 0"),
+        (["select.strategy=race", "select.settings.num_questions=0"], "strategy race: num_questions must be"),
+        (["select.strategy=nll", "select.settings.direction=sideways"], "direction must be restore or switch"),
+        (["host.window=wide"], "host.window must be a whole number at least 2; got 'wide'"),
+        (["host.mamba_expand=1"], "Qwen3_5ForCausalLM has no setting 'mamba_expand'"),
+        (["budget=0.25"], "budget '0.25' is none of 7 (layers), 25%"),
+        (["budget=[1]"], "budget '[1]' is none of"),
+        (["budget=kv=1MiB@2"], "at 2 tokens the cache of a full layer takes"),
+        (["budget=kv=1B@8192"], "is below one full layer"),
+        (["seed=-1"], "seed: "),
+        (["seed=1.5"], "seed: "),
+        (["seed=4294967296"], "seed: "),
+    ],
+)
+def test_settings_that_cannot_be(capsys, tmp_path, teacher_folder, recipe_file, changes, says):
+    """By type, by range, and by what only the teacher and the budget tell: before there is a folder."""
+    given = [part for change in changes for part in ("--set", change)]
+    options = (teacher_folder, "--recipe", recipe_file, "--output", tmp_path / "out", *given)
+    for command in (("align",), ("morph", "--dry-run")):
+        assert says in refused(capsys, *command, *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_are_read_as_people_write_them(recipe_file, tmp_path):
+    written = recipe_file.read_text()
+    assert load_recipe(recipe_file, parse_changes(["budget=2"])).budget == "2"
+    assert load_recipe(recipe_file, parse_changes(["budget=25%"])).budget == "25%"
+    assert load_recipe(recipe_file, parse_changes(["align.learning_rate=1e-3"])).align.learning_rate == 1e-3
+    file = tmp_path / "recipe.yaml"
+    file.write_text(written.replace("budget: '1'", "budget: 1") + "seed: 1\n")
+    read = load_recipe(file)
+    assert (read.budget, read.seed) == ("1", 1)
+    assert Recipe.model_validate(yaml.safe_load(read.to_yaml())) == read
+
+
 def test_outputs_that_cannot_be_used(capsys, tmp_path, teacher_folder, recipe_file):
     taken = tmp_path / "taken"
     taken.mkdir()
@@ -210,6 +293,28 @@ def test_recipes_that_are_broken(capsys, tmp_path, teacher_folder):
     assert "key=value" in refused(capsys, *options, file, "--set", "align.tokens")
     assert "did you mean 'greedy-forward'" in refused(capsys, *options, file, "--strategy", "greedy")
     assert "no setting 'stepps'" in refused(capsys, *options, file, "--set", "select.settings.stepps=3")
+    file.write_bytes(b"budget: 1\xff\n")
+    assert f"recipe {file} is not UTF-8 text (byte 9)" in refused(capsys, *options, file)
+    written = yaml.safe_dump(FEW_STEPS)
+    for content, says in {
+        written + "budget: 2\n": "the key 'budget' stands twice in one mapping (line",
+        written.replace("align:\n", "align:\n  tokens: 5\n"): "the key 'tokens' stands twice",
+        "budget: 25%\n\talign: 5\n": "not valid YAML",
+        "[" * 20_000: "nested too deeply",
+        "seed: 2001-99-99\n": "not valid YAML",
+        "seed: " + "9" * 5000: "not valid YAML",
+        f"seed: {'x' * 5000}\ntasks: {{a: {{task: hops}}}}\n": "seed: input should be a valid integer (got 'xxx",
+        "tasks: {a: {task: hops}}\ndata: {mixture: [{sorce: demo, weight: 1}]}\n": "data.mixture[0]",
+        "tasks: {a: {task: hops}}\ndata: {mixture: [{source: a, weight: 1, wait: 2}]}\n": "data.mixture[0].wait",
+        "tasks: {a: {task: hop}}\n": "tasks.a: task 'hop' is unknown",
+        "tasks: {a: 5}\n": "tasks.a: ",
+        "tasks: {1: {task: hops}}\n": "tasks",
+        "a: &a [x, x]\nb: &b [*a, *a]\ntasks: *b\n": "unknown setting 'a'",
+    }.items():
+        file.write_text(content)
+        sentence = refused(capsys, *options, file)
+        assert says in sentence and len(sentence) < 400
+    file.write_text(written)
     assert "limit is 512" in refused(capsys, *options, file, "--set", "evaluate.length=4096")
     assert not (tmp_path / "out").exists()
 
@@ -225,6 +330,46 @@ def test_text_that_is_too_small(capsys, tmp_path, teacher_folder, recipe_file):
 def test_select_without_a_run(capsys, tmp_path, teacher_folder):
     options = ("--from", tmp_path / "none", "--output", tmp_path / "plan.json")
     assert "flashmorph align" in refused(capsys, "select", teacher_folder, *options)
+
+
+def test_a_run_that_is_aligned_brings_its_recipe(capsys, tmp_path, teacher_folder, recipe_file):
+    """`select`, `compare` and `evaluate` take it, what is given goes on top, and what they change is not kept."""
+    run = tmp_path / "run"
+    own = ("--set", "align.learning_rate=0.004", "--set", "select.settings.steps=3")
+    assert run_command("align", teacher_folder, "--recipe", recipe_file, "--output", run, *own) == 0
+    kept = (run / "recipe.yaml").read_text()
+    assert yaml.safe_load(kept)["align"]["learning_rate"] == 0.004
+    capsys.readouterr()
+    chosen = ("select", teacher_folder, "--from", run, "--output", tmp_path / "plan.json")
+    assert run_command(*chosen, "--strategy", "nll", "--set", "select.settings.num_questions=2") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"recipe: {run / 'recipe.yaml'} (--recipe takes another)" in printed
+    assert printed.count("done before") == 2
+    assert (run / "recipe.yaml").read_text() == kept
+    judged = ("compare", teacher_folder, "--output", tmp_path / "judged", "--from", run, "--budgets", "1")
+    judged += ("--questions", 2, "--recall-questions", 0, "--seeds", 1, "--strategies")
+    assert "offset must be at most 1" in refused(capsys, *judged, "uniform+offset=9")
+    assert run_command(*judged, "uniform") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"recipe: {run / 'recipe.yaml'}" in printed and printed.count("done before") == 2
+    built = ("build", teacher_folder, "--recipe", recipe_file, "--output", run, *own, "--layers", "0")
+    assert run_command(*built) == 0
+    (model,) = run.glob("stages/build-*/model")
+    capsys.readouterr()
+    assert run_command("evaluate", teacher_folder, model, "--set", "evaluate.questions=1", "--json") == 0
+    printed = capsys.readouterr()
+    assert f"recipe: {run / 'recipe.yaml'}" in " ".join(printed.err.split())
+    assert set(json.loads(printed.out)[str(model)]["recall"]["by_task"]) == {"one_key", "two_hops"}
+
+
+def test_what_is_published_keeps_its_recipe(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.keep_recipe("budget: 1\n")
+    folder.keep_recipe("budget: 2\n")
+    assert (tmp_path / "run/recipe.yaml").read_text() == "budget: 2\n"
+    (tmp_path / "run/results.json").write_text("{}")
+    folder.keep_recipe("budget: 3\n")
+    assert (tmp_path / "run/recipe.yaml").read_text() == "budget: 2\n"
 
 
 def test_transplant_works_without_a_tokenizer_and_keeps_the_dtype(capsys, tmp_path, teacher_folder):

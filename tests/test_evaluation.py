@@ -1,6 +1,7 @@
 """Evaluation: intervals, generation in batches, the recall grid, perplexity by position, models side by side."""
 
 import json
+from dataclasses import asdict
 from io import StringIO
 
 import numpy as np
@@ -40,6 +41,7 @@ from flashmorph.evaluation.classes import (
     repeats,
 )
 from flashmorph.evaluation.tokens import TokenClasses
+from flashmorph.heldout import HeldOut
 from flashmorph.tasks import Lines, Prompt
 
 TOKENIZER = tiny_tokenizer()
@@ -119,21 +121,68 @@ def test_grids_are_compared_row_by_row_and_the_worst_cells_are_named():
     assert first.worst() == [] and second.minus(second)["difference"] == 0
 
 
-def test_perplexity_by_position_adds_up_to_the_whole():
-    losses = torch.rand(6, 199) * 3
-    found = RangeLosses.of(losses)
-    assert found.starts == [1, 32, 64, 128]
-    assert found.rows == pytest.approx(losses.double().mean(1).tolist())
-    parts = found.to_list()
+def text_of(sizes: list[int], length: int = 200, special: int = 0) -> HeldOut:
+    """Documents of so many tokens, in windows of `length`."""
+    cut = [(number, min(length, size - start)) for number, size in enumerate(sizes) for start in range(0, size, length)]
+    pieces = [list(range(5, 5 + size)) for _, size in cut]
+    return HeldOut(pieces, [number for number, _ in cut], [special] * len(cut), length, sum(sizes))
+
+
+@pytest.mark.parametrize("special", [0, 2])
+def test_perplexity_by_position_adds_up_to_the_whole(special):
+    text = text_of([200] * 24 + [500, 40, 7], special=special)
+    losses = np.random.default_rng(0).random(text.offsets[-1]) * 3
+    found = RangeLosses.of(losses, text)
+    assert found.perplexity["perplexity"] == pytest.approx(np.exp(losses.mean()))
+    parts = found.by_position
     assert [(part["from"], part["to"]) for part in parts] == [(1, 31), (32, 63), (64, 127), (128, 199)]
-    last = losses[:, 127:].double().mean().exp().item()
+    assert sum(part["tokens"] for part in parts) == len(losses)
+    whole = sum(part["tokens"] * np.log(part["perplexity"]) for part in parts)
+    assert whole == pytest.approx(losses.sum())
+    at = np.concatenate([np.arange(first, len(piece)) for first, piece in zip(text.firsts, text.pieces, strict=True)])
+    last = np.exp(losses[at >= 128].mean())
     assert parts[-1]["perplexity"] == pytest.approx(last) and parts[-1]["interval"][0] < last < parts[-1]["interval"][1]
-    worse = Score({}, 1.0, {}, RangeLosses.of(losses + 0.1))
+    worse = Score({}, 1.0, {}, RangeLosses.of(losses + 0.1, text))
     ratio = perplexity_ratio(worse, Score({}, 1.0, {}, found))
-    assert (
-        ratio and ratio["ratio"] == pytest.approx(np.exp(0.1)) and ratio["interval"] == pytest.approx([np.exp(0.1)] * 2)
-    )
-    assert RangeLosses.of(torch.ones(1, 9)).to_list()[0]["interval"] is None
+    assert ratio and ratio["ratio"] == pytest.approx(np.exp(0.1))
+    assert ratio["interval"] == pytest.approx([np.exp(0.1)] * 2) and len(ratio["by_position"]) == 4
+    other = text_of([200] * 24)
+    assert perplexity_ratio(worse, Score({}, 1.0, {}, RangeLosses.of(np.ones(other.offsets[-1]), other))) is None
+    assert RangeLosses(**json.loads(json.dumps(asdict(found)))) == found
+
+
+def test_intervals_are_over_documents_or_where_these_are_few_over_blocks():
+    """A document repeats its own mean: intervals that take its tokens for independent are far too narrow."""
+    rng = np.random.default_rng(0)
+    many, few = text_of([100] * 40), text_of([2_000] * 3)
+    for text, over in ((many, "documents"), (few, "blocks")):
+        losses = np.ones(text.offsets[-1])
+        for number, (start, end) in enumerate(zip(text.offsets, text.offsets[1:], strict=False)):
+            losses[start:end] = 1 + number % 2 + 0.01 * rng.random(end - start)
+        found = RangeLosses.of(losses, text).perplexity
+        assert found["over"] == over and found["interval"][0] < found["perplexity"] < found["interval"][1]
+        assert np.log(found["interval"][1] / found["interval"][0]) > 0.2
+    mixed = text_of([40] * 30 + [200] * 5)
+    parts = RangeLosses.of(np.ones(mixed.offsets[-1]), mixed).by_position
+    assert [part["over"] for part in parts] == ["documents", "documents", "blocks", "blocks"]
+    single = text_of([2])
+    assert RangeLosses.of(np.ones(1), single).perplexity["interval"] is None
+
+
+def test_less_text_than_asked_for_is_told(capsys, teacher_folder, recipe_file):
+    options = ("evaluate", teacher_folder, "--recipe", recipe_file, "--set", "evaluate.perplexity_tokens=9000000")
+    assert run_command(*options) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert run_command(*options, "--json") == 0
+    figures = json.loads(capsys.readouterr().out)[str(teacher_folder)]
+    read = figures["perplexity_text"]
+    texts = list(Corpus().documents("test", 0))
+    assert read["tokens"] == sum(len(TOKENIZER(text).input_ids) + 1 for text in texts)
+    assert read["documents"] == len(texts) and read["wanted"] == 9_000_000
+    assert f"{read['tokens']:,} tokens of held-out text (all that there is, of 9,000,000 asked for)" in printed
+    assert figures["perplexity_over"] == ("documents" if len(texts) >= 20 else "blocks")
+    assert run_command(*options[:-2]) == 0
+    assert "asked for" not in capsys.readouterr().out
 
 
 def test_evaluate_compares_with_the_first_in_json_and_in_tables_that_fit(capsys, tmp_path, teacher_folder, recipe_file):
@@ -194,14 +243,14 @@ def test_the_longest_repeated_run_and_its_distance():
 def test_a_loss_on_one_class_is_found_there_and_nowhere_else(model):
     documents = Corpus().pool("test", 0, 30_000)
     ids = TOKENIZER("".join(documents)[:20_000]).input_ids
-    rows = [{"input_ids": ids[start : start + 100]} for start in range(0, 3_000, 100)]
-    classes = TokenClasses.of(rows, TOKENIZER)
+    rows = [ids[start : start + 100] for start in range(0, 3_000, 100)]
+    classes = TokenClasses.of(HeldOut(rows, list(range(30)), [0] * 30, 100, 3_000), TOKENIZER)
     groups: dict[str, int] = {}
     for (group, _), mask in classes.masks.items():
         groups[group] = groups.get(group, 0) + int(mask.sum())
     everything = 30 * 99
     assert groups["all"] == groups["kind"] == groups["completes a repeated n-gram of"] == everything
-    first = np.random.default_rng(0).random((30, 99))
+    first = np.random.default_rng(0).random(30 * 99)
     worse = first + 0.5 * classes.masks["kind", "other symbols"]
     found = {(each["group"], each["class"]): each for each in classes.compare(worse, first)["classes"]}
     assert found["kind", "other symbols"]["difference"] == pytest.approx(0.5)

@@ -5,9 +5,10 @@ import re
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from flashmorph.evaluation import paired_interval
+from flashmorph.evaluation import clustered_interval, mean_interval, paired_interval
 from flashmorph.selection import DEFAULT_STRATEGY
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +47,26 @@ def test_no_strategy_has_a_mean_regret_below_the_defaults_beyond_the_interval():
     for row in rows:
         if row["strategy"] not in (DEFAULT_STRATEGY, "exhaustive") and row["interval"]:
             assert row["interval"][1] > 0, row["strategy"]
+
+
+def test_over_teachers_the_default_is_better_than_layouts_and_ratios_and_no_more_can_be_told():
+    """What decision 20 says of the intervals, whose cases are drawn anew, then seeds."""
+    found = {row["strategy"]: row["interval"] for row in json.loads((REFEREE / "summary.json").read_text("utf-8"))}
+    assert all(found[strategy][0] > 0 for strategy in ("uniform", "halo"))
+    assert all(found[strategy][0] < 0 < found[strategy][1] for strategy in ("nll", "add-one", "gates"))
+    assert found["drop-one"][0] == pytest.approx(0, abs=0.005)
+
+
+def test_figures_of_one_cluster_are_no_independent_findings():
+    rng = np.random.default_rng(0)
+    alike = [[[centre] * 5, [centre] * 5] for centre in rng.standard_normal(8)]
+    flat = [figure for groups in alike for group in groups for figure in group]
+    low, high = clustered_interval(alike)
+    assert high - low > 2 * np.ptp(mean_interval(flat))
+    assert high - low == pytest.approx(np.ptp(mean_interval([groups[0][0] for groups in alike])), rel=0.1)
+    apart = [[rng.standard_normal(40).tolist()] for _ in range(40)]
+    assert np.ptp(clustered_interval(apart)) < 1.6 * np.ptp(mean_interval(sum((groups[0] for groups in apart), [])))
+    assert clustered_interval([[[1.0, 1.0], [3.0, 3.0]]]) == (2, 2)
 
 
 @pytest.mark.parametrize("case", ["redundant", "twin_chains"])

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
+from conftest import run_command, tiny_tokenizer
 from families import FAMILIES, ONE_OF_EACH_FAMILY, random_teacher
 from test_morphable import close, logits
 from test_objective import objective_on
 from test_training import rows_in, settings_of
 
-from flashmorph.hosts import HOSTS
+from flashmorph.card import served_by
+from flashmorph.hosts import HOSTS, configure
 from flashmorph.losses import Head
 from flashmorph.morphable import Morphable, attach, build
 from flashmorph.move import transplant
@@ -62,6 +63,18 @@ def test_the_whole_way(teacher, tmp_path):
 def rows(folder: Path) -> torch.Tensor:
     held = rows_in(folder)
     return torch.tensor([held[row]["input_ids"] for row in range(8)])
+
+
+@pytest.mark.parametrize("head_dim", [8, 16])
+def test_the_card_says_which_engine_answers_nonsense(head_dim, capsys):
+    """vLLM reads no head_dim of a Granite hybrid: heads that do not fill the width load, and compute something else."""
+    host, config = configure(random_teacher("llama: grouped", head_dim=head_dim).config)
+    (vllm,) = [engine for engine in host.serves if engine.name == "vLLM"]
+    line = served_by(vllm, config)
+    assert ("loads any other without a word, and answers nonsense" in line) == (head_dim == 16)
+    assert line.startswith("| vLLM | no: it needs") == (head_dim == 16) and line.endswith(" |")
+    assert run_command("hosts") == 0
+    assert "answers nonsense" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("teacher", ONE_OF_EACH_FAMILY)

@@ -14,6 +14,7 @@ from test_cli import refused
 from flashmorph.corpus import Corpus
 from flashmorph.evaluation import answers_right, text_losses
 from flashmorph.evaluation.harness import Harness, HarnessFigure
+from flashmorph.heldout import HeldOut
 from flashmorph.judge import open_model
 from flashmorph.tasks import STYLES, Haystack, Layout, TaskSettings, make_example
 
@@ -47,19 +48,6 @@ def scores(path, tiny) -> dict[str, HarnessFigure]:
     return {figure.metric: figure for figure in Harness([str(path)]).scores(model, tokenizer, path.parent, 4)}
 
 
-class Row:
-    """Rows for `text_losses`."""
-
-    def __init__(self, ids: list[int]):
-        self._ids = ids
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, row: int) -> dict[str, list[int]]:
-        return {"input_ids": self._ids}
-
-
 def test_likelihoods_are_ours(harness, tiny, tmp_path):
     model, tokenizer = tiny
     documents = [text[:700] for text in Corpus().pool("test", 0, 60_000)][:6]
@@ -71,7 +59,7 @@ def test_likelihoods_are_ours(harness, tiny, tmp_path):
     ours = []
     for text in documents:
         ids = [start, *tokenizer(text, add_special_tokens=False).input_ids]
-        ours.append(-text_losses(model, Row(ids)).double().sum().item())
+        ours.append(-text_losses(model, HeldOut([ids], [0], [0], len(ids), len(ids))).sum())
     assert figure.values == pytest.approx(ours, abs=1e-3)
     assert figure.weights and figure.value == pytest.approx(math.exp(-sum(ours) / sum(figure.weights)))
     low, high = figure.interval

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from conftest import random_qwen3, tiny_tokenizer
 from test_selection import BUDGETED, DESCENDING
 
 from flashmorph.errors import UserError
+from flashmorph.heldout import HeldOut
 from flashmorph.morphable import Morphable, build
 from flashmorph.move import transplant
 from flashmorph.plan import Budget
@@ -33,18 +35,26 @@ def morphable() -> Morphable:
 def objective_on(
     morphable: Morphable,
     folder,
-    text_rows: torch.Tensor | None = None,
+    text: torch.Tensor | None = None,
     micro_batch_tokens: int = 96,
     batch_tokens: int = 96,
+    tasks: Sequence[dict[str, Any]] = ({"task": "many_keys", "num_keys": 1},),
     **more: Any,
 ):
     layout = Layout(tiny_tokenizer(), STYLES["lines"], Haystack.repeated())
-    tasks = [TaskSettings.model_validate({"task": "many_keys", "num_keys": 1})]
+    tasks = [TaskSettings.model_validate(task) for task in tasks]
     search = SearchSettings(length=96, batch_tokens=batch_tokens, micro_batch_tokens=micro_batch_tokens, questions=5)
     data = SearchData({"train": layout, "validation": layout}, STYLES["lines"], tasks, search)
     return MorphableObjective(
-        morphable, data, folder, text_rows=text_rows, distiller=distiller(morphable, folder), **more
+        morphable, data, folder, text=as_text(text), distiller=distiller(morphable, folder), **more
     )
+
+
+def as_text(rows: torch.Tensor | None) -> HeldOut | None:
+    """Each of `rows` as a document."""
+    if rows is None:
+        return None
+    return HeldOut(rows.tolist(), list(range(len(rows))), [0] * len(rows), rows.shape[1], rows.numel())
 
 
 def distiller(morphable: Morphable, folder) -> Distiller:
@@ -77,6 +87,38 @@ def test_the_losses_of_a_plan_are_those_of_the_model_built_from_it(morphable, tm
         assert losses[number] == pytest.approx(found.item(), rel=1e-3)
 
 
+UNEVEN = ({"task": "many_keys", "num_keys": 1}, {"task": "many_keys", "num_keys": 3, "num_asked": 3})
+"""Answers of one number, and of three with the questions between them."""
+GATES = torch.tensor([[0.7, 0.3], [0.2, 0.8]])
+
+
+@pytest.mark.parametrize("loss", ["answers", "hidden"])
+@pytest.mark.parametrize("data", ["questions", "text"])
+def test_loss_and_gradient_do_not_depend_on_how_much_is_run_at_once(morphable, tmp_path, loss, data):
+    found = []
+    for number, micro in enumerate((96, 2 * 96, 3 * 96, 5 * 96)):
+        objective = objective_on(morphable, tmp_path / str(number), None, micro, 5 * 96, UNEVEN)
+        found.append(objective.gradient(GATES, 0, loss, data))
+    assert len({sum(example.is_answer) for example in objective._data.batch(0)}) > 1
+    value, gradient = found[0]
+    assert gradient.abs().max() > 0
+    for other, another in found[1:]:
+        assert other == pytest.approx(value, rel=1e-4)
+        torch.testing.assert_close(another, gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
+
+
+def test_a_search_descends_what_plans_are_judged_by(morphable, tmp_path):
+    """The loss of a plan's gates is the mean over questions of the losses that `evaluate` gives."""
+    objective = objective_on(morphable, tmp_path, None, 2 * 96, 5 * 96, UNEVEN)
+    objective._data.batch = lambda step: objective._data.questions()
+    space, budget = morphable.space(Budget("layers", 1)), Budget("layers", 1)
+    for group in space.groups:
+        plan = space.plan([group], budget)
+        gates = torch.from_numpy(space.one_hot(plan)).float()
+        value, _ = objective.gradient(gates, 0, "answers")
+        assert value == pytest.approx(objective.evaluate([plan]).mean(), rel=1e-4)
+
+
 def test_evaluations_are_run_once_then_read_from_disk_and_counted_by_every_search(morphable, tmp_path):
     rows = torch.randint(97, (3, 40), generator=torch.Generator().manual_seed(1))
     objective = objective_on(morphable, tmp_path, rows)
@@ -97,14 +139,10 @@ def test_evaluations_are_run_once_then_read_from_disk_and_counted_by_every_searc
 
 
 def test_a_strategy_that_weighs_text_asks_for_it(morphable, tmp_path):
-    with pytest.raises(
-        UserError, match="this strategy weighs text too: give the objective validation text, `text_rows`"
-    ):
+    with pytest.raises(UserError, match="this strategy weighs text too: give the objective validation text, `text`"):
         STRATEGIES["halo"](
             morphable.space(Budget("layers", 1)), Budget("layers", 1), objective_on(morphable, tmp_path), 0
         )
-    with pytest.raises(UserError, match=r"text_rows must be \[rows, length\].*got \[7\]"):
-        objective_on(morphable, tmp_path, torch.zeros(7, dtype=torch.long))
 
 
 @torch.no_grad()
@@ -154,7 +192,7 @@ def test_a_search_that_cannot_train_says_so(morphable, tmp_path):
     )
     space, budget = morphable.space(Budget("layers", 1)), Budget("layers", 1)
     with pytest.raises(UserError, match="give the objective a distiller"):
-        STRATEGIES["kl"](space, budget, MorphableObjective(morphable, data, tmp_path, text_rows=rows), 0)
+        STRATEGIES["kl"](space, budget, MorphableObjective(morphable, data, tmp_path, text=as_text(rows)), 0)
 
 
 def test_a_loss_that_is_not_finite_is_told_with_its_plan(tmp_path):

@@ -346,11 +346,11 @@ def test_what_was_trained_without_isolation_keeps_its_digest():
     assert "isolate_documents" not in training_settings(run, off)["train"]
 
 
-def test_demo_trains_on_rows_as_when_it_was_measured_and_default_on_documents_apart():
+def test_demo_trains_on_rows_as_when_it_was_measured_and_default_on_short_documents_apart():
     demo, default = load_recipe("demo"), load_recipe("default")
-    assert not any(stage.isolate_documents for stage in (demo.align, demo.distill, demo.extend))
-    assert all(stage.isolate_documents for stage in (default.align, default.distill, default.extend))
-    assert AlignSettings().isolate_documents
+    assert not any(stage.keeps_apart for stage in (demo.align, demo.distill, demo.extend))
+    assert all(stage.keeps_apart for stage in (default.align, default.distill, AlignSettings()))
+    assert default.extend.documents == "joined" and not default.extend.keeps_apart
 
 
 def test_collated_rows_tell_which_tokens_are_learnt():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -71,8 +72,10 @@ def test_a_budget_can_be_read_from_its_own_text(text):
 BAD_BUDGETS = ("", "all", "-1", "0", "0%", "7.5", "25 %", "%", "kv=64MiB", "kv=64TiB@100", "kv=@100", "kv=0MiB@100")
 
 
-@pytest.mark.parametrize("text", [*BAD_BUDGETS, "loss=1", "loss=0%", "7\n8", "1e3", "kv=1MiB@", "layers=7"])
+@pytest.mark.parametrize("text", [*BAD_BUDGETS, "loss=1", "loss=0%", "7\n8", "1e3", "kv=1MiB@", "layers=7", "0.25"])
 def test_a_bad_budget_is_refused_in_one_sentence_that_shows_it(text):
+    with pytest.raises(UserError, match="is none of|keeps nothing"):
+        Budget.parse("9" * 5000 + text)
     with pytest.raises(UserError) as error:
         Budget.parse(text)
     assert repr(text) in str(error.value)
@@ -186,6 +189,64 @@ def test_small_differences_beside_large_scores_still_decide(options, step):
     assert gained(space, plan, scores) == pytest.approx(brute_force(space, scores, 2, exact=True), abs=step / 10)
 
 
+def first_of_the_best(space: Space, scores: np.ndarray, limit: float, exact: bool) -> list[str]:
+    """Of all plans that keep to the limit, in exact numbers: the best; of equals the first, group by group."""
+    rest = [sorted(range(1, len(space.options)), key=lambda option: cost[option]) for cost in space.cost]
+    best, found = None, None
+    for chosen in itertools.product(*([0, *others] for others in rest)):
+        cost = sum(Fraction(row[option]) for row, option in zip(space.cost, chosen, strict=True))
+        total = sum(Fraction(row[option]) for row, option in zip(scores, chosen, strict=True))
+        if (cost == limit if exact else cost <= limit) and (best is None or total > best):
+            best, found = total, chosen
+    assert found
+    return [space.options[option] for option in found]
+
+
+@pytest.mark.parametrize("options", [(FULL, "linear"), THREE, (*THREE, "none")], ids=len)
+@pytest.mark.parametrize("seed", range(25))
+def test_of_equal_plans_the_first_is_taken_with_any_number_of_options(options, seed):
+    """Scores of few values, so that ties abound, and of sizes whose sums round in float64."""
+    rng = np.random.default_rng(seed)
+    layers = int(rng.integers(2, 6))
+    scores = rng.integers(-1, 3, (layers, len(options))) * rng.choice([0, 1, 0.1, 1e-9, 1e12])
+    counted = Space.of_layers(layers, options)
+    cost = rng.integers(1, 5, (layers, len(options))) + np.array([6.0] + [0.0] * (len(options) - 1))
+    priced = Space(counted.groups, options, cost)
+    least = cost.min(1).sum() + (cost[:, 0] - cost.min(1)).min()
+    budgets = [(counted, Budget("layers", kept)) for kept in range(1, layers)]
+    budgets += [(priced, Budget("kv", limit, 64)) for limit in np.arange(least, cost[:, 0].sum(), 3)]
+    for space, budget in budgets:
+        expected = first_of_the_best(space, scores, budget.limit, budget.resource == "layers")
+        assert list(space.best(scores, budget).assignments.values()) == expected
+
+
+def test_sums_that_float64_rounds_differently_are_still_equal():
+    scores = np.zeros((5, 3))
+    scores[:, 0] = [0.3, 0.1, 0.3, 0.1, 0.3]
+    assert Space.of_layers(5, THREE).best(scores, Budget("layers", 4)).full_layers == [0, 1, 2, 4]
+    assert Space.of_layers(5, THREE).best(1e300 * scores, Budget("layers", 4)).full_layers == [0, 1, 2, 4]
+    assert Space.of_layers(5, THREE).best(1e-300 * scores, Budget("layers", 4)).full_layers == [0, 1, 2, 4]
+
+
+@pytest.mark.parametrize("costs", [(100, 40, 10), (100, 10, 40), (100, 10, 10)])
+def test_everything_else_is_one_option_however_a_plan_is_made(costs):
+    space = Space(tuple(f"layers.{layer}" for layer in range(5)), THREE, np.tile(np.array(costs, float), (5, 1)))
+    budget = Budget("kv", 2 * 100 + 3 * 10 + 75, 64)
+    best = space.best(np.zeros((5, 3)), budget)
+    assert best.full_layers == [0, 1]
+    assert best == space.plan(["layers.0", "layers.1"], budget)
+    assert set(best.assignments.values()) == {FULL, "linear" if costs[1] == 10 else "sliding"}
+
+
+@pytest.mark.parametrize(("full", "linear"), [(50, 80), (80, 80)])
+def test_bytes_that_switching_does_not_save_are_refused_with_both_figures(full, linear):
+    space = Space.of_layers(3)
+    space = Space(space.groups, space.options, np.tile([float(full), float(linear)], (3, 1)))
+    for limit in ("1B", "180B", "1GiB"):
+        with pytest.raises(UserError, match=f"at 16 tokens .* takes {full} bytes and of a linear one {linear},"):
+            space.limit(Budget.parse(f"kv={limit}@16"))
+
+
 @pytest.mark.parametrize("keep", range(1, 5))
 def test_ties_go_to_the_lower_layer(keep):
     assert Space.of_layers(5).best(np.zeros((5, 2)), Budget("layers", keep)).full_layers == list(range(keep))
@@ -267,14 +328,37 @@ def plan_file(tmp_path, **changes):
         ({"assignments": ["full", "linear"]}, "is no plan"),
         ({"budget": ...}, "is no plan"),
         ({"budget": "much"}, "much"),
+        ({"budget": 2}, "is no plan: budget: "),
+        ({"seed": "one"}, "is no plan: seed: "),
+        ({"seed": -1}, "is no plan: seed: "),
+        ({"seed": True}, "is no plan: seed: "),
+        ({"teacher": None}, "is no plan: teacher: "),
+        ({"strategy": ["nll"]}, "is no plan: strategy: "),
+        ({"scores": [[1.0], "x"]}, "is no plan: scores.1: "),
+        ({"scores": {"a": {"b": [1]}}}, "is no plan: scores: "),
+        ({"assignments": {"layers.0": FULL, "layers.1": {"layers.2": FULL}}}, "is no plan: assignments.layers.1: "),
+        ({"assignments": {"layers." + "9" * 5000: FULL}}, "is no plan: assignments.layers.9"),
+        ({"version": "x" * 5000}, "version 'xxx"),
     ],
 )
 def test_a_file_that_is_no_plan_of_this_version_is_refused(tmp_path, changes, problem):
-    with pytest.raises(UserError, match=problem):
+    with pytest.raises(UserError, match=problem) as error:
         Plan.load(plan_file(tmp_path, **changes))
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "3", "\x00\x01", '{"a": 1}'])
+@pytest.mark.parametrize(
+    "content", ['{"version": 1, "version": 1}', '{"assignments": {"layers.0": "full", "layers.0": "linear"}}']
+)
+def test_a_file_that_says_one_thing_twice_is_refused(tmp_path, content):
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(UserError, match="the key '.*' stands twice"):
+        Plan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1, 2]", "3", "\x00\x01", '{"a": 1}', "[" * 100_000, '{"seed": ' + "9" * 5000 + "}"]
+)
 def test_a_file_that_is_something_else_is_refused(tmp_path, content):
     path = tmp_path / "plan.json"
     path.write_text(content)

@@ -15,7 +15,9 @@ import torch
 import yaml
 from conftest import FEW_STEPS, run_command, tiny_tokenizer
 from families import SHAPE
+from safetensors import safe_open
 from safetensors.torch import load_file
+from test_step import KINDS, assert_same, expected
 from test_training import SETTINGS, log_of, settings_of
 from together import searched, trained
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -190,6 +192,18 @@ def test_weights_that_are_gathered_in_bfloat16_learn_as_under_autocast(divided, 
 def test_neither_parts_nor_activations_that_are_computed_again_change_what_is_learned(divided):
     one, other = (load_file(divided / f"extend-{name}.safetensors") for name in ("sharded", "again"))
     assert difference(one, other) <= 1e-5
+
+
+@pytest.mark.parametrize("micro_rows", [1, None, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_of_two_is_the_mean_of_all_its_learnt_tokens(divided, kind, micro_rows):
+    """Rows that learn one token, all and none; with whole weights, and divided where a micro-batch has two rows."""
+    path = divided / f"{kind}-step-{micro_rows}.safetensors"
+    with safe_open(path, "pt") as file:
+        logged = float(file.metadata()["loss"])
+    wanted, loss = expected(kind)
+    assert logged == pytest.approx(loss, rel=1e-4)
+    assert_same(load_file(path), wanted)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)

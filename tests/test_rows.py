@@ -108,9 +108,8 @@ def killed_after(rows: int, *arguments) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("kind", ["one", "several", "mixture"])
 def test_packing_that_is_killed_at_any_time_goes_on_and_ends_with_the_same_file(
-    tmp_path, tokenizer, kind, in_small_steps, monkeypatch
+    tmp_path, tokenizer, kind, in_small_steps
 ):
-    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     corpus, chance = sources(tmp_path)[kind], random.Random(kind)
     counted: list[float] = []
     whole = packed(corpus, tokenizer, tmp_path / "whole.npy", lambda *done: counted.append(done[0]))

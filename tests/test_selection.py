@@ -13,6 +13,7 @@ from flashmorph.plan import Budget, Plan, Space
 from flashmorph.selection import STRATEGIES, Cost, Selection
 from flashmorph.selection.halo import halo_scores
 from flashmorph.selection.l0 import hard_concrete, open_probability
+from flashmorph.selection.search import check_search, own_settings
 from flashmorph.selection.shared_adam import SharedAdam
 from flashmorph.selection.strategy import Distilled, group_scores
 
@@ -201,8 +202,6 @@ def test_a_swap_at_the_end_parts_twins(seed):
 def test_swaps_mend_a_search_that_was_cut_short(seed):
     """One step says next to nothing; the races for both places find the best plan all the same."""
     assert search("budgeted-gates", Surface(additive, seed=seed), 2, seed, steps=1).plan.full_layers == [1, 3]
-    with pytest.raises(UserError, match="swaps must be 0 or more places that are raced for; got -1"):
-        search("budgeted-gates", Surface(additive), 2, swaps=-1)
 
 
 @pytest.mark.parametrize("strategy", ["greedy-forward", "race", "add-one"])
@@ -448,17 +447,78 @@ def test_a_budget_without_a_choice_is_refused_before_anything_is_spent(strategy)
 
 
 @pytest.mark.parametrize(
-    ("strategy", "settings", "sentence"),
+    ("strategy", "settings", "right"),
     [
-        ("nll", {"direction": "up"}, "direction must be restore or switch; got 'up'"),
-        ("greedy-forward", {"num_questions": 0}, "num_questions must be at least 1; got 0"),
-        ("race", {"start_questions": 1}, "start_questions must be at least 2"),
-        ("race", {"confidence": 1.0}, "confidence must lie between 0 and 1, for example 0.8; got 1.0"),
+        ("nll", {"direction": "up"}, "restore or switch"),
+        ("gates", {"data": ["text"]}, "questions or text"),
+        ("greedy-forward", {"num_questions": 0}, "a whole number at least 1 and at most 1,000,000 or null"),
+        ("race", {"start_questions": 1}, "a whole number at least 2"),
+        ("race", {"confidence": 2}, "a number above 0 and below 1"),
+        ("race", {"swaps": 2}, "true or false"),
+        ("budgeted-gates", {"swaps": -1}, "a whole number at least 0"),
+        ("uniform", {"offset": -1}, "a whole number at least 0 or null"),
+        *(("gates", {"penalty": value}, "a number at least 0") for value in (math.nan, math.inf, -1, True, None)),
+        *(
+            ("kl", {"steps": value}, "a whole number at least 1")
+            for value in ("abc", 1.5, True, 1e21, -3, 0, [24], None)
+        ),
+        ("tolerance", {"steps": 10**5000}, "a whole number at least 1"),
+        ("l0", {"learning_rate": "fast" * 1000}, "a number above 0"),
     ],
 )
-def test_a_setting_out_of_range_is_told_in_a_sentence(strategy, settings, sentence):
-    with pytest.raises(UserError, match=sentence):
-        search(strategy, Surface(additive), 2, **settings)
+def test_a_setting_of_a_wrong_type_or_range_is_told_in_a_sentence(strategy, settings, right):
+    with pytest.raises(UserError) as error:
+        own_settings(strategy, settings)
+    ((name, _),) = settings.items()
+    assert f"strategy {strategy}: {name} must be {right}" in str(error.value) and "; got " in str(error.value)
+    assert len(str(error.value)) < 250 and "\n" not in str(error.value)
+
+
+def test_settings_are_what_the_signature_wants_and_defaults_are_among_them():
+    for strategy in STRATEGIES:
+        defaults = own_settings(strategy)
+        assert own_settings(strategy, defaults) == defaults
+        with pytest.raises(UserError, match=f"strategy {strategy} has no setting 'temperature'; it has "):
+            own_settings(strategy, {"temperature": 1})
+    read = own_settings("gates", {"learning_rate": "1e-3", "steps": "20", "penalty": 1})
+    assert (read["learning_rate"], read["steps"], read["penalty"]) == (0.001, 20, 1)
+    assert type(read["steps"]) is int and own_settings("nll", {"num_questions": None})["num_questions"] is None
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_can_be_held_against_its_budget_before_it_asks(strategy):
+    space = Space.of_layers(LAYERS)
+    fits, too_much = ("loss=1%", "2") if strategy == "tolerance" else ("2", "8")
+    check_search(strategy, space, Budget.parse(fits), 4, {})
+    with pytest.raises(UserError, match="keeps everything full|give loss=1%"):
+        check_search(strategy, space, Budget.parse(too_much), 4, {})
+
+
+def test_what_only_space_and_budget_tell_is_told_before_a_question_is_asked():
+    space = Space.of_layers(28)
+    with pytest.raises(UserError, match="offset must be at most 3 for 7 of 28 layers; got 9"):
+        check_search("uniform", space, Budget("share", 0.25), 4, {"offset": 9})
+    with pytest.raises(UserError, match="would evaluate 1,184,040 plans"):
+        check_search("exhaustive", space, Budget("layers", 7), 4, {})
+    with pytest.raises(UserError, match="only the strategy `tolerance`"):
+        check_search("race", space, Budget.parse("loss=1%"), 4, {})
+
+
+THREE = ("full", "linear", "sliding")
+
+
+@pytest.mark.parametrize("strategy", ["first", "last", "middle", "uniform"])
+@pytest.mark.parametrize(("costs", "rest"), [((100, 40, 10), "sliding"), ((100, 10, 40), "linear"), (None, "linear")])
+def test_fixed_layouts_give_everything_else_one_option(strategy, costs, rest):
+    """The cheapest, of equals the first; also where bytes are left over that would pay for a dearer one."""
+    space, budget = Space.of_layers(LAYERS, THREE), Budget("layers", 3)
+    if costs:
+        space = Space(space.groups, THREE, np.tile(np.array(costs, dtype=float), (LAYERS, 1)))
+        budget = Budget("kv", 3 * 100 + 5 * 10 + 80, 1024)
+    plan = STRATEGIES[strategy](space, budget, None, 0).plan
+    assert len(plan.full_layers) == 3
+    assert {option for option in plan.assignments.values() if option != "full"} == {rest}
+    assert plan.assignments == space.plan(plan.full_groups, budget).assignments
 
 
 def test_kl_ranks_by_what_is_left_after_the_steps():

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import random_qwen3, run_command
-from families import DEFAULT, LONG, SHAPES, TEACHERS, random_teacher
+from families import DEFAULT, LONG, SHAPES, TEACHERS, config_of, random_teacher
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Qwen3Config, Qwen3ForCausalLM
 
 from flashmorph.errors import UserError
@@ -70,6 +70,43 @@ def test_the_host_computes_what_the_teacher_computes(name):
     assert expected.std() > 0.1
     allowed = max(1e-5 * expected.abs().max(), 2 * proof.noise)
     assert (logits(model, some_tokens()) - expected).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_the_host_goes_on_as_the_teacher_does(name):
+    """In `generate`, with the cache, from below to beyond every length at which some rope changes (48 and 64)."""
+    teacher = random_teacher(name, 3)
+    host, _ = transplant(teacher)
+    found = [
+        model.generate(
+            some_tokens(2, 40),
+            attention_mask=torch.ones(2, 40, dtype=torch.long),
+            max_new_tokens=36,
+            do_sample=False,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        for model in (teacher, host)
+    ]
+    expected, logits_found = (torch.stack(each.logits) for each in found)
+    torch.testing.assert_close(logits_found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert torch.equal(found[1].sequences, found[0].sequences)
+
+
+def test_a_teacher_that_starts_anew_in_generation_is_seen_to_do_so():
+    """What the refusal of two lists of rope factors is about: the teacher is not what a cache would go on with."""
+    two = {"rope_parameters": LONG, "original_max_position_embeddings": 64}
+    teacher = random_teacher("phi3", 3, **two)
+    ids = some_tokens(1, 60)
+    made = teacher.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0)
+    again = ids
+    for _ in range(16):
+        again = torch.cat([again, logits(teacher, again)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(made, again)
+    with pytest.raises(UserError, match="change at 64"):
+        host_for(teacher.config)
+    assert host_for(config_of("llama: longrope"))
 
 
 @pytest.mark.parametrize("name", TEACHERS)
@@ -218,6 +255,7 @@ WINDOWS = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers"
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
         ("phi3", {"sliding_window": 16}, "a sliding window of 16 tokens"),
         ("phi3", {"rope_parameters": PARTIAL}, "rotates 50% of each head"),
+        ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 64}, "change at 64 of 512 tokens"),
     ],
 )
 def test_a_part_without_an_exact_counterpart_is_refused_by_its_name(tmp_path, name, changes, problem):

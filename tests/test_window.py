@@ -1,5 +1,7 @@
 """Sliding windows: the same class, no new weights, and a cache as long as the window."""
 
+import json
+
 import pytest
 import torch
 from conftest import run_command, small_morphable
@@ -11,6 +13,7 @@ from flashmorph.hosts import SLIDING, cache_bytes, configure
 from flashmorph.morphable import Morphable, build
 from flashmorph.move import transplant
 from flashmorph.plan import FULL, Budget, Plan
+from flashmorph.publish import save_model
 
 WINDOW, TOKENS = 8, 40
 FAMILIES = ["qwen3", "qwen2", "smollm3", "llama", "mistral", "ministral"]
@@ -101,6 +104,23 @@ def test_the_cache_of_a_switched_layer_is_as_long_as_the_window(family, tmp_path
     assert found.sequences.tolist() == again.tolist()
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen2"])
+@pytest.mark.parametrize("full", [[0], [1], []])
+def test_an_engine_that_goes_by_max_window_layers_cannot_take_windows_for_none(family, full, tmp_path):
+    """vLLM's own class computes every layer full where this is the number of layers, as published teachers have it."""
+    teacher = random_teacher(f"{family}: grouped", max_window_layers=2)
+    morphable = morphable_of(teacher)
+    teacher.save_pretrained(tmp_path / "teacher")
+    save_model(build(morphable, plan_of(morphable, full)), tmp_path / "hybrid", tmp_path / "teacher")
+    assert json.loads((tmp_path / "hybrid" / "config.json").read_text())["max_window_layers"] == 0
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid")
+    windows = [getattr(layer.self_attn, "sliding_window", None) for layer in again.model.layers]
+    assert windows == [None if layer in full else WINDOW for layer in range(2)]
+    with torch.no_grad():
+        expected = masked_by_hand(teacher, tokens(), full)
+        torch.testing.assert_close(again(input_ids=tokens()).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_every_gate_has_a_gradient():
     morphable = morphable_of(teacher_of("qwen3: grouped"))
     gates = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
@@ -121,11 +141,40 @@ def test_the_whole_path_with_windows(teacher_folder, recipe_file, tmp_path, caps
     assert "□ sliding window" in (out / "README.md").read_text()
 
 
+def test_given_plans_are_of_the_host_with_its_windows(teacher_folder, recipe_file, tmp_path, capsys):
+    """Layers by hand and a saved plan build; a plan of the other kind of host is refused before there is a folder."""
+    options = ("build", teacher_folder, "--recipe", recipe_file)
+    windows = ("--window", 16)
+    assert run_command(*options, *windows, "-o", tmp_path / "by_hand", "--layers", "1") == 0
+    (made,) = (tmp_path / "by_hand").glob("stages/build-*/model/config.json")
+    assert json.loads(made.read_text())["layer_types"] == ["sliding_attention", "full_attention"]
+    window_plan, linear_plan = tmp_path / "window.json", tmp_path / "linear.json"
+    for path, option in ((window_plan, SLIDING), (linear_plan, "linear")):
+        Plan({"layers.0": option, "layers.1": FULL}, Budget("layers", 1)).save(path)
+    capsys.readouterr()
+    for command in ("morph", "build", "distill", "extend"):
+        refused = [command, *options[1:], "-o", tmp_path / "refused", "--plan"]
+        assert run_command(*refused, window_plan) == 2
+        said = capsys.readouterr().err
+        assert "layers.0 has the option 'sliding', and layers can be full or linear here" in said
+        assert "--set host.window=TOKENS" in said
+        assert run_command(*refused, linear_plan, *windows) == 2
+        assert "'linear', and layers can be full or sliding here; " in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
+    again = ("-o", tmp_path / "again", "--from", tmp_path / "by_hand", "--plan", window_plan)
+    assert run_command(*options, *again, "--set", "host.window=16") == 0
+    assert "done before" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "window", "problem"),
     [
         ("qwen3: grouped", {}, 512, "host.window must be a number of tokens from 2 to below 512; got 512"),
-        ("qwen3: grouped", {}, 1, "host.window must be a number of tokens from 2"),
+        *(
+            ("qwen3: grouped", {}, window, "host.window must be a whole number at least 2; got ")
+            for window in (1, -8, 8.5, "wide", None, True, [8], 1e21)
+        ),
+        ("qwen3: grouped", {}, 10**18, "host.window must be a number of tokens from 2 to below 512; got 1000"),
         ("qwen3: grouped", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, 8, "sliding"),
         ("llama: grouped", {"attention_bias": True}, 8, "the teacher has biases \\(attention_bias\\); Ministral"),
         ("granite: grouped", {}, 8, "'granite' have no host for windows; these have one: llama, ministral"),

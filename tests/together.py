@@ -9,6 +9,7 @@ import torch.distributed as dist
 from conftest import random_qwen3, tiny_tokenizer
 from safetensors.torch import save_file
 from test_objective import objective_on
+from test_step import KINDS, step_of
 from test_training import SETTINGS, rows_in, settings_of, student_and_teacher
 from torch.distributed.tensor import DTensor
 
@@ -97,6 +98,12 @@ def main(folder: Path) -> None:
     weights = trained("extend", folder / "extend-again", True, activation_checkpointing=True, micro_batch_tokens=24)
     if ranks.is_first():
         save_file(weights, folder / "extend-again.safetensors")
+    for kind in KINDS:
+        for micro_rows, sharded in ((1, False), (None, False), (2, True)):
+            name = f"{kind}-step-{micro_rows}"
+            gradients, loss = step_of(kind, folder / name, micro_rows, sharded)
+            if ranks.is_first():
+                save_file(gradients, folder / f"{name}.safetensors", {"loss": str(loss)})
     kinds = {"whole": (False, False), "divided": (True, False), "divided-again": (True, True)}
     every = [ranks.gather(searched(folder / name, *kind)) for name, kind in kinds.items()]
     assert all(one == other for one, other in every), "both must be told the same"

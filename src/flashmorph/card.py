@@ -6,6 +6,7 @@ import yaml
 from transformers import PreTrainedConfig
 
 import flashmorph
+from flashmorph.evaluation import text_in_words
 from flashmorph.hosts import LINEAR, configure
 from flashmorph.hosts.serving import Engine
 from flashmorph.plan import FULL
@@ -30,7 +31,7 @@ def model_card(run: Run, results: Results) -> str:
     mixer, tag = host.mixers[other], "linear-attention" if other == LINEAR else "sliding-window-attention"
     plan = results.plan
     config = host.with_layer_types(config, list(plan.assignments.values()))
-    engines = "\n".join(_served(engine, config) for engine in host.serves)
+    engines = "\n".join(served_by(engine, config) for engine in host.serves)
     kept, number = len(plan.full_groups), len(plan.assignments)
     selected = any(stage.name == "select" for stage in results.stages)
     given = [] if selected else ["--plan", "plan.json"]
@@ -39,6 +40,7 @@ def model_card(run: Run, results: Results) -> str:
     revision = f" at revision {code(run.teacher.revision)}" if run.teacher.revision else ""
     rows = "\n".join(_row(name, score) for name, score in results.scores.items())
     tasks = ", ".join(map(code, run.recipe.tasks))
+    text = text_in_words(results.scores["hybrid"].to_dict())
     snippet = f"""from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained({python_string(run.folder.path.resolve().name)})"""
@@ -61,7 +63,8 @@ An ordinary `{host.name}` checkpoint. Nothing of flashmorph's is needed to use i
 {rows}
 
 Recall: greedy generation, exact match of the whole answer, mean over {tasks}; {run.recipe.evaluate.questions} questions
-each at {run.recipe.evaluate.length:,} tokens. Perplexity: held-out text. Cache: one sequence of 131,072 tokens.
+each at {run.recipe.evaluate.length:,} tokens. Perplexity: {text}.
+Cache: one sequence of 131,072 tokens.
 {_worth(results)}
 [report.html](report.html) shows the choice, recall by task, perplexity by position, the cache and what each stage
 took, on one page; its figures lie in `figures/`.
@@ -88,10 +91,10 @@ def _front_matter(run: Run, tag: str) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)
 
 
-def _served(engine: Engine, config: PreTrainedConfig) -> str:
+def served_by(engine: Engine, config: PreTrainedConfig) -> str:
     """One line of the table of engines, about this very checkpoint."""
     if not engine.fits(config):
-        return f"| {engine.name} | no: it needs {engine.needs} |"
+        return f"| {engine.name} | no: it needs {engine.needs}. {engine.otherwise}".rstrip() + " |"
     takes = f"; {engine.takes}" if engine.takes else ""
     return f"| {engine.name} | {engine.version} ({engine.known}){takes} |"
 

@@ -1,7 +1,8 @@
 """Text: where it comes from, its four disjoint splits, and where a reader of it stands."""
 
-import glob
 import hashlib
+import json
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -12,16 +13,15 @@ from typing import Any
 import datasets
 import numpy as np
 
-from flashmorph.chat import CHAT_COLUMNS, Message, messages_in, spoken
+from flashmorph.chat import CHAT_COLUMNS, TOOLS_COLUMN, Message, messages_in, spoken, tools_in
 from flashmorph.errors import UserError
 from flashmorph.tasks.words import SPLITS
+from flashmorph.textfiles import ENDINGS, data_files, no_column, stream_of
 
 DEMO = "demo"
-_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text"}
 _HELD_OUT_SHARES = {"validation": 0.05, "referee": 0.05, "test": 0.05}
 _BLOCK = 1_000
 _POOL_CHARACTERS = 8_000_000
-_LONG, _PIECE = 60_000, 20_000
 
 
 def split_of(text: str) -> str:
@@ -36,10 +36,16 @@ def split_of(text: str) -> str:
 
 @dataclass(frozen=True)
 class Document:
-    """A text, or a conversation: then `text` is what is said in it."""
+    """A text, or a conversation: then `text` is what is said in it, and `tools` what it may call."""
 
     text: str
     messages: list[Message] | None = None
+    tools: Any = None
+
+    @property
+    def split(self) -> str:
+        """The split that it belongs to."""
+        return split_of(self.text + (json.dumps(self.tools, sort_keys=True) if self.tools else ""))
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,10 @@ class Corpus:
 
     `source` is `demo`, a file, a folder of files (txt, md, jsonl, json, parquet, each also compressed as xz, gz or
     zst) or the name of a dataset, which is streamed; `config` and `column` belong to the latter two, `split` to a
-    dataset. A txt or md file is one document, unless it is long: then it is cut at empty lines, so that one big file
-    has all splits too. A row is a conversation where `column` holds one, or where there is no such column but one of
-    `CHAT_COLUMNS`; `replies_only`: of conversations, only the assistant's words are learnt.
+    dataset. A txt or md file is one document, unless it is long: then it is cut, so that one big file has all splits
+    too (`textfiles.py`). A row is a conversation where `column` holds one, or where that holds nothing but one of
+    `CHAT_COLUMNS` does; `TOOLS_COLUMN` holds what it may call. `replies_only`: of conversations, only the assistant's
+    words are learnt.
     """
 
     source: str = DEMO
@@ -79,7 +86,7 @@ class Corpus:
 
     def documents(self, split: str, seed: int) -> Iterator[str]:
         """The text of one pass over the documents of `split`; see `read`."""
-        return (document.text for document, _ in self.read(split, seed))
+        return (document.text for document, _ in self.read(split, seed) if document.text)
 
     def read(self, split: str, seed: int, place: Place | None = None) -> Iterator[tuple[Document, Place]]:
         """One pass over the documents of `split`, from `place` on, each with the place behind it.
@@ -94,23 +101,30 @@ class Corpus:
         """
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
-        whole_files = self.source != DEMO and _reader_of(Path(self.source)) == "text"
         for block, at in self._blocks(seed, place or Place()):
-            texts = (document for row in block for document in self._documents_in(row, whole_files))
-            wanted = (document for document in texts if document.text and split_of(document.text) == split)
+            found = (self._document_in(row, where) for where, row in block)
+            wanted = (document for document in found if document and document.split == split)
             for number, document in enumerate(islice(wanted, at.given, None), at.given + 1):
                 yield document, Place(at.reader, at.blocks, number)
 
-    def _blocks(self, seed: int, place: Place) -> Iterator[tuple[list[dict[str, Any]], Place]]:
-        """Shuffled blocks of rows, each with its place; whatever a reader stumbles over becomes one sentence."""
+    def every(self) -> Iterator[Document]:
+        """One pass over the documents of all splits; see `read`."""
+        for block, _ in self._blocks(0, Place()):
+            yield from (document for where, row in block if (document := self._document_in(row, where)))
+
+    def _blocks(self, seed: int, place: Place) -> Iterator[tuple[list[tuple[str, dict[str, Any]]], Place]]:
+        """Shuffled blocks of rows, each row with the file or dataset that it is from, each block with its place;
+        whatever a reader stumbles over becomes one sentence."""
         order = np.random.default_rng(seed)
         for _ in range(place.blocks):
             order.permutation(_BLOCK)
         try:
-            stream = self._open().shuffle(seed=seed, buffer_size=1)
+            paths = self.paths()
+            stream = self._from_hub() if paths is None else stream_of(paths, self._columns, (TOOLS_COLUMN,))
+            stream = stream.shuffle(seed=seed, buffer_size=1)
             if place.reader:
                 stream.load_state_dict(place.reader)
-            rows = iter(stream)
+            rows = ((self.source, row) if paths is None else (row["file"], row["row"]) for row in stream)
             while block := list(islice(rows, _BLOCK)):
                 yield [block[number] for number in order.permutation(len(block))], place
                 place = Place(stream.state_dict(), place.blocks + 1)
@@ -122,17 +136,26 @@ class Corpus:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{self.source} cannot be read: {reason}") from error
 
-    def _documents_in(self, row: dict[str, Any], whole_files: bool) -> Iterator[Document]:
-        column = next((name for name in (self.column, *CHAT_COLUMNS) if name in row), None)
-        if column is None:
-            raise UserError(f"{self.source} has no column {self.column!r}; it has {', '.join(map(repr, row))}")
+    def _document_in(self, row: dict[str, Any], where: str) -> Document | None:
+        if not any(name in row for name in self._columns):
+            raise no_column(where, self.column, list(row))
+        column = next((name for name in self._columns if row.get(name) is not None), None)
+        if column is None or row[column] == "":
+            return None
         value = row[column]
-        if messages := messages_in(value):
-            yield Document(spoken(messages), messages)
-        elif value is None or isinstance(value, str):
-            yield from (Document(piece) for piece in (_cut(value or "") if whole_files else [value or ""]))
-        else:
-            raise UserError(f"{self.source}: column {column!r} holds {value!r}, which is neither text nor conversation")
+        messages = messages_in(value, in_json=column in CHAT_COLUMNS)
+        if messages is not None:
+            return Document(spoken(messages), messages, tools_in(row.get(TOOLS_COLUMN)))
+        if not isinstance(value, str):
+            raise UserError(
+                f"{where}: column {column!r} holds {reprlib.repr(value)}, which is neither text nor conversation"
+            )
+        return Document(value)
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        """Where text or a conversation is looked for, in this order."""
+        return tuple(dict.fromkeys((self.column, *CHAT_COLUMNS)))
 
     def pool(self, split: str, seed: int, characters: int = _POOL_CHARACTERS) -> list[str]:
         """Documents of `split` up to about `characters` characters: what haystacks are made of.
@@ -150,21 +173,22 @@ class Corpus:
             raise no_text(self, split)
         return pool
 
-    def _open(self) -> datasets.IterableDataset:
-        """The stream behind `source`."""
+    def paths(self) -> list[Path] | None:
+        """The local files that are read; None for a dataset of the hub.
+
+        Raises:
+            UserError: see `data_files`; or there is nothing of text at `source`.
+        """
         if self.source == DEMO:
-            demo = files("flashmorph") / "assets" / "demo_text.jsonl.xz"
-            return datasets.load_dataset("json", data_files=str(demo), split="train", streaming=True)
+            return [Path(str(files("flashmorph") / "assets" / "demo_text.jsonl.xz"))]
         path = Path(self.source)
-        if path.exists():
-            paths, reader = _files(path), _reader_of(path)
-            if not reader:
-                raise UserError(f"{path} holds no text: give files that end in {', '.join(_READERS)}")
-            if any(_reader(file) != reader for file in paths):
-                raise UserError(f"{path} holds files of several kinds, such as {paths[0].name}: give one kind")
-            options: dict[str, Any] = {"sample_by": "document"} if reader == "text" else {}
-            names = [glob.escape(str(file)) for file in paths if _reader(file) == reader]
-            return datasets.load_dataset(reader, data_files=names, split="train", streaming=True, **options)
+        if not path.exists():
+            return None
+        if not (paths := data_files(path, self._columns)):
+            raise UserError(f"{path} holds no text: give files that end in {', '.join(ENDINGS)}")
+        return paths
+
+    def _from_hub(self) -> datasets.IterableDataset:
         try:
             return datasets.load_dataset(self.source, self.config, split=self.split, streaming=True)
         except Exception as error:
@@ -193,39 +217,12 @@ def shares_of(corpus: Corpus | Mixture) -> Sequence[tuple[Corpus, float]]:
     return list(zip(corpus.parts, corpus.shares, strict=True)) if isinstance(corpus, Mixture) else [(corpus, 1.0)]
 
 
-def local_files(corpus: Corpus | Mixture) -> list[tuple[str, int]]:
-    """Name and size in bytes of every local file that a corpus is read from: none for the demo text or the hub."""
-    paths = [Path(part.source) for part, _ in shares_of(corpus) if part.source != DEMO]
-    return [(str(file), file.stat().st_size) for path in paths if path.exists() for file in _files(path)]
+def files_of(corpus: Corpus | Mixture) -> list[Path]:
+    """The user's own files that a corpus is read from; none for the demo text or the hub."""
+    parts = [part for part, _ in shares_of(corpus) if part.source != DEMO]
+    return [file for part in parts for file in part.paths() or []]
 
 
 def no_text(corpus: Corpus, split: str) -> UserError:
     """What to say of a corpus without a document in `split`."""
     return UserError(f"{corpus.source} has no text for the split {split!r}: it needs more documents")
-
-
-def _files(path: Path) -> list[Path]:
-    """The readable files of a folder, or the file itself."""
-    return sorted(file for file in path.rglob("*") if _reader(file)) if path.is_dir() else [path]
-
-
-def _reader_of(path: Path) -> str | None:
-    """The reader of a file, or of the first file in a folder."""
-    paths = _files(path) if path.exists() else []
-    return _reader(paths[0]) if paths else None
-
-
-def _cut(text: str) -> Iterator[str]:
-    """A long text in pieces of at least `_PIECE` characters, each ending with an empty line."""
-    start = 0
-    while start < len(text):
-        end = text.find("\n\n", start + _PIECE) if len(text) - start > _LONG else -1
-        end = len(text) if end < 0 else end + 2
-        yield text[start:end]
-        start = end
-
-
-def _reader(path: Path) -> str | None:
-    """The `datasets` reader for a file name, compressed or not."""
-    suffixes = [suffix for suffix in path.suffixes if suffix not in (".xz", ".gz", ".zst")]
-    return _READERS.get(suffixes[-1]) if suffixes and path.is_file() else None

@@ -15,11 +15,12 @@ from flashmorph.outputs import save_picture
 from flashmorph.plan import Budget, Plan, Space
 from flashmorph.progress import Report
 from flashmorph.run import Run
-from flashmorph.rundata import select_settings
+from flashmorph.rundigests import ends, select_settings, task_settings
 from flashmorph.runfolder import Stage
 from flashmorph.runmodels import open_morphable, open_objective
 from flashmorph.selection import Selection, needs_of
 from flashmorph.selection.search import searches_alike, select, serves_every_budget
+from flashmorph.signal import with_signal
 
 _NESTED = ("greedy-backward", "greedy-forward", "race")
 """Strategies whose order of choice holds the plans for all budgets."""
@@ -104,19 +105,22 @@ def run_curve(run: Run, host: Stage, branches: Stage, questions: int) -> Curve:
     """The budget curve of an aligned run, as a stage of its own.
 
     Raises:
-        UserError: the strategy cannot spend a count of layers, or weights are divided.
+        UserError: the strategy cannot spend a count of layers, or weights are divided; or see `with_signal`.
     """
-    recipe = run.recipe
     if run.shards:
         raise UserError("a curve asks whole models for answers: go on with --set shard=false")
+    run = with_signal(run, host, branches)
+    recipe = run.recipe
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
-        curve = budget_curve(run, open_morphable(run, host, branches), questions, folder, report)
+        fitted = replace(run, recipe=run.at_once("curve", folder))
+        curve = budget_curve(fitted, open_morphable(run, host, branches), questions, folder, report)
         if ranks.is_first():
             write_json(folder / "curve.json", curve.to_dict())
-        return {"summary": f"{len(curve.points)} budgets"}
+        return {"left_out": list(run.left_out), "summary": f"{len(curve.points)} budgets"}
 
-    wanted = {"questions": questions, **select_settings(run)}
+    asked = [recipe.select.search.longest, recipe.select.search.questions, task_settings(run)]
+    wanted = {"questions": questions, "asked": asked, **ends(run), **select_settings(run)}
     stage = run.stage("curve", f"{recipe.select.strategy}, every budget", wanted, [branches.digest], work)
     values = read_json(stage.folder / "curve.json")
     return Curve(values["strategy"], [Point(**point) for point in values["points"]])

@@ -1,8 +1,18 @@
-"""Which device computes, and whether bfloat16 pays there."""
+"""Which device computes, whether bfloat16 pays there, and how much memory a process may take of it."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from flashmorph.errors import UserError
+
+_SHARE = {"cuda": 0.8, "mps": 0.7, "cpu": 0.5}
+"""Of a device's memory, what formulas may fill: the rest is for their error, for what the device itself takes, and on a
+CPU for other programs and for linear mixers in plain PyTorch, which keep twice as much."""
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -28,3 +38,45 @@ def use_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return False
+
+
+def usable_memory(device: torch.device, processes: int = 1) -> float:
+    """Bytes that one of so many processes on this machine may plan with.
+
+    Each has a GPU of its own; they share the memory of a CPU.
+    """
+    return usable(total_memory(device), device.type) / (processes if device.type == "cpu" else 1)
+
+
+def usable(total: float, kind: str = "cuda") -> float:
+    """Bytes to plan with on a device of this kind that has `total` bytes."""
+    return total * _SHARE[kind]
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that the device has, used or not: on a CPU what the process's control group may take."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return min([_physical_memory(), *_cgroup_limits(_CGROUPS, _OWN_CGROUPS)])
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cgroup_limits(root: Path, own: Path) -> Iterator[int]:
+    """Limits of the control groups (version 2 and 1) that this process is in, and of those above them."""
+    lines = own.read_text().splitlines() if own.is_file() else []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+        group = top / path.lstrip("/")
+        # Inside of a container the path is the host's, and its own group stands at the top.
+        for folder in [group, *group.parents]:
+            limit = folder / name
+            if folder.is_relative_to(top) and limit.is_file() and (value := limit.read_text().strip()).isdecimal():
+                yield int(value)

@@ -1,7 +1,6 @@
 """Versions, devices and kernels, for `flashmorph env` and bug reports."""
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -10,6 +9,7 @@ from flashmorph.devices import pick_device, use_bf16
 from flashmorph.hosts import HOSTS
 from flashmorph.hosts.kernels import REFERENCE, implementation_in_use
 from flashmorph.packing import how_apart
+from flashmorph.versions import version_of
 
 _PACKAGES = (
     "torch",
@@ -28,7 +28,7 @@ def describe() -> dict[str, str]:
     """Facts by name; a kernel's line says what runs on this device and why."""
     device = pick_device("auto")
     facts = {"flashmorph": flashmorph.__version__, "python": platform.python_version()}
-    facts |= {name: _version(name) for name in _PACKAGES}
+    facts |= {name: version_of(name) for name in _PACKAGES}
     facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     facts["cpu threads"] = str(torch.get_num_threads())
     facts["bfloat16 products"] = "used" if use_bf16(device) else "not used (slow or missing on this device)"
@@ -44,10 +44,3 @@ def _kernel(modelling: str, name: str, device: torch.device) -> str:
         return f"PyTorch reference (tensors are on {device.type}; the fast kernels need CUDA)"
     used = implementation_in_use(modelling, name)
     return used if used != REFERENCE else "PyTorch reference (no kernel package; see the extra `gpu`)"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -1,9 +1,15 @@
 """The errors that a user is meant to read."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 _LISTED = 40
+_QUOTED = 80
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = _QUOTED
 
 
 class UserError(ValueError):
@@ -23,4 +29,13 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, 1, 0.4)
     listed = f"there are {', '.join(known)}" if len(known) <= _LISTED else "and none of the known names is like it"
     hint = f"did you mean {near[0]!r}?" if near else listed
-    return f"unknown {kind} {name!r}; {hint}"
+    return f"unknown {kind} {quoted(name)}; {hint}"
+
+
+def quoted(value: Any) -> str:
+    """A value as it was given, cut where it is long: a sentence stays a sentence, however large or nested the value."""
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # Python does not write out whole numbers of thousands of digits.
+        text = "a number of thousands of digits"
+    return text if len(text) <= _QUOTED else f"{text[: _QUOTED - 1]}…"

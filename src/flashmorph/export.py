@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from flashmorph.checkpoint import weight_files
 from flashmorph.errors import UserError
 from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.hosts import host_of, options_of
@@ -20,7 +21,7 @@ from flashmorph.hosts.serving import Gguf, full_interval
 from flashmorph.outputs import claim_output
 from flashmorph.plan import FULL
 from flashmorph.runfolder import MARKER
-from flashmorph.teacher import load_config, require_safetensors
+from flashmorph.teacher import load_config
 
 CONVERTER = "convert_hf_to_gguf.py"
 _OUTTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -43,7 +44,7 @@ def export_gguf(
     claim_output(target, None, force)
     config = _config_of(folder)
     form, options = gguf_form(folder, config)
-    require_safetensors(folder)
+    weight_files(folder)
     require_converter(llama_cpp, form, options)
     with TemporaryDirectory() as place, atomic_path(target) as file:
         source = Path(place) / (folder.resolve().name or "model")

@@ -8,11 +8,12 @@ import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from flashmorph.errors import UserError
+from flashmorph.errors import UserError, quoted
 
 _TEMPORARY = re.compile(r"\.flashmorph-[0-9a-f]{32}\.part")
 _SPECIAL = {
@@ -24,11 +25,10 @@ _SPECIAL = {
 
 
 @contextmanager
-def atomic_path(target: Path) -> Iterator[Path]:
+def atomic_path(target: Path, over_folder: bool = False) -> Iterator[Path]:
     """A temporary path (file or folder, the caller's choice) beside `target` that takes its place on success.
 
-    An existing file is replaced, and a link, whose target stays; a folder only if it is empty, since a folder never
-    changes once it stands.
+    An existing file is replaced, and a link, whose target stays; of folders an empty one, and any with `over_folder`.
 
     Raises:
         UserError: the place cannot be written, is a device, a pipe or a socket, or the disk is full.
@@ -40,6 +40,9 @@ def atomic_path(target: Path) -> Iterator[Path]:
         refuse_special(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        if over_folder and target.is_dir():
+            # A folder with files in it cannot be renamed over.
+            shutil.rmtree(target)
         os.replace(temporary, target)
     except OSError as error:
         if error.errno is None:
@@ -79,27 +82,50 @@ def write_json(target: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON.
+def read_json(path: Path, unique: bool = False) -> Any:
+    """Read JSON; where keys must be `unique`, one that stands twice in an object is refused.
 
     Raises:
         UserError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once if unique else None)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
-def weights_digest(folder: Path) -> str:
-    """Of a checkpoint's configuration, weights and tokenizer, so that a changed file is another model."""
-    digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("tokenizer*.json")]):
-        digest.update(path.name.encode())
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {quoted(twice)} stands twice")
+    return values
+
+
+@cache
+def content_digest(path: Path, size: int, changed: int, most: int) -> str:
+    """Of a file of `size` bytes, last `changed` then; it is read once.
+
+    Of a file longer than `most` bytes so many are read, in blocks at equal distances.
+    """
+    block = 1 << 16
+    number = max(1, most // block)
+    starts = range(0, size, block)
+    if size > most:
+        starts = [place * (size - block) // number for place in range(number + 1)]
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as stream:
+        for start in starts:
+            stream.seek(start)
+            digest.update(stream.read(block))
+    return shortened(digest)
+
+
+def shortened(digest: Any) -> str:
+    """Twelve digits of a digest."""
     return digest.hexdigest()[:12]
 
 

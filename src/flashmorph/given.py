@@ -1,49 +1,85 @@
-"""A plan that the user gives instead of a search."""
+"""A plan that the user gives instead of a search, held against the space of the run's host before any work."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
-from flashmorph.errors import UserError
-from flashmorph.plan import Budget, Plan, Space
-from flashmorph.run import Run
-from flashmorph.teacher import load_config
+from transformers import PreTrainedConfig
+
+from flashmorph.errors import UserError, quoted
+from flashmorph.hosts import LINEAR, SLIDING, configure, layer_space
+from flashmorph.plan import FULL, Budget, Plan, Space
+from flashmorph.recipe import Recipe
+
+_NUMBER = re.compile(r"-?[0-9]{1,9}")
+_OTHER_HOST = {
+    SLIDING: "it was chosen with sliding windows, so set them here too: --set host.window=TOKENS",
+    LINEAR: "it was chosen without sliding windows, so leave host.window out",
+}
 
 
-def plan_from_file(run: Run, path: Path) -> Plan:
-    """A plan that was saved before, for a teacher of the same shape.
+def given_plan(
+    teacher: str, config: PreTrainedConfig, recipe: Recipe, path: Path | None, layers: str | None
+) -> Plan | None:
+    """The plan in a file, or of these layers, for a teacher of this name and configuration; None where none is given.
 
     Raises:
-        UserError: no plan, or one for another model.
+        UserError: both are given, the file is no plan, or see `require_fits`.
     """
-    plan = Plan.load(path)
-    Space.of_layers(load_config(run.teacher.folder).num_hidden_layers).one_hot(plan)
+    if path is not None and layers is not None:
+        raise UserError("give --plan or --layers, not both")
+    space = space_of_run(config, recipe)
+    if layers is not None:
+        plan = replace(plan_of_layers(space, layers), teacher=teacher)
+    elif path is not None:
+        plan = Plan.load(path)
+    else:
+        return None
+    require_fits(plan, space, f"--layers {quoted(layers)}" if path is None else str(path))
     return plan
 
 
-def plan_from_layers(run: Run, layers: str) -> Plan:
+def space_of_run(config: PreTrainedConfig, recipe: Recipe) -> Space:
+    """The space of plans, layers counted, of the host that the recipe moves a teacher of this configuration into."""
+    host, own = configure(config, recipe.host)
+    return layer_space(host, own, Budget("layers", 1))
+
+
+def plan_of_layers(space: Space, layers: str) -> Plan:
     """The plan that keeps these layers full: `1,2,6`.
 
     Raises:
-        UserError: not a list of layer numbers, or all layers, or one that there is not.
+        UserError: not a list of layer numbers, or one that there is not, or that stands twice.
     """
-    try:
-        numbers = sorted({int(number) for number in layers.split(",")})
-    except ValueError as error:
-        raise UserError(f"--layers {layers!r} must be layer numbers with commas, for example 1,2,6") from error
-    space = Space.of_layers(load_config(run.teacher.folder).num_hidden_layers)
-    budget = Budget("layers", len(numbers))
-    space.limit(budget)
-    return replace(space.plan([f"layers.{number}" for number in numbers], budget), teacher=run.teacher.name)
+    parts = [part.strip() for part in layers.split(",")]
+    if not all(_NUMBER.fullmatch(part) for part in parts):
+        raise UserError(f"--layers {quoted(layers)} must be layer numbers with commas, for example 1,2,6")
+    numbers, last = [int(part) for part in parts], len(space.groups) - 1
+    for place, number in enumerate(numbers):
+        if not 0 <= number <= last:
+            raise UserError(f"--layers: there is no layer {number}; the layers are 0 to {last}")
+        if number in numbers[:place]:
+            raise UserError(f"--layers: layer {number} stands twice")
+    return space.plan([f"layers.{number}" for number in numbers], Budget("layers", len(numbers)))
 
 
-def given_plan(run: Run, path: Path | None, layers: str | None) -> Plan | None:
-    """The plan in a file, or of these layers; None where neither is given.
+def require_fits(plan: Plan, space: Space, name: str) -> None:
+    """Refuse a plan of another model or another host, and one that is no hybrid; `name` is what it is called.
 
     Raises:
-        UserError: both are given, or see the two.
+        UserError: see above.
     """
-    if path and layers:
-        raise UserError("give --plan or --layers, not both")
-    if path:
-        return plan_from_file(run, path)
-    return plan_from_layers(run, layers) if layers else None
+    for group, option in plan.assignments.items():
+        if option in _OTHER_HOST and option not in space.options:
+            raise UserError(
+                f"{name}: {group} has the option {option!r}, and layers can be {' or '.join(space.options)} here; "
+                f"{_OTHER_HOST[option]}"
+            )
+    try:
+        space.one_hot(plan)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    full = [option for option in plan.assignments.values() if option == FULL]
+    if not 0 < len(full) < len(space.groups):
+        kept = "no layer" if not full else f"all {len(full)} layers"
+        raise UserError(f"{name} keeps {kept} full; a hybrid keeps at least one and not all")

@@ -21,6 +21,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _STOP = 0
 _PATIENCE_SECONDS = 10.0
 """How long a command has to leave by itself; temporary files are removed on the way."""
+_TEMPLATE_SECONDS = 20
+"""Of computing: a chat template is a program."""
 
 
 class Interrupted(SystemExit):
@@ -182,3 +184,11 @@ def time_limit(seconds: float, sentence: str) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+template_limit = time_limit(
+    _TEMPLATE_SECONDS,
+    f"the teacher's chat template takes more than {_TEMPLATE_SECONDS} seconds for one conversation: does it come to an "
+    "end? Mend it, or go without conversations",
+)
+"""For functions that put one conversation into words."""

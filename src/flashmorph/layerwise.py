@@ -5,11 +5,9 @@ probe batch of `move.py` goes along, in every form of the two models that is com
 logits, and the same proof, as after a move of whole models, and before it one proof for each layer.
 """
 
-import copy
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,21 +15,20 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig
 
-from flashmorph.errors import UserError
 from flashmorph.hosts import Host, configure
 from flashmorph.losses import Head
 from flashmorph.move import Proof, in_float64, probe, require_finite
 from flashmorph.progress import Report, silent
 from flashmorph.shards import ShardReader, ShardWriter
-from flashmorph.teacher import incomplete, load_config, unreadable
+from flashmorph.stored import take_stock
+from flashmorph.teacher import load_config, require_one_head, unreadable, without_weights
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_EMBEDDING = "embed_tokens."
+_EMBEDDING = "model.embed_tokens."
 _HEAD = "lm_head."
 
 
@@ -41,11 +38,13 @@ class Moved:
 
     `rounding` is how much further than the teacher's own rounded form the host's is from the float32 teacher, as a KL
     on the probe batch; None where nothing is rounded. Which weights round up is chance: single models scatter around 1.
+    `notices` are about what is stored and was left out.
     """
 
     proof: Proof
     parts: dict[str, Proof]
     rounding: float | None
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,31 +88,32 @@ def transplant_checkpoint(
     settings: Mapping[str, Any] | None = None,
     device: torch.device | None = None,
     report: Report = silent,
+    allow_unused: bool = False,
 ) -> tuple[PreTrainedConfig, Moved]:
     """Write the teacher in `source`, moved into its host's class, into the folder `target`: weights and configuration.
 
     In the dtype of the checkpoint, in files as large as the teacher's; what the host computes is proven in float32.
     In memory at once, at most: one file of the result; and of one layer the weights in float32 of teacher and host, or
-    the teacher's in float64. `settings` are the host's own (`{"mamba_expand": 1}`).
+    the teacher's in float64. `settings` are the host's own (`{"mamba_expand": 1}`); `allow_unused` as in `take_stock`.
 
     Raises:
-        UserError: no exact host, a checkpoint that is damaged or incomplete, or a part that differs by more than the
-            tolerance.
+        UserError: no exact host, a checkpoint that is damaged or incomplete or holds what is not computed, or a part
+            that differs by more than the tolerance.
     """
     config = load_config(source)
     host, own = configure(config, settings)
     reader, device = ShardReader(source), device or torch.device("cpu")
     writer = ShardWriter(target, reader.largest_bytes if len(reader.files) > 1 else None)
+    teacher = without_weights(config)
+    stock = take_stock(teacher, reader.dtypes, source, allow_unused)
     with init_empty_weights(include_buffers=False):
-        # The class writes the dtype that it is made in into its configuration.
-        teacher = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
         model = host.model_class(cast(Any, own))
-    for each in (teacher.eval(), model.eval()):
+    for each in (teacher, model.eval()):
         _buffers_to(each, device)
     dtype = cast(torch.dtype, config.dtype or torch.float32)
     rounded = dtype if dtype in (torch.bfloat16, torch.float16) else None
     trip = _Trip(host, teacher, model, rounded, probe(config).to(device))
-    parts = _parts(config, reader.names)
+    parts = _parts(config, stock.taken)
     for number, part in enumerate(parts):
         report(number, len(parts))
         _read(teacher, part, reader, source, device)
@@ -126,7 +126,7 @@ def transplant_checkpoint(
     model.config.save_pretrained(target)
     cast(Any, teacher.generation_config).save_pretrained(target)
     report(len(parts), len(parts))
-    return model.config, moved
+    return model.config, replace(moved, notices=stock.notices)
 
 
 class _Trip:
@@ -186,23 +186,17 @@ class _Trip:
         return Moved(proof, self._proofs, hosts / own)
 
 
-def _parts(config: PreTrainedConfig, stored: Sequence[str]) -> list[_Part]:
-    """The parts in the order in which they run; weights of other layers than the configuration has are left out."""
-    inside: dict[int, list[str]] = {number: [] for number in range(config.num_hidden_layers)}
-    outside = []
-    for name in stored:
-        if match := _LAYER.search(name):
-            inside.get(int(match.group(1)), []).append(name)
-        else:
-            outside.append(name)
-    embedding = [name for name in outside if _EMBEDDING in name]
-    last = [name for name in outside if name not in embedding]
-    if config.tie_word_embeddings:
-        last += embedding
+def _parts(config: PreTrainedConfig, taken: Mapping[str, str]) -> list[_Part]:
+    """The parts in the order in which they run; `taken` has the weight that each stored name goes into."""
+
+    def part(name: str, *prefixes: str, also: str = "", layer: int | None = None) -> _Part:
+        wanted = (*prefixes, also) if also else prefixes
+        return _Part(name, [name for name, weight in taken.items() if weight.startswith(wanted)], prefixes, layer)
+
     return [
-        _Part("the embedding", embedding, (f"model.{_EMBEDDING}",)),
-        *(_Part(f"layer {number}", names, (f"model.layers.{number}.",), number) for number, names in inside.items()),
-        _Part("the head", last, ("model.norm.", _HEAD)),
+        part("the embedding", _EMBEDDING),
+        *(part(f"layer {n}", f"model.layers.{n}.", layer=n) for n in range(config.num_hidden_layers)),
+        part("the head", "model.norm.", _HEAD, also=_EMBEDDING if config.tie_word_embeddings else ""),
     ]
 
 
@@ -210,8 +204,8 @@ def _read(teacher: PreTrainedModel, part: _Part, reader: ShardReader, source: Pa
     """Fill one part of `teacher` in float32, as `from_pretrained` does: weights renamed, experts joined.
 
     Raises:
-        UserError: a weight is missing, damaged, of another shape or not finite; or a head that the configuration ties
-            to the embedding is stored beside it and is another.
+        UserError: a weight is damaged, of another shape or not finite; or a head that the configuration ties to the
+            embedding is stored beside it and is another.
     """
     loading = LoadStateDictConfig(
         dtype=torch.float32,
@@ -228,17 +222,9 @@ def _read(teacher: PreTrainedModel, part: _Part, reader: ShardReader, source: Pa
     for name, found, expected in info.mismatched_keys:
         raise unreadable(source, ValueError(f"{name} has shape {list(found)}, not {list(expected)}"))
     if teacher.config.tie_word_embeddings:
-        head, embedding = (cast(Any, each).weight for each in (teacher.lm_head, teacher.get_input_embeddings()))
-        if not (head.is_meta or embedding.is_meta or torch.equal(head, embedding)):
-            raise UserError(
-                f"{source} has a head of its own, and its config.json ties it to the embedding: set "
-                "tie_word_embeddings to false there if the head is the right one"
-            )
+        require_one_head(teacher, source)
         teacher.tie_weights()
-    weights = part.of(teacher.state_dict())
-    if missing := sorted(name for name, weight in weights.items() if weight.is_meta):
-        raise incomplete(source, missing)
-    require_finite(weights.items())
+    require_finite(part.of(teacher.state_dict()).items())
 
 
 def _fill(model: PreTrainedModel, part: _Part, state: dict[str, torch.Tensor]) -> None:

@@ -65,13 +65,19 @@ def forward_kl(
     return _in_chunks(divergence, chunk_tokens(student_head.out_features), student, teacher) / max(1, len(student))
 
 
-def label_loss(hidden: torch.Tensor, head: nn.Linear | Head, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in nats of `labels` `[tokens]`, from hidden states `[tokens, width]`; 0 without any."""
+def label_loss(
+    hidden: torch.Tensor, head: nn.Linear | Head, labels: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean cross-entropy in nats of `labels` `[tokens]`, from hidden states `[tokens, width]`; 0 without any.
 
-    def cross_entropy(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
+    With `weights` `[tokens]` it is the weighted sum instead.
+    """
+    weights = torch.full(labels.shape, 1 / max(1, len(labels)), device=labels.device) if weights is None else weights
 
-    return _in_chunks(cross_entropy, chunk_tokens(head.out_features), hidden, labels) / max(1, len(labels))
+    def cross_entropy(hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return (F.cross_entropy(head(hidden).float(), labels, reduction="none") * weights).sum()
+
+    return _in_chunks(cross_entropy, chunk_tokens(head.out_features), hidden, labels, weights)
 
 
 @torch.no_grad()

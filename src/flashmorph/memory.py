@@ -32,8 +32,9 @@ def _remedy(stage: str, recipe: Recipe) -> str:
     setting, tokens, row = asked
     if tokens > row:
         return f"lower {setting}, now {tokens}: --set {setting}={max(row, tokens // 2 // row * row)}"
-    others = [f"--set {stage}.activation_checkpointing=true"] if stage in ("distill", "extend") else []
-    if stage != "evaluate" and ranks.count() > 1 and not recipe.shard:
+    keeps = stage in ("distill", "extend") and getattr(recipe, stage).activation_checkpointing is not True
+    others = [f"--set {stage}.activation_checkpointing=true"] if keeps else []
+    if stage not in ("teacher", "evaluate") and ranks.count() > 1 and not recipe.shard:
         others.append("--set shard=true")
     return f"{setting} is one row already, {row:,} tokens: {' or '.join([*others, 'shorter rows'])}"
 
@@ -44,10 +45,11 @@ def _tokens_at_once(stage: str, recipe: Recipe) -> tuple[str, int, int] | None:
     if settings := trained.get(stage):
         rows = settings.division(ranks.count()).rows
         return f"{settings.stage}.micro_batch_tokens", rows * settings.length, settings.length
-    if stage in ("select", "curve"):
+    if stage in ("signal", "select", "curve"):
         search = recipe.select.search
         return "select.search.micro_batch_tokens", search.rows_at_once * search.longest, search.longest
-    if stage == "evaluate":
-        tokens, row = recipe.evaluate.batch_tokens, recipe.evaluate.length
+    if stage in ("teacher", "evaluate"):
+        row = recipe.evaluate.length if stage == "evaluate" else recipe.select.search.longest
+        tokens = recipe.evaluate.tokens_at_once
         return "evaluate.batch_tokens", max(tokens, row), row
     return None

@@ -6,15 +6,17 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from flashmorph.corpus import shares_of
+from flashmorph.documents import require_template
 from flashmorph.errors import UserError
-from flashmorph.hosts import configure
-from flashmorph.plan import Budget, Space
+from flashmorph.fitting import require_within_limit
+from flashmorph.hosts import configure, layer_space
+from flashmorph.plan import Budget
 from flashmorph.recipe import Recipe
-from flashmorph.rows import require_template
 from flashmorph.selection import FOLLOW_GRADIENTS, SEARCH_NOTHING
-from flashmorph.selection.search import check_settings, own_settings
+from flashmorph.selection.search import check_search, own_settings
 from flashmorph.selection.searchdata import step_shape
 from flashmorph.stages import TrainSettings, logits_on_disk
+from flashmorph.tasks.turns import template_words
 from flashmorph.teacher import Teacher, load_config
 
 
@@ -36,40 +38,33 @@ def check(teacher: Teacher, recipe: Recipe, processes: int = 1) -> None:
     for corpus, _ in shares_of(recipe.data.corpus):
         if tokenizer and corpus.is_chat:
             require_template(tokenizer, corpus)
+    if tokenizer and (recipe.chat_template or recipe.evaluate.chat_template):
+        template_words(tokenizer, 1)
 
 
 def check_recipe(config: PreTrainedConfig, recipe: Recipe) -> None:
     """What a teacher's configuration and a recipe alone tell.
 
     Raises:
-        UserError: a budget that leaves no choice, settings that the host or the strategy does not have, or a context
-            longer than the teacher's.
+        UserError: a budget that leaves no choice or saves nothing, settings that the host or the strategy does not
+            take, or a context longer than the teacher's.
     """
-    configure(config, recipe.host)
-    budget = Budget.parse(recipe.budget)
-    strategy = recipe.select.strategy
-    if strategy == "tolerance" and budget.resource != "loss":
-        raise UserError(f"strategy tolerance finds the number of full layers itself: give loss=1%, not {budget}")
-    if budget.resource not in ("kv", "loss") or strategy != "tolerance" and budget.resource == "loss":
-        Space.of_layers(config.num_hidden_layers).limit(budget)
-    check_settings(strategy, recipe.select.settings)
-    longest = max(recipe.select.search.longest, recipe.evaluate.length)
-    if longest > config.max_position_embeddings:
-        raise UserError(
-            f"the recipe asks for contexts of {longest:,} tokens and the teacher's limit is "
-            f"{config.max_position_embeddings:,}: lower select.search.length and evaluate.length"
-        )
+    host, own = configure(config, recipe.host)
+    chosen, budget = recipe.select, Budget.parse(recipe.budget)
+    check_search(chosen.strategy, layer_space(host, own, budget), budget, chosen.search.questions, chosen.settings)
+    require_within_limit(recipe, config)
 
 
 def outlook(name: str, config: PreTrainedConfig, recipe: Recipe) -> list[dict[str, Any]]:
-    """What each stage will spend on a teacher of this configuration: tokens, length and data.
+    """What each stage will spend on a teacher of this configuration: tokens, length and data; and the mean context.
 
-    Tokens are None where they show on the way.
+    That is how many tokens before it a token of a training row can attend to. Tokens are None where they show on the
+    way, the mean context where nothing is trained or the lengths of the documents tell.
     """
     source = recipe.data.about
     plans = 2 if recipe.baseline else 1
     host, _ = configure(config, recipe.host)
-    rows: list[tuple[str, int | None, int, str]] = [("transplant", 0, 0, f"{name}: a probe batch")]
+    rows: list[tuple[Any, ...]] = [("transplant", 0, 0, f"{name}: a probe batch")]
     if host.branches_train:
         rows.append(_training_row("align", recipe.align, source, 1))
     else:
@@ -88,7 +83,26 @@ def outlook(name: str, config: PreTrainedConfig, recipe: Recipe) -> list[dict[st
     tokens = settings.questions * settings.length * len(recipe.tasks) + settings.perplexity_tokens
     about = f"{models} models, {settings.questions} questions a task"
     rows.append(("evaluate", tokens * models, settings.length, about))
-    return [dict(zip(("stage", "tokens", "length", "data"), row, strict=True)) for row in rows]
+    found = [dict(zip(("stage", "tokens", "length", "data"), row, strict=True)) for row in rows]
+    contexts = {name: context for name, (context, _) in training_contexts(config, recipe).items()}
+    return [{**row, "mean_context": contexts.get(row["stage"])} for row in found]
+
+
+def training_contexts(config: PreTrainedConfig, recipe: Recipe) -> dict[str, tuple[float | None, str]]:
+    """The mean context of each stage that trains, in tokens, and in words; see `outlook`."""
+    host, _ = configure(config, recipe.host)
+    settings: dict[str, TrainSettings] = {"align": recipe.align} if host.branches_train else {}
+    settings["distill"] = recipe.distill
+    if recipe.distill.teacher_logits:
+        settings["logits"] = recipe.distill
+    if recipe.extend:
+        settings["extend"] = recipe.extend
+    return {name: _mean_context(each) for name, each in settings.items()}
+
+
+def _mean_context(settings: TrainSettings) -> tuple[float | None, str]:
+    most = (settings.length - 1) / 2
+    return (None, f"by the text, at most {most:,.0f}") if settings.keeps_apart else (most, f"{most:,.0f}")
 
 
 def num_models(recipe: Recipe) -> int:

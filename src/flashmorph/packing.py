@@ -4,11 +4,12 @@ Where a host's kernels take the boundaries, rows go through as they are (`marked
 boundaries into batches of single documents (`cut`). `apart` says which, and a stage keeps it in its record.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from flashmorph import ranks
 from flashmorph.hosts import Host
 
 
@@ -77,6 +78,18 @@ def apart(
     if host.takes_boundaries(input_ids.device):
         return [marked(input_ids, starts, loss_mask)]
     return cut(input_ids, starts, loss_mask)
+
+
+def as_often_everywhere(batches: list[Packed]) -> list[Packed]:
+    """`batches`, and so many empty ones that every process has the same number.
+
+    A model whose weights are divided runs in all processes at once. Of an empty one no token counts. To be made by all
+    at once.
+    """
+    first = batches[0]
+    nothing = torch.zeros_like(first.input_ids, dtype=torch.bool)
+    empty = replace(first, real=nothing, continues=nothing, loss_mask=nothing)
+    return batches + [empty] * (max(ranks.gather(len(batches))) - len(batches))
 
 
 def token_order(

@@ -1,4 +1,5 @@
-"""The whole path, top to bottom: transplant, align, select, build, distill, extend, evaluate, save, report.
+"""The whole path, top to bottom: transplant, teacher, align, signal, select, build, distill, extend, evaluate, save,
+report.
 
 Each stage reads an earlier stage's folder and writes its own (`runfolder.py`); the functions that do the work are the
 library's own. Several processes go through it together: a stage's work is shared, or the first does it `alone`
@@ -6,6 +7,7 @@ library's own. Several processes go through it together: a stage's work is share
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from flashmorph import ranks
 from flashmorph.card import model_card
 from flashmorph.errors import UserError
 from flashmorph.evaluation import RangeLosses, Score, evaluate
-from flashmorph.files import read_json, write_json
+from flashmorph.files import atomic_path, read_json, write_json
+from flashmorph.given import require_fits, space_of_run
 from flashmorph.hosts import cache_by_context, host_for, host_of, host_settings, layer_space
 from flashmorph.morphable import Morphable, attach, build
 from flashmorph.packing import how_apart
@@ -25,15 +28,19 @@ from flashmorph.plan import Budget, Plan
 from flashmorph.progress import Report
 from flashmorph.publish import publish, save_model, write_host
 from flashmorph.report import write_report
+from flashmorph.rows import Rows
 from flashmorph.run import Results, Run
 from flashmorph.rundata import (
     calibration,
-    held_out_rows,
+    held_out_text,
     open_questions,
-    row_settings,
-    select_settings,
-    task_settings,
     training_rows,
+)
+from flashmorph.rundigests import (
+    budget_settings,
+    evaluate_settings,
+    logit_settings,
+    select_settings,
     training_settings,
 )
 from flashmorph.runfolder import Stage
@@ -42,6 +49,7 @@ from flashmorph.selection import needs_of
 from flashmorph.selection.search import select
 from flashmorph.selection.uniform import uniform
 from flashmorph.sharding import shard_morphable, shard_student, shard_teacher, whole
+from flashmorph.signal import run_teacher, with_signal
 from flashmorph.stages import (
     RowsWithLogits,
     TrainSettings,
@@ -53,19 +61,22 @@ from flashmorph.stages import (
     write_logits,
 )
 from flashmorph.teacher import load_config, load_model
+from flashmorph.wholeness import is_whole
 
 
-def morph(run: Run, plan: Plan | None = None) -> Results:
+def morph(run: Run) -> Results:
     """The whole path: a hybrid of the teacher with its evidence, published into the run's folder.
-
-    With a `plan` nothing is selected.
 
     Raises:
         UserError: bad input, or a stage that cannot go on.
     """
+    if run.given:
+        require_fits(run.given, space_of_run(load_config(run.teacher.folder), run.recipe), "the plan")
     host = run_transplant(run)
+    if not run.given:
+        run_teacher(run, host)
     branches = run_align(run, host)
-    plan = plan or run_select(run, host, branches)
+    plan = run.given or run_select(run, host, branches)
     hybrid = finish(run, host, branches, plan, "")
     models = {"teacher": host, "hybrid_undistilled": hybrid["build"], "hybrid": hybrid["extend"]}
     if hybrid["extend"].name == "extend":
@@ -78,7 +89,8 @@ def morph(run: Run, plan: Plan | None = None) -> Results:
 
     def leave_behind() -> None:
         folder, model = run.folder.path, hybrid["extend"].folder
-        publish(folder, model, plan, results.to_dict(), run.recipe, model_card(run, results))
+        card = model_card(run, results)
+        publish(folder, model, run.teacher.folder, plan, results.to_dict(), run.recipe, card)
         write_report(folder, force=True)  # A run's own folder holds what runs publish.
 
     ranks.first(leave_behind)
@@ -98,10 +110,15 @@ def run_transplant(run: Run) -> Stage:
     settings = host_settings(host_for(load_config(run.teacher.folder), run.recipe.host), run.recipe.host)
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
-        return write_host(run.teacher, folder / "model", settings, run.device, report)
+        return write_host(
+            run.teacher, folder / "model", settings, run.device, report, run.allow_unused, over_folder=True
+        )
 
     wanted = {"format": 1, **({"host": settings} if settings else {})}
-    return run.stage("transplant", run.teacher.name, wanted, [run.teacher.digest], work, alone=True)
+    stage = run.stage("transplant", run.teacher.name, wanted, [run.teacher.digest], work, alone=True)
+    for notice in stage.record.get("notices", []):
+        run.screen.say(notice)
+    return stage
 
 
 def run_align(run: Run, host: Stage) -> Stage:
@@ -111,6 +128,7 @@ def run_align(run: Run, host: Stage) -> Stage:
         return run.stage("align", "nothing: a window has no weights", {}, [host.digest], _no_branches, alone=True)
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
+        settings = run.at_once("align", folder).align
         rows = training_rows(run, settings, "align", report)
         first = calibration(run, rows)
         start: list[float] = []
@@ -125,32 +143,47 @@ def run_align(run: Run, host: Stage) -> Stage:
             errors = alignment_errors(morphable, **first)
         state = whole(morphable.branch_state())
         if ranks.is_first():
-            save_file(state, folder / "branches.safetensors")
+            with atomic_path(folder / "branches.safetensors") as temporary:
+                save_file(state, temporary)
+        worse = worse_than_silent(errors, len(morphable.layers))
+        if worse:
+            run.screen.say(
+                f"after alignment layers {', '.join(map(str, worse))} are worse than a silent branch (relative error 1 "
+                "or more): train longer, or with another learning rate, before you trust a plan that switches them"
+            )
         summary = f"relative error by layer {_listed(start)} at the start, {_listed(errors)} now"
-        return {"errors_at_start": start, "errors": errors, **_trained(run, settings), "summary": summary}
+        figures = {"errors_at_start": start, "errors": errors, "worse_than_silent": worse}
+        return {**figures, **_trained(run, settings, rows), "summary": summary}
 
     wanted = {**training_settings(run, settings), "calibration_rows": run.recipe.calibration_rows}
     return run.stage("align", f"{settings.tokens:,} tokens", wanted, [host.digest], work)
 
 
 def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
-    """Which layers stay full, by the recipe's strategy."""
-    recipe, chosen = run.recipe, run.recipe.select
+    """Which layers stay full, by the recipe's strategy.
 
+    Raises:
+        UserError: see `with_signal`; or the strategy trains whole models and weights are divided.
+    """
+    chosen = run.recipe.select
     if run.shards and needs_of(chosen.strategy).training:
         raise UserError(f"strategy {chosen.strategy} trains whole models: go on with --set shard=false")
+    run = with_signal(run, host, branches)
+    recipe = run.recipe
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
         morphable = divided(run, lambda: open_morphable(run, host, branches), shard_morphable)
-        objective = open_objective(run, morphable, folder, report, needs=needs_of(chosen.strategy))
+        fitted = replace(run, recipe=run.at_once("select", folder))
+        objective = open_objective(fitted, morphable, folder, report, needs=needs_of(chosen.strategy))
         found = select(morphable, recipe.budget, chosen.strategy, objective, recipe.seed, **chosen.settings)
         if ranks.is_first():
             replace(found.plan, teacher=run.teacher.name, revision=run.teacher.revision).save(folder / "plan.json")
             write_json(folder / "trace.json", found.trace)
         tokens = found.cost.tokens_forward + found.cost.tokens_backward
-        return {"cost": found.cost.to_dict(), "tokens": tokens, "summary": found.plan.strip()}
+        figures = {"cost": found.cost.to_dict(), "tokens": tokens, "left_out": list(run.left_out)}
+        return {**figures, "summary": found.plan.strip()}
 
-    wanted = {"budget": recipe.budget, **select_settings(run)}
+    wanted = {"budget": budget_settings(run), **select_settings(run)}
     stage = run.stage("select", f"{chosen.strategy}, budget {recipe.budget}", wanted, [branches.digest], work)
     return Plan.load(stage.folder / "plan.json")
 
@@ -183,12 +216,17 @@ def run_distill(run: Run, host: Stage, built: Stage, label: str) -> Stage:
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
         rows = training_rows(run, settings, "distill", report)
+        if not _has_model(folder):
+            train(folder, rows, report)
+        return {**_trained(run, settings, rows), "summary": _last_loss(folder, "KL")}
+
+    def train(folder: Path, rows: Rows, report: Report) -> None:
+        settings = run.at_once("distill", folder).distill
         student = divided(run, lambda: open_stage(run, built), shard_student)
         teacher = None if logits else divided(run, lambda: open_stage(run, host), shard_teacher)
         given = RowsWithLogits(rows, logits.folder) if logits else rows
         distill(student, teacher, given, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
         save_model(student, folder / "model", built.folder / "model")
-        return {**_trained(run, settings), "summary": _last_loss(folder, "KL")}
 
     about = f"{label}{settings.tokens:,} tokens of length {settings.length:,}"
     inputs = [built.digest, *([logits.digest] if logits else [])]
@@ -200,14 +238,15 @@ def run_logits(run: Run, host: Stage, top_k: int) -> Stage:
     settings = run.recipe.distill
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
+        settings = run.at_once("logits", folder, alone=True).distill
         run.screen.say(f"logits: {logits_on_disk(settings, top_k)}, in {folder.parent}")
         rows = training_rows(run, settings, "distill", report)
         teacher = load_model(host.folder / "model", torch.float32, run.device)
         write_logits(teacher, rows, settings, top_k, folder, run.bf16, report)
-        return {**_trained(run, settings), "summary": logits_on_disk(settings, top_k)}
+        return {**_trained(run, settings, rows), "summary": logits_on_disk(settings, top_k)}
 
     about = f"the teacher's {top_k:,} likeliest next tokens"
-    return run.stage("logits", about, {"top_k": top_k, **row_settings(run, settings)}, [host.digest], work, alone=True)
+    return run.stage("logits", about, logit_settings(run, settings, top_k), [host.digest], work, alone=True)
 
 
 def run_extend(run: Run, distilled: Stage, label: str) -> Stage:
@@ -217,10 +256,16 @@ def run_extend(run: Run, distilled: Stage, label: str) -> Stage:
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
         rows = training_rows(run, settings, "extend", report)
+        if not _has_model(folder):
+            train(folder, rows, report)
+        return {**_trained(run, settings, rows), "summary": _last_loss(folder, "loss")}
+
+    def train(folder: Path, rows: Rows, report: Report) -> None:
+        settings = run.at_once("extend", folder).extend
+        assert settings
         model = divided(run, lambda: open_stage(run, distilled), shard_student)
         extend(model, rows, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
         save_model(model, folder / "model", distilled.folder / "model")
-        return {**_trained(run, settings), "summary": _last_loss(folder, "loss")}
 
     about = f"{label}{settings.tokens:,} tokens of length {settings.length:,}"
     return run.stage("extend", about, training_settings(run, settings), [distilled.digest], work)
@@ -228,25 +273,40 @@ def run_extend(run: Run, distilled: Stage, label: str) -> Stage:
 
 def run_evaluate(run: Run, label: str, model: Stage) -> Score:
     """Recall by generation, perplexity and cache of one model, on the test split."""
-    recipe, settings = run.recipe, run.recipe.evaluate
+    recipe = run.recipe
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
+        settings = run.at_once("evaluate", folder, alone=True).evaluate
         loaded = load_model(model.folder / "model", torch.float32, run.device)
+        # The stage's copy may be older than the teacher's file, which its answers end by.
+        loaded.generation_config = run.teacher.generation_config() or loaded.generation_config
         questions = open_questions(recipe, run.corpus, run.tokenizer)
-        rows = max(1, settings.perplexity_tokens // settings.length)
-        held_out = held_out_rows(run, "test", settings.length, rows)
-        score = evaluate(loaded, run.tokenizer, questions, held_out, settings, cache_by_context(loaded.config), report)
+        text = held_out_text(run, "test", settings.length, settings.perplexity_tokens)
+        score = evaluate(loaded, run.tokenizer, questions, text, settings, cache_by_context(loaded.config), report)
         write_json(folder / "right.json", score.right)
         assert score.text
         write_json(folder / "text.json", asdict(score.text))
         summary = f"recall {100 * score.recall:.1f} %, perplexity {score.perplexity:.2f}"
-        return {"perplexity": score.perplexity, "cache_bytes": score.cache_bytes, "summary": summary}
+        return {
+            "perplexity": score.perplexity,
+            "perplexity_text": score.text_read,
+            "cache_bytes": score.cache_bytes,
+            "summary": summary,
+        }
 
-    wanted = {"evaluate": settings.model_dump(mode="json"), **task_settings(run)}
-    stage = run.stage("evaluate", label, wanted, [model.digest], work, alone=True)
-    record, text = stage.record, stage.folder / "text.json"
-    losses = RangeLosses(**read_json(text)) if text.exists() else None
-    return Score(read_json(stage.folder / "right.json"), record["perplexity"], record["cache_bytes"], losses)
+    stage = run.stage("evaluate", label, evaluate_settings(run), [model.digest], work, alone=True)
+    right, text = (read_json(stage.folder / name) for name in ("right.json", "text.json"))
+    return Score(right, stage.record["perplexity"], stage.record["cache_bytes"], RangeLosses(**text))
+
+
+def worse_than_silent(errors: Sequence[float], layers: int) -> list[int]:
+    """Layers one of whose branches has a relative error of 1 or more; `errors` has those of each layer in turn."""
+    return sorted({place * layers // len(errors) for place, error in enumerate(errors) if not error < 1})
+
+
+def _has_model(folder: Path) -> bool:
+    """Whether an interrupted stage had saved its model already."""
+    return ranks.first(lambda: is_whole(folder / "model"))
 
 
 def _no_branches(folder: Path, report: Report) -> dict[str, Any]:
@@ -254,11 +314,16 @@ def _no_branches(folder: Path, report: Report) -> dict[str, Any]:
     return {"tokens": 0, "summary": "the attention itself looks through it"}
 
 
-def _trained(run: Run, settings: TrainSettings) -> dict[str, Any]:
+def _trained(run: Run, settings: TrainSettings, rows: Rows) -> dict[str, Any]:
     """What a stage that trains says of its data."""
     host = host_for(load_config(run.teacher.folder), run.recipe.host)
-    apart = how_apart(settings.isolate_documents, host, run.device)
-    return {"tokens": settings.tokens_run, "documents": apart, "sharded": run.shards}
+    documents = "long" if settings.takes_long_documents else how_apart(settings.keeps_apart, host, run.device)
+    return {
+        "tokens": settings.tokens_run,
+        "documents": documents,
+        "mean_context": rows.mean_context(settings.keeps_apart),
+        "sharded": run.shards,
+    }
 
 
 def _listed(values: list[float]) -> str:

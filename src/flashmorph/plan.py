@@ -10,16 +10,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from flashmorph.errors import UserError
+from flashmorph.errors import UserError, quoted
 from flashmorph.files import read_json, write_json
 
 FULL = "full"
 PLAN_VERSION = 1
 _BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_LONGEST = 60
 _FORMS = "7 (layers), 25% (of the layers), kv=64MiB@32768 (cache of one sequence of that many tokens) or loss=1%"
 
 
@@ -43,6 +45,8 @@ class Budget:
             UserError: the text has none of these forms, or the limit is not above 0.
         """
         text = str(text).strip()
+        if len(text) > _LONGEST:
+            raise UserError(f"budget {quoted(text)} is none of {_FORMS}")
         if match := re.fullmatch(r"(\d+)", text):
             budget = cls("layers", int(match[1]))
         elif match := re.fullmatch(r"(\d+(?:\.\d+)?)%", text):
@@ -77,6 +81,8 @@ class Space:
 
     `cost` is `[groups, options]` in the budget's resource: 1 for a full layer when layers are counted, bytes of cache
     for `kv`.
+
+    Wherever options are equally good, one order decides: `full`, then the cheaper one, then the one named first.
     """
 
     groups: tuple[str, ...]
@@ -95,26 +101,29 @@ class Space:
         cost = np.tile([float(option == FULL) for option in options], (num_layers, 1))
         return cls(tuple(f"layers.{layer}" for layer in range(num_layers)), tuple(options), cost)
 
+    @property
+    def order(self) -> np.ndarray:
+        """The numbers of the options of each group `[groups, options]` in the order that decides between equals."""
+        first = np.array([option != FULL for option in self.options])
+        return np.lexsort((self.cost, np.broadcast_to(first, self.cost.shape)), axis=1)
+
     def limit(self, budget: Budget) -> float:
         """The budget as an amount of this space's cost.
 
         Raises:
-            UserError: the budget leaves no choice (every layer, or more), buys nothing, or has no cost limit.
+            UserError: the budget leaves no choice (every layer, or more), buys nothing, cannot be saved by switching
+                layers, or has no cost limit.
         """
-        least, most = self.cost.min(1).sum(), self.cost.max(1).sum()
         if budget.resource == "loss":
             raise UserError(f"budget {budget} limits a loss, which only the strategy `tolerance` can follow")
         if budget.resource == "kv":
-            if budget.limit < least + (self.cost.max(1) - self.cost.min(1)).min():
-                raise UserError(
-                    f"budget {budget} is below one full layer: all layers linear take {least:,.0f} bytes and the "
-                    f"smallest full layer adds {(self.cost.max(1) - self.cost.min(1)).min():,.0f}"
-                )
+            self._require_bytes(budget)
             limit = budget.limit
         elif budget.resource == "share":
             limit = max(1, math.floor(budget.limit * len(self.groups) + 1e-9))
         else:
             limit = int(budget.limit)
+        most = self.cost[:, self.options.index(FULL)].sum()
         if limit >= most:
             raise UserError(
                 f"budget {budget} keeps everything full: {self._amount(limit)} of {self._amount(most)}; "
@@ -122,11 +131,32 @@ class Space:
             )
         return limit
 
+    def _require_bytes(self, budget: Budget) -> None:
+        """Refuse bytes of cache that switching layers does not save, or that pay for no full layer."""
+        full, rest = self.order[:, 0], self.order[:, 1]
+        rows = np.arange(len(self.groups))
+        extra = self.cost[rows, full] - self.cost[rows, rest]
+        if extra.min() <= 0:
+            row = int(extra.argmin())
+            raise UserError(
+                f"budget {budget}: at {budget.context:,} tokens the cache of a full layer takes "
+                f"{self.cost[row, full[row]]:,.0f} bytes and of a {self.options[rest[row]]} one "
+                f"{self.cost[row, rest[row]]:,.0f}, so that nothing is saved; give a longer context behind the @, or "
+                "a count such as 25%"
+            )
+        least = self.cost[rows, rest].sum()
+        if budget.limit < least + extra.min():
+            raise UserError(
+                f"budget {budget} is below one full layer: with none full the cache takes {least:,.0f} bytes and the "
+                f"smallest full layer adds {extra.min():,.0f}"
+            )
+
     def best(self, scores: np.ndarray, budget: Budget) -> "Plan":
         """The plan of the largest summed score under the budget: the only place where scores become a plan.
 
-        Exact: a multiple-choice knapsack (`_knapsack`), and top-K (ties to the lower layer) where there are two options
-        at the same cost everywhere. A count of layers is spent exactly, bytes at most.
+        Exact: a multiple-choice knapsack (`_knapsack`). A count of layers is spent exactly, bytes at most. Of plans
+        with the same sum the first one is taken, compared group by group from the first on in `order`: the lower layers
+        stay full, and the others get what `plan` gives them.
 
         Raises:
             UserError: see `limit`.
@@ -135,18 +165,12 @@ class Space:
         scores = np.asarray(scores, dtype=float)
         if scores.shape != self.cost.shape or not np.isfinite(scores).all():
             raise ValueError(f"scores must be finite and [groups, options] = {self.cost.shape}; got {scores.shape}")
-        limit = self.limit(budget)
-        exact = budget.resource in ("layers", "share")
-        extra = self.cost[:, 0] - self.cost[:, 1]
-        if len(self.options) == 2 and extra[0] > 0 and (extra == extra[0]).all():
-            kept = int((limit - self.cost[:, 1].sum()) // extra[0])
-            order = np.argsort(scores[:, 1] - scores[:, 0], kind="stable")
-            first = set(order[:kept] if exact else [g for g in order[:kept] if scores[g, 0] >= scores[g, 1]])
-            return self._plan([0 if group in first else 1 for group in range(len(self.groups))], budget)
-        chosen = _knapsack(scores, self.cost, limit, exact)
+        limit, order = self.limit(budget), self.order
+        sorted_scores, sorted_cost = (np.take_along_axis(values, order, 1) for values in (scores, self.cost))
+        chosen = _knapsack(sorted_scores, sorted_cost, limit, exact=budget.resource in ("layers", "share"))
         if chosen is None:
             raise UserError(f"no plan spends exactly {self._amount(limit)}")
-        return self._plan(chosen, budget)
+        return self._plan(np.take_along_axis(order, np.array(chosen)[:, None], 1)[:, 0].tolist(), budget)
 
     def _plan(self, chosen: Sequence[int], budget: Budget) -> "Plan":
         """The plan with option number `chosen[g]` for group g."""
@@ -167,18 +191,25 @@ class Space:
         for place, group in enumerate(self.groups):
             option = plan.assignments[group]
             if option not in self.options:
-                raise UserError(f"the plan gives {group} the option {option!r}; it can be {', '.join(self.options)}")
+                raise UserError(
+                    f"the plan gives {group} the option {quoted(option)}; it can be {', '.join(self.options)}"
+                )
             gates[place, self.options.index(option)] = 1.0
         return gates
 
-    def plan(self, full_groups: Sequence[str], budget: Budget, other: str | None = None) -> "Plan":
-        """The plan that keeps `full_groups` and gives every other group the option `other` (the last by default)."""
-        other = other or self.options[-1]
+    def plan(self, full_groups: Sequence[str], budget: Budget) -> "Plan":
+        """The plan that keeps `full_groups`; every other group gets its cheapest option, of equals the first.
+
+        Raises:
+            UserError: there is no such group.
+        """
         unknown = [group for group in full_groups if group not in self.groups]
         if unknown:
             near = difflib.get_close_matches(unknown[0], self.groups, 1) or [self.groups[-1]]
             raise UserError(f"there is no {unknown[0]}; the groups are {self.groups[0]} to {near[0]}")
-        return Plan({group: FULL if group in full_groups else other for group in self.groups}, budget)
+        full, rest = self.order[:, :2].T
+        kept = [group in full_groups for group in self.groups]
+        return self._plan(np.where(kept, full, rest).tolist(), budget)
 
     def _amount(self, cost: float) -> str:
         counted = set(np.unique(self.cost)) <= {0.0, 1.0}
@@ -188,29 +219,47 @@ class Space:
 def _knapsack(scores: np.ndarray, cost: np.ndarray, limit: float, exact: bool) -> list[int] | None:
     """One option a row, with the largest summed score at a cost of `limit` (or at most `limit`); None: there is none.
 
-    Row by row, all partial plans are kept for which no other is both cheaper and better. Ties go to what has more of
-    the first options in the lower rows.
+    Row by row from the last one up, all partial plans are kept for which no other costs as little and comes before it:
+    by its sum or, of equal sums, by the first option of the first row in which the two differ.
     """
-    totals, values, kept = np.zeros(1), np.zeros(1), []
-    cheapest = np.append(np.cumsum(cost.min(1)[::-1])[::-1][1:], 0.0)
-    for row in range(len(cost)):
-        total, value = (totals[:, None] + cost[row]).ravel(), (values[:, None] + scores[row]).ravel()
+    values = _summable(scores)
+    totals, sums, rank = np.zeros(1), np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
+    kept: list[np.ndarray] = []
+    cheapest = np.append(0.0, np.cumsum(cost.min(1))[:-1])
+    for row in reversed(range(len(cost))):
+        # Option by option, so that where plans stand is how they compare by their options.
+        total, value = (totals + cost[row][:, None]).ravel(), (sums + values[row][:, None]).ravel()
+        place = (np.arange(cost.shape[1])[:, None] * len(rank) + rank).ravel()
         fits = np.flatnonzero(total + cheapest[row] <= limit)
-        fits = fits[np.lexsort((fits, -value[fits], total[fits]))]
+        fits = fits[np.lexsort((place[fits], -value[fits]))]
+        # From here on `fits` is in order of preference; sorted by cost, a number is how many are preferred.
+        by_cost = np.argsort(total[fits], kind="stable")
         if exact:
-            keep = np.append(True, np.diff(total[fits]) > 0)
+            keep = np.append(True, np.diff(total[fits][by_cost]) > 0)
         else:
-            keep = np.append(True, value[fits][1:] > np.maximum.accumulate(value[fits])[:-1])
-        kept.append(fits[keep[: len(fits)]])
-        totals, values = total[kept[-1]], value[kept[-1]]
+            keep = np.append(True, by_cost[1:] < np.minimum.accumulate(by_cost)[:-1])
+        fits = fits[by_cost[keep[: len(by_cost)]]]
+        kept.append(fits)
+        totals, sums = total[fits], value[fits]
+        rank = np.argsort(np.argsort(place[fits]))
     allowed = np.flatnonzero(totals == limit) if exact else np.arange(len(totals))
     if not len(allowed):
         return None
-    place, chosen = allowed[values[allowed].argmax()], []
-    for fits in reversed(kept):
-        place, option = divmod(fits[place], cost.shape[1])
+    state, chosen = allowed[np.lexsort((rank[allowed], -sums[allowed]))[0]], []
+    for row, fits in enumerate(reversed(kept)):
+        states = len(kept[-row - 2]) if row + 1 < len(kept) else 1
+        option, state = divmod(fits[state], states)
         chosen.append(int(option))
-    return chosen[::-1]
+    return chosen
+
+
+def _summable(scores: np.ndarray) -> np.ndarray:
+    """Scores as whole numbers of one small power of two, whose sums are exact: equal plans come out equal.
+
+    What rounding changes is less than what sums in float64 may lose.
+    """
+    _, exponent = np.frexp(np.abs(scores).max())
+    return np.rint(np.ldexp(scores, 62 - int(exponent) - len(scores).bit_length())).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -272,19 +321,35 @@ class Plan:
         Raises:
             UserError: no such file, no JSON, a newer version, or something else than a plan.
         """
-        data = read_json(Path(path))
+        data = read_json(Path(path), unique=True)
         if not isinstance(data, dict) or not isinstance(data.get("assignments"), dict):
             raise UserError(f'{path} is no plan: it needs "assignments", a mapping of layers to options')
-        if data.get("version") != PLAN_VERSION:
-            raise UserError(f"{path} has plan version {data.get('version')}; this flashmorph reads {PLAN_VERSION}")
+        version = data.get("version")
+        if version != PLAN_VERSION:
+            raise UserError(f"{path} has plan version {quoted(version)}; this flashmorph reads {PLAN_VERSION}")
         try:
-            return cls(
-                assignments={str(group): str(option) for group, option in data["assignments"].items()},
-                budget=Budget.parse(data["budget"]),
-                **{name: data[name] for name in ("strategy", "seed", "teacher", "revision", "scores") if name in data},
-            )
-        except KeyError as error:
-            raise UserError(f"{path} is no plan: it lacks {error}") from error
+            read = _PlanFile.model_validate(data)
+            budget = Budget.parse(read.budget)
+            return cls(read.assignments, budget, read.strategy, read.seed, read.teacher, read.revision, read.scores)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            place = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+            raise UserError(f"{path} is no plan: {place}: {problem['msg']} (got {quoted(problem['input'])})") from error
+        except UserError as error:
+            raise UserError(f"{path} is no plan: {error}") from error
+
+
+class _PlanFile(BaseModel):
+    """What a plan's file must hold; other keys are left alone."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    assignments: dict[Annotated[str, StringConstraints(max_length=_LONGEST)], str]
+    budget: str
+    strategy: str = "by hand"
+    seed: Annotated[int, Field(ge=0)] = 0
+    teacher: str = ""
+    revision: str = ""
+    scores: list[list[float]] = []
 
 
 def _place(group: str) -> list[tuple[int, str]]:

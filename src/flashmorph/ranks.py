@@ -143,20 +143,3 @@ def rounds(parts: Sequence[T]) -> list[list[tuple[T, bool]]]:
         together = [(part, True) for part in parts[start : start + size]]
         found.append(together + [(parts[start], False)] * (size - len(together)))
     return found
-
-
-def shared_mean(sharing: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The mean of a tensor over each `sharing` processes in a row, without gradient.
-
-    For what a loss divides by, where those processes hold one micro-batch together. To be made by all at once.
-    """
-    if sharing == 1:
-        return lambda values: values
-    group = None if sharing == count() else dist.new_subgroups(sharing)[0]
-
-    def mean(values: torch.Tensor) -> torch.Tensor:
-        found = values.detach().clone()
-        dist.all_reduce(found, group=group)
-        return found / sharing
-
-    return mean

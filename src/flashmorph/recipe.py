@@ -1,14 +1,17 @@
 """Everything that a run can be told, in one validated file. `demo`, `default` and `chat` are shipped."""
 
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -16,23 +19,29 @@ from pydantic import (
 )
 
 from flashmorph.corpus import DEMO, Corpus, Mixture, shares_of
-from flashmorph.errors import UserError, unknown
+from flashmorph.errors import UserError, quoted, unknown
 from flashmorph.evaluation import EvaluateSettings
+from flashmorph.readyaml import read_yaml, sentence
 from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES
 from flashmorph.selection.searchdata import SearchSettings
 from flashmorph.stages import AlignSettings, DistillSettings, ExtendSettings
 from flashmorph.tasks import STYLES, TaskSettings
 
 SHIPPED = ("demo", "default", "chat")
+_REPLACED = {
+    "extend.isolate_documents": "say `extend.documents: joined` (documents in a row see each other) or `long` (only "
+    "documents that fill rows on their own)",
+}
+"""Settings of earlier versions, and what to say in their place."""
 
 
 class SourceSettings(BaseModel):
     """Where text comes from: `demo`, a file, a folder, or the name of a dataset, which is streamed.
 
-    A row with `messages` or `conversations` in place of `column` is a conversation.
+    A row with `messages` or `conversations` in place of `column` is a conversation; `tools` is what it may call.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     source: str
     config: str | None = None
     column: str = "text"
@@ -96,24 +105,37 @@ class DataSettings(SourceSettings):
 
 
 class SelectSettings(BaseModel):
-    """How layers are chosen. `settings` are the strategy's own (`flashmorph select --help`)."""
+    """How layers are chosen. `settings` are the strategy's own (`flashmorph select --help`).
+
+    With `require_signal` (`signal.py`) tasks that the teacher cannot do are left out of the search.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     strategy: str = DEFAULT_STRATEGY
     settings: dict[str, Any] = Field(default_factory=dict)
     search: SearchSettings = SearchSettings()
+    require_signal: bool = Field(default=True, description="a task counts only where full attention answers better")
+    teacher_questions: int = Field(default=16, gt=0, description="questions a task for the teacher, before align")
+
+
+def _as_text(value: Any) -> str:
+    """`budget: 2` is `budget: "2"`; what is no budget at all is told so by `Budget.parse`."""
+    return value if isinstance(value, str) else quoted(value)
 
 
 class Recipe(BaseModel):
     """One run of `flashmorph morph`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    budget: str = "25%"
-    seed: int = 0
+    budget: Annotated[str, BeforeValidator(_as_text)] = "25%"
+    seed: int = Field(default=0, ge=0, lt=2**32, strict=True)
     bf16: Literal["auto"] | bool = "auto"
     shard: bool = Field(default=False, description="divide weights among processes (`sharding.py`)")
     baseline: Literal["uniform"] | None = None
     style: Literal["lines", "prose"] = "prose"
+    chat_template: bool = Field(
+        default=False, description="ask a search's questions, and those in training rows, through the chat template"
+    )
     tasks: dict[str, TaskSettings]
     data: DataSettings = DataSettings()
     host: dict[str, Any] = Field(default_factory=dict, description="the host's own settings (`flashmorph hosts`)")
@@ -127,6 +149,13 @@ class Recipe(BaseModel):
         default=(), description="where the log of training goes besides log.jsonl"
     )
 
+    _given: frozenset[str] = PrivateAttr(default=frozenset())
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The settings that the user has set, by their names: in a file of their own, or one by one."""
+        return self._given
+
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -136,7 +165,7 @@ def load_recipe(source: str | Path, changes: dict[str, Any] | None = None) -> Re
     """Read a shipped recipe by name or a YAML file, then apply `changes` (`{"align.tokens": 1000}`).
 
     Raises:
-        UserError: no such recipe, no YAML, an unknown key (the nearest known one is named) or a bad value.
+        UserError: no such recipe, not UTF-8, no YAML, an unknown key (the nearest known one is named) or a bad value.
     """
     if str(source) in SHIPPED:
         text, name = (files("flashmorph") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8"), str(source)
@@ -144,11 +173,8 @@ def load_recipe(source: str | Path, changes: dict[str, Any] | None = None) -> Re
         path = Path(source)
         if not path.is_file():
             raise UserError(f"there is no recipe {str(source)!r}: give {', '.join(SHIPPED)}, or a YAML file")
-        text, name = path.read_text(encoding="utf-8"), str(path)
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {name} is not valid YAML: {' '.join(str(error).split())}") from error
+        text, name = _read(path), str(path)
+    values = read_yaml(text, f"recipe {name}")
     if not isinstance(values, dict):
         raise UserError(f"recipe {name} must be a mapping of settings, such as `budget: 25%`")
     changes = changes or {}
@@ -160,12 +186,28 @@ def load_recipe(source: str | Path, changes: dict[str, Any] | None = None) -> Re
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"recipe {name}: {_sentence(error)}") from error
+        raise UserError(f"recipe {name}: {sentence(error, Recipe, _REPLACED)}") from error
     if recipe.select.strategy not in STRATEGIES:
         raise UserError(unknown("strategy", recipe.select.strategy, STRATEGIES))
     if not recipe.tasks:
         raise UserError(f"recipe {name} needs at least one task")
     assert recipe.style in STYLES
+    recipe._given = frozenset(_names(_nested(changes) if str(source) in SHIPPED else values))
+    return recipe
+
+
+def setting(recipe: BaseModel, key: str) -> Any:
+    """The value of a setting by its name, such as `align.tokens`; None inside of a group that is left out."""
+    value: Any = recipe
+    for name in key.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def with_settings(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+    """The recipe with other values, by the names of their settings."""
+    for key, value in values.items():
+        recipe = _with(recipe, key, value)
     return recipe
 
 
@@ -179,11 +221,8 @@ def parse_changes(settings: list[str]) -> dict[str, Any]:
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key:
-            raise UserError(f"--set {setting!r} must be key=value, for example --set align.tokens=1000000")
-        try:
-            changes[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {setting!r}: the value is not valid YAML") from error
+            raise UserError(f"--set {quoted(setting)} must be key=value, for example --set align.tokens=1000000")
+        changes[key.strip()] = read_yaml(value, f"--set {key}")
     return changes
 
 
@@ -203,25 +242,30 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _sentence(error: ValidationError) -> str:
-    """The first problem in words; an unknown key is told with the nearest known name."""
-    problem = error.errors()[0]
-    place = [str(part) for part in problem["loc"] if isinstance(part, str)]
-    if problem["type"] == "extra_forbidden":
-        model: Any = Recipe
-        for part in place[:-1]:
-            model = _model_of(model, part)
-        return unknown("setting", ".".join(place), [".".join([*place[:-1], name]) for name in model.model_fields])
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{'.'.join(place)}: {message[0].lower()}{message[1:]} (got {problem['input']!r})"
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"recipe {path} is not UTF-8 text (byte {error.start:,})") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _model_of(model: Any, name: str) -> Any:
-    """The settings class behind one field."""
-    options = [model.model_fields[name].annotation]
-    while options:
-        option = options.pop(0)
-        if isinstance(option, type) and issubclass(option, BaseModel):
-            return option
-        options += get_args(option)
-    raise KeyError(name)
+def _with(settings: Any, key: str, value: Any) -> Any:
+    name, _, rest = key.partition(".")
+    return settings.model_copy(update={name: _with(getattr(settings, name), rest, value) if rest else value})
+
+
+def _nested(changes: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in changes.items():
+        _set(values, key, value)
+    return values
+
+
+def _names(values: dict[str, Any], before: str = "") -> Iterator[str]:
+    """The names of all values in nested groups."""
+    for name, value in values.items():
+        yield f"{before}{name}"
+        if isinstance(value, dict):
+            yield from _names(value, f"{before}{name}.")

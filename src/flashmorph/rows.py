@@ -4,8 +4,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,17 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from flashmorph.chat import Unfit, encode_chat
-from flashmorph.corpus import Corpus, Document, Mixture, Place, no_text, shares_of
+from flashmorph.corpus import Corpus, Mixture, shares_of
+from flashmorph.documents import FIRST, IGNORED, Part, TooLittle, marked
 from flashmorph.errors import UserError
 from flashmorph.files import write_json
 from flashmorph.progress import Report, silent
+from flashmorph.special_tokens import before_text, room_for_text
+from flashmorph.wholeness import is_whole_array
 
 PARTIAL = ".partial"
 _ROWS, _POSITION = "rows.npy", "position.json"
-_FIRST, _IGNORED = np.uint32(1 << 31), np.uint32(1 << 30)
-_TOGETHER = 200_000
 _KEEP_TOKENS = 1 << 22
-_ENOUGH_UNFIT = 1_000
 _LOG = logging.getLogger(__name__)
 
 
@@ -33,7 +31,9 @@ class Rows(Dataset[dict[str, list[int]]]):
     """Rows of token ids `[rows, length]`, mapped from a file and read as they are needed.
 
     The highest bit of an id marks the first token of a document; `starts` are the places of those tokens in a row, its
-    first among them. The next bit marks a token that is read but not learnt; `ignored` are the places of those.
+    first among them. The next bit marks a token that is read but not learnt; `ignored` are the places of those. Each
+    document begins with the special tokens that the tokenizer puts before a text, and so does the rest of one at the
+    start of a row. They are not learnt, nor is the first token of such a rest, which nothing before it announces.
     """
 
     def __init__(self, path: Path):
@@ -44,16 +44,25 @@ class Rows(Dataset[dict[str, list[int]]]):
 
     def __getitem__(self, row: int) -> dict[str, list[int]]:
         stored = self._ids[row]
-        places = np.flatnonzero(stored[1:] & _FIRST) + 1
+        places = np.flatnonzero(stored[1:] & FIRST) + 1
         return {
-            "input_ids": (stored & ~(_FIRST | _IGNORED)).tolist(),
+            "input_ids": (stored & ~(FIRST | IGNORED)).tolist(),
             "starts": [0, *places.tolist()],
-            "ignored": np.flatnonzero(stored & _IGNORED).tolist(),
+            "ignored": np.flatnonzero(stored & IGNORED).tolist(),
         }
 
-
-class _TooLittle(UserError):
-    """The text would have to be repeated too often: what is packed already is of no use."""
+    def mean_context(self, apart: bool) -> float:
+        """The tokens before a token that it can attend to, on average; `apart`: documents do not see each other."""
+        length = self._ids.shape[1]
+        if not apart:
+            return (length - 1) / 2
+        pairs, at_once = 0, max(1, _KEEP_TOKENS // length)
+        for row in range(0, len(self), at_once):
+            begins = self._ids[row : row + at_once] & FIRST != 0
+            begins[:, 0] = True
+            sizes = np.diff(np.flatnonzero(begins), append=begins.size)
+            pairs += int((sizes * (sizes - 1) // 2).sum())
+        return pairs / self._ids.size
 
 
 def pack(
@@ -67,30 +76,39 @@ def pack(
     max_passes: int | None = 4,
     report: Report = silent,
     others: Sequence[list[int]] = (),
+    long_documents: bool = False,
 ) -> Rows:
     """Tokenise documents of `split`, join them end to end and cut rows of `length` tokens into the file `path`.
 
     Where documents begin is kept, so that training can hold them apart (`packing.py`), and which tokens of
-    conversations are learnt. `others` are rows of that length that stand among those of text at regular intervals, made
-    when it is their turn. The rows are on disk before training starts: any step can be resumed at without reading the
-    text again. An existing file is taken as it is.
+    conversations are learnt; a row in which nothing is learnt gives way to the next one. With `long_documents` only
+    those are taken that fill a row on their own, each as many whole rows as it fills. `others` are rows of that length
+    that stand among those of text at regular intervals, made when it is their turn.
+
+    The rows are on disk before training starts: any step can be resumed at without reading the text again. An existing
+    file is taken as it is, unless it was cut: then it is made again.
 
     Until it is whole, the file stands in a folder of its own (`.partial`) beside the place in the text that it has come
     to. Packing that was killed goes on from there, and ends with the same file.
 
     Raises:
         UserError: the text would have to be repeated more than `max_passes` times (None: as often as it takes), cannot
-            be read, has conversations that the tokenizer has no template for, or the place cannot be written.
+            be read, has conversations that the tokenizer has no template for or none with a token to learn, or no
+            document that is long enough, or the place cannot be written.
     """
     partial = path.with_name(path.name + PARTIAL)
+    if path.exists() and not is_whole_array(path):
+        _LOG.warning("%s is damaged; making it again", path)
+        path.unlink()
     if not path.exists():
-        text = _Text(corpus, tokenizer, split, seed, max_passes, (rows - len(others)) * length)
+        needed = (rows - len(others)) * length
+        text = _Text(corpus, tokenizer, split, seed, max_passes, needed, length, long_documents)
         try:
             partial.mkdir(parents=True, exist_ok=True)
             _write(partial, text, others, (rows, length), report)
             os.replace(partial / _ROWS, path)
         except BaseException as error:
-            if isinstance(error, _TooLittle) or not (partial / _POSITION).exists():
+            if isinstance(error, TooLittle) or not (partial / _POSITION).exists():
                 shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError):
                 raise UserError(f"cannot write {path}: {error.strerror}") from error
@@ -115,7 +133,7 @@ def _write(partial: Path, text: "_Text", others: Sequence[list[int]], shape: tup
         stream.seek(4 * done * length, os.SEEK_CUR)
         for row in range(done, rows):
             number = int(others_before[row])
-            ids = others[number] if others_before[row + 1] > number else text.take(length)
+            ids = others[number] if others_before[row + 1] > number else text.take()
             stream.write(np.asarray(ids, "<u4").tobytes())
             report(row + 1, rows)
             if (row + 1) % every == 0 or row + 1 == rows:
@@ -138,7 +156,7 @@ def _kept(partial: Path, length: int) -> dict[str, Any] | None:
 
 
 class _Text:
-    """Running text as tokens, of each corpus its share; it knows where it stands."""
+    """Running text as rows of `length` tokens, of each corpus its share; it knows where it stands."""
 
     def __init__(
         self,
@@ -148,19 +166,76 @@ class _Text:
         seed: int,
         max_passes: int | None,
         needed: int,
+        length: int,
+        long_documents: bool,
     ):
+        before = before_text(tokenizer)
+        room_for_text(length, before)
+        whole_rows = length if long_documents else None
         self._parts = [
-            _Part(part, share, tokenizer, split, seed, max_passes, needed) for part, share in shares_of(corpus)
+            Part(part, share, tokenizer, split, seed, max_passes, round(share * needed), whole_rows)
+            for part, share in shares_of(corpus)
         ]
-        self._left = np.empty(0, np.uint32)
+        self._length, self._left = length, np.empty(0, np.uint32)
+        self._before = marked(before, None, before) if before else self._left
 
-    def take(self, length: int) -> np.ndarray:
-        """The next `length` tokens; the next document is always of the corpus that lags most behind its share."""
-        while len(self._left) < length:
+    def take(self) -> np.ndarray:
+        """The next row in which something is learnt.
+
+        Raises:
+            UserError: there is none in a whole pass over the text, or see `pack`.
+        """
+        last_pass = self._passes() + 1
+        while not _teaches(row := self._next()):
+            if self._passes() > last_pass:
+                raise self._nothing_learnt()
+            for part in self._parts:
+                part.needed += round(part.share * self._length)
+        return row
+
+    def _next(self) -> np.ndarray:
+        """The next row; the next document is always of the corpus that lags most behind its share.
+
+        The rest of a document is read as a text of its own: it begins with the special tokens too.
+        """
+        self._gather(1)
+        is_rest = bool(len(self._before)) and not self._left[0] & FIRST
+        room = self._length - (len(self._before) if is_rest else 0)
+        self._gather(room)
+        unread = self._unread(room)
+        taken, self._left = self._left[:room], self._left[room + unread :]
+        if not is_rest:
+            return taken
+        row = np.concatenate([self._before, taken])
+        row[len(self._before)] |= IGNORED
+        return row
+
+    def _unread(self, room: int) -> int:
+        """Of a document whose special tokens do not all fit at the end of a row: those that the next row begins with
+        anyway."""
+        size = len(self._before)
+        for begin in range(max(0, room - size + 1), room):
+            if self._left[begin] & FIRST:
+                self._gather(begin + size)
+                if (self._left[begin : begin + size] == self._before).all():
+                    return begin + size - room
+        return 0
+
+    def _gather(self, number: int) -> None:
+        """Have at least so many tokens ready."""
+        while len(self._left) < number:
             part = min(self._parts, key=lambda part: part.made / part.share)
             self._left = np.concatenate([self._left, part.next()])
-        taken, self._left = self._left[:length], self._left[length:]
-        return taken
+
+    def _passes(self) -> int:
+        """How often all of the text was read."""
+        return min(part.passes for part in self._parts)
+
+    def _nothing_learnt(self) -> UserError:
+        sources = " and ".join(part.source for part in self._parts)
+        return UserError(
+            f"{sources}: no row of {self._length:,} tokens has one to learn: give longer rows or other text"
+        )
 
     def state(self) -> dict[str, Any]:
         """Where it stands, as JSON values."""
@@ -179,137 +254,6 @@ class _Text:
             part.tell()
 
 
-class _Part:
-    """One corpus, pass after pass: `made` tokens so far. The end-of-text token stands after each text."""
-
-    def __init__(
-        self,
-        corpus: Corpus,
-        share: float,
-        tokenizer: PreTrainedTokenizerBase,
-        split: str,
-        seed: int,
-        max_passes: int | None,
-        needed: int,
-    ):
-        self.share, self.made = share, 0
-        self._corpus, self._tokenizer, self._split, self._seed = corpus, tokenizer, split, seed
-        self._max_passes, self._needed = max_passes, round(share * needed)
-        self._end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        self._passes, self._made_before, self._unfit, self._reason = 0, 0, 0, ""
-        self._place = Place()
-        self._documents: Iterator[tuple[np.ndarray, Place]] | None = None
-
-    def next(self) -> np.ndarray:
-        """The tokens of the next document, marked."""
-        while True:
-            if self._documents is None:
-                self._begin_pass()
-            assert self._documents is not None
-            found = next(self._documents, None)
-            if found is not None:
-                tokens, self._place = found
-                self.made += len(tokens)
-                return tokens
-            if self.made == self._made_before:
-                raise self._no_text()
-            self._passes, self._made_before = self._passes + 1, self.made
-            self._place, self._documents = Place(), None
-
-    def state(self) -> dict[str, Any]:
-        """Where it stands, as JSON values."""
-        return {
-            "made": self.made,
-            "made_before": self._made_before,
-            "passes": self._passes,
-            "unfit": [self._unfit, self._reason],
-            "place": asdict(self._place),
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
-        self.made, self._made_before, self._passes = state["made"], state["made_before"], state["passes"]
-        self._unfit, self._reason = state["unfit"]
-        self._place = Place(**state["place"])
-
-    def tell(self) -> None:
-        """Say how many conversations were left out, if any."""
-        if self._unfit:
-            _LOG.warning("%s: %d conversations were left out: %s", self._corpus.source, self._unfit, self._reason)
-
-    def _begin_pass(self) -> None:
-        if self._passes == self._max_passes:
-            raise _TooLittle(
-                f"{self._corpus.source} is too small: it has about {self.made // self._passes:,} tokens for the split "
-                f"{self._split!r} and {self._needed:,} are needed, more than {self._max_passes} times that; give more "
-                "--data, fewer tokens, or --allow-repeat"
-            )
-        documents = self._corpus.read(self._split, self._seed + self._passes, self._place)
-        self._documents = self._encoded(documents)
-
-    def _encoded(self, documents: Iterator[tuple[Document, Place]]) -> Iterator[tuple[np.ndarray, Place]]:
-        """Marked tokens of each document, texts tokenised many together, since that is faster."""
-        while together := _some(documents):
-            texts = [document.text for document, _ in together if document.messages is None]
-            if texts and self._corpus.replies_only:
-                raise UserError(f"{self._corpus.source} has text, and `loss_on: replies` is for conversations")
-            encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
-            of_texts = iter(encoded)
-            for document, place in together:
-                if document.messages is None:
-                    ids, learnt = [*next(of_texts), *self._end], None
-                else:
-                    ids, learnt = self._encode_chat(document)
-                if ids:
-                    yield _marked(ids, learnt), place
-
-    def _encode_chat(self, document: Document) -> tuple[list[int], list[bool] | None]:
-        """The tokens of a conversation; none if the template refuses it."""
-        require_template(self._tokenizer, self._corpus)
-        assert document.messages is not None
-        try:
-            return encode_chat(self._tokenizer, document.messages, self._corpus.replies_only)
-        except Unfit as error:
-            self._unfit, self._reason = self._unfit + 1, str(error)
-            if self._unfit >= _ENOUGH_UNFIT and not self.made:
-                raise self._no_text() from error
-            return [], None
-
-    def _no_text(self) -> UserError:
-        if not self._unfit:
-            return no_text(self._corpus, self._split)
-        way_out = "; `loss_on: all` needs no replies to be found" if self._corpus.replies_only else ""
-        return UserError(
-            f"{self._corpus.source}: the teacher's chat template takes none of the {self._unfit:,} conversations that "
-            f"were tried: {self._reason}{way_out}"
-        )
-
-
-def require_template(tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> None:
-    """Refuse conversations for a teacher that has no words for them.
-
-    Raises:
-        UserError: the tokenizer has no chat template.
-    """
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{corpus.source} has conversations and the teacher's tokenizer has no chat template: give text, or an "
-            "instruction-tuned teacher"
-        )
-
-
-def _some(documents: Iterator[tuple[Document, Place]]) -> list[tuple[Document, Place]]:
-    """The next documents, of `_TOGETHER` characters or a little more."""
-    some, size = [], 0
-    while size < _TOGETHER and (found := next(documents, None)):
-        some.append(found)
-        size += len(found[0].text)
-    return some
-
-
-def _marked(ids: list[int], learnt: list[bool] | None) -> np.ndarray:
-    tokens = np.array(ids, np.uint32)
-    tokens[0] |= _FIRST
-    if learnt is not None:
-        tokens[~np.array(learnt)] |= _IGNORED
-    return tokens
+def _teaches(row: np.ndarray) -> bool:
+    """Whether a token of the row is learnt: not the first of the row or of a document, which nothing predicts."""
+    return not (row & IGNORED).any() or not (row[1:] & (FIRST | IGNORED)).all()

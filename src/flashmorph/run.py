@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +12,10 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from flashmorph import ranks
 from flashmorph.corpus import Corpus, Mixture
-from flashmorph.devices import use_bf16
+from flashmorph.costs.auto import Room, chosen, resolved
+from flashmorph.costs.sizes import Sizes, count_sizes
+from flashmorph.costs.work import Model, model_of
+from flashmorph.devices import usable_memory, use_bf16
 from flashmorph.errors import UserError
 from flashmorph.evaluation import Score, recall_difference
 from flashmorph.memory import within_memory
@@ -19,7 +23,7 @@ from flashmorph.plan import Plan
 from flashmorph.progress import Report
 from flashmorph.recipe import Recipe
 from flashmorph.runfolder import RunFolder, Stage
-from flashmorph.teacher import Teacher
+from flashmorph.teacher import Teacher, load_config
 
 
 class Screen(Protocol):
@@ -40,13 +44,20 @@ class Screen(Protocol):
 
 @dataclass
 class Run:
-    """One `flashmorph morph`: what goes in, where it goes, and what shows it."""
+    """One `flashmorph morph`: what goes in, where it goes, and what shows it. A `given` plan stands for a search.
+
+    With `allow_unused` weights that are stored in the teacher and not used are told, not refused. `left_out` names the
+    tasks that its recipe had before `signal.with_signal` took them out.
+    """
 
     teacher: Teacher
     recipe: Recipe
     folder: RunFolder
     device: torch.device
     screen: Screen
+    given: Plan | None = None
+    allow_unused: bool = False
+    left_out: tuple[str, ...] = ()
     done: dict[str, Stage] = field(default_factory=dict)
 
     @property
@@ -81,6 +92,29 @@ class Run:
             raise UserError(f"{self.teacher.folder} has no tokenizer: only `flashmorph transplant` works without one")
         return tokenizer
 
+    def at_once(self, stage: str, folder: Path, alone: bool = False) -> Recipe:
+        """The recipe with numbers for what is `auto` in `stage`, from this device's memory; kept in its `folder`.
+
+        `alone`: the first process does the stage.
+        """
+        processes = 1 if alone else ranks.count()
+        bytes_here = usable_memory(self.device, 1 if alone else ranks.local_count())
+        room = Room(bytes_here, processes, self.shards and not alone, self.bf16)
+        recipe, too_large = ranks.first(lambda: resolved(stage, self.recipe, folder, *self._shape, room))
+        for section in too_large:
+            self.screen.say(
+                f"{stage}: by the formulas of `flashmorph plan` not one row of {section} fits into "
+                f"{bytes_here / 2**30:,.1f} GiB; it goes on with one row at once"
+            )
+        return recipe
+
+    @cached_property
+    def _shape(self) -> tuple[Model, Sizes]:
+        """The host and its sizes, counted without weights."""
+        config = load_config(self.teacher.folder)
+        model = model_of(config, self.recipe)
+        return model, count_sizes(model.host, config, model.config)
+
     def stage(
         self,
         name: str,
@@ -100,11 +134,12 @@ class Run:
             self.screen.say(f"{label}: settings or inputs differ from {before}, which stays; running it again")
         set_seed(self.recipe.seed)
 
-        def careful(folder: Path) -> dict | None:
-            with within_memory(name, self.recipe):
-                return work(folder, report)
+        def careful(folder: Path) -> dict:
+            with within_memory(name, self.at_once(name, folder, alone)):
+                figures = work(folder, report) or {}
+            return {**figures, "auto": auto} if (auto := chosen(folder)) else figures
 
-        def shared(folder: Path) -> dict | None:
+        def shared(folder: Path) -> dict:
             return ranks.first(lambda: careful(folder)) if alone else careful(folder)
 
         with self.screen.stage(name, about) as report:

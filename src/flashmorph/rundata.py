@@ -1,6 +1,6 @@
 """The rows and questions of a run: tokenised once into its data folder, the splits kept apart."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,24 +9,35 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from flashmorph import ranks
-from flashmorph.corpus import Corpus, Mixture, local_files
+from flashmorph.corpus import Corpus, Mixture
+from flashmorph.heldout import HeldOut, hold_out
 from flashmorph.progress import Report
 from flashmorph.recipe import Recipe
 from flashmorph.rows import Rows, pack
 from flashmorph.run import Run
+from flashmorph.rundigests import row_settings, text_settings
 from flashmorph.runfolder import digest_of
-from flashmorph.selection import NEED_TRAINING
-from flashmorph.selection.search import own_settings
 from flashmorph.selection.searchdata import SearchData, SearchSettings
 from flashmorph.stages import TrainSettings, collate
-from flashmorph.tasks import STYLES, Example, Haystack, Layout, TaskSettings, make_example
+from flashmorph.tasks import STYLES, Example, Haystack, Layout, make_example
 
 
-def open_layout(recipe: Recipe, corpus: Corpus | Mixture, tokenizer: PreTrainedTokenizerBase, split: str) -> Layout:
-    """What lays problems out in the recipe's text of one split."""
+def open_layout(
+    recipe: Recipe,
+    corpus: Corpus | Mixture,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    chat_template: bool | None = None,
+) -> Layout:
+    """What lays problems out in the recipe's text of one split; through the chat template as for a search unless told.
+
+    Raises:
+        UserError: the corpus has no text in this split, or the tokenizer no template.
+    """
+    templated = recipe.chat_template if chat_template is None else chat_template
     repeated = recipe.data.haystack == "repeated"
     haystack = Haystack.repeated() if repeated else Haystack(corpus.pool(split, recipe.seed))
-    return Layout(tokenizer, STYLES[recipe.style], haystack)
+    return Layout(tokenizer, STYLES[recipe.style], haystack, templated)
 
 
 def open_questions(
@@ -36,10 +47,12 @@ def open_questions(
     split: str = "test",
     number: int | None = None,
     length: int | None = None,
+    chat_template: bool | None = None,
 ) -> dict[str, Sequence[Example]]:
-    """The recipe's questions of one split, by task; as many and as long as its evaluation's unless told."""
+    """The recipe's questions of one split, by task; as many, as long and asked as its evaluation's unless told."""
     style, settings = STYLES[recipe.style], recipe.evaluate
-    layout, length = open_layout(recipe, corpus, tokenizer, split), length or settings.length
+    templated = settings.chat_template if chat_template is None else chat_template
+    layout, length = open_layout(recipe, corpus, tokenizer, split, templated), length or settings.length
     return {
         name: [
             make_example(task, layout, style, split, length, recipe.seed, question)
@@ -63,14 +76,22 @@ def training_rows(run: Run, settings: TrainSettings, stage: str, report: Report)
 
 def _pack_training_rows(run: Run, settings: TrainSettings, stage: str, report: Report) -> Path:
     recipe = run.recipe
-    questions = round(settings.retrieval_share * settings.rows)
-    tasks = list(recipe.tasks.values()) if questions else []
-    wanted = {"train": [settings.length, settings.rows], **common_settings(run), "questions": [questions, recipe.style]}
-    wanted["documents"] = "marked"  # Rows of earlier versions do not tell where documents begin.
-    path = run.folder.data / f"{stage}-{digest_of([run.teacher.digest, wanted, plain(tasks)])}.npy"
-    others = _Questions(run, settings.length, questions)
+    path = run.folder.data / f"{stage}-{digest_of(row_settings(run, settings))}.npy"
+    others = _Questions(run, settings.length, settings.questions)
     passes = recipe.data.max_passes
-    pack(run.corpus, run.tokenizer, "train", settings.length, settings.rows, recipe.seed, path, passes, report, others)
+    pack(
+        run.corpus,
+        run.tokenizer,
+        "train",
+        settings.length,
+        settings.rows,
+        recipe.seed,
+        path,
+        passes,
+        report,
+        others,
+        settings.takes_long_documents,
+    )
     return path
 
 
@@ -93,68 +114,21 @@ class _Questions(Sequence[list[int]]):
         return open_layout(self._run.recipe, self._run.corpus, self._run.tokenizer, "train")
 
 
-def held_out_rows(run: Run, split: str, length: int, rows: int) -> Rows:
-    """Text that no stage trains on, repeated where there is too little of it."""
-    path = run.folder.data / f"{split}-{digest_of([run.teacher.digest, length, rows, common_settings(run)])}.npy"
+def held_out_text(run: Run, split: str, length: int, tokens: int) -> HeldOut:
+    """Text that no stage trains on, tokenised once into the run's data folder: `tokens` of it, or all that there is."""
+    path = run.folder.data / f"{split}-{digest_of([length, tokens, text_settings(run)])}.npz"
 
     def tokenise() -> None:
-        pack(run.corpus, run.tokenizer, split, length, rows, run.recipe.seed, path, None)
+        if not path.exists():
+            hold_out(run.corpus, run.tokenizer, split, length, tokens, run.recipe.seed).save(path)
 
     ranks.first(tokenise)
-    return Rows(path)
+    return HeldOut.load(path)
 
 
 def calibration(run: Run, rows: Rows) -> dict[str, torch.Tensor]:
     """The rows that branches are started from, as a batch of the stage `align`."""
     numbers = range(min(run.recipe.calibration_rows, len(rows)))
-    batch = collate([rows[row] for row in numbers], run.recipe.align.isolate_documents)
+    batch = collate([rows[row] for row in numbers], run.recipe.align.keeps_apart)
     batch.pop("loss_mask", None)  # Alignment has no targets.
     return batch
-
-
-def common_settings(run: Run) -> dict[str, Any]:
-    """What the digest of every stage with data depends on; local text by the names and sizes of its files too."""
-    files = local_files(run.recipe.data.corpus)
-    common = {"data": run.recipe.data.model_dump(mode="json"), "seed": run.recipe.seed, "bf16": run.bf16}
-    return {**common, "files": digest_of(files)} if files else common
-
-
-def task_settings(run: Run) -> dict[str, Any]:
-    """What the digest of a stage that asks questions depends on."""
-    return {"tasks": plain(run.recipe.tasks.values()), "style": run.recipe.style, **common_settings(run)}
-
-
-def select_settings(run: Run) -> dict[str, Any]:
-    """What the digest of a stage that searches depends on, the strategy's defaults written out."""
-    chosen = run.recipe.select
-    resolved = own_settings(chosen.strategy, chosen.settings)
-    select = {"strategy": chosen.strategy, "settings": resolved, "search": chosen.search.model_dump(mode="json")}
-    wanted = {"select": select, **task_settings(run)}
-    if chosen.strategy in NEED_TRAINING:
-        wanted["distill"] = _train_settings(run.recipe.distill)
-    return wanted
-
-
-def training_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
-    """What the digest of a stage that trains depends on."""
-    about = task_settings(run) if settings.retrieval_share else common_settings(run)
-    return {"train": _train_settings(settings), **about}
-
-
-def row_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
-    """What the digest of a stage depends on that only reads the rows of one that trains."""
-    about = task_settings(run) if settings.retrieval_share else common_settings(run)
-    names = ("length", "rows", "retrieval_share", "isolate_documents")
-    return {**{name: getattr(settings, name) for name in names}, **about}
-
-
-def _train_settings(settings: TrainSettings) -> dict[str, Any]:
-    """As JSON values. `isolate_documents` is left out where it is off: what was trained before there was such a setting
-    keeps its digest. What only trades time for memory is left out."""
-    left_out = {"activation_checkpointing", *(() if settings.isolate_documents else ("isolate_documents",))}
-    return settings.model_dump(mode="json", exclude=left_out)
-
-
-def plain(tasks: Iterable[TaskSettings]) -> list[dict[str, Any]]:
-    """Tasks as JSON values."""
-    return [task.model_dump(mode="json") for task in tasks]

@@ -1,7 +1,8 @@
 """The folder of a run: one folder a stage, named by the digest of its settings and inputs, never changed once done.
 
-A stage works in `stages/<name>-<digest>.partial` and is renamed when it is finished, so a folder without that ending is
-whole. The same digest means the same result: such a stage is not run again, also if it stands in another run's folder.
+A stage works in `stages/<name>-<digest>.partial` and is renamed when it is finished, so a folder without that ending
+was whole once; its record lists its files, and each use compares them. The same digest means the same result: such a
+stage is not run again, also if it stands in another run's folder.
 Of several processes the first holds the lock and writes; the others learn from it what there is.
 """
 
@@ -21,14 +22,18 @@ from filelock import FileLock, Timeout
 import flashmorph
 from flashmorph import ranks
 from flashmorph.errors import UserError
-from flashmorph.files import is_temporary, read_json, write_json
+from flashmorph.files import atomic_path, is_temporary, read_json, write_json
+from flashmorph.versions import versions
+from flashmorph.wholeness import CHECKPOINTS, damage, listing
 
 MARKER = "flashmorph.json"
-_STAGES = "stages"
-_WRITTEN = (_STAGES, "data", "compare", "figures")
+RECIPE = "recipe.yaml"
+"""What the folder's stages were told: of what is published there, or else of the last command that made some."""
+STAGES = "stages"
+_WRITTEN = (STAGES, "data", "compare", "figures")
 """The folders in a run's folder that runs write into."""
 _PARTIAL = ".partial"
-_RECORD = "stage.json"
+_RECORD, _SPENT = "stage.json", "spent.json"
 
 
 def digest_of(value: Any) -> str:
@@ -49,7 +54,7 @@ def _leftovers(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage's result: its folder, digest and record (settings, inputs, seconds, figures)."""
+    """One stage's result: its folder, digest and record (settings, inputs, versions, seconds, figures)."""
 
     name: str
     digest: str
@@ -69,14 +74,14 @@ class RunFolder:
                 no run.
         """
         self.path = path
-        self._places = [place / _STAGES for place in (path, *others)]
+        self._places = [place / STAGES for place in (path, *others)]
         ranks.first(self._claim)
 
     def _claim(self) -> None:
         path = self.path
         for other in self._places[1:]:
             if not other.is_dir():
-                raise UserError(f"{other.parent} is no run of flashmorph's: it has no folder {_STAGES!r}")
+                raise UserError(f"{other.parent} is no run of flashmorph's: it has no folder {STAGES!r}")
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file; give a folder that is new, empty or a run of flashmorph's")
         if path.is_dir() and _holds_anything(path) and not (path / MARKER).is_file():
@@ -84,10 +89,13 @@ class RunFolder:
         if not (path / MARKER).is_file():
             write_json(path / MARKER, {"made_by": "flashmorph", "version": flashmorph.__version__, "last": {}})
         try:
-            (path / _STAGES).mkdir(exist_ok=True)
+            (path / STAGES).mkdir(exist_ok=True)
             (path / "data").mkdir(exist_ok=True)
             self._lock = FileLock(path / ".lock", timeout=0)
             self._lock.acquire()
+            for finished in (path / STAGES).glob(f"*/{_RECORD}"):
+                if finished.parent.suffix != _PARTIAL:
+                    shutil.rmtree(finished.parent / CHECKPOINTS, ignore_errors=True)
             # Of a run that was killed while it wrote; what it can go on from has other names.
             for leftover in _leftovers(path):
                 if leftover.is_dir() and not leftover.is_symlink():
@@ -99,23 +107,55 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
 
+    def release(self) -> None:
+        """Let go of the folder; a run that ends does so too."""
+        if ranks.is_first():
+            self._lock.release()
+
     @property
     def data(self) -> Path:
         """Where tokenised rows are kept."""
         return self.path / "data"
 
+    def keep_recipe(self, text: str) -> None:
+        """Write the recipe of what is made here; what is published already keeps its own until it is published anew."""
+
+        def write() -> None:
+            if not (self.path / "results.json").is_file():
+                with atomic_path(self.path / RECIPE) as temporary:
+                    temporary.write_text(text, encoding="utf-8")
+
+        ranks.first(write)
+
     def find(self, name: str, settings: Any, inputs: list[str]) -> Stage | None:
-        """The finished stage with these settings and inputs, here or in another run."""
+        """The finished stage with these settings and inputs, here or in another run.
+
+        Raises:
+            UserError: it is there and is not what it was when it was finished.
+        """
         digest = digest_of([name, settings, inputs])
 
         def look() -> Stage | None:
             for place in self._places:
                 folder = place / f"{name}-{digest}"
                 if folder.is_dir():
-                    return Stage(name, digest, folder, read_json(folder / _RECORD), reused=True)
+                    return Stage(name, digest, folder, self._whole_record(folder), reused=True)
             return None
 
         return ranks.first(look)
+
+    def _whole_record(self, folder: Path) -> dict[str, Any]:
+        """The record of a finished stage whose files are all as they were."""
+        try:
+            record = read_json(folder / _RECORD)
+            problem = damage(folder, record)
+        except UserError as error:
+            record, problem = {}, str(error)
+        if problem:
+            own = folder.parent == self._places[0]
+            way_out = "" if own else f", or leave out --from {folder.parent.parent}"
+            raise UserError(f"{folder} is damaged: {problem}; remove that folder, and the stage runs again{way_out}")
+        return record
 
     def last(self, label: str) -> str | None:
         """The folder that the last run used for what it called `label`."""
@@ -145,16 +185,26 @@ class RunFolder:
         def begin() -> float:
             with _writing(partial):
                 partial.mkdir(parents=True, exist_ok=True)
-                return read_json(partial / "spent.json") if (partial / "spent.json").exists() else 0.0
+                (partial / _RECORD).unlink(missing_ok=True)
+            return _seconds_before(partial)
 
         def finish() -> Stage:
             record = {"stage": name, "digest": digest, "settings": settings, "inputs": inputs, "seconds": seconds}
+            record |= {"versions": versions(), **figures}
             with _writing(partial):
-                write_json(partial / _RECORD, {**record, **figures})
-                shutil.rmtree(partial / "checkpoints", ignore_errors=True)
-                os.replace(partial, final)
+                write_json(partial / _RECORD, {**record, "files": listing(partial)})
+                return arrive()
+
+        def arrive() -> Stage:
+            # Only what is renamed is finished: until then a killed stage goes on from its checkpoints.
+            os.replace(partial, final)
+            for leftover in (CHECKPOINTS, _SPENT):
+                _remove(final / leftover)
             return Stage(name, digest, final, read_json(final / _RECORD))
 
+        if ranks.first(lambda: _is_finished(partial)):
+            with _writing(partial):
+                return ranks.first(arrive)
         started, spent = time.perf_counter(), ranks.first(begin)
         try:
             with _writing(partial):
@@ -162,8 +212,32 @@ class RunFolder:
         finally:
             seconds = spent + time.perf_counter() - started
             if ranks.is_first():
-                write_json(partial / "spent.json", seconds)
+                write_json(partial / _SPENT, seconds)
         return ranks.first(finish)
+
+
+def _is_finished(partial: Path) -> bool:
+    """Whether a stage was killed between its record and its rename."""
+    try:
+        record = read_json(partial / _RECORD)
+    except UserError:
+        return False
+    return isinstance(record, dict) and "files" in record and not damage(partial, record)
+
+
+def _seconds_before(partial: Path) -> float:
+    """What interrupted work has taken so far; 0 where it did not come to say."""
+    try:
+        return float(read_json(partial / _SPENT))
+    except (UserError, TypeError, ValueError):
+        return 0.0
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from flashmorph.morphable import Morphable
 from flashmorph.progress import Report, silent
 from flashmorph.rows import Rows
 from flashmorph.run import Run
-from flashmorph.rundata import held_out_rows, search_data, training_rows
+from flashmorph.rundata import held_out_text, search_data, training_rows
 from flashmorph.runfolder import Stage
 from flashmorph.selection import NOTHING, Needs
 from flashmorph.selection.distilling import Distiller
@@ -63,8 +63,9 @@ def open_objective(
     recipe, search = run.recipe, search or run.recipe.select.search
     text, distiller = None, None
     if needs.text:
-        rows = held_out_rows(run, judging, search.longest, max(1, SEARCH_TEXT_TOKENS // search.longest))
-        text = torch.tensor([rows[row]["input_ids"] for row in range(len(rows))])
+        text = held_out_text(run, judging, search.longest, max(SEARCH_TEXT_TOKENS, search.longest))
+        if text.tokens < text.wanted:
+            run.screen.say(f"select: the text loss is on all {text.tokens:,} tokens of the split {judging!r}")
     if needs.training:
 
         def make_rows(settings: DistillSettings) -> Rows:

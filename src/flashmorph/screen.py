@@ -10,11 +10,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from flashmorph.evaluation import shortage
 from flashmorph.plan import FULL
 from flashmorph.progress import Report
 from flashmorph.run import Results
 from flashmorph.runfolder import Stage
 from flashmorph.terminal import harmless
+from flashmorph.versions import made_with
 
 _SILENT_SECONDS = 60.0
 """After how long without news a stage says that it is still at work; each time it waits twice as long."""
@@ -69,8 +71,10 @@ class RichScreen:
             over.set()
 
     def done(self, stage: Stage, about: str, figures: str) -> None:
-        """One line: what, how it came out, how long it took."""
-        time = "done before" if stage.reused else f"{stage.record['seconds']:.0f} s"
+        """One line: what, how it came out, how long it took, or with which other versions it was done before."""
+        time = f"{stage.record['seconds']:.0f} s"
+        if stage.reused:
+            time = " with ".join(filter(None, ("done before", made_with(stage.record))))
         line = Text.assemble((f"{stage.name:<10}", "bold"), harmless(f" {about} · {figures} · {time}"))
         self.console.print(line, soft_wrap=True)
 
@@ -98,6 +102,8 @@ class RichScreen:
             by_task.add_row(label, *(f"{100 * task['recall']:.0f} %" for task in tasks))
         self.console.print(overview)
         self.console.print(by_task)
+        if note := shortage(first.to_dict()):
+            self.say(note)
         kept = ", ".join(map(str, results.plan.full_layers))
         other = ", ".join(sorted(set(results.plan.assignments.values()) - {FULL})) or "other"
         self.say(

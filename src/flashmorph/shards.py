@@ -1,6 +1,8 @@
 """Checkpoints of several files, read tensor by tensor and written file by file: never in memory as a whole."""
 
+import math
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,39 +13,45 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from flashmorph.checkpoint import weight_files
 from flashmorph.errors import UserError
-from flashmorph.files import read_json, write_json
+from flashmorph.files import write_json
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The dtypes that weights are computed with as they are stored, by the names that safetensors gives them."""
 
 
 class ShardReader:
-    """The weights in `folder`: those of `model.safetensors`, or of the files that its index names."""
+    """The weights in `folder`: those of `model.safetensors`, or of the files that its index names.
+
+    `dtypes` has the name of every tensor and its dtype, as safetensors calls it (`BF16`).
+    """
 
     def __init__(self, folder: Path):
-        """Read the names, nothing else.
+        """Read names and dtypes, nothing else.
 
         Raises:
             UserError: no weights, or a file of the index is missing or damaged.
         """
-        index = folder / SAFE_WEIGHTS_INDEX_NAME
-        if (folder / SAFE_WEIGHTS_NAME).is_file():
-            files = [SAFE_WEIGHTS_NAME]
-        elif index.is_file():
-            files = sorted(set(read_json(index)["weight_map"].values()))
-        else:
-            raise UserError(f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
-        if missing := [file for file in files if not (folder / file).is_file()]:
-            raise UserError(f"{folder} lacks {missing[0]}, which its index names: the checkpoint is incomplete")
-        self.files = [folder / file for file in files]
+        self.files = weight_files(folder)
+        self.dtypes: dict[str, str] = {}
+        self._places: dict[str, Path] = {}
         try:
             with _opened(self.files) as handles:
-                self._places = {name: file for file, handle in handles.items() for name in handle.keys()}
+                for file, handle in handles.items():
+                    self._places |= dict.fromkeys(handle.keys(), file)
+                    self.dtypes |= {name: handle.get_slice(name).get_dtype() for name in handle.keys()}
         except Exception as error:
             raise UserError(f"the weights in {folder} cannot be read, are they complete? {error}") from error
 
     @property
-    def names(self) -> list[str]:
-        """The names of all tensors."""
-        return list(self._places)
+    def main_dtype(self) -> torch.dtype | None:
+        """What most numbers are stored in; None where no weight is in floating point of 16 bits or more."""
+        numbers: Counter[torch.dtype] = Counter()
+        with self.slices(name for name, dtype in self.dtypes.items() if dtype in FLOATS) as slices:
+            for name, each in slices.items():
+                numbers[FLOATS[self.dtypes[name]]] += math.prod(each.get_shape())
+        return numbers.most_common(1)[0][0] if numbers else None
 
     @property
     def largest_bytes(self) -> int:

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from flashmorph.corpus import Corpus, Mixture
+from flashmorph.costs.auto import Room, asked, choose
+from flashmorph.costs.sizes import count_sizes
+from flashmorph.costs.work import model_in
+from flashmorph.devices import usable_memory
 from flashmorph.errors import UserError
 from flashmorph.evaluation import (
     ASKERS,
@@ -23,16 +25,18 @@ from flashmorph.evaluation import (
     paired_interval,
     perplexity_ratio,
     recall_difference,
-    text_losses,
 )
 from flashmorph.evaluation.harness import Harness, HarnessFigure
 from flashmorph.evaluation.tokens import TokenClasses
+from flashmorph.fitting import fit
+from flashmorph.heldout import HeldOut
 from flashmorph.hosts import cache_by_context, require_known
 from flashmorph.judge import held_out, open_model
 from flashmorph.progress import Report
-from flashmorph.recipe import Recipe
+from flashmorph.recipe import Recipe, with_settings
 from flashmorph.rundata import open_questions
-from flashmorph.teacher import EMBEDDED, load_config, load_tokenizer, locate
+from flashmorph.runfolder import STAGES
+from flashmorph.teacher import load_config, load_tokenizer, locate
 
 
 class Screen(Protocol):
@@ -45,12 +49,16 @@ class Screen(Protocol):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of every model: the recipe's tasks and text; the rest where asked for."""
+    """What is asked of every model: the recipe's tasks and text; the rest where asked for.
+
+    With `allow_unused` weights that are stored and not used are told, not refused.
+    """
 
     recipe: Recipe
     grid: GridSettings | None = None
     harness: Harness | None = None
     tokens: bool = False
+    allow_unused: bool = False
 
     @property
     def longest(self) -> int:
@@ -69,22 +77,42 @@ class Found:
 
     score: Score
     vocabulary: dict[str, int]
+    text: HeldOut
     grid: Grid | None = None
     harness: list[HarnessFigure] = field(default_factory=list)
-    losses: np.ndarray | None = None
     classes: TokenClasses | None = None
 
 
-def own_recipe(name: str) -> str | None:
-    """The recipe that a model came with: that of its run, or the embedded teachers' `demo`.
+def homes(names: Sequence[str]) -> tuple[Path, ...]:
+    """Where models come from: their folders, and of what a stage wrote the folder of its run.
 
     Raises:
         UserError: there is no such model.
     """
-    if name in EMBEDDED and not Path(name).is_dir():
-        return "demo"
-    path = locate(name)[0] / "recipe.yaml"
-    return str(path) if path.is_file() else None
+    folders = [locate(name)[0] for name in names]
+    return tuple(folder.parents[2] if folder.parts[-3:-2] == (STAGES,) else folder for folder in folders)
+
+
+def fit_to_models(names: Sequence[str], recipe: Recipe, device: torch.device) -> tuple[Recipe, str]:
+    """The recipe with questions that every model takes, as many at once as fit for each; and a line on what was capped.
+
+    Raises:
+        UserError: no such model, or of a kind that is not known.
+    """
+    configs = [load_config(locate(name)[0]) for name in names]
+    for name, config in zip(names, configs, strict=True):
+        require_known(config, name)
+    shortest = min(configs, key=lambda config: config.max_position_embeddings)
+    recipe, told = fit(recipe, shortest, ["evaluate.length"])
+    if not asked(recipe, "evaluate"):
+        return recipe, told
+    models = [model_in(config) for config in configs]
+    room = Room(usable_memory(device))
+    every = [
+        choose("evaluate", recipe, model, count_sizes(model.host, model.config, model.config), room).values
+        for model in models
+    ]
+    return with_settings(recipe, {key: min(values[key] for values in every) for key in every[0]}), told
 
 
 def check(names: Sequence[str], longest: int) -> None:
@@ -112,7 +140,7 @@ def _require_one_tokenizer(names: Sequence[str]) -> None:
 
 
 def compare_models(names: Sequence[str], wanted: Wanted, device: torch.device, screen: Screen) -> dict[str, Any]:
-    """Figures by model; all but the first also have `minus_first`, with intervals paired by question and by row.
+    """Figures by model; all but the first also have `minus_first`, with intervals paired by question and by text.
 
     Raises:
         UserError: see `check` and `open_model`; or the corpus has no text of the test split.
@@ -123,37 +151,37 @@ def compare_models(names: Sequence[str], wanted: Wanted, device: torch.device, s
         _require_one_tokenizer(names)
     found: dict[str, Found] = {}
     for name in names:
-        classes = found[names[0]].classes if found else None
-        found[name] = _judge(name, wanted, device, screen, classes)
+        found[name] = _judge(name, wanted, device, screen, found.get(names[0]))
     first = found[names[0]]
     return {name: _figures(each, None if each is first else first) for name, each in found.items()}
 
 
-def _judge(
-    name: str, wanted: Wanted, device: torch.device, screen: Screen, classes: TokenClasses | None = None
-) -> Found:
+def _judge(name: str, wanted: Wanted, device: torch.device, screen: Screen, first: Found | None = None) -> Found:
+    """What one model can do; on the very text of the `first` where it has the same tokens."""
     recipe, corpus = wanted.recipe, wanted.corpus
-    model, tokenizer = open_model(name, device)
+    model, tokenizer = open_model(name, device, screen.say, wanted.allow_unused)
+    vocabulary = tokenizer.get_vocab()
     grid = None
     if wanted.grid:
         with screen.stage("evaluate", f"{name}: questions") as report:
-            asker = ASKERS[wanted.grid.style](tokenizer, corpus.pool("test", recipe.seed), recipe.seed)
+            documents, templated = corpus.pool("test", recipe.seed), wanted.grid.chat_template
+            asker = ASKERS[wanted.grid.style](tokenizer, documents, recipe.seed, templated)
             grid = make_questions(asker, wanted.grid, report)
-    with TemporaryDirectory() as folder, screen.stage("evaluate", f"{name}: tasks, text") as report:
+    with screen.stage("evaluate", f"{name}: tasks, text") as report:
         questions = open_questions(recipe, corpus, tokenizer)
-        rows = held_out(recipe, corpus, tokenizer, Path(folder))
-        score = evaluate(model, tokenizer, questions, rows, recipe.evaluate, cache_by_context(model.config), report)
-        found = Found(score, tokenizer.get_vocab())
+        same = first is not None and first.vocabulary == vocabulary
+        text = first.text if first and same else held_out(recipe, corpus, tokenizer)
+        score = evaluate(model, tokenizer, questions, text, recipe.evaluate, cache_by_context(model.config), report)
+        found = Found(score, vocabulary, text)
         if wanted.tokens:
-            found.losses = text_losses(model, rows, recipe.evaluate.batch_tokens).double().numpy()
-            found.classes = classes or TokenClasses.of(rows, tokenizer)
+            found.classes = first.classes if first else TokenClasses.of(text, tokenizer)
     if grid:
         with screen.stage("evaluate", f"{name}: grid") as report:
             found.grid = ask_grid(model, tokenizer, grid, report)
     if wanted.harness:
         settings = recipe.evaluate
         with screen.stage("evaluate", f"{name}: lm-evaluation-harness"):
-            batch_size = max(1, settings.batch_tokens // settings.length)
+            batch_size = max(1, settings.tokens_at_once // settings.length)
             found.harness = wanted.harness.scores(model, tokenizer, locate(name)[0], batch_size)
     return found
 
@@ -184,6 +212,7 @@ def _figures(found: Found, first: Found | None) -> dict[str, Any]:
             for one, other in pairs
             if (difference := one.minus(other))
         ]
-    if found.losses is not None and found.classes and first.losses is not None:
-        minus["tokens"] = found.classes.compare(found.losses, first.losses)
+    own, theirs = found.score.losses, first.score.losses
+    if found.classes and own is not None and theirs is not None:
+        minus["tokens"] = found.classes.compare(own, theirs)
     return {**figures, "minus_first": minus}

@@ -1,11 +1,13 @@
 """The special tokens around a text: what the tokenizer puts before it, and what ends an answer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-_PROBE = "a"
+from flashmorph.errors import UserError
+
+_PROBES = ("a", "1", ".", " ")
 
 
 def before_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -14,14 +16,33 @@ def before_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     For Llama, Mistral and Phi the first token is the attention sink, so every separately attended piece of text must
     begin with it. What a tokenizer puts behind a text is left out, and so is a prefix space.
     """
-    whole = list(tokenizer(_PROBE, verbose=False).input_ids)
-    bare = list(tokenizer(_PROBE, add_special_tokens=False, verbose=False).input_ids)
-    for start in range(len(whole) - len(bare) + 1):
-        if whole[start : start + len(bare)] == bare:
-            return whole[:start]
-    special = set(tokenizer.all_special_ids)
-    count = next((number for number, token in enumerate(whole) if token not in special), len(whole))
-    return whole[:count]
+    for probe in _PROBES:
+        bare = list(tokenizer(probe, add_special_tokens=False, verbose=False).input_ids)
+        if not bare:
+            continue
+        whole = list(tokenizer(probe, verbose=False).input_ids)
+        for start in range(len(whole) - len(bare) + 1):
+            if whole[start : start + len(bare)] == bare:
+                return whole[:start]
+    # No such text has tokens, or special tokens change those of a text.
+    whole, special = list(tokenizer(_PROBES[0], verbose=False).input_ids), set(tokenizer.all_special_ids)
+    return whole[: next((number for number, token in enumerate(whole) if token not in special), 0)]
+
+
+def room_for_text(length: int, before: Sequence[int]) -> int:
+    """Tokens of text in `length` tokens that begin with the special ones `before`.
+
+    Raises:
+        UserError: there is no room.
+    """
+    if length <= len(before):
+        raise UserError(f"{length} tokens have no room for text behind the tokenizer's {len(before)} special tokens")
+    return length - len(before)
+
+
+def count_before(ids: Sequence[int], before: Sequence[int]) -> int:
+    """How many of the first tokens of a text are the special ones `before`: all of them, or none."""
+    return len(before) if list(ids[: len(before)]) == list(before) else 0
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, *configs: Any) -> list[int]:

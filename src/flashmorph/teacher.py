@@ -1,42 +1,54 @@
 """Open a teacher: an embedded one, a local folder or a model of the hub. Refuse what cannot be a teacher."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from flashmorph.checkpoint import GENERATION, has_tokenizer, require_config, travelling_files, weight_files
+from flashmorph.digests import template_digest, tokenizer_digest, weights_digest
 from flashmorph.errors import UserError
-from flashmorph.files import read_json, weights_digest
+from flashmorph.files import read_json
 from flashmorph.hosts import host_for, takes_with_windows
+from flashmorph.shards import FLOATS, ShardReader
+from flashmorph.stored import take_stock
 
 EMBEDDED = ("tiny",)
-_QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-_SENSES = ("vision", "visual", "audio", "vision_tower", "speech", "vit")
-_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
+_OTHER_FORMS = ("consolidated*", "original/*", "onnx/*", "adapter_model*")
+_NO_FOLDER = "no-adapter-is-loaded"
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A checkpoint on disk. `digest` covers its configuration and weights; `revision` is the hub's commit, if any."""
+    """A checkpoint on disk; `revision` is the hub's commit, if any.
+
+    `digest` covers its configuration and weights, `tokenizer_digest` what makes tokens of a text, `template_digest`
+    what makes a text of a conversation.
+    """
 
     name: str
     folder: Path
     digest: str
     revision: str
     note: str = ""
+    tokenizer_digest: str = ""
+    template_digest: str = ""
 
     def load(self, dtype: torch.dtype | str, device: torch.device | None = None) -> PreTrainedModel:
         """The model, in `dtype` on `device`.
@@ -54,6 +66,14 @@ class Teacher:
         """
         return load_tokenizer(self.folder)
 
+    def generation_config(self) -> GenerationConfig | None:
+        """How the teacher's authors generate, or None where they do not say.
+
+        Raises:
+            UserError: generation_config.json is damaged.
+        """
+        return load_generation(self.folder)
+
 
 def open_teacher(name: str) -> Teacher:
     """Find a teacher by name and check that it has an exact host, before any weight is read.
@@ -63,8 +83,9 @@ def open_teacher(name: str) -> Teacher:
     """
     folder, revision, note = locate(name)
     _require_host(load_config(folder))
-    require_safetensors(folder)
-    return Teacher(name, folder, weights_digest(folder), revision, note)
+    weight_files(folder)
+    of_tokens, of_template = tokenizer_digest(folder), template_digest(folder)
+    return Teacher(name, folder, weights_digest(folder), revision, note, of_tokens, of_template)
 
 
 def locate(name: str) -> tuple[Path, str, str]:
@@ -79,7 +100,7 @@ def locate(name: str) -> tuple[Path, str, str]:
         return path, "", embedded if name in EMBEDDED else ""
     if name in EMBEDDED:
         return Path(str(files("flashmorph") / "assets" / name)), "", ""
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if path.exists() or path.is_symlink() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"there is no folder {name!r}: give a folder with config.json and safetensors, or a hub name")
     folder = _download(name)
     return folder, folder.name, ""
@@ -99,88 +120,122 @@ def open_config(name: str):
 
 
 def load_config(folder: Path):
-    """The configuration in `folder`.
+    """The configuration in `folder`, with what it leaves open or says wrongly of its own weights set right.
+
+    Where it names no dtype that weights can have, it gets the one that most of them are stored in; a pad token outside
+    the vocabulary is none.
 
     Raises:
         UserError: none there, not readable, of an unknown kind, quantised, or not of a causal language model alone.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} has no config.json: it is no Hugging Face checkpoint")
-    _refuse_other_kinds(folder, read_json(path))
+    path = require_config(folder)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError) as error:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if config.dtype not in FLOATS.values():
+            config.dtype = _stored_dtype(folder)
+        if config.pad_token_id is not None and not 0 <= config.pad_token_id < config.vocab_size:
+            config.pad_token_id = None
+    except UserError:
+        raise
+    except Exception as error:
         raise UserError(f"{path} cannot be read: {_first_line(error)}") from error
+    return config
 
 
-def _refuse_other_kinds(folder: Path, values: Any) -> None:
-    """Say of a config.json what transformers would say late, in many lines, or with a question.
-
-    Raises:
-        UserError: names what the checkpoint is, and what to give instead.
-    """
-    if not isinstance(values, dict):
-        raise UserError(f"{folder / 'config.json'} cannot be read: it is no JSON object")
-    quantised = [name for name in ("quantization_config", "compression_config") if values.get(name)]
-    quantised += [name for name in _QUANTISED if (folder / name).is_file()]
-    if quantised:
-        raise UserError(f"{folder} is quantised ({quantised[0]}); give the checkpoint it was made from")
-    made_for = ", ".join(values.get("architectures") or []) or str(values.get("model_type"))
-    parts = [name for name in values if name.endswith("_config") and name.removesuffix("_config") in _SENSES]
-    if parts:
-        raise UserError(
-            f"{folder} is a multimodal checkpoint ({made_for}, with {parts[0]}); give a language model without it"
-        )
-    if values.get("auto_map") and values.get("model_type") not in CONFIG_MAPPING:
-        raise UserError(
-            f"{folder} needs modelling code of its own ({made_for}, auto_map in its config.json), which is not run; "
-            "give a teacher of an architecture that transformers has"
-        )
-    names = values.get("architectures") or ["ForCausalLM"]
-    if values.get("is_encoder_decoder") or not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
-        raise UserError(f"{folder} is no causal language model but {made_for}; give a decoder with its language head")
+def _stored_dtype(folder: Path) -> torch.dtype | None:
+    """What most of the weights in `folder` are stored in; None where there are none, as beside a lone config.json."""
+    try:
+        reader = ShardReader(folder)
+    except UserError:
+        return None
+    return reader.main_dtype
 
 
-def load_model(folder: Path, dtype: torch.dtype | str, device: torch.device | None = None) -> PreTrainedModel:
-    """The causal language model in `folder`, on `device` (the CPU by default).
+def load_model(
+    folder: Path,
+    dtype: torch.dtype | str,
+    device: torch.device | None = None,
+    tell: Callable[[str], None] = lambda notice: None,
+    allow_unused: bool = False,
+) -> PreTrainedModel:
+    """The causal language model in `folder`, on `device` (the CPU by default), and nothing of an adapter beside it.
+
+    What is stored and not used goes to `tell`, line by line; `allow_unused` as in `take_stock`.
 
     Raises:
-        UserError: weights are missing, damaged, or do not fit the configuration.
+        UserError: weights are missing, damaged, do not fit the configuration, or are not what would be computed.
     """
-    require_safetensors(folder)
+    config, generation = load_config(folder), load_generation(folder)
+    for notice in take_stock(without_weights(config), ShardReader(folder).dtypes, folder, allow_unused).notices:
+        tell(notice)
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+            folder,
+            config=copy.deepcopy(config),
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            # With peft installed an adapter in the folder would be loaded; there is none in this sub-folder.
+            adapter_kwargs={"subfolder": _NO_FOLDER},
+            **({"generation_config": generation} if generation else {}),
         )
-        model, info = opened
+        model = opened[0]
     except Exception as error:
         raise unreadable(folder, error) from error
-    if info["missing_keys"]:
-        raise incomplete(folder, sorted(info["missing_keys"]))
-    model.config.dtype = load_config(folder).dtype
+    if model.config.tie_word_embeddings:
+        require_one_head(model, folder)
+    model.config.dtype = config.dtype
     return model.eval().to(device or "cpu")
+
+
+def without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    """The causal language model of a configuration, in float32, its weights without values; buffers have theirs."""
+    with init_empty_weights(include_buffers=False):
+        # The class writes the dtype that it is made in into its configuration.
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
+    return model.eval()
+
+
+def require_one_head(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse a head that the configuration ties to the embedding where both have values, and not the same.
+
+    Raises:
+        UserError: says what to set right.
+    """
+    head, embedding = (cast(Any, each).weight for each in (model.get_output_embeddings(), model.get_input_embeddings()))
+    if not (head is embedding or head.is_meta or embedding.is_meta or torch.equal(head, embedding)):
+        raise UserError(
+            f"{folder} has a head of its own, and its config.json ties it to the embedding: set tie_word_embeddings to "
+            "false there if the head is the right one"
+        )
+
+
+def load_generation(folder: Path) -> GenerationConfig | None:
+    """How the authors of the checkpoint in `folder` generate; None where they do not say.
+
+    Of settings that contradict each other, which transformers refuses to read, the tokens alone: nothing of ours
+    generates by the others.
+
+    Raises:
+        UserError: generation_config.json is damaged.
+    """
+    path = folder / GENERATION
+    if not path.is_file():
+        return None
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} cannot be read: it is no JSON object")
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception:  # Whatever its checks raise.
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return GenerationConfig(**{name: values.get(name) for name in names})
 
 
 def unreadable(folder: Path, error: Exception) -> UserError:
     """Why the weights in `folder` cannot be read, in one sentence."""
     return UserError(f"the weights in {folder} cannot be read, are they complete? {_first_line(error)}")
-
-
-def incomplete(folder: Path, missing: Sequence[str]) -> UserError:
-    """That these weights are not in `folder`, in one sentence."""
-    return UserError(f"{folder} lacks {len(missing)} weights, {missing[0]} first: the checkpoint is incomplete")
-
-
-def require_safetensors(folder: Path) -> None:
-    """Refuse a folder without weights in safetensors.
-
-    Raises:
-        UserError: there are none, or only pickled ones.
-    """
-    if not list(folder.glob("*.safetensors")):
-        pickled = " (only pickled ones, which are not read: convert them)" if list(folder.glob("*.bin")) else ""
-        raise UserError(f"{folder} has no safetensors weights{pickled}")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -189,8 +244,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     Raises:
         UserError: it is damaged, or has more tokens than the model has embeddings.
     """
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    if not has_tokenizer(folder):
         return None
+    travelling_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
@@ -209,7 +265,7 @@ def _require_host(config: PreTrainedConfig) -> None:
 
 def _download(name: str) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(_FILES), ignore_patterns=list(_OTHER_FORMS)))
     except Exception as error:
         raise _not_on_the_hub(name, error) from error
 
@@ -231,4 +287,5 @@ def _not_on_the_hub(name: str, error: Exception) -> UserError:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from flashmorph.cli.app import app
 from flashmorph.cli.evaluate_tables import new_table
-from flashmorph.cli.options import ERR, OUT, DeviceOption, JsonOption, numbers, quiet
+from flashmorph.cli.options import ERR, OUT, DeviceOption, JsonOption, UnusedOption, numbers, quiet
 from flashmorph.errors import UserError
 from flashmorph.files import short_names
 from flashmorph.terminal import bold
@@ -28,6 +28,7 @@ def bench(
     dtype: Annotated[
         str, typer.Option(help="`auto` (float32 on a CPU, else the checkpoint's), `float32`, `bfloat16` or `float16`.")
     ] = "auto",
+    allow_unused: UnusedOption = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -59,10 +60,11 @@ def bench(
     check(names, max(settings.lengths) + decode_tokens)
     place = pick_device(device)
     wanted: Any = getattr(torch, dtype) if dtype != "auto" else torch.float32 if place.type == "cpu" else "auto"
-    loaded = {name: load_model(locate(name)[0], wanted, place) for name in names}
+    screen = RichScreen(ERR)
+    loaded = {name: load_model(locate(name)[0], wanted, place, screen.say, allow_unused) for name in names}
     for model in loaded.values():
         model.config.dtype = model.dtype  # The cache is held in what the model runs in.
-    with RichScreen(ERR).stage("bench", ", ".join(names)) as report:
+    with screen.stage("bench", ", ".join(names)) as report:
         figures = measure(loaded, settings, report)
     if as_json:
         print(json.dumps(figures, indent=2))

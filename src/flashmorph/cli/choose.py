@@ -19,6 +19,7 @@ from flashmorph.cli.options import (
     SetOption,
     StrategyOption,
     TeacherArgument,
+    UnusedOption,
     open_run,
 )
 from flashmorph.errors import UserError
@@ -57,11 +58,14 @@ def select(
     recall_questions: Annotated[int, typer.Option(min=1, help="With --curve: generated answers a task.")] = 50,
     max_plans: Annotated[int | None, typer.Option(help="With `exhaustive`: how many plans may be run.")] = None,
     changes: SetOption = None,
+    allow_unused: UnusedOption = False,
     force: ForceOption = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Choose the layers that stay full, on a run that is aligned; or see with --curve what each budget would give.
+
+    The run's own recipe is taken unless --recipe is given; what else is given changes it.
 
     Example: `flashmorph select tiny --from runs/demo --budget 3 --strategy greedy-forward --output plan.json`
 
@@ -71,14 +75,23 @@ def select(
 
     share = _share(within)
     _claim(output, curve, force)
-    if recipe is None and _kept_recipe(source).is_file():
-        recipe = str(_kept_recipe(source))
     if max_plans is not None:
         changes = [*(changes or []), f"select.settings.max_plans={max_plans}"]
-    options = Options(teacher, source, recipe, budget, changes, strategy=strategy, device=device, json=as_json)
+    options = Options(
+        teacher,
+        source,
+        recipe,
+        budget,
+        changes,
+        strategy=strategy,
+        device=device,
+        json=as_json,
+        recipe_of=(source,),
+        allow_unused=allow_unused,
+    )
     if not (source / "stages").is_dir():
         raise UserError(f"{source} is no run of flashmorph's: run `flashmorph align {teacher} --output {source}` first")
-    run = open_run(options)
+    run = open_run(options, ["align", "select"], keep_recipe=False)
     host = pipeline.run_transplant(run)
     branches = pipeline.run_align(run, host)
     if curve:
@@ -165,7 +178,3 @@ def _show_tolerance(run: Any, plan: Any) -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _kept_recipe(run: Path) -> Path:
-    return run / "recipe.yaml"

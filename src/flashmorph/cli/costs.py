@@ -8,6 +8,7 @@ import typer
 
 from flashmorph.cli.app import app
 from flashmorph.cli.options import (
+    ERR,
     OUT,
     BudgetOption,
     DataOption,
@@ -17,6 +18,7 @@ from flashmorph.cli.options import (
     SetOption,
     StrategyOption,
     WindowOption,
+    fitted,
     numbers,
     quiet,
     recipe_of,
@@ -52,6 +54,7 @@ def plan(
     Example: `flashmorph plan Qwen/Qwen3-8B --budget 25% --gpu h200 --gpus 8`
     """
     from flashmorph.costs import estimate, find_gpu
+    from flashmorph.screen import RichScreen
     from flashmorph.teacher import open_config
 
     quiet()
@@ -61,6 +64,7 @@ def plan(
     )
     settings = recipe_of(options)
     config = open_config(teacher)
+    settings = fitted(settings, config, RichScreen(ERR if as_json else OUT).say)
     found = estimate(teacher, config, settings, found_gpu, gpus, utilisation, numbers("--contexts", contexts))
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))

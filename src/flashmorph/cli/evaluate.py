@@ -1,8 +1,9 @@
 """The command that judges finished models, side by side."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -18,6 +19,7 @@ from flashmorph.cli.options import (
     JsonOption,
     Options,
     SetOption,
+    UnusedOption,
     names,
     numbers,
     quiet,
@@ -38,7 +40,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Whose tasks, text and lengths: `demo`, `default`, `chat` or a YAML file. Default: that of "
-            "`--report`'s run, else the first model's own, else `demo`."
+            "`--report`'s run, else of the first model that came with one, else `demo`."
         ),
     ] = None,
     lengths: Annotated[
@@ -79,6 +81,7 @@ def evaluate(
     ] = None,
     data: DataOption = None,
     changes: SetOption = None,
+    allow_unused: UnusedOption = False,
     force: ForceOption = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -95,15 +98,17 @@ def evaluate(
     from flashmorph.evaluation.harness import Harness
     from flashmorph.report import PAGE_NAME, claim_kept, keep, write_report
     from flashmorph.screen import RichScreen
-    from flashmorph.sidebyside import Wanted, compare_models, own_recipe
-    from flashmorph.teacher import locate
+    from flashmorph.sidebyside import Wanted, compare_models, fit_to_models, homes
+    from flashmorph.teacher import EMBEDDED, locate
 
     quiet()
     if report:
         claim_kept(report, "evaluate", force)
         claim_output(report / PAGE_NAME, PAGE, force)
-    chosen = recipe or (str(report / "recipe.yaml") if report else own_recipe(models[0]))
-    settings = recipe_of(Options("", Path(), chosen or "demo", None, changes, data))
+    options = Options("", Path(), recipe, None, changes, data, recipe_of=(report,) if report else homes(models))
+    kept = options.kept_recipe
+    chosen = recipe or kept or ("demo" if any(name in EMBEDDED for name in models) else None)
+    settings = recipe_of(replace(options, recipe=str(chosen or "demo")))
     if questions:
         settings = settings.model_copy(
             update={"evaluate": settings.evaluate.model_copy(update={"questions": questions})}
@@ -111,11 +116,16 @@ def evaluate(
     if style not in (None, *_STYLES):
         raise UserError(f"--style {style!r} must be {' or '.join(_STYLES)}")
     asked = style or ("lines" if chosen and settings.style == "lines" else "ruler")
-    grid = _grid_settings(lengths, depths, questions, asked, settings.evaluate.batch_tokens) if lengths else None
+    settings, told = fit_to_models(models, settings, pick_device(device))
+    if told:
+        RichScreen(ERR).say(told)
+    grid = _grid_settings(lengths, depths, questions, asked, settings.evaluate) if lengths else None
     harness = (
         Harness(names("--tasks", tasks), {"max_seq_lengths": list(grid.lengths)} if grid else None) if tasks else None
     )
-    wanted = Wanted(settings, grid, harness, tokens)
+    wanted = Wanted(settings, grid, harness, tokens, allow_unused)
+    if kept:
+        RichScreen(ERR if as_json else OUT).say(f"recipe: {kept} (--recipe takes another)")
     figures = compare_models(models, wanted, pick_device(device), RichScreen(ERR))
     if report:
         keep(report, "evaluate", {"models": figures}, {name: locate(name)[0] for name in figures})
@@ -126,14 +136,12 @@ def evaluate(
     show_figures(OUT, figures)
 
 
-def _grid_settings(lengths: str, depths: int, questions: int | None, style: str, batch_tokens: int):
+def _grid_settings(lengths: str, depths: int, questions: int | None, style: str, evaluate: Any):
     from flashmorph.evaluation import GridSettings
 
-    given = {"questions": questions} if questions else {}
+    given: dict[str, Any] = {"lengths": numbers("--lengths", lengths), "depths": depths, "style": style}
+    given |= {"batch_tokens": evaluate.tokens_at_once, "chat_template": evaluate.chat_template}
     try:
-        return GridSettings.model_validate(
-            {"lengths": numbers("--lengths", lengths), "depths": depths, "style": style, "batch_tokens": batch_tokens}
-            | given
-        )
+        return GridSettings.model_validate(given | ({"questions": questions} if questions else {}))
     except ValidationError as error:
         raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error

@@ -15,8 +15,12 @@ Figures = dict[str, Any]
 
 def show_figures(console: Console, figures: Figures) -> None:
     """Print what `sidebyside.compare_models` found."""
+    from flashmorph.evaluation import shortage
+
     labels = short_names(list(figures))
     console.print(overview(figures, labels))
+    for note in dict.fromkeys(filter(None, map(shortage, figures.values()))):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     console.print(by_task(figures, labels))
     console.print(by_position(figures, labels))
     if any("grid" in each for each in figures.values()):
@@ -71,12 +75,15 @@ def by_position(figures: Figures, labels: dict[str, str]) -> Table:
     """Perplexity by position in the context."""
     first, *_ = figures
     rows: dict[str, Callable[[Figures], tuple]] = {}
-    for place, part in enumerate(figures[first]["perplexity_by_position"]):
+    for part in figures[first]["perplexity_by_position"]:
 
-        def row(each: Figures, place: int = place) -> tuple:
-            value, ratio = each["perplexity_by_position"][place], each.get("minus_first", {}).get("perplexity")
+        def row(each: Figures, start: int = part["from"]) -> tuple:
+            parts, ratio = each["perplexity_by_position"], each.get("minus_first", {}).get("perplexity")
+            place = next((place for place, one in enumerate(parts) if one["from"] == start), None)
+            if place is None:  # Another tokenizer makes other lengths of the same documents.
+                return "", "", ""
             shown = _ratio(ratio["by_position"][place]) if ratio else ""
-            return f"{value['perplexity']:.2f}", span(value["interval"], "{:.2f}"), shown
+            return f"{parts[place]['perplexity']:.2f}", span(parts[place]["interval"], "{:.2f}"), shown
 
         rows[f"{part['from']:,}-{part['to']:,}"] = row
 

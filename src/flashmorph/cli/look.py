@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flashmorph.cli.app import app
-from flashmorph.cli.options import OUT, DeviceOption, ForceOption, JsonOption, quiet
+from flashmorph.cli.options import ERR, OUT, DeviceOption, ForceOption, JsonOption, UnusedOption, quiet
 
 
 @app.command()
@@ -16,6 +16,7 @@ def generate(
     models: Annotated[list[str], typer.Argument(help="Folders or teachers.", metavar="MODEL...")],
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
+    allow_unused: UnusedOption = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Continue a prompt with several models, side by side (greedy, with the cache).
@@ -24,10 +25,12 @@ def generate(
     """
     from flashmorph.devices import pick_device
     from flashmorph.judge import continue_prompt
+    from flashmorph.screen import RichScreen
 
     quiet()
+    tell = RichScreen(ERR).say
     for model in models:
-        text = continue_prompt(model, prompt, max_new_tokens, pick_device(device))
+        text = continue_prompt(model, prompt, max_new_tokens, pick_device(device), tell, allow_unused)
         OUT.rule(model, align="left")
         OUT.print(text, highlight=False, markup=False, soft_wrap=True)
 
@@ -56,6 +59,7 @@ def hosts(as_json: JsonOption = False) -> None:
         for engine in host["serves"]:
             needs = f"needs {engine['needs']}" if engine["needs"] else ""
             about = "; ".join(part for part in (engine["known"], engine["takes"], needs) if part)
+            about += f". {engine['otherwise']}" if engine["otherwise"] else ""
             rows.append(("served by", f"{engine['name']} {engine['version']}", about))
         _print_table(host["host"] + (", with --window" if "window" in host["settings"] else ""), rows)
     _print_table("no exact host", list(found["refused"].items()))

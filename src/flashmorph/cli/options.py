@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,8 @@ from flashmorph.errors import UserError
 from flashmorph.terminal import Terminal
 
 OUT, ERR = Terminal(), Terminal(stderr=True)
+EVERY_STAGE = ("align", "select", "distill", "extend", "evaluate")
+"""The stages of the path that read text or ask questions."""
 
 TeacherArgument = Annotated[
     str, typer.Argument(help="`tiny`, a local folder, or a model on the hub.", metavar="TEACHER")
@@ -32,11 +35,16 @@ DataOption = Annotated[
 ]
 FromOption = Annotated[list[Path] | None, typer.Option("--from", help="Another run whose finished stages may be used.")]
 RepeatOption = Annotated[bool, typer.Option("--allow-repeat", help="Let stages repeat the text more than 4 times.")]
+UnusedOption = Annotated[
+    bool,
+    typer.Option("--allow-unused", help="Go on where stored weights are not used as they are stored, and say which."),
+]
 StrategyOption = Annotated[str | None, typer.Option(help="How layers are chosen.")]
 PlanOption = Annotated[Path | None, typer.Option(help="Build this plan instead of selecting one.")]
 LayersOption = Annotated[str | None, typer.Option(help="Keep these layers full instead of selecting: `1,2,6`.")]
 ForceOption = Annotated[
-    bool, typer.Option("--force", help="Also replace files that flashmorph did not write; never links, folders, devices.")
+    bool,
+    typer.Option("--force", help="Also replace files that are not flashmorph's; never links, folders, devices."),
 ]
 DeviceOption = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `mps`.")]
 JsonOption = Annotated[
@@ -66,6 +74,19 @@ class Options:
     device: str = "auto"
     json: bool = False
     window: int | None = None
+    plan: Path | None = None
+    layers: str | None = None
+    allow_unused: bool = False
+    recipe_of: tuple[Path, ...] = ()
+    """Runs or models; where no recipe is given, that of the first one that has one is taken."""
+
+    @property
+    def kept_recipe(self) -> Path | None:
+        """The recipe of the first of `recipe_of` that has one; None where there is none, or a recipe is given."""
+        from flashmorph.runfolder import RECIPE
+
+        places = (place / RECIPE for place in self.recipe_of if not self.recipe)
+        return next((path for path in places if path.is_file()), None)
 
 
 def quiet() -> None:
@@ -99,20 +120,37 @@ def recipe_of(options: Options) -> Any:
     changes |= {key: value for key, value in given.items() if value is not None}
     if options.allow_repeat:
         changes["data.max_passes"] = None
-    return load_recipe(options.recipe or ("demo" if options.teacher in EMBEDDED else "default"), changes)
+    shipped = "demo" if options.teacher in EMBEDDED else "default"
+    return load_recipe(options.recipe or options.kept_recipe or shipped, changes)
 
 
-def open_run(options: Options) -> Any:
-    """The run: recipe, teacher, device and folder, checked in this order, so that bad input harms nothing."""
+def fitted(recipe: Any, config: Any, say: Callable[[str], None]) -> Any:
+    """The recipe with its contexts within the teacher's; what that changes is told in one line."""
+    from flashmorph.fitting import fit
+
+    recipe, told = fit(recipe, config)
+    if told:
+        say(told)
+    return recipe
+
+
+def open_run(options: Options, stages: Collection[str] = EVERY_STAGE, keep_recipe: bool = True) -> Any:
+    """The run: recipe, teacher, device, given plan and folder, checked in this order, so that bad input harms nothing.
+
+    `stages` are those that the command goes through. Where it makes a checkpoint or its branches, the folder is to
+    `keep_recipe`.
+    """
     import atexit
 
     from flashmorph import ranks
     from flashmorph.devices import pick_device
+    from flashmorph.given import given_plan
     from flashmorph.outlook import check
+    from flashmorph.preflight import preflight
     from flashmorph.run import Run
     from flashmorph.runfolder import RunFolder
     from flashmorph.screen import RichScreen
-    from flashmorph.teacher import open_teacher
+    from flashmorph.teacher import load_config, open_teacher
 
     quiet()
     device = ranks.join(pick_device(options.device))
@@ -121,13 +159,23 @@ def open_run(options: Options) -> Any:
     teacher = ranks.first(lambda: open_teacher(options.teacher))
     if teacher.note:
         screen.say(teacher.note)
+    config = load_config(teacher.folder)
+    recipe = fitted(recipe, config, screen.say)
     check(teacher, recipe, ranks.count())
+    given = given_plan(teacher.name, config, recipe, options.plan, options.layers)
+    if tokenizer := teacher.tokenizer():
+        ranks.first(lambda: preflight(recipe, tokenizer, config, stages))
     if recipe.shard and not ranks.are_several():
         raise UserError("shard=true divides weights among processes, and there is one: start it with torchrun")
     if ranks.are_several():
         atexit.register(ranks.leave)
         screen.say(f"{ranks.count()} processes share the work, this one on {device}")
-    return Run(teacher, recipe, RunFolder(options.output, tuple(options.others or [])), device, screen)
+    if options.kept_recipe:
+        screen.say(f"recipe: {options.kept_recipe} (--recipe takes another)")
+    folder = RunFolder(options.output, tuple(options.others or []))
+    if keep_recipe:
+        folder.keep_recipe(recipe.to_yaml())
+    return Run(teacher, recipe, folder, device, screen, given, options.allow_unused)
 
 
 def numbers(option: str, text: str) -> list[int]:

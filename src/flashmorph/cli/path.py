@@ -1,7 +1,6 @@
 """The commands of the path: `morph`, and each of its stages."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +9,7 @@ from rich.text import Text
 from flashmorph.cli.app import app
 from flashmorph.cli.options import (
     ERR,
+    EVERY_STAGE,
     OUT,
     BudgetOption,
     DataOption,
@@ -25,7 +25,9 @@ from flashmorph.cli.options import (
     SetOption,
     StrategyOption,
     TeacherArgument,
+    UnusedOption,
     WindowOption,
+    fitted,
     open_run,
     quiet,
     recipe_of,
@@ -47,6 +49,7 @@ def morph(
     baseline: Annotated[str | None, typer.Option(help="`uniform`: train the uniform layout as well.")] = None,
     data: DataOption = None,
     allow_repeat: RepeatOption = False,
+    allow_unused: UnusedOption = False,
     others: FromOption = None,
     changes: SetOption = None,
     device: DeviceOption = "auto",
@@ -73,15 +76,18 @@ def morph(
         device,
         as_json,
         window,
+        plan,
+        layers,
+        allow_unused=allow_unused,
     )
+    stages = [stage for stage in EVERY_STAGE if stage != "select" or not (plan or layers)]
     if dry_run:
-        _dry_run(options)
+        _dry_run(options, stages)
         return
     from flashmorph import pipeline
-    from flashmorph.given import given_plan
 
-    run = open_run(options)
-    results = pipeline.morph(run, given_plan(run, plan, layers))
+    run = open_run(options, stages)
+    results = pipeline.morph(run)
     if as_json:
         print(json.dumps(results.to_dict(), indent=2))
         return
@@ -101,7 +107,11 @@ def morph(
 
 @app.command()
 def transplant(
-    teacher: TeacherArgument, output: OutputOption, changes: SetOption = None, device: DeviceOption = "auto"
+    teacher: TeacherArgument,
+    output: OutputOption,
+    changes: SetOption = None,
+    allow_unused: UnusedOption = False,
+    device: DeviceOption = "auto",
 ) -> None:
     """Move a teacher into its host, all layers full, with the same logits; nothing else.
 
@@ -127,7 +137,9 @@ def transplant(
     settings = {key.removeprefix("host."): value for key, value in given.items()}
     host, config = configure(load_config(source.folder), settings)
     with ERR.status(Text(harmless(f"moving {teacher}"))):
-        record = write_host(source, output, settings, pick_device(device), silent)
+        record = write_host(source, output, settings, pick_device(device), silent, allow_unused)
+    for notice in filter(None, (source.note, *record["notices"])):
+        ERR.print(notice, highlight=False, soft_wrap=True)
     OUT.print(
         f"{output}: {host.name}, all {config.num_hidden_layers} layers full; {record['summary']}",
         highlight=False,
@@ -140,8 +152,10 @@ def align(
     teacher: TeacherArgument,
     output: OutputOption,
     recipe: RecipeOption = None,
+    window: WindowOption = None,
     data: DataOption = None,
     allow_repeat: RepeatOption = False,
+    allow_unused: UnusedOption = False,
     others: FromOption = None,
     changes: SetOption = None,
     device: DeviceOption = "auto",
@@ -152,49 +166,79 @@ def align(
     """
     from flashmorph import pipeline
 
-    options = Options(teacher, output, recipe, None, changes, data, others, allow_repeat, device=device)
-    run = open_run(options)
-    pipeline.run_align(run, pipeline.run_transplant(run))
+    options = Options(
+        teacher,
+        output,
+        recipe,
+        None,
+        changes,
+        data,
+        others,
+        allow_repeat,
+        device=device,
+        window=window,
+        allow_unused=allow_unused,
+    )
+    run = open_run(options, ["align"])
+    host = pipeline.run_transplant(run)
+    pipeline.run_teacher(run, host)
+    pipeline.run_align(run, host)
 
 
-def _dry_run(options: Options) -> None:
+def _dry_run(options: Options, stages: list[str]) -> None:
     """Stages, tokens and data of a run that is not started."""
     from rich.table import Table
 
-    from flashmorph.outlook import check, outlook
+    from flashmorph.given import given_plan
+    from flashmorph.outlook import check, outlook, training_contexts
+    from flashmorph.preflight import preflight
+    from flashmorph.screen import RichScreen
     from flashmorph.teacher import load_config, open_teacher
 
     quiet()
     recipe = recipe_of(options)
     teacher = open_teacher(options.teacher)
+    config = load_config(teacher.folder)
+    recipe = fitted(recipe, config, RichScreen(ERR if options.json else OUT).say)
     check(teacher, recipe)
-    rows = outlook(teacher.name, load_config(teacher.folder), recipe)
+    given_plan(teacher.name, config, recipe, options.plan, options.layers)
+    if tokenizer := teacher.tokenizer():
+        preflight(recipe, tokenizer, config, stages)
+    rows = outlook(teacher.name, config, recipe)
     if options.json:
         print(json.dumps(rows, indent=2))
         return
     table = Table(title=f"{options.teacher} -> {options.output}", title_justify="left")
-    for column in ("stage", "tokens", "length", "data"):
+    contexts = training_contexts(config, recipe)
+    for column in ("stage", "tokens", "length", "mean context", "data"):
         table.add_column(column, justify="left" if column in ("stage", "data") else "right")
     for row in rows:
         tokens = "as it goes" if row["tokens"] is None else f"{row['tokens']:,}" if row["tokens"] else ""
-        table.add_row(row["stage"], tokens, str(row["length"] or ""), row["data"])
+        _, context = contexts.get(row["stage"], (None, ""))
+        table.add_row(row["stage"], tokens, str(row["length"] or ""), context, row["data"])
     OUT.print(table)
 
 
-def _finish_until(last: str, options: Options, plan: Path | None, layers: str | None) -> None:
+def _finish_until(last: str, options: Options) -> None:
     """The path up to `build`, `distill` or `extend` for a plan that is given, or selected first."""
-    from flashmorph import pipeline
-    from flashmorph.given import given_plan
+    from flashmorph import pipeline, ranks
+    from flashmorph.publish import bring
 
-    run = open_run(options)
+    stages = ["align", *([] if options.plan or options.layers else ["select"])]
+    run = open_run(options, [*stages, *{"build": [], "distill": ["distill"]}.get(last, ["distill", "extend"])])
     host = pipeline.run_transplant(run)
+    if not run.given:
+        pipeline.run_teacher(run, host)
     branches = pipeline.run_align(run, host)
-    chosen = given_plan(run, plan, layers) or pipeline.run_select(run, host, branches)
+    chosen = run.given or pipeline.run_select(run, host, branches)
     stage = pipeline.run_build(run, host, branches, chosen, "")
     if last != "build":
         stage = pipeline.run_distill(run, host, stage, "")
     if last == "extend" and run.recipe.extend:
         stage = pipeline.run_extend(run, stage, "")
+    if stage.folder.is_relative_to(run.folder.path):
+        # Tokenizer and templates may have been edited since: they are no part of what the stage computed.
+        ranks.first(lambda: bring(run.teacher.folder, stage.folder / "model"))
     OUT.print(f"checkpoint: {stage.folder / 'model'}", highlight=False, soft_wrap=True)
 
 
@@ -209,14 +253,31 @@ def _stage_command(last: str, text: str) -> None:
         strategy: StrategyOption = None,
         plan: PlanOption = None,
         layers: LayersOption = None,
+        window: WindowOption = None,
         data: DataOption = None,
         allow_repeat: RepeatOption = False,
+        allow_unused: UnusedOption = False,
         others: FromOption = None,
         changes: SetOption = None,
         device: DeviceOption = "auto",
     ) -> None:
-        options = Options(teacher, output, recipe, budget, changes, data, others, allow_repeat, strategy, device=device)
-        _finish_until(last, options, plan, layers)
+        options = Options(
+            teacher,
+            output,
+            recipe,
+            budget,
+            changes,
+            data,
+            others,
+            allow_repeat,
+            strategy,
+            device=device,
+            window=window,
+            plan=plan,
+            layers=layers,
+            allow_unused=allow_unused,
+        )
+        _finish_until(last, options)
 
     command.__doc__ = f"{text}\n\nExample: `flashmorph {last} tiny --output runs/tiny --layers 2,5`"
     app.command(last)(command)

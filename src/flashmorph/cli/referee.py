@@ -20,6 +20,7 @@ from flashmorph.cli.options import (
     RecipeOption,
     SetOption,
     TeacherArgument,
+    UnusedOption,
     open_run,
 )
 from flashmorph.errors import UserError
@@ -49,6 +50,7 @@ def compare(
     data: DataOption = None,
     others: FromOption = None,
     changes: SetOption = None,
+    allow_unused: UnusedOption = False,
     force: ForceOption = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -57,7 +59,8 @@ def compare(
 
     For every strategy, budget and seed: the plan, its rank among all plans (1: cannot be told from the best), its
     regret (mean loss minus the best plan's, before distillation), recall, and what the search cost. Finished cells are
-    kept, so the same command again goes on. Small teachers only: all plans are run.
+    kept, so the same command again goes on. Small teachers only: all plans are run. Without --recipe the recipe is that
+    of the first run in --from that has one.
 
     Example: `flashmorph compare tiny --output runs/referee --from runs/demo --budgets 1,2,3 --seeds 5`
     """
@@ -71,7 +74,21 @@ def compare(
     file, picture = folder / "compare.json", folder / "regret.png"
     claim_output(file, json_of("compare"), force)
     claim_output(picture, PICTURE, force)
-    run = open_run(Options(teacher, output, recipe, None, changes, data, others, device=device, json=as_json))
+    places = tuple(others or ())
+    options = Options(
+        teacher,
+        output,
+        recipe,
+        None,
+        changes,
+        data,
+        others,
+        device=device,
+        json=as_json,
+        recipe_of=places,
+        allow_unused=allow_unused,
+    )
+    run = open_run(options, ["align", "select", "compare"], keep_recipe=False)
     try:
         shares = tuple(float(share) for share in spends.split(","))
     except ValueError as error:

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedConfig
 
+from flashmorph.costs.auto import Room, choose
 from flashmorph.costs.gpus import Gpu
 from flashmorph.costs.memory import Memory, stage_memory
 from flashmorph.costs.sizes import Sizes, count_sizes
@@ -18,14 +19,15 @@ from flashmorph.costs.work import (
     evaluate_work,
     extend_work,
     logits_work,
+    model_of,
     select_work,
 )
+from flashmorph.devices import usable
 from flashmorph.errors import UserError
-from flashmorph.hosts import cache_bytes, configure, layer_space
+from flashmorph.hosts import cache_bytes
 from flashmorph.outlook import check_recipe, outlook
 from flashmorph.plan import FULL, Budget
-from flashmorph.recipe import Recipe
-from flashmorph.selection.uniform import uniform
+from flashmorph.recipe import Recipe, with_settings
 
 UTILISATION = 0.3
 """Share of a GPU's peak that hours assume unless told otherwise. An assumption: nothing here has measured it."""
@@ -35,14 +37,19 @@ _FLOAT32_STAGES = ("transplant", "evaluate")
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: `tokens` is None where only the search itself will tell, and so are then `work` and hours."""
+    """One stage: `tokens` is None where only the search itself will tell, and so are then `work` and hours.
+
+    `mean_context` is that of `outlook`; `auto` is what the settings come to that have this value, by their names.
+    """
 
     name: str
     tokens: int | None
     length: int
+    mean_context: float | None
     data: str
     work: Work | None
     memory: Memory | None
+    auto: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -117,12 +124,14 @@ class Estimate:
                     "stage": stage.name,
                     "tokens": stage.tokens,
                     "length": stage.length,
+                    "mean_context": stage.mean_context,
                     "data": stage.data,
                     "flops": stage.work and stage.work.flops,
                     "flops_causal": stage.work and stage.work.causal,
                     "hours": self.hours(stage),
                     "memory_bytes": stage.memory and stage.memory.bytes(),
                     "memory_bytes_sharded": stage.memory and stage.memory.bytes(self.num_gpus),
+                    "auto": stage.auto,
                 }
                 for stage in self.stages
             ],
@@ -147,11 +156,18 @@ def estimate(
     budget = Budget.parse(recipe.budget)
     if budget.resource == "loss":
         raise UserError(f"budget {budget} finds the number of full layers only as it trains: plan with 7, 25% or kv=")
-    host, own = configure(config, recipe.host)
-    num_full = len(uniform(layer_space(host, own, budget), budget, None, recipe.seed).plan.full_groups)
-    model = Model(host, own, num_full)
+    model = model_of(config, recipe)
+    host, own, num_full = model
     sizes = count_sizes(host, config, own)
     hybrid = host.with_layer_types(own, [FULL] * num_full + [model.switched] * (model.layers - num_full))
+    bf16 = recipe.bf16 is not False
+    values = _at_once(recipe, model, sizes, gpu, num_gpus, bf16)
+    memory = {
+        name: stage_memory(model, sizes, with_settings(recipe, own_values), num_gpus, bf16).get(name)
+        for name, own_values in values.items()
+    }
+    # Of the two stages that take the same rows, `distill` says how they are computed.
+    recipe = with_settings(recipe, {key: value for each in values.values() for key, value in each.items()})
     cache = {context: (cache_bytes(own, context), cache_bytes(hybrid, context)) for context in contexts}
     work = {
         "align": align_work(model, recipe),
@@ -163,9 +179,30 @@ def estimate(
         work["logits"] = logits_work(model, recipe)
     if recipe.extend:
         work["extend"] = extend_work(model, recipe)
-    memory = stage_memory(model, sizes, recipe, num_gpus, bf16=recipe.bf16 is not False)
     stages = [
-        Stage(row["stage"], row["tokens"], row["length"], row["data"], work.get(row["stage"]), memory.get(row["stage"]))
+        Stage(
+            row["stage"],
+            row["tokens"],
+            row["length"],
+            row["mean_context"],
+            row["data"],
+            work.get(row["stage"]),
+            memory.get(row["stage"]),
+            values[row["stage"]],
+        )
         for row in outlook(teacher, config, recipe)
     ]
     return Estimate(teacher, model, sizes, budget, cache, stages, gpu, num_gpus, utilisation)
+
+
+def _at_once(
+    recipe: Recipe, model: Model, sizes: Sizes, gpu: Gpu | None, num_gpus: int, bf16: bool
+) -> dict[str, dict[str, Any]]:
+    """What `auto` would choose on the GPU, by stage; where none is named, one row at once and layers kept."""
+    room = Room(usable(gpu.memory_bytes) if gpu else 0.0, num_gpus, recipe.shard, bf16)
+    stages = ("transplant", "align", "select", "build", "logits", "distill", "extend", "evaluate")
+    found = {stage: choose(stage, recipe, model, sizes, room).values for stage in stages}
+    if gpu:
+        return found
+    kept = {key: False for own in found.values() for key in own if key.endswith("activation_checkpointing")}
+    return {name: own | {key: kept[key] for key in own if key in kept} for name, own in found.items()}

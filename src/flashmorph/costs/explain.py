@@ -27,6 +27,8 @@ def notes(found: Estimate) -> Iterator[str]:
     gpu = found.gpu
     if not gpu:
         yield "Hours and what fits: name a GPU, for example --gpu h200. Formulas: --explain."
+        if any(stage.auto for stage in found.stages):
+            yield "memory of a GPU: of what is `auto` one row at once, the least; on a named GPU what it would choose."
         return
     yield (
         f"Hours assume {found.utilisation:.0%} of the peak of {found.num_gpus} x {gpu.name} ({amount(gpu.flops)}FLOP/s "
@@ -38,9 +40,16 @@ def notes(found: Estimate) -> Iterator[str]:
             "memory of a GPU: each holds all weights; sharded (--set shard=true): decoder layers and what trains are "
             "divided among them, and build runs on the CPU."
         )
+    if values := {key: value for stage in found.stages for key, value in stage.auto.items()}:
+        told = ", ".join(f"{key} {_value(value)}" for key, value in values.items())
+        yield f"auto on this GPU, in four fifths of its memory: {told}."
     for stage in found.stages:
         if stage.memory and stage.memory.bytes() > gpu.memory_bytes:
             yield _does_not_fit(found, stage)
+
+
+def _value(value: int | bool) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:,}"
 
 
 def _does_not_fit(found: Estimate, stage: Stage) -> str:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from flashmorph.costs.sizes import Sizes
 from flashmorph.costs.work import Model
 from flashmorph.hosts import FEED_FORWARD
+from flashmorph.hosts.products import number_bytes
 from flashmorph.losses import LOGITS_BYTES
 from flashmorph.plan import FULL
 from flashmorph.recipe import Recipe
@@ -22,6 +23,7 @@ _FLOAT32, _FLOAT64, _BF16 = 4, 8, 2
 _TRAINED = 4 * _FLOAT32
 _HIDDEN_STATES = 6
 _CHUNKS_OF_LOGITS = 5
+_CONTEXT = 4_096
 
 
 class Share(NamedTuple):
@@ -116,7 +118,7 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
 
     def trained(settings: DistillSettings | ExtendSettings) -> float:
         """Bytes a token of a backward: of every layer, or each layer's input and the layer at work."""
-        if settings.activation_checkpointing:
+        if settings.activation_checkpointing is True:
             return model.layers * _FLOAT32 * width + largest
         return mixers + model.layers * (kept(FEED_FORWARD) + residual)
 
@@ -160,14 +162,32 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
         )
     if not model.host.branches_train:
         del stages["align"]
+    settings = recipe.evaluate
+    # In float32, in one process, which keeps the cache of all layers and one layer's inside.
+    layer = [sizes.parts[FULL], sizes.parts[FEED_FORWARD]]
+    inside = _FLOAT32 * sum(part.widths + part.expert_widths for part in layer) + residual
+    stages["evaluate"] = Memory(
+        [Share("the larger of host and hybrid", "4 · parameters", _FLOAT32 * max(host, hybrid), False), chunks],
+        model.layers * _cache_per_token(model) + inside,
+        max(1, settings.tokens_at_once // settings.length) * settings.length,
+        settings.length,
+        "evaluate.batch_tokens",
+    )
     if recipe.extend:
         stages["extend"] = _batched(recipe.extend, num_gpus, trained(recipe.extend), student)
     return stages
 
 
+def _cache_per_token(model: Model) -> float:
+    """Bytes of cache of a full layer for each token, in float32."""
+    return model.host.cache_bytes(model.config, FULL, _CONTEXT) / _CONTEXT * _FLOAT32 / number_bytes(model.config)
+
+
 def _batched(settings: TrainSettings, num_gpus: int, per_token: float, shares: list[Share]) -> Memory:
     """A stage that trains: the rows that one GPU runs at once."""
     rows = settings.division(num_gpus).rows
-    keeps_layers = isinstance(settings, DistillSettings | ExtendSettings) and not settings.activation_checkpointing
+    keeps_layers = (
+        isinstance(settings, DistillSettings | ExtendSettings) and settings.activation_checkpointing is not True
+    )
     tokens, setting = rows * settings.length, f"{settings.stage}.micro_batch_tokens"
     return Memory(shares, per_token, tokens, settings.length, setting, keeps_layers=keeps_layers)

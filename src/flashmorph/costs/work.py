@@ -5,13 +5,14 @@ from typing import NamedTuple
 
 from transformers import PreTrainedConfig
 
-from flashmorph.hosts import FEED_FORWARD, Host, Products
+from flashmorph.hosts import FEED_FORWARD, HOSTS, WINDOW_HOSTS, Host, Products, configure, host_of, layer_space
 from flashmorph.outlook import num_models, race_places, search_tokens
-from flashmorph.plan import FULL
+from flashmorph.plan import FULL, Budget
 from flashmorph.recipe import Recipe
 from flashmorph.recompute import recomputes
 from flashmorph.selection import FOLLOW_GRADIENTS
 from flashmorph.selection.racing import START_QUESTIONS
+from flashmorph.selection.uniform import uniform
 from flashmorph.stages import DistillSettings, ExtendSettings
 
 
@@ -86,6 +87,33 @@ def operations(
     backward = weights or inputs
     whole = [(each, each.flops * (forward + (back[each.kind] if backward else 0))) for each in products]
     return sum(flops for _, flops in whole), sum(flops * each.causal for each, flops in whole)
+
+
+def model_of(config: PreTrainedConfig, recipe: Recipe) -> Model:
+    """The host of a teacher's configuration, with as many full layers as the budget has at regular intervals.
+
+    A budget that finds their number itself counts as one: linear mixers keep more.
+    """
+    budget = Budget.parse(recipe.budget)
+    host, own = configure(config, recipe.host)
+    if budget.resource == "loss":
+        return Model(host, own, 1)
+    space = layer_space(host, own, budget)
+    return Model(host, own, len(uniform(space, budget, None, recipe.seed).plan.full_groups))
+
+
+def model_in(config: PreTrainedConfig) -> Model:
+    """The host of a teacher's or of a hybrid's configuration, every layer full.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if config.model_type not in {host.model_type for host in (*HOSTS, *WINDOW_HOSTS)}:
+        host, config = configure(config)
+    else:
+        host = host_of(config)
+        config = host.with_layer_types(config, [FULL] * config.num_hidden_layers)
+    return Model(host, config, config.num_hidden_layers)
 
 
 def align_work(model: Model, recipe: Recipe) -> Work:
@@ -191,7 +219,7 @@ def body_forward(model: Model, length: int) -> tuple[float, float]:
 
 def _training(model: Model, settings: DistillSettings | ExtendSettings) -> list[Pass]:
     """The hybrid forward and backward; its logits twice forward, once backward."""
-    forward, times = (2, ", twice,") if settings.activation_checkpointing else (1, "")
+    forward, times = (2, ", twice,") if settings.activation_checkpointing is True else (1, "")
     return [
         _times(f"student forward{times} and backward", 1, _body(model, settings.length, forward, 1, 1)),
         Pass("student's logits, twice, and backward", 4 * model.head, 4 * model.head, model.head),

@@ -1,6 +1,7 @@
 """Evidence: recall by generation, perplexity, cache."""
 
 from flashmorph.evaluation.evaluate import EvaluateSettings, Score, evaluate, perplexity_ratio, recall_difference
+from flashmorph.evaluation.greedy import greedy
 from flashmorph.evaluation.grid import (
     ASKERS,
     Asker,
@@ -11,8 +12,14 @@ from flashmorph.evaluation.grid import (
     ask_grid,
     make_questions,
 )
-from flashmorph.evaluation.intervals import mean_interval, paired_interval, ratio_interval, share_interval
-from flashmorph.evaluation.perplexity import RangeLosses, perplexity, text_losses
+from flashmorph.evaluation.intervals import (
+    clustered_interval,
+    mean_interval,
+    paired_interval,
+    ratio_interval,
+    share_interval,
+)
+from flashmorph.evaluation.perplexity import RangeLosses, shortage, text_in_words, text_losses
 from flashmorph.evaluation.recall import answer_scores, answers_right
 
 __all__ = [
@@ -28,14 +35,17 @@ __all__ = [
     "answer_scores",
     "answers_right",
     "ask_grid",
+    "clustered_interval",
     "evaluate",
+    "greedy",
     "make_questions",
     "mean_interval",
     "paired_interval",
-    "perplexity",
     "perplexity_ratio",
     "ratio_interval",
     "recall_difference",
     "share_interval",
+    "shortage",
+    "text_in_words",
     "text_losses",
 ]

@@ -1,20 +1,21 @@
 """What a model can do: recall by task, perplexity, cache. One `Score` a model, comparable question by question."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmorph.evaluation.intervals import paired_interval, share_interval
-from flashmorph.evaluation.perplexity import RangeLosses, perplexity, perplexity_of_rows, text_losses
+from flashmorph.evaluation.perplexity import RangeLosses, text_losses
 from flashmorph.evaluation.recall import answers_right
+from flashmorph.heldout import HeldOut
 from flashmorph.progress import Report, silent
-from flashmorph.rows import Rows
 from flashmorph.tasks import Example
+
+_USUAL_TOKENS = 32_768
 
 
 class EvaluateSettings(BaseModel):
@@ -23,31 +24,58 @@ class EvaluateSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     questions: int = Field(default=200, gt=0, description="questions a task")
     length: int = Field(default=4096, gt=1, description="context length in tokens")
-    perplexity_tokens: int = Field(default=262_144, gt=1, description="held-out tokens that perplexity is measured on")
-    batch_tokens: int = Field(default=32_768, gt=0, description="tokens run at once")
+    perplexity_tokens: int = Field(default=262_144, gt=1, description="held-out tokens of perplexity, at most")
+    batch_tokens: PositiveInt | Literal["auto"] = Field(
+        default="auto", description="tokens run at once; `auto`: from the device's memory"
+    )
+    chat_template: bool = Field(
+        default=False, description="ask through the teacher's chat template (for teachers that follow instructions)"
+    )
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens run at once; a usual number while `auto` is not resolved (`costs/auto.py`)."""
+        return _USUAL_TOKENS if self.batch_tokens == "auto" else self.batch_tokens
 
 
 @dataclass(frozen=True)
 class Score:
-    """`right[task]` tells question by question whether the answer was right; `text` how perplexity came about."""
+    """`right[task]` tells question by question whether the answer was right; `text` how perplexity came about.
+
+    `losses` `[tokens]` are those of each token of the text that is predicted, where they are kept.
+    """
 
     right: dict[str, list[bool]]
     perplexity: float
     cache_bytes: dict[str, int] = field(default_factory=dict)
     text: RangeLosses | None = None
+    losses: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @property
     def recall(self) -> float:
         """Mean over tasks of the share of right answers."""
         return float(np.mean([np.mean(right) for right in self.right.values()]))
 
+    @property
+    def text_read(self) -> dict[str, int] | None:
+        """The text that perplexity is on, which may be less than was wanted."""
+        if not self.text:
+            return None
+        documents = len(set(self.text.documents))
+        return {"tokens": self.text.tokens, "wanted": self.text.wanted, "documents": documents}
+
     def to_dict(self) -> dict[str, Any]:
         """The figures with their 95 % intervals."""
         pooled = [hit for right in self.right.values() for hit in right]
         text = {}
         if self.text:
-            interval = perplexity_of_rows(self.text.rows)["interval"]
-            text = {"perplexity_interval": interval, "perplexity_by_position": self.text.to_list()}
+            found = self.text.perplexity
+            text = {
+                "perplexity_interval": found["interval"],
+                "perplexity_over": found["over"],
+                "perplexity_text": self.text_read,
+                "perplexity_by_position": self.text.by_position,
+            }
         return {
             "recall": self.recall,
             "recall_interval": share_interval(pooled),
@@ -65,13 +93,13 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: dict[str, Sequence[Example]],
-    rows: Rows,
+    text: HeldOut,
     settings: EvaluateSettings,
     cache_bytes: dict[str, int] | None = None,
     report: Report = silent,
 ) -> Score:
-    """Recall on `questions` (a list for each task) and perplexity on `rows`."""
-    total = sum(map(len, questions.values())) + len(rows)
+    """Recall on `questions` (a list for each task) and perplexity on `text`."""
+    total = sum(map(len, questions.values())) + len(text.pieces)
     done = 0
     right = {}
 
@@ -79,10 +107,11 @@ def evaluate(
         report(done + step, total, **figures)
 
     for task, examples in questions.items():
-        right[task] = answers_right(model, tokenizer, examples, settings.batch_tokens, report_all)
+        right[task] = answers_right(model, tokenizer, examples, settings.tokens_at_once, report_all)
         done += len(examples)
-    losses = text_losses(model, rows, settings.batch_tokens, report_all)
-    return Score(right, perplexity(losses), cache_bytes or {}, RangeLosses.of(losses))
+    losses = text_losses(model, text, settings.tokens_at_once, report_all)
+    found = RangeLosses.of(losses, text)
+    return Score(right, found.perplexity["perplexity"], cache_bytes or {}, found, losses)
 
 
 def recall_difference(first: Score, second: Score) -> dict[str, Any]:
@@ -93,17 +122,9 @@ def recall_difference(first: Score, second: Score) -> dict[str, Any]:
 
 
 def perplexity_ratio(first: Score, second: Score) -> dict[str, Any] | None:
-    """Perplexity of `first` over that of `second` on the same rows, as a whole and by position.
+    """Perplexity of `first` over that of `second` on the same text, as a whole and by position.
 
-    The 95 % intervals are paired over rows; they are None with a single row. None where either was scored without its
-    losses.
+    The 95 % intervals are paired; see `RangeLosses.over`. None where either was scored without its losses, or on
+    another text.
     """
-    if not first.text or not second.text:
-        return None
-    pairs = zip(zip(*first.text.means, strict=True), zip(*second.text.means, strict=True), strict=True)
-    return {**_ratio(first.text.rows, second.text.rows), "by_position": [_ratio(one, other) for one, other in pairs]}
-
-
-def _ratio(one: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
-    interval = [math.exp(end) for end in paired_interval([one], [other])] if len(one) > 1 else None
-    return {"ratio": math.exp(float(np.mean(one) - np.mean(other))), "interval": interval}
+    return first.text.over(second.text) if first.text and second.text else None

@@ -38,7 +38,7 @@ class Asker(Protocol):
 
 WORST = 3
 ASKERS = {"lines": Lines, "ruler": Ruler}
-"""The styles of a grid, each `(tokenizer, documents, seed)`."""
+"""The styles of a grid, each `(tokenizer, documents, seed, chat_template)`."""
 
 
 class GridSettings(BaseModel):
@@ -49,6 +49,7 @@ class GridSettings(BaseModel):
     depths: int = Field(default=5, gt=0, description="depths between the start and the end of the context")
     questions: int = Field(default=200, gt=0, description="questions a task and length, spread over the depths")
     style: Literal["lines", "ruler"] = "ruler"
+    chat_template: bool = Field(default=False, description="ask through the tokenizer's chat template")
     batch_tokens: int = Field(default=32_768, gt=0, description="tokens run at once")
 
     @model_validator(mode="after")

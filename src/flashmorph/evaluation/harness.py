@@ -15,6 +15,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmorph.errors import UserError, unknown
+from flashmorph.evaluation.greedy import greedy
 from flashmorph.evaluation.intervals import ratio_interval, share_interval
 
 _PACKAGE = "lm_eval"
@@ -101,19 +102,22 @@ class Harness:
     ) -> list[HarnessFigure]:
         """Every metric of every task; `folder` holds the tokenizer, for tasks that size their own data.
 
+        Generation is greedy but for what a task itself asks for.
+
         Raises:
             UserError: a task cannot be run; the harness's own words are given.
         """
         metadata = {"pretrained": str(folder), **self._metadata}
         wrapped = self._wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         try:
-            found: Any = self._run(
-                model=wrapped,
-                tasks=list(self._names),
-                task_manager=self._manager(metadata),
-                bootstrap_iters=0,
-                metadata=metadata,
-            )
+            with greedy(model, tokenizer):
+                found: Any = self._run(
+                    model=wrapped,
+                    tasks=list(self._names),
+                    task_manager=self._manager(metadata),
+                    bootstrap_iters=0,
+                    metadata=metadata,
+                )
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"lm-evaluation-harness cannot run {', '.join(self._names)}: {reason}") from error

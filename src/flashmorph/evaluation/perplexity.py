@@ -2,84 +2,125 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from flashmorph.evaluation.intervals import mean_interval
-from flashmorph.losses import Head, token_losses
+from flashmorph.evaluation.blocks import Blocks, mean_of_blocks
+from flashmorph.heldout import HeldOut
+from flashmorph.losses import Head
 from flashmorph.progress import Report, silent
-from flashmorph.rows import Rows
-
-_FIRST_RANGE = 32
 
 
 @dataclass(frozen=True)
 class RangeLosses:
-    """Mean losses in nats `means` `[rows][ranges]`; range r holds the tokens from position `starts[r]` on.
+    """Losses in nats `sums` of the `counts` tokens of each block of a text `[blocks]`; see `Blocks`.
 
-    Each range is as long as everything before it, but for the last, which ends before `length`.
+    `tokens` of text there were, `wanted` were asked for.
     """
 
     starts: list[int]
     length: int
-    means: list[list[float]]
+    tokens: int
+    wanted: int
+    documents: list[int]
+    ranges: list[int]
+    counts: list[int]
+    sums: list[float]
 
     @classmethod
-    def of(cls, losses: torch.Tensor) -> "RangeLosses":
-        """From the losses of every token but the first, `[rows, length - 1]`."""
-        length = losses.shape[1] + 1
-        starts = [1]
-        while max(_FIRST_RANGE, 2 * starts[-1]) < length:
-            starts.append(max(_FIRST_RANGE, 2 * starts[-1]))
-        parts = [
-            losses[:, start - 1 : end - 1].double().mean(1)
-            for start, end in zip(starts, [*starts[1:], length], strict=True)
+    def of(cls, losses: np.ndarray, text: HeldOut) -> "RangeLosses":
+        """From the losses `[tokens]` of every token that is predicted (`text_losses`)."""
+        blocks = Blocks.of(text)
+        return cls(
+            starts=blocks.starts,
+            length=blocks.length,
+            tokens=text.tokens,
+            wanted=text.wanted,
+            documents=blocks.documents.tolist(),
+            ranges=blocks.ranges.tolist(),
+            counts=blocks.sums(np.ones_like(losses)).astype(int).tolist(),
+            sums=blocks.sums(losses).tolist(),
+        )
+
+    @cached_property
+    def perplexity(self) -> dict[str, Any]:
+        """Perplexity with its interval, and what that is over."""
+        return _perplexity(self._mean(np.array(self.sums)))
+
+    @cached_property
+    def by_position(self) -> list[dict[str, Any]]:
+        """The same by range of positions, `to` included; ranges that no document reaches are left out."""
+        ends = [*self.starts[1:], self.length]
+        return [
+            {
+                "from": self.starts[each],
+                "to": ends[each] - 1,
+                "tokens": int(np.array(self.counts)[np.array(self.ranges) == each].sum()),
+                **_perplexity(self._mean(np.array(self.sums), each)),
+            }
+            for each in sorted(set(self.ranges))
         ]
-        return cls(starts, length, torch.stack(parts, 1).tolist())
 
-    @property
-    def rows(self) -> list[float]:
-        """The mean loss of each row."""
-        sizes = np.diff([*self.starts, self.length])
-        return (np.asarray(self.means) @ sizes / sizes.sum()).tolist()
+    def over(self, other: "RangeLosses") -> dict[str, Any] | None:
+        """Perplexity over the other's on the same text, as a whole and `by_position`; paired, block by block.
 
-    def to_list(self) -> list[dict[str, Any]]:
-        """Perplexity with its interval by range, `to` included."""
-        figures = []
-        for place, (start, end) in enumerate(zip(self.starts, [*self.starts[1:], self.length], strict=True)):
-            losses = [row[place] for row in self.means]
-            figures.append({"from": start, "to": end - 1, **perplexity_of_rows(losses)})
-        return figures
+        None where the text is another one.
+        """
+        if (self.documents, self.ranges, self.counts) != (other.documents, other.ranges, other.counts):
+            return None
+        difference = np.array(self.sums) - np.array(other.sums)
+        parts = [_ratio(self._mean(difference, each)) for each in sorted(set(self.ranges))]
+        return {**_ratio(self._mean(difference)), "by_position": parts}
+
+    def _mean(self, sums: np.ndarray, position_range: int | None = None) -> dict[str, Any]:
+        chosen = np.full(len(sums), True) if position_range is None else np.array(self.ranges) == position_range
+        return mean_of_blocks(sums[chosen], np.array(self.counts)[chosen], np.array(self.documents)[chosen])
 
 
-def perplexity_of_rows(losses: list[float]) -> dict[str, Any]:
-    """Perplexity of rows of equal length from their mean losses; the interval, over rows, needs at least two."""
-    interval = [math.exp(end) for end in mean_interval(losses)] if len(losses) > 1 else None
-    return {"perplexity": math.exp(float(np.mean(losses))), "interval": interval}
+def _perplexity(mean: dict[str, Any]) -> dict[str, Any]:
+    return {"perplexity": math.exp(mean["mean"]), **_exponentials(mean)}
+
+
+def _ratio(mean: dict[str, Any]) -> dict[str, Any]:
+    return {"ratio": math.exp(mean["mean"]), **_exponentials(mean)}
+
+
+def _exponentials(mean: dict[str, Any]) -> dict[str, Any]:
+    interval = [math.exp(end) for end in mean["interval"]] if mean["interval"] else None
+    return {"interval": interval, "over": mean["over"]}
 
 
 @torch.no_grad()
 def text_losses(
-    model: PreTrainedModel, rows: Rows, batch_tokens: int = 16_384, report: Report = silent
-) -> torch.Tensor:
-    """Next-token cross-entropy in nats of every token of `rows` but the first, `[rows, length - 1]`."""
+    model: PreTrainedModel, text: HeldOut, batch_tokens: int = 16_384, report: Report = silent
+) -> np.ndarray:
+    """Next-token cross-entropy in nats of every token of `text` that is predicted, in its order, `[tokens]`."""
     model.eval()
-    losses = []
-    length = len(rows[0]["input_ids"])
-    size = max(1, batch_tokens // length)
-    for start in range(0, len(rows), size):
-        stop = min(start + size, len(rows))
-        ids = torch.tensor([rows[row]["input_ids"] for row in range(start, stop)], device=model.device)
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-        loss = token_losses(hidden.flatten(0, 1), Head.of(model), ids[:, 1:].flatten())
-        losses.append(loss.view(stop - start, -1).cpu())
-        report(stop, len(rows))
-    return torch.cat(losses)
+    losses = np.empty(int(text.offsets[-1]))
+    done, head = 0, Head.of(model)
+    for numbers in text.in_batches(batch_tokens):
+        batch = text.batch(numbers, model.device)
+        found = batch.losses(lambda ids: model.model(input_ids=ids, use_cache=False).last_hidden_state, head)
+        losses[batch.places] = found.double().cpu().numpy()
+        done += len(numbers)
+        report(done, len(text.pieces))
+    return losses
 
 
-def perplexity(losses: torch.Tensor) -> float:
-    """`exp` of the mean loss."""
-    return math.exp(losses.double().mean().item())
+def text_in_words(figures: dict[str, Any]) -> str:
+    """What text perplexity is on; `figures` as in `Score.to_dict`."""
+    text = figures.get("perplexity_text")
+    if not text:
+        return "held-out text"
+    less = f" (all that there is, of {text['wanted']:,} asked for)" if text["tokens"] < text["wanted"] else ""
+    return f"{text['tokens']:,} tokens of held-out text{less}, each of {text['documents']:,} documents by itself"
+
+
+def shortage(figures: dict[str, Any]) -> str | None:
+    """What to say where perplexity is on less text than asked for; `figures` as in `Score.to_dict`."""
+    text = figures.get("perplexity_text")
+    return f"perplexity is on {text_in_words(figures)}" if text and text["tokens"] < text["wanted"] else None

@@ -4,8 +4,16 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
+from flashmorph.continuation import continuation
+from flashmorph.evaluation.greedy import greedy
 from flashmorph.progress import Report, silent
 from flashmorph.tasks import Example, Prompt
 
@@ -17,7 +25,7 @@ def answers_right(
     batch_tokens: int = 16_384,
     report: Report = silent,
 ) -> list[bool]:
-    """Whether `model` answers each example's last question exactly: its answer, then what must follow it.
+    """Whether `model` answers each example's last question exactly: its answer, then what must follow it or the end.
 
     `batch_tokens` is how many prompt tokens are run at once.
     """
@@ -40,30 +48,31 @@ def answer_scores(
     model.eval()
     scores: list[float] = []
     batch: list[Prompt] = []
-    for number, prompt in enumerate(prompts):
-        batch.append(prompt)
-        following = prompts[number + 1] if number + 1 < len(prompts) else None
-        longest = max(len(row.input_ids) for row in [*batch, *([following] if following else [])])
-        if following is None or longest * (len(batch) + 1) > batch_tokens:
-            scores += _answer_batch(model, tokenizer, batch)
-            batch = []
-            report(number + 1, len(prompts))
+    with greedy(model, tokenizer) as config:
+        for number, prompt in enumerate(prompts):
+            batch.append(prompt)
+            following = prompts[number + 1] if number + 1 < len(prompts) else None
+            longest = max(len(row.input_ids) for row in [*batch, *([following] if following else [])])
+            if following is None or longest * (len(batch) + 1) > batch_tokens:
+                scores += _answer_batch(model, tokenizer, config, batch)
+                batch = []
+                report(number + 1, len(prompts))
     return scores
 
 
-def _answer_batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Prompt]) -> list[float]:
+def _answer_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, batch: Sequence[Prompt]
+) -> list[float]:
     width = max(len(prompt.input_ids) for prompt in batch)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    pad, ends = config.pad_token_id, config.eos_token_id or []
     ids = torch.tensor([[pad] * (width - len(prompt.input_ids)) + prompt.input_ids for prompt in batch])
     mask = torch.tensor([[0] * (width - len(prompt.input_ids)) + [1] * len(prompt.input_ids) for prompt in batch])
-    judge = _Judge(tokenizer, batch, width)
+    judge = _Judge(tokenizer, batch, width, set(ends))
     generated = cast(Any, model).generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
+        generation_config=config,
         max_new_tokens=max(prompt.answer_tokens for prompt in batch),
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=pad,
         stopping_criteria=StoppingCriteriaList([judge]),
     )
     return judge.scores(generated)
@@ -72,15 +81,20 @@ def _answer_batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ba
 class _Judge(StoppingCriteria):
     """Scores continuations, and ends those that hold all of their references: nothing can make them worse."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Prompt], width: int):
-        self._tokenizer, self._batch, self._width = tokenizer, batch, width
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Prompt], width: int, ends: set[int]):
+        self._tokenizer, self._batch, self._width, self._ends = tokenizer, batch, width, ends
 
     def scores(self, generated: torch.Tensor) -> list[float]:
         """One score a row of `generated` `[batch, width + new tokens]`."""
-        return [
-            prompt.score(str(self._tokenizer.decode(row, skip_special_tokens=True)))
-            for row, prompt in zip(generated[:, self._width :], self._batch, strict=True)
-        ]
+        rows = generated[:, self._width :].tolist()
+        return [self._score(row, prompt) for row, prompt in zip(rows, self._batch, strict=True)]
+
+    def _score(self, row: list[int], prompt: Prompt) -> float:
+        """A row goes on behind its end, with padding, and behind the tokens that it may take, while others go on."""
+        made = row[: prompt.answer_tokens]
+        end = next((place for place, token in enumerate(made) if token in self._ends), None)
+        text = continuation(self._tokenizer, prompt.input_ids, made[:end])
+        return prompt.score(text, ended=end is not None)
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         done = [score == 1 for score in self.scores(input_ids)]

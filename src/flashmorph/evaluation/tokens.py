@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from flashmorph.evaluation.blocks import Blocks, mean_of_blocks
 from flashmorph.evaluation.classes import CONTENT, KINDS, kinds, pieces_of, repeats
-from flashmorph.evaluation.intervals import ratio_interval
-from flashmorph.rows import Rows
+from flashmorph.heldout import HeldOut
 
 SAMPLE_TOKENS = 512
 _RUNS = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, None))
@@ -22,26 +22,29 @@ _COPY = 3
 
 @dataclass(frozen=True)
 class TokenClasses:
-    """The tokens of each class, by group and name, as masks `[rows, length - 1]` over every token but each row's first.
+    """The tokens of each class, by group and name, as masks `[tokens]` over every token of a text that is predicted.
 
-    `sample` is the beginning of the first row: the text of each token and its kind.
+    `sample` is the beginning of the longest piece: the text of each token and its kind; its tokens stand at
+    `sample_at`. `blocks` are what intervals draw.
     """
 
     masks: dict[tuple[str, str], np.ndarray]
     sample: dict[str, list[str]]
+    sample_at: slice
+    blocks: Blocks
 
     @classmethod
-    def of(cls, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> "TokenClasses":
-        """Classes of the tokens of `rows` of equal length."""
-        found = []
+    def of(cls, text: HeldOut, tokenizer: PreTrainedTokenizerBase) -> "TokenClasses":
+        """Classes of the tokens of `text`; what is repeated is so within a piece."""
+        found, longest = [], max(range(len(text.pieces)), key=lambda piece: len(text.pieces[piece]))
         sample: dict[str, list[str]] = {}
-        for row in range(len(rows)):
-            ids = rows[row]["input_ids"]
-            pieces = pieces_of(tokenizer, ids)
-            named = kinds(pieces)
-            found.append((np.asarray(named)[1:], *(part[1:] for part in repeats(ids))))
-            sample = sample or {"tokens": pieces[1 : SAMPLE_TOKENS + 1], "kinds": named[1 : SAMPLE_TOKENS + 1]}
-        kind, run, distance = (np.stack(parts) for parts in zip(*found, strict=True))
+        for number, (ids, special, first) in enumerate(zip(text.pieces, text.special, text.firsts, strict=True)):
+            words = pieces_of(tokenizer, ids[special:])
+            shown, named = words[first - special :], kinds(words)[first - special :]
+            found.append((np.asarray(named), *(part[first:] for part in repeats(ids))))
+            if number == longest:
+                sample = {"tokens": shown[:SAMPLE_TOKENS], "kinds": named[:SAMPLE_TOKENS]}
+        kind, run, distance = (np.concatenate(parts) for parts in zip(*found, strict=True))
         masks = {("all", "all tokens"): np.ones_like(run, dtype=bool)}
         masks |= {("kind", name): kind == name for name in KINDS}
         masks |= {("occurrence", "first in the context"): run == 0, ("occurrence", "repeated"): run > 0}
@@ -52,30 +55,32 @@ class TokenClasses:
             (f"how far back (n of {_COPY} and more)", _name(*ends)): _within(distance, *ends) & (run >= _COPY)
             for ends in _DISTANCES
         }
-        return cls({key: mask for key, mask in masks.items() if mask.any()}, sample)
+        start = int(text.offsets[longest])
+        sample_at = slice(start, start + len(sample["tokens"]))
+        return cls({key: mask for key, mask in masks.items() if mask.any()}, sample, sample_at, Blocks.of(text))
 
     def compare(self, losses: np.ndarray, first: np.ndarray) -> dict[str, Any]:
-        """Mean loss and mean difference `losses - first` in nats by class; both `[rows, length - 1]`.
+        """Mean loss and mean difference `losses - first` in nats by class; both `[tokens]`.
 
-        Intervals draw whole rows and are None where fewer than two rows have a token of the class.
+        Each interval says what it is `over` (`mean_of_blocks`).
         """
         difference = losses - first
         classes = []
         for (group, name), mask in self.masks.items():
-            counts, sums = mask.sum(1), (difference * mask).sum(1)
-            total = int(counts.sum())
+            sums, counts = self.blocks.sums(difference * mask), self.blocks.sums(mask)
+            mean = mean_of_blocks(sums, counts, self.blocks.documents)
             classes.append(
                 {
                     "group": group,
                     "class": name,
-                    "tokens": total,
+                    "tokens": int(mask.sum()),
                     "first": float(first[mask].mean()),
-                    "difference": float(sums.sum() / total),
-                    "interval": ratio_interval(sums, counts) if (counts > 0).sum() > 1 else None,
+                    "difference": mean["mean"],
+                    "interval": mean["interval"],
+                    "over": mean["over"],
                 }
             )
-        size = len(self.sample["tokens"])
-        shown = {"first": first[0, :size].tolist(), "difference": difference[0, :size].tolist()}
+        shown = {"first": first[self.sample_at].tolist(), "difference": difference[self.sample_at].tolist()}
         return {"classes": classes, "sample": {**self.sample, **shown}}
 
 

@@ -3,7 +3,6 @@
 A new family of teachers is one file with one class and one line in `HOSTS`.
 """
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -18,6 +17,7 @@ from flashmorph.hosts.qwen3_5_moe import Qwen35MoeHost
 from flashmorph.hosts.refused import REFUSED
 from flashmorph.hosts.window import SLIDING, WINDOW_HOSTS
 from flashmorph.plan import Budget, Space
+from flashmorph.settings import resolve
 
 HOSTS: tuple[Host, ...] = (Qwen35Host(), Qwen35MoeHost(), GraniteHybridHost())
 CACHE_CONTEXTS = (512, 8192, 131072)
@@ -48,18 +48,12 @@ def takes_with_windows(config: PreTrainedConfig) -> bool:
 
 
 def host_settings(host: Host, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The host's settings: its defaults, and what is `given` in their place.
+    """The host's settings: its defaults, and what is `given` in their place, as `host_config`'s signature wants them.
 
     Raises:
-        UserError: names a setting that the host does not have, and those that it has.
+        UserError: names a setting that the host does not have, or one that is of a wrong type or out of its range.
     """
-    _, *known = inspect.signature(host.host_config).parameters.values()
-    defaults = {parameter.name: parameter.default for parameter in known}
-    for name in given or {}:
-        if name not in defaults:
-            there_are = f"it has {', '.join(defaults)}" if defaults else "it has none"
-            raise UserError(f"{host.name} has no setting {name!r}; {there_are}")
-    return {**defaults, **(given or {})}
+    return resolve(host.host_config, given or {}, ("teacher",), host.name, "host.")
 
 
 def configure(teacher: PreTrainedConfig, settings: Mapping[str, Any] | None = None) -> tuple[Host, PreTrainedConfig]:

@@ -54,6 +54,27 @@ def refuse_rope(config: PreTrainedConfig, host: str, known: Sequence[str]) -> No
         raise UserError(f"the teacher rotates {part:.0%} of each head (partial_rotary_factor); {host} rotates all")
 
 
+def refuse_two_factors(config: PreTrainedConfig, host: str) -> None:
+    """Refuse two lists of rope factors, of a class that reads the text again where the second one begins.
+
+    There Phi-3's own class drops its cache in `generate` and computes all of it with the other factors; a host goes on
+    with what is cached, and answers otherwise from there on. Factors that are the same, or a switch that lies not
+    below the teacher's limit, change nothing.
+
+    Raises:
+        UserError: names the length at which the lists change.
+    """
+    rope, limit = config.rope_parameters, config.max_position_embeddings
+    if rope["rope_type"] != "longrope" or rope["short_factor"] == rope["long_factor"]:
+        return
+    if (switch := rope["original_max_position_embeddings"]) < limit:
+        raise UserError(
+            f"the teacher has two lists of rope factors (longrope), which change at {switch:,} of {limit:,} tokens: in "
+            f"generation its class then reads the whole text again, {host} does not, so answers would differ from "
+            "there on; give a version of the teacher for short contexts, which has no such lists"
+        )
+
+
 def refuse_activation(config: PreTrainedConfig, host: str) -> None:
     """Refuse activations other than SiLU.
 

@@ -7,7 +7,7 @@ Granite's multipliers are 1, or the teacher's own where it is a Granite.
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,14 @@ from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, Pr
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMambaLayer
 
 from flashmorph.errors import UserError
-from flashmorph.hosts.checks import LLAMA_SETTINGS, ROPE_TYPES, refuse_activation, refuse_rope, refuse_windows
+from flashmorph.hosts.checks import (
+    LLAMA_SETTINGS,
+    ROPE_TYPES,
+    refuse_activation,
+    refuse_rope,
+    refuse_two_factors,
+    refuse_windows,
+)
 from flashmorph.hosts.host import FEED_FORWARD, LINEAR, Products, layer_prefixes
 from flashmorph.hosts.kernels import boundaries_in, dispatch_by_device
 from flashmorph.hosts.products import (
@@ -34,6 +41,8 @@ from flashmorph.plan import FULL
 _MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 _BIASED = ("qwen2",)
 """Teachers whose configuration does not say that queries, keys and values have a bias."""
+_STARTING_ANEW = ("phi3",)
+"""Teachers that drop the cache in `generate` where the other list of rope factors begins."""
 _OLDER_WORDS = {"full_attention": "attention", "linear_attention": "mamba"}
 _CONVOLUTION = 4
 _FLOAT32_BYTES = 4
@@ -63,7 +72,7 @@ class GraniteHybridHost:
         "seed_oss": "Seed-OSS",
         "granite": "Granite (dense)",
         "smollm3": "SmolLM3 with RoPE in every layer",
-        "phi3": "Phi-3, Phi-4 without a window, rotating whole heads",
+        "phi3": "Phi-3, Phi-4 without a window, rotating whole heads, with one list of rope factors at most",
     }
     options: Mapping[str, str] = {FULL: "full_attention", LINEAR: "linear_attention"}
     mixers: Mapping[str, str] = {FULL: "attention", LINEAR: "Mamba2"}
@@ -72,7 +81,14 @@ class GraniteHybridHost:
     }
     serves: tuple[Engine, ...] = (
         TRANSFORMERS,
-        Engine("vLLM", "0.33", READ, needs=_SQUARE, fits=lambda config: _is_square(config)),
+        Engine(
+            "vLLM",
+            "0.33",
+            READ,
+            needs=_SQUARE,
+            otherwise="It loads any other without a word, and answers nonsense.",
+            fits=lambda config: _is_square(config),
+        ),
         Engine("SGLang", "0.5.23", READ, needs=_SQUARE, fits=lambda config: _is_square(config)),
         Engine(
             "llama.cpp",
@@ -97,27 +113,30 @@ class GraniteHybridHost:
     )
 
     def check(self, config: PreTrainedConfig) -> None:
-        """Refuse windows, layers without RoPE, biases in the MLP, and what Granite hybrid computes otherwise."""
+        """Refuse windows, layers without RoPE, biases in the MLP, and what Granite hybrid computes otherwise.
+
+        Of Phi-3 also two lists of rope factors, between which its class starts anew in `generate`.
+        """
         refuse_windows(config, self.name)
         if 0 in (getattr(config, "no_rope_layers", None) or []):
             raise UserError(
                 f"the teacher has layers without RoPE (no_rope_layers); {self.name} has RoPE in all layers or in none"
             )
         refuse_rope(config, self.name, ROPE_TYPES)
+        if config.model_type in _STARTING_ANEW:
+            refuse_two_factors(config, self.name)
         refuse_activation(config, self.name)
         if getattr(config, "mlp_bias", False):
             raise UserError(f"the teacher's MLP has biases (mlp_bias); {self.name} has none there")
 
-    def host_config(self, teacher: PreTrainedConfig, mamba_expand: int = 2) -> GraniteMoeHybridConfig:
+    def host_config(self, teacher: PreTrainedConfig, mamba_expand: Literal[1, 2] = 2) -> GraniteMoeHybridConfig:
         """Same shapes; Mamba heads are as wide as the attention's and fill `mamba_expand` times the hidden size.
 
         2 is Granite's own value and the only one that llama.cpp reads; 1 makes the linear layers smaller.
 
         Raises:
-            UserError: `mamba_expand` is neither, or the teacher's heads do not fit.
+            UserError: the teacher's heads do not fit.
         """
-        if mamba_expand not in (1, 2) or isinstance(mamba_expand, bool):
-            raise UserError(f"host.mamba_expand must be 1 or 2; got {mamba_expand!r}")
         head_dim, heads = head_dim_of(teacher), teacher.num_attention_heads
         inner = mamba_expand * teacher.hidden_size
         about = f"mamba_expand × hidden size = {mamba_expand} × {teacher.hidden_size:,}"

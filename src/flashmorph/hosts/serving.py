@@ -30,7 +30,8 @@ class Engine:
     """Software that runs checkpoints of one host.
 
     `version` is the oldest one known to; `known` says how: it was run, or its source was read. `takes` is what has to
-    be done besides. Where a checkpoint must be of a kind, `needs` says it and `fits` tells it from the configuration.
+    be done besides. Where a checkpoint must be of a kind, `needs` says it and `fits` tells it from the configuration;
+    `otherwise` is a sentence on what the engine does with another one, where it does not refuse it.
     `gguf` is set where the engine reads GGUF files.
     """
 
@@ -39,12 +40,13 @@ class Engine:
     known: str
     takes: str = ""
     needs: str = ""
+    otherwise: str = ""
     fits: Callable[[PreTrainedConfig], bool] = lambda config: True
     gguf: Gguf | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        return {name: getattr(self, name) for name in ("name", "version", "known", "takes", "needs")}
+        return {name: getattr(self, name) for name in ("name", "version", "known", "takes", "needs", "otherwise")}
 
 
 RUN = "run"

@@ -6,9 +6,10 @@ Qwen2, Qwen3 and SmolLM3 stay in their own class; Llama and Mistral move into Mi
 
 import copy
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
+from pydantic import Field
 from torch import nn
 from transformers import (
     MinistralConfig,
@@ -63,20 +64,24 @@ class WindowHost:
             if getattr(config, name, False):
                 raise UserError(f"the teacher has biases ({name}); {self.name} has none")
 
-    def host_config(self, teacher: PreTrainedConfig, window: int = 0) -> PreTrainedConfig:
+    def host_config(self, teacher: PreTrainedConfig, window: Annotated[int, Field(ge=2)] = 0) -> PreTrainedConfig:
         """The teacher's own configuration, every layer full, and the window that layers may be switched to.
 
         Raises:
-            UserError: `window` is below 2 tokens or not below the teacher's longest context.
+            UserError: `window` is not below the teacher's longest context.
         """
         longest = teacher.max_position_embeddings
-        if not isinstance(window, int) or not 2 <= window < longest:
-            raise UserError(f"host.window must be a number of tokens from 2 to below {longest:,}; got {window!r}")
+        if not 2 <= window < longest:
+            raise UserError(f"host.window must be a number of tokens from 2 to below {longest:,}; got {window}")
         types = [self.options[FULL]] * teacher.num_hidden_layers
         if teacher.model_type == self.model_type:
             config = copy.deepcopy(teacher)
             config.sliding_window, config.layer_types = window, types
             config.use_sliding_window = True
+            if hasattr(config, "max_window_layers"):
+                # transformers goes by layer_types. vLLM's own class ignores windows where this is the number of layers,
+                # as published teachers have it, and refuses them otherwise.
+                config.max_window_layers = 0
             return config
         same = {name: getattr(teacher, name) for name in (*LLAMA_SETTINGS, "head_dim")}
         rope = dict(teacher.rope_parameters)
@@ -163,7 +168,7 @@ class _Window(nn.Module):
             attention.sliding_window = None
 
 
-_VLLM = Engine("vLLM", "0.33", READ, "start it with --model-impl transformers: its own class ignores windows by layer")
+_VLLM = Engine("vLLM", "0.33", READ, "start it with --model-impl transformers: its own class refuses windows by layer")
 _LLAMA_CPP = Engine(
     "llama.cpp",
     "as in llama-cpp-python 0.3.36",
@@ -174,7 +179,7 @@ _LLAMA_CPP = Engine(
 )
 WINDOW_HOSTS = (
     WindowHost(Qwen3ForCausalLM, {"qwen3": "Qwen3 (dense)"}, _VLLM, _LLAMA_CPP),
-    WindowHost(Qwen2ForCausalLM, {"qwen2": "Qwen2 and 2.5"}, _LLAMA_CPP),
+    WindowHost(Qwen2ForCausalLM, {"qwen2": "Qwen2 and 2.5"}, _VLLM, _LLAMA_CPP),
     WindowHost(SmolLM3ForCausalLM, {"smollm3": "SmolLM3, also with layers without RoPE"}),
     WindowHost(
         MinistralForCausalLM,

@@ -1,13 +1,15 @@
 """Run strategies over budgets and seeds, and let the referee judge every plan they find."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from flashmorph.costs.auto import COMPARE
 from flashmorph.errors import UserError, unknown
+from flashmorph.hosts import configure, layer_space
 from flashmorph.judge import recall_of_plan
 from flashmorph.pipeline import run_align, run_transplant
 from flashmorph.plan import Budget
@@ -16,11 +18,13 @@ from flashmorph.referee.after import after_distillation
 from flashmorph.referee.cells import Cell, CellFile
 from flashmorph.referee.truth import Truth, find_truths
 from flashmorph.run import Run
-from flashmorph.rundata import task_settings
+from flashmorph.rundigests import ends, task_settings, text_settings
 from flashmorph.runfolder import digest_of
 from flashmorph.runmodels import open_morphable, open_objective
 from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES, Selection, needs_of
-from flashmorph.selection.search import check_settings, own_settings, searches_alike, select, serves_every_budget
+from flashmorph.selection.search import check_search, own_settings, searches_alike, select, serves_every_budget
+from flashmorph.signal import with_signal
+from flashmorph.teacher import load_config
 
 REFEREE_SEED = 1_000_003
 FIXED = ("first", "last", "middle", "uniform")
@@ -69,7 +73,7 @@ class Entry:
         """Read `race+confidence=0.8`.
 
         Raises:
-            UserError: there is no such strategy or setting.
+            UserError: there is no such strategy or setting, or its value is wrong.
         """
         name, *changes = label.split("+")
         if name not in STRATEGIES:
@@ -77,7 +81,7 @@ class Entry:
         if any("=" not in change for change in changes):
             raise UserError(f"strategy {label!r}: give settings after a plus as key=value, such as race+confidence=0.8")
         settings = parse_changes(changes)
-        check_settings(name, settings)
+        own_settings(name, settings)
         return cls(label, name, settings)
 
     @property
@@ -105,16 +109,20 @@ class Referee:
         """Transplant and align where that is not done yet, then evaluate every plan of every budget.
 
         Raises:
-            UserError: too many plans to enumerate.
+            UserError: too many plans to enumerate; or see `with_signal`.
         """
-        self._run, self._settings = run, settings
         host = run_transplant(run)
         branches = run_align(run, host)
+        run = with_signal(run, host, branches)
+        self._run, self._settings = run, settings
         self._morphable = open_morphable(run, host, branches)
-        self._search = run.recipe.select.search.model_copy(update={"questions": settings.questions})
-        about = [task_settings(run), run.recipe.select.search.model_dump(mode="json"), settings.questions]
-        self.context = digest_of([run.teacher.digest, branches.digest, *about])
+        search = run.recipe.select.search.model_dump(mode="json", exclude={"micro_batch_tokens"})
+        trained = run.recipe.distill.what_counts(tokens=False)
+        about = [task_settings(run), text_settings(run), ends(run), search, trained, settings.questions]
+        self.context = digest_of([branches.digest, run.bf16, *about])
         self._work = run.folder.path / "compare" / self.context
+        self._run = run = replace(run, recipe=run.at_once(COMPARE, self._work))
+        self._search = run.recipe.select.search.model_copy(update={"questions": settings.questions})
         self.truths = self._enumerate()
 
     def search(self, entry: Entry, budget: str, seed: int, settings: dict[str, Any]) -> Selection:
@@ -191,6 +199,7 @@ def compare(run: Run, settings: CompareSettings, folder: Path) -> Comparison:
         UserError: an unknown strategy, too many plans to enumerate, or a search that cannot run.
     """
     wanted = list(_wanted(settings))
+    _check(run, wanted)
     referee = Referee(run, settings)
     file = CellFile(folder / "cells.jsonl", referee.context)
     if settings.only_kept:
@@ -211,6 +220,20 @@ def compare(run: Run, settings: CompareSettings, folder: Path) -> Comparison:
                 cells.append(cell)
             report(number, len(wanted))
     return Comparison(cells, referee.truths, referee.after(cells))
+
+
+def _check(run: Run, wanted: Sequence[tuple[Entry, int, float, tuple[str, ...]]]) -> None:
+    """Refuse searches that cannot run before the first one does.
+
+    Raises:
+        UserError: see `check_search`.
+    """
+    host, config = configure(load_config(run.teacher.folder), run.recipe.host)
+    questions = run.recipe.select.search.questions
+    for entry, _, spend, budgets in wanted:
+        for budget in map(Budget.parse, budgets):
+            space = layer_space(host, config, budget)
+            check_search(entry.strategy, space, budget, questions, entry.at(spend, questions))
 
 
 def _wanted(settings: CompareSettings) -> Iterator[tuple[Entry, int, float, tuple[str, ...]]]:

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flashmorph.digests import tokenizer_digest, weights_digest
 from flashmorph.errors import UserError
-from flashmorph.files import read_json, short_names, weights_digest, write_json
+from flashmorph.files import read_json, short_names, write_json
 from flashmorph.outputs import claim_output, json_of, made_by
 from flashmorph.plan import Plan
 from flashmorph.runfolder import MARKER
@@ -25,7 +26,7 @@ def keep(run: Path, kind: str, found: dict[str, Any], folders: Mapping[str, Path
     require_finished(run)
     labels = _labels(run, folders)
     models = {labels[name]: figures for name, figures in found["models"].items()}
-    weights = {labels[name]: weights_digest(folder) for name, folder in folders.items()}
+    weights = {labels[name]: _judged(folder) for name, folder in folders.items()}
     path = run / f"{kind}.json"
     write_json(path, {**made_by(kind), **found, "models": models, "weights": weights})
     return path
@@ -56,7 +57,7 @@ def kept(run: Path, kind: str) -> tuple[dict[str, Any] | None, str]:
     if not isinstance(found, dict) or not isinstance(found.get("models"), dict):
         raise UserError(f"{path} does not hold what `flashmorph {kind}` finds: remove it, or run that again")
     weights = found.get("weights", {}).get(HYBRID)
-    if weights and weights != weights_digest(run):
+    if weights and weights != _judged(run):
         return None, f"{kind}.json is about an earlier hybrid of this run and left out: run it again."
     return found, ""
 
@@ -71,6 +72,11 @@ def require_finished(run: Path) -> None:
         raise UserError(f"{run} is no run of flashmorph's: give the folder that `flashmorph morph --output` wrote")
     if not (run / "results.json").is_file():
         raise UserError(f"{run} has no results.json yet: finish it with `flashmorph morph`")
+
+
+def _judged(folder: Path) -> str:
+    """What figures about the model in `folder` belong to: its weights and its tokens."""
+    return f"{weights_digest(folder)}-{tokenizer_digest(folder)}"
 
 
 def _labels(run: Path, folders: Mapping[str, Path]) -> dict[str, str]:

@@ -47,7 +47,9 @@ def _positions(found: dict[str, list[dict[str, Any]]]) -> Chart:
     parts = next(iter(found.values()))
     ticks = {(part["from"] + part["to"]) / 2: f"{part['from']:,}-{part['to']:,}" for part in parts}
     panel = Lines("", "position in the context, tokens", "perplexity", series, log_x=True, x_ticks=ticks)
-    note = "Held-out text, the same rows for all; bars are 95 % intervals over rows."
+    over = {part.get("over", "rows") for each in found.values() for part in each}
+    units = "documents, or blocks of text where few documents are so long" if len(over) > 1 else next(iter(over))
+    note = f"Held-out text, the same for all; bars are 95 % intervals over {units}."
     return Chart("perplexity", "Perplexity by position", note, [panel])
 
 

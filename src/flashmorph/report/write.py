@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 import flashmorph
+from flashmorph.evaluation import text_in_words
 from flashmorph.files import atomic_path
 from flashmorph.outputs import PAGE, PICTURE, claim_output
 from flashmorph.plan import FULL, Plan
@@ -114,7 +115,8 @@ def _models(source: Source) -> str:
     settings = yaml.safe_load(source.recipe)["evaluate"]
     about = (
         f"Recall is the mean over tasks of right answers, {settings['questions']} questions a task at "
-        f"{settings['length']:,} tokens; perplexity is on held-out text; intervals in brackets are 95 %."
+        f"{settings['length']:,} tokens; perplexity is on {text_in_words(source.models['hybrid'])}; intervals in "
+        "brackets are 95 %."
     )
     header = ("model", "recall", "perplexity", "cache at 128K")
     return paragraph(about) + table(header, rows, list(source.models).index("hybrid"))

@@ -3,7 +3,8 @@
 A new strategy is one file with one function and one line in `STRATEGIES`; its summary line is what `--help` shows.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from flashmorph.selection.add_one import add_one
 from flashmorph.selection.blocks import first, last, middle
@@ -51,6 +52,8 @@ FOLLOW_GRADIENTS = {"budgeted-gates": "answers", "gates": "hidden", "l0": "answe
 """Strategies that run one batch in each of their `steps`, and the loss that they ask for."""
 SEARCH_NOTHING = ("first", "last", "middle", "uniform")
 """Strategies that ask the model nothing."""
+WEIGH_TEXT_ALONE = ("kl", "tolerance")
+"""Strategies that look at text and at no answer."""
 DEFAULT_STRATEGY = "budgeted-gates"
 
 
@@ -69,6 +72,11 @@ def needs_of(strategy: str) -> Needs:
     return Needs(strategy in NEED_TEXT, strategy in NEED_TRAINING)
 
 
+def asks_questions(strategy: str, settings: Mapping[str, Any]) -> bool:
+    """Whether the layers that a strategy chooses depend on answers to questions."""
+    return strategy not in (*SEARCH_NOTHING, *WEIGH_TEXT_ALONE) and settings.get("data") != "text"
+
+
 __all__ = [
     "NOTHING",
     "DEFAULT_STRATEGY",
@@ -82,5 +90,6 @@ __all__ = [
     "Objective",
     "Selection",
     "Strategy",
+    "asks_questions",
     "needs_of",
 ]

@@ -5,11 +5,11 @@ The measurement that KL-LS ranks by (arXiv 2512.20569, section 3), without its d
 
 from flashmorph.plan import Budget, Space
 from flashmorph.selection.single_layer import score_single_layers
-from flashmorph.selection.strategy import Objective, Selection
+from flashmorph.selection.strategy import NumQuestions, Objective, Selection
 
 
 def add_one(
-    space: Space, budget: Budget, objective: Objective, seed: int, num_questions: int | None = None
+    space: Space, budget: Budget, objective: Objective, seed: int, num_questions: NumQuestions = None
 ) -> Selection:
     """Restore one layer of the all-linear model, and keep the layers that help most.
 

@@ -8,15 +8,19 @@ forward passes only.
 """
 
 from dataclasses import replace
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 
-from flashmorph.errors import UserError
-from flashmorph.plan import Budget, Space
+from flashmorph.plan import FULL, Budget, Space
 from flashmorph.selection.descend import Schedule, descend
 from flashmorph.selection.racing import improve_by_swaps
-from flashmorph.selection.strategy import Objective, Selection, group_scores
+from flashmorph.selection.strategy import FinalRate, Objective, Rate, Selection, Steps, group_scores
+
+Noise = Annotated[float, Field(ge=0, le=1_000)]
+"""The scale of the Gumbel noise on the logits."""
 
 
 def budgeted_gates(
@@ -24,14 +28,14 @@ def budgeted_gates(
     budget: Budget,
     objective: Objective,
     seed: int,
-    steps: int = 24,
-    learning_rate: float = 0.1,
-    final_learning_rate: float = 0.1,
-    noise: float = 1.0,
-    final_noise: float = 0.2,
+    steps: Steps = 24,
+    learning_rate: Rate = 0.1,
+    final_learning_rate: FinalRate = 0.1,
+    noise: Noise = 1.0,
+    final_noise: Noise = 0.2,
     random_budget: bool = True,
     shared_moment: bool = True,
-    swaps: int = 2,
+    swaps: Annotated[int, Field(ge=0, le=1_000)] = 2,
 ) -> Selection:
     """Learn logits `[groups, options]` under the budget; the plan is the best one by the final logits.
 
@@ -42,10 +46,8 @@ def budgeted_gates(
     (`improve_by_swaps`; 0 for none), where full layers cost the same everywhere.
 
     Raises:
-        UserError: see `Space.limit`; or `swaps` is below 0.
+        UserError: see `Space.limit`.
     """
-    if swaps < 0:
-        raise UserError(f"swaps must be 0 or more places that are raced for; got {swaps}")
     space.limit(budget)
     rng = np.random.default_rng(seed)
     draws = rng.gumbel(size=(steps, *space.cost.shape))
@@ -74,8 +76,8 @@ def _random_budgets(space: Space, budget: Budget, rng: np.random.Generator, step
     """A budget for each step, of the kind of `budget`."""
     if budget.resource in ("layers", "share"):
         return [Budget("layers", int(kept)) for kept in rng.integers(1, len(space.groups), size=steps)]
-    least = space.cost.min(1).sum() + (space.cost.max(1) - space.cost.min(1)).min()
-    limits = rng.uniform(least, space.cost.max(1).sum(), size=steps)
+    full, rest = space.cost[:, space.options.index(FULL)], space.cost.min(1)
+    limits = rng.uniform(rest.sum() + (full - rest).min(), full.sum(), size=steps)
     return [replace(budget, limit=float(limit)) for limit in limits]
 
 

@@ -7,11 +7,11 @@ further and searches a trained supernet.
 
 from flashmorph.plan import Budget, Space
 from flashmorph.selection.single_layer import score_single_layers
-from flashmorph.selection.strategy import Objective, Selection
+from flashmorph.selection.strategy import NumQuestions, Objective, Selection
 
 
 def drop_one(
-    space: Space, budget: Budget, objective: Objective, seed: int, num_questions: int | None = None
+    space: Space, budget: Budget, objective: Objective, seed: int, num_questions: NumQuestions = None
 ) -> Selection:
     """Switch one layer of the full model, and keep the layers whose loss hurts most.
 

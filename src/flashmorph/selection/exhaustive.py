@@ -2,13 +2,15 @@
 
 import math
 from itertools import combinations
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from flashmorph.errors import UserError
 from flashmorph.plan import Budget, Space
 from flashmorph.selection.measure import count_layers, first_questions, mean_losses
-from flashmorph.selection.strategy import Objective, Selection
+from flashmorph.selection.strategy import NumQuestions, Objective, Selection
 
 _MANY = 100
 """So many plans are worth a word about their cost."""
@@ -19,8 +21,8 @@ def exhaustive(
     budget: Budget,
     objective: Objective,
     seed: int,
-    max_plans: int = 1_000,
-    num_questions: int | None = None,
+    max_plans: Annotated[int, Field(ge=1, le=1_000_000_000)] = 1_000,
+    num_questions: NumQuestions = None,
 ) -> Selection:
     """Evaluate every plan on the first `num_questions` of the search-validation split and take the best.
 

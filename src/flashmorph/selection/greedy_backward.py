@@ -6,11 +6,11 @@ so it is the dearer one for small budgets. KL-LS calls it greedy removal (arXiv 
 
 from flashmorph.plan import FULL, Budget, Space
 from flashmorph.selection.measure import count_layers, first_questions, mean_losses
-from flashmorph.selection.strategy import Objective, Selection, group_scores
+from flashmorph.selection.strategy import NumQuestions, Objective, Selection, group_scores
 
 
 def greedy_backward(
-    space: Space, budget: Budget, objective: Objective, seed: int, num_questions: int | None = None
+    space: Space, budget: Budget, objective: Objective, seed: int, num_questions: NumQuestions = None
 ) -> Selection:
     """Switch layers one at a time by the mean answer loss on the first `num_questions` of the search-validation split.
 

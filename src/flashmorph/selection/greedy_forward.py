@@ -5,11 +5,11 @@ Conditioned on what was chosen before, forward passes only: L + (L - 1) + ... ev
 
 from flashmorph.plan import FULL, Budget, Space
 from flashmorph.selection.measure import count_layers, first_questions, mean_losses
-from flashmorph.selection.strategy import Objective, Selection, group_scores
+from flashmorph.selection.strategy import NumQuestions, Objective, Selection, group_scores
 
 
 def greedy_forward(
-    space: Space, budget: Budget, objective: Objective, seed: int, num_questions: int | None = None
+    space: Space, budget: Budget, objective: Objective, seed: int, num_questions: NumQuestions = None
 ) -> Selection:
     """Add layers one at a time by the mean answer loss on the first `num_questions` of the search-validation split.
 

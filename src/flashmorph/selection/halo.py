@@ -15,7 +15,7 @@ from flashmorph.errors import UserError
 from flashmorph.plan import FULL, Budget, Space
 from flashmorph.selection.measure import check_two_options, first_questions, mean_losses
 from flashmorph.selection.single_layer import single_layer_plans
-from flashmorph.selection.strategy import Objective, Selection, group_scores
+from flashmorph.selection.strategy import NumQuestions, Objective, Selection, group_scores
 
 _CAP = 50.0
 _EPSILON = 1e-10
@@ -41,7 +41,9 @@ def halo_scores(general: Sequence[float], recall: Sequence[float]) -> list[float
     ]
 
 
-def halo(space: Space, budget: Budget, objective: Objective, seed: int, num_questions: int | None = None) -> Selection:
+def halo(
+    space: Space, budget: Budget, objective: Objective, seed: int, num_questions: NumQuestions = None
+) -> Selection:
     """Switch one layer of the full model, and keep the layers that cost much recall for little text loss.
 
     Recall is taken from the first `num_questions` of the search-validation split, the general score from its text.

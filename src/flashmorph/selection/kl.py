@@ -4,26 +4,23 @@ Scores are not conditioned on each other, as in the authors' code. The paper dis
 millions of tokens and finds the ranking settled after 25 to 40 % of them; `steps` says how many steps are run here.
 """
 
-from flashmorph.errors import UserError
 from flashmorph.plan import FULL, Budget, Space
 from flashmorph.selection.measure import check_two_options
 from flashmorph.selection.single_layer import single_layer_plans
-from flashmorph.selection.strategy import Objective, Selection, group_scores
+from flashmorph.selection.strategy import Objective, Selection, Steps, group_scores
 
 
-def kl(space: Space, budget: Budget, objective: Objective, seed: int, steps: int = 20) -> Selection:
+def kl(space: Space, budget: Budget, objective: Objective, seed: int, steps: Steps = 20) -> Selection:
     """Keep the layers whose single restoration leaves the least KL to the teacher after `steps` distillation steps.
 
     A score is how much less KL is left than by the worst layer, in nats a token. Costs L short distillations and serves
     every budget.
 
     Raises:
-        UserError: more than two options, a budget that leaves no choice, or `steps` below 1.
+        UserError: more than two options, or a budget that leaves no choice.
     """
     check_two_options(space, "kl")
     space.limit(budget)
-    if steps < 1:
-        raise UserError(f"steps must be at least 1; got {steps}")
     _, variants = single_layer_plans(space, budget, "restore")
     trace: list[dict] = []
     for plan in variants:

@@ -18,7 +18,7 @@ import torch
 from flashmorph.plan import Budget, Space
 from flashmorph.selection.descend import Schedule, descend
 from flashmorph.selection.measure import count_layers
-from flashmorph.selection.strategy import Objective, Selection, group_scores
+from flashmorph.selection.strategy import FinalRate, Objective, Rate, Selection, Steps, group_scores
 
 _BETA, _GAMMA, _ZETA = 2 / 3, -0.1, 1.1
 _OPEN_AT_START = 0.9
@@ -30,9 +30,9 @@ def l0(
     budget: Budget,
     objective: Objective,
     seed: int,
-    steps: int = 150,
-    learning_rate: float = 0.05,
-    final_learning_rate: float = 0.05,
+    steps: Steps = 150,
+    learning_rate: Rate = 0.05,
+    final_learning_rate: FinalRate = 0.05,
 ) -> Selection:
     """Learn the masks, then keep the layers with the largest `log_alpha`.
 

@@ -40,13 +40,7 @@ def count_layers(space: Space, budget: Budget, strategy: str) -> int:
 
 
 def first_questions(objective: Objective, num_questions: int | None) -> range:
-    """The first `num_questions` of the search-validation split, or all of them (None, or more than there are).
-
-    Raises:
-        UserError: `num_questions` is below 1.
-    """
-    if num_questions is not None and num_questions < 1:
-        raise UserError(f"num_questions must be at least 1; got {num_questions}")
+    """The first `num_questions` of the search-validation split, or all of them (None, or more than there are)."""
     return range(min(num_questions or objective.num_questions, objective.num_questions))
 
 

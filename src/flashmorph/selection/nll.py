@@ -7,7 +7,7 @@ holds for prompt and answer alike.
 
 from flashmorph.plan import Budget, Space
 from flashmorph.selection.single_layer import Direction, score_single_layers
-from flashmorph.selection.strategy import Objective, Selection
+from flashmorph.selection.strategy import NumQuestions, Objective, Selection
 
 
 def nll(
@@ -16,7 +16,7 @@ def nll(
     objective: Objective,
     seed: int,
     direction: Direction = "restore",
-    num_questions: int | None = 64,
+    num_questions: NumQuestions = 64,
 ) -> Selection:
     """Rank layers once by the answers' negative log-likelihood: `direction` is `restore` or `switch`.
 

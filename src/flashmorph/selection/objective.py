@@ -15,6 +15,7 @@ import torch
 
 from flashmorph import ranks
 from flashmorph.errors import UserError
+from flashmorph.heldout import HeldOut
 from flashmorph.losses import Head, label_loss, token_losses
 from flashmorph.morphable import Morphable, run_order
 from flashmorph.plan import Plan
@@ -33,7 +34,8 @@ _WRITE_SECONDS = 20
 class MorphableObjective:
     """Answers, as `Objective` asks, with the model's losses on retrieval questions.
 
-    The answers' loss is everywhere the mean cross-entropy of the answer tokens, teacher-forced.
+    The answers' loss is everywhere the mean over questions of each question's mean cross-entropy of its answer tokens,
+    teacher-forced; neither it nor its gradient depends on how many rows are run at once.
     """
 
     def __init__(
@@ -43,25 +45,18 @@ class MorphableObjective:
         folder: Path,
         bf16: bool = False,
         report: Report = silent,
-        text_rows: torch.Tensor | None = None,
+        text: HeldOut | None = None,
         distiller: Distiller | None = None,
         evaluations: Path | None = None,
         say: Callable[[str], None] = print,
     ):
         """`folder` keeps the search's state, `evaluations` the losses of plans (by default a folder inside it).
 
-        `text_rows` `[rows, length]` are token ids of validation text, for the strategies that weigh text too; the
-        `distiller` is for those that train weights.
-
-        Raises:
-            UserError: `text_rows` has no token to predict.
+        `text` is validation text, for the strategies that weigh text too; the `distiller` is for those that train
+        weights.
         """
-        if text_rows is not None and (text_rows.ndim != 2 or not len(text_rows) or text_rows.shape[1] < 2):
-            raise UserError(
-                f"text_rows must be [rows, length] with at least one row of two tokens; got {list(text_rows.shape)}"
-            )
         self._morphable, self._data, self._folder, self._bf16, self._report = morphable, data, folder, bf16, report
-        self._text_rows, self._distiller, self._say = text_rows, distiller, say
+        self._text, self._distiller, self._say = text, distiller, say
         self._evaluations = evaluations or folder / "evaluations"
         self._head = Head.of(morphable.model)
         self._meter = Meter(morphable)
@@ -80,7 +75,7 @@ class MorphableObjective:
 
         Gates lie outside of whatever wraps the model, so their gradient is brought together here.
         """
-        losses = {"answers": self._answer_loss, "hidden": self._hidden_loss}
+        run, size = {"answers": (self._answer_loss, len), "hidden": (self._hidden_loss, _answer_tokens)}[loss]
         gates = gates.to(self._morphable.device).requires_grad_(True)
         batch = self._data.batch(step) if data == "questions" else self._data.text_batch(step)
         parts = self._data.micro_batches(batch)
@@ -90,7 +85,7 @@ class MorphableObjective:
         for together in ranks.rounds(parts):
             part, counts = together[ranks.rank()]
             with self._autocast():
-                share = losses[loss](gates, part) * (counts * len(part) / len(batch))
+                share = run(gates, part) * (counts * size(part) / size(batch))
             share.backward()
             value += share.item()
         assert gates.grad is not None
@@ -144,16 +139,17 @@ class MorphableObjective:
 
     @torch.no_grad()
     def text_loss(self, plan: Plan) -> float:
-        """Mean next-token cross-entropy on `text_rows`, in nats; plans evaluated before are read from disk.
+        """Mean next-token cross-entropy on the `text`, in nats; plans evaluated before are read from disk.
 
         Raises:
-            UserError: there are no `text_rows`, or the loss is not finite.
+            UserError: there is no `text`, or the loss is not finite.
         """
         key = key_of(plan.assignments)
-        rows = self._text()
+        text = self._text_to_weigh()
         if (key, -1) not in self._asked:
             self._asked.add((key, -1))
-            self._meter.count(rows)
+            for piece in text.pieces:
+                self._meter.count(torch.empty(1, len(piece), device="meta"))
         path = self._evaluations / f"{key}.text.json"
         found = kept(path, self._say)
         if found is None:
@@ -181,7 +177,7 @@ class MorphableObjective:
                 self._asked.add(counted)
                 tokens = torch.empty(settings.steps * settings.batch_rows, settings.length, device="meta")
                 self._meter.count(tokens, forward=2, backward=1, weights=1)
-        key = key_of([about, settings.model_dump(mode="json", exclude={"activation_checkpointing"})])
+        key = key_of([about, settings.what_counts()])
         file = self._evaluations / f"{key}.distilled.json"
         found = kept(file, self._say)
         if found is None:
@@ -227,10 +223,10 @@ class MorphableObjective:
         """Pass it on."""
         self._say(text)
 
-    def _text(self) -> torch.Tensor:
-        if self._text_rows is None:
-            raise UserError("this strategy weighs text too: give the objective validation text, `text_rows`")
-        return self._text_rows
+    def _text_to_weigh(self) -> HeldOut:
+        if self._text is None:
+            raise UserError("this strategy weighs text too: give the objective validation text, `text`")
+        return self._text
 
     def _write_losses(self, plans: Sequence[Plan], known: Sequence[dict[int, float]], places: set[int]) -> None:
         while places:
@@ -272,9 +268,11 @@ class MorphableObjective:
         self._meter.count(ids, forward=1, backward=1, every_branch=True)
 
     def _answer_loss(self, gates: torch.Tensor, batch: Sequence[Example]) -> torch.Tensor:
+        """What `_question_losses` gives, as a mean with gradient."""
         ids, marks = self._tensors(batch)
-        hidden = self._morphable(ids, gates)[:, :-1][marks[:, 1:]]
-        return label_loss(hidden, self._head, ids[:, 1:][marks[:, 1:]])
+        ids, marks, hidden = ids[:, 1:], marks[:, 1:], self._morphable(ids, gates)[:, :-1]
+        weights = (marks / marks.sum(1, keepdim=True) / len(batch))[marks]
+        return label_loss(hidden[marks], self._head, ids[marks], weights)
 
     def _hidden_loss(self, gates: torch.Tensor, batch: Sequence[Example]) -> torch.Tensor:
         """`mean over layers and answer tokens |H_mix - H_full|^2`, the norm's square as a mean over the width.
@@ -294,17 +292,14 @@ class MorphableObjective:
         return torch.stack([(mixed.float() - full.float()).square().mean() for mixed, full in pairs]).mean()
 
     def _mean_text_loss(self, run: Callable[[torch.Tensor], torch.Tensor], head: Head) -> float:
-        """Mean next-token loss on the text rows of what `run(ids)` gives as last hidden states."""
-        rows, found = self._text(), 0.0
-        parts = rows.split(max(1, self._data.settings.micro_batch_tokens // rows.shape[1]))
-        for together in ranks.rounds(parts):
-            part, counts = together[ranks.rank()]
-            ids = part.to(self._morphable.device)
+        """Mean next-token loss on the text of what `run(ids)` gives as last hidden states."""
+        text, found = self._text_to_weigh(), 0.0
+        for together in ranks.rounds(text.in_batches(self._data.settings.tokens_at_once)):
+            numbers, counts = together[ranks.rank()]
             with self._autocast():
-                hidden = run(ids)[:, :-1]
-                losses = token_losses(hidden.flatten(0, 1), head, ids[:, 1:].flatten())
+                losses = text.batch(numbers, self._morphable.device).losses(run, head)
             found += losses.double().sum().item() * counts
-        return ranks.total(torch.tensor(found, dtype=torch.float64)).item() / rows[:, 1:].numel()
+        return ranks.total(torch.tensor(found, dtype=torch.float64)).item() / int(text.offsets[-1])
 
     def _tensors(self, batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and answer marks, `[rows, length]`."""
@@ -314,6 +309,10 @@ class MorphableObjective:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._morphable.device.type, torch.bfloat16, enabled=self._bf16)
+
+
+def _answer_tokens(batch: Sequence[Example]) -> int:
+    return sum(sum(example.is_answer) for example in batch)
 
 
 def _check_finite(losses: Any, kind: str, plan: Plan) -> None:

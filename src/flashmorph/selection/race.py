@@ -7,14 +7,15 @@ and Moore, "Hoeffding Races", NeurIPS 1993; successive halving: Jamieson and Tal
 """
 
 import math
+from typing import Annotated
 
 import torch
+from pydantic import Field
 
-from flashmorph.errors import UserError
 from flashmorph.plan import FULL, Budget, Space
 from flashmorph.selection.measure import count_layers, first_questions
 from flashmorph.selection.racing import CONFIDENCE, MOST_QUESTIONS, Track
-from flashmorph.selection.strategy import Objective, Selection, group_scores
+from flashmorph.selection.strategy import NumQuestions, Objective, Selection, group_scores
 
 
 def race(
@@ -22,9 +23,9 @@ def race(
     budget: Budget,
     objective: Objective,
     seed: int,
-    num_questions: int | None = MOST_QUESTIONS,
-    start_questions: int = 8,
-    confidence: float = CONFIDENCE,
+    num_questions: NumQuestions = MOST_QUESTIONS,
+    start_questions: Annotated[int, Field(ge=2, le=1_000_000)] = 8,
+    confidence: Annotated[float, Field(gt=0, lt=1)] = CONFIDENCE,
     swaps: bool = True,
     first_by_gradient: bool = False,
     hard_first: bool = False,
@@ -43,13 +44,9 @@ def race(
     trace, `questions` is how many stand behind a loss.
 
     Raises:
-        UserError: the budget is not a count of layers or leaves no choice, or a setting is out of its range.
+        UserError: the budget is not a count of layers or leaves no choice.
     """
     kept = count_layers(space, budget, "race")
-    if start_questions < 2:
-        raise UserError(f"start_questions must be at least 2, an interval needs them; got {start_questions}")
-    if not 0 < confidence < 1:
-        raise UserError(f"confidence must lie between 0 and 1, for example 0.8; got {confidence}")
     questions = len(first_questions(objective, num_questions))
     entrants = _by_gradient(space, budget, objective, kept) if first_by_gradient else list(space.groups)
     track = Track(objective, questions, start_questions, confidence)

@@ -1,14 +1,14 @@
 """Run one strategy and sign its plan."""
 
-import inspect
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
-from flashmorph.errors import UserError
+from flashmorph.errors import UserError, unknown
 from flashmorph.morphable import Morphable
-from flashmorph.plan import Budget
+from flashmorph.plan import Budget, Space
 from flashmorph.selection import SERVE_EVERY_BUDGET, STRATEGIES
 from flashmorph.selection.strategy import Objective, Selection
+from flashmorph.settings import resolve
 
 _GIVEN = ("space", "budget", "objective", "seed")
 
@@ -24,35 +24,51 @@ def select(
     """Choose the layers of `morphable` that stay full.
 
     Raises:
-        UserError: an unknown strategy or setting, or a budget that leaves no choice.
+        UserError: an unknown strategy, a setting that is none or is wrong, or a budget that leaves no choice.
     """
     if strategy not in STRATEGIES:
-        raise UserError(f"unknown strategy {strategy!r}; there are {', '.join(STRATEGIES)}")
-    check_settings(strategy, settings)
+        raise UserError(unknown("strategy", strategy, STRATEGIES))
+    resolved = own_settings(strategy, settings)
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
-    found = STRATEGIES[strategy](morphable.space(budget), budget, objective, seed, **settings)
+    found = STRATEGIES[strategy](morphable.space(budget), budget, objective, seed, **resolved)
     plan = replace(found.plan, strategy=strategy, seed=seed, scores=found.scores.tolist())
     return replace(found, plan=plan)
 
 
-def check_settings(strategy: str, settings: dict[str, Any]) -> None:
-    """Refuse settings that the strategy does not have.
+def own_settings(strategy: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The strategy's own settings: its defaults, and `changes` in their place, as its signature wants them.
 
     Raises:
-        UserError: names the setting and those that there are.
+        UserError: names a setting that the strategy does not have, or one that is of a wrong type or out of its range.
     """
-    known = list(own_settings(strategy))
-    for name in settings:
-        if name not in known:
-            there_are = f"it has {', '.join(known)}" if known else "it has none"
-            raise UserError(f"strategy {strategy} has no setting {name!r}; {there_are}")
+    return resolve(STRATEGIES[strategy], changes or {}, _GIVEN, f"strategy {strategy}", f"strategy {strategy}: ")
 
 
-def own_settings(strategy: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The strategy's own settings: its defaults, and `changes` in their place."""
-    known = inspect.signature(STRATEGIES[strategy]).parameters
-    defaults = {name: parameter.default for name, parameter in known.items() if name not in _GIVEN}
-    return {**defaults, **(changes or {})}
+def check_search(strategy: str, space: Space, budget: Budget, num_questions: int, settings: dict[str, Any]) -> None:
+    """Refuse what the strategy itself would refuse: it is started, and stopped when it asks its first question.
+
+    Raises:
+        UserError: see `own_settings` and the strategy.
+    """
+    resolved = own_settings(strategy, settings)
+    try:
+        STRATEGIES[strategy](space, budget, cast(Objective, _Unasked(num_questions)), 0, **resolved)
+    except _Asked:
+        pass
+
+
+class _Asked(Exception):
+    """The strategy wants to know something: it has found nothing wrong with what it was given."""
+
+
+class _Unasked:
+    """An objective that knows how many questions there are, and nothing else."""
+
+    def __init__(self, num_questions: int):
+        self.num_questions = num_questions
+
+    def __getattr__(self, name: str) -> Any:
+        raise _Asked
 
 
 def serves_every_budget(strategy: str, settings: dict[str, Any]) -> bool:

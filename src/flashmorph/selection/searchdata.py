@@ -2,12 +2,14 @@
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from flashmorph.tasks import Example, Layout, Style, TaskSettings, make_example
+
+_USUAL_TOKENS = 16_384
 
 
 class SearchSettings(BaseModel):
@@ -16,7 +18,9 @@ class SearchSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     length: int | tuple[int, int] = Field(default=(1024, 16384), description="context, or [shortest, longest]")
     batch_tokens: int = Field(default=16_384, gt=0, description="tokens in a step")
-    micro_batch_tokens: int = Field(default=16_384, gt=0, description="tokens at once on one device")
+    micro_batch_tokens: PositiveInt | Literal["auto"] = Field(
+        default="auto", description="tokens at once on one device; `auto`: from its memory"
+    )
     questions: int = Field(default=64, gt=0, description="questions of the search-validation split, over all tasks")
 
     @property
@@ -25,9 +29,19 @@ class SearchSettings(BaseModel):
         return self.length if isinstance(self.length, int) else self.length[1]
 
     @property
+    def shortest(self) -> int:
+        """The shortest context of a step."""
+        return self.length if isinstance(self.length, int) else self.length[0]
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens that are run at once on one device; a usual number while `auto` is not resolved (`costs/auto.py`)."""
+        return _USUAL_TOKENS if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
+
+    @property
     def rows_at_once(self) -> int:
         """Rows that are run at once on one device."""
-        return max(1, self.micro_batch_tokens // self.longest)
+        return max(1, self.tokens_at_once // self.longest)
 
 
 def step_shape(settings: SearchSettings, seed: int, step: int) -> tuple[int, int]:

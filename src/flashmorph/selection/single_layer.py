@@ -4,9 +4,8 @@ Such a score sees a layer alone. Where layers stand in for each other it mislead
 missed; restored alone, each looks as good as the others together.
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
-from flashmorph.errors import UserError
 from flashmorph.plan import FULL, Budget, Plan, Space
 from flashmorph.selection.measure import check_two_options, first_questions, mean_losses
 from flashmorph.selection.strategy import Objective, Selection, group_scores
@@ -18,12 +17,7 @@ def single_layer_plans(space: Space, budget: Budget, direction: Direction) -> tu
     """The base plan, and for each group the plan that differs from it there.
 
     `restore`: nothing is full, then one layer; `switch`: everything is full, then all but one layer.
-
-    Raises:
-        UserError: `direction` is neither.
     """
-    if direction not in get_args(Direction):
-        raise UserError(f"direction must be {' or '.join(get_args(Direction))}; got {direction!r}")
     if direction == "restore":
         return space.plan([], budget), [space.plan([group], budget) for group in space.groups]
     without = [[other for other in space.groups if other != group] for group in space.groups]
@@ -43,7 +37,7 @@ def score_single_layers(
     Costs L + 1 evaluations and serves every budget.
 
     Raises:
-        UserError: more than two options, a budget that leaves no choice, a `direction` or `num_questions` that is none.
+        UserError: more than two options, or a budget that leaves no choice.
     """
     check_two_options(space, strategy)
     space.limit(budget)

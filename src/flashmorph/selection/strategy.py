@@ -1,16 +1,29 @@
 """What a strategy is given and what it returns. A strategy never sees a model.
 
 def my_strategy(space, budget, objective, seed, **settings) -> Selection
+
+What stands in a strategy's signature behind `seed` are its settings. Their annotations say what they may be, with the
+range (`Steps`); `search.own_settings` holds what a user gives against them, so a strategy does not.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from flashmorph.plan import Plan, Space
+
+Steps = Annotated[int, Field(ge=1, le=100_000)]
+"""Updates of a search, or of one short distillation."""
+Rate = Annotated[float, Field(gt=0, le=100)]
+"""The learning rate of gates at the start."""
+FinalRate = Annotated[float, Field(ge=0, le=100)]
+"""What it has fallen, or risen, to at the end."""
+NumQuestions = Annotated[int, Field(ge=1, le=1_000_000)] | None
+"""How many questions of the search-validation split are asked, from the first on; None for all."""
 
 
 @dataclass

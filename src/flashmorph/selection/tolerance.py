@@ -10,10 +10,10 @@ from dataclasses import replace
 from flashmorph.errors import UserError
 from flashmorph.plan import FULL, Budget, Plan, Space
 from flashmorph.selection.measure import check_two_options
-from flashmorph.selection.strategy import Objective, Selection, group_scores
+from flashmorph.selection.strategy import Objective, Selection, Steps, group_scores
 
 
-def tolerance(space: Space, budget: Budget, objective: Objective, seed: int, steps: int = 20) -> Selection:
+def tolerance(space: Space, budget: Budget, objective: Objective, seed: int, steps: Steps = 20) -> Selection:
     """Switch the layer that text misses least, distil the whole model for `steps` steps, and keep the switch if the
     perplexity is within the budget of the teacher's; else take it back for good and try the next layer.
 
@@ -22,13 +22,11 @@ def tolerance(space: Space, budget: Budget, objective: Objective, seed: int, ste
     the teacher's, and whether the switch was kept.
 
     Raises:
-        UserError: more than two options, a budget that is no loss, `steps` below 1, or no layer can be switched.
+        UserError: more than two options, a budget that is no loss, or no layer can be switched.
     """
     check_two_options(space, "tolerance")
     if budget.resource != "loss":
         raise UserError(f"strategy tolerance finds the number of full layers itself: give loss=1%, not {budget}")
-    if steps < 1:
-        raise UserError(f"steps must be at least 1; got {steps}")
     teacher = objective.text_loss(space.plan(space.groups, budget))
     waiting, switched, path, trace = list(space.groups), [], [], []
 

@@ -1,26 +1,36 @@
 """Every n-th layer full, as hybrid models are usually laid out (Qwen3-Next: the last of each four)."""
 
+from typing import Annotated
+
+from pydantic import Field
+
+from flashmorph.errors import UserError
 from flashmorph.plan import Budget, Space
 from flashmorph.selection.strategy import Objective, Selection, group_scores
 
 
 def uniform(
-    space: Space, budget: Budget, objective: Objective | None, seed: int, offset: int | None = None
+    space: Space,
+    budget: Budget,
+    objective: Objective | None,
+    seed: int,
+    offset: Annotated[int, Field(ge=0)] | None = None,
 ) -> Selection:
     """One full layer in each of K groups of (nearly) equal size: the last one, or the one at `offset` from its start.
 
     Nothing is searched: `objective` and `seed` are not used.
 
     Raises:
-        UserError: see `Space.limit`.
-        ValueError: `offset` is beyond the smallest group.
+        UserError: see `Space.limit`; or `offset` is beyond the smallest group.
     """
     layers = len(space.groups)
     kept = len(space.best(group_scores(space, [0.0] * layers), budget).full_groups)
     edges = [round(layers * place / kept) for place in range(kept + 1)]
     smallest = min(stop - start for start, stop in zip(edges, edges[1:], strict=False))
     if offset is not None and not 0 <= offset < smallest:
-        raise ValueError(f"offset must be from 0 to {smallest - 1} for {kept} of {layers} layers; got {offset}")
+        raise UserError(
+            f"strategy uniform: offset must be at most {smallest - 1} for {kept} of {layers} layers; got {offset}"
+        )
     chosen = [stop - 1 if offset is None else start + offset for start, stop in zip(edges, edges[1:], strict=False)]
     scores = group_scores(space, [float(layer in chosen) for layer in range(layers)])
     return Selection(space.best(scores, budget), scores)

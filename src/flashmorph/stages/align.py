@@ -2,9 +2,10 @@
 
 The layers are independent: layer l's input comes from the teacher's forward, not from the branches below it. The loss
 is the sum over layers of `|M(h) - A(h)|^2 / |A(h)|^2` (stage 1 of FlashMorph and HALO, there without the division).
+Both are summed over all tokens of a step, whatever micro-batches it is run in.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,16 +15,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
-from flashmorph import ranks
 from flashmorph.morphable import Morphable, MorphableLayer, squares
-from flashmorph.packing import Packed, apart
+from flashmorph.packing import Packed, apart, as_often_everywhere
 from flashmorph.plan import FULL
 from flashmorph.progress import Report, silent
 from flashmorph.rows import Rows
-from flashmorph.stages.training import TrainSettings, train
+from flashmorph.sharding import is_sharded
+from flashmorph.stages.dropout import without_dropout
+from flashmorph.stages.training import IsolatedTrainSettings, train
 
 
-class AlignSettings(TrainSettings):
+class AlignSettings(IsolatedTrainSettings):
     """The published budget: 320M tokens at length 512, learning rate 1e-3 to 1e-5."""
 
     stage: ClassVar[str] = "align"
@@ -40,11 +42,16 @@ class AlignmentLoss(nn.Module):
     neither input nor target carries a gradient, so nothing flows from layer to layer.
     """
 
-    def __init__(self, morphable: Morphable, mean: Callable[[torch.Tensor], torch.Tensor] = lambda sizes: sizes):
-        """`mean` is taken of what errors are relative to, `[layers]`, where processes share a batch
-        (`ranks.shared_mean`)."""
+    def __init__(self, morphable: Morphable):
         super().__init__()
-        self.morphable, self._mean = morphable, mean
+        self.morphable, self._is_sharded = morphable, is_sharded(morphable)
+        without_dropout(morphable.model)
+        self.terms = [
+            [*branch.parameters()]
+            for layer in morphable.layers
+            for option, branch in layer.branches.items()
+            if option != FULL
+        ]
 
     def forward(
         self, input_ids: torch.Tensor, starts: torch.Tensor | None = None, loss_mask: torch.Tensor | None = None
@@ -56,6 +63,8 @@ class AlignmentLoss(nn.Module):
         """
         found: list[torch.Tensor] = []
         packed = apart(input_ids, starts, self.morphable.host)
+        if self._is_sharded:
+            packed = as_often_everywhere(packed)
         for each in packed:
 
             def compare(
@@ -73,8 +82,8 @@ class AlignmentLoss(nn.Module):
             with self.morphable.observed(compare):
                 self.morphable(each.input_ids, boundaries=each.boundaries)
         difference, size = torch.stack(found).unflatten(0, (len(packed), -1)).sum(0).unbind(1)
-        errors = difference / self._mean(size)
-        return {"loss": errors.sum(), "errors": errors.detach()}
+        errors = difference / size
+        return {"loss": errors.sum(), "errors": errors.detach(), "sums": difference, "sizes": size.detach()}
 
 
 def _squares(
@@ -117,12 +126,11 @@ def align(
     Raises:
         UserError: the loss is not finite, or the processes cannot share a step evenly.
     """
-    mean = ranks.shared_mean(settings.division(ranks.count()).sharing)
     for weights in morphable.branch_parameters():
         for weight in weights:
             weight.requires_grad_(True)
     clip = _ClipEachBranch(morphable, settings.max_grad_norm)
-    loss = AlignmentLoss(morphable, mean)
+    loss = AlignmentLoss(morphable)
     train(loss, rows, settings, folder, seed, bf16, report, [clip], clip=False, report_to=report_to)
     for weights in morphable.branch_parameters():
         for weight in weights:

@@ -5,7 +5,7 @@ The teacher runs beside the student, or what it says was written before (`teache
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer
@@ -15,15 +15,17 @@ from transformers import PreTrainedModel
 from flashmorph.errors import UserError
 from flashmorph.hosts import host_of
 from flashmorph.losses import Head, forward_kl, top_kl
-from flashmorph.packing import apart, token_order
+from flashmorph.packing import apart, as_often_everywhere, token_order
 from flashmorph.progress import Report, silent
 from flashmorph.rows import Rows
-from flashmorph.sharding import shard_loss
+from flashmorph.sharding import is_sharded, shard_loss
+from flashmorph.stages.dropout import without_dropout
+from flashmorph.stages.step import token_mean
 from flashmorph.stages.teacher_logits import LogitSettings, RowsWithLogits
-from flashmorph.stages.training import TrainSettings, keep_activations, train
+from flashmorph.stages.training import IsolatedTrainSettings, keep_activations, train
 
 
-class DistillSettings(TrainSettings):
+class DistillSettings(IsolatedTrainSettings):
     """The published budget: 1B tokens at length 512, learning rate 1e-4 to 1e-5."""
 
     stage: ClassVar[str] = "distill"
@@ -31,7 +33,9 @@ class DistillSettings(TrainSettings):
     length: PositiveInt = 512
     batch_tokens: PositiveInt = 49_152
     learning_rate: PositiveFloat = 1e-4
-    activation_checkpointing: bool = Field(default=False, description="compute layers again instead of keeping them")
+    activation_checkpointing: bool | Literal["auto"] = Field(
+        default="auto", description="compute layers again instead of keeping them; `auto`: where memory asks for it"
+    )
     teacher_logits: LogitSettings | None = None
 
     @model_serializer(mode="wrap")
@@ -44,13 +48,16 @@ class DistillSettings(TrainSettings):
 
 
 class DistillationLoss(nn.Module):
-    """Mean forward KL of student to teacher; the logits of both exist a chunk of tokens at a time."""
+    """Mean forward KL of student to teacher; the logits of both exist a chunk of tokens at a time.
+
+    The student loses its dropout (`without_dropout`): the teacher has none.
+    """
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel):
         super().__init__()
-        self.student = student
+        self.student = without_dropout(student)
         self._teacher = (teacher,)
-        self._host = host_of(student.config)
+        self._host, self._is_sharded = host_of(student.config), is_sharded(student)
 
     def forward(
         self, input_ids: torch.Tensor, starts: torch.Tensor | None = None, loss_mask: torch.Tensor | None = None
@@ -59,10 +66,12 @@ class DistillationLoss(nn.Module):
         tokens; of what predicts the tokens at which `loss_mask` `[batch, time]` is True."""
         (teacher,) = self._teacher
         packed = apart(input_ids, starts, self._host, loss_mask)
+        if self._is_sharded:
+            packed = as_often_everywhere(packed)
         with torch.no_grad():
             target = torch.cat([each.predicting(each.run(teacher.model)) for each in packed])
         found = torch.cat([each.predicting(each.run(self.student.model)) for each in packed])
-        return {"loss": forward_kl(found, Head.of(self.student), target, Head.of(teacher))}
+        return token_mean(forward_kl(found, Head.of(self.student), target, Head.of(teacher)), len(found))
 
 
 class StoredDistillationLoss(nn.Module):
@@ -70,8 +79,8 @@ class StoredDistillationLoss(nn.Module):
 
     def __init__(self, student: PreTrainedModel):
         super().__init__()
-        self.student = student
-        self._host = host_of(student.config)
+        self.student = without_dropout(student)
+        self._host, self._is_sharded = host_of(student.config), is_sharded(student)
 
     def forward(
         self,
@@ -85,10 +94,12 @@ class StoredDistillationLoss(nn.Module):
         `[batch, time, k]`; documents apart where `starts` `[batch, time]` marks their first tokens; of what predicts
         the tokens at which `loss_mask` `[batch, time]` is True."""
         packed = apart(input_ids, starts, self._host, loss_mask)
+        if self._is_sharded:
+            packed = as_often_everywhere(packed)
         found = torch.cat([each.predicting(each.run(self.student.model)) for each in packed])
         order = token_order(input_ids, starts, self._host, loss_mask)
         values, places = (each.flatten(0, 1)[order] for each in (values, places))
-        return {"loss": top_kl(found, Head.of(self.student), values, places)}
+        return token_mean(top_kl(found, Head.of(self.student), values, places), len(found))
 
 
 def distill(
@@ -104,6 +115,8 @@ def distill(
 ) -> None:
     """Train all weights of `student` in place towards `teacher`, or towards what `rows` have of it if it is None.
 
+    A step's loss is the mean over all its learnt tokens. Dropout is off, in `student` from here on; its configuration
+    keeps the teacher's value.
     Interrupted work goes on from the last whole checkpoint in `folder`. `report_to`: see `train`.
 
     Raises:
@@ -112,7 +125,7 @@ def distill(
     if teacher and student.config.vocab_size != teacher.config.vocab_size:
         sizes = student.config.vocab_size, teacher.config.vocab_size
         raise UserError(f"the student has {sizes[0]:,} tokens in its vocabulary and the teacher {sizes[1]:,}")
-    keep_activations(student.requires_grad_(True).train(), not settings.activation_checkpointing)
+    keep_activations(student.requires_grad_(True).train(), settings.activation_checkpointing is not True)
     loss = DistillationLoss(student, teacher.eval()) if teacher else StoredDistillationLoss(student)
     shard_loss(loss, student)
     train(loss, rows, settings, folder, seed, bf16, report, report_to=report_to)

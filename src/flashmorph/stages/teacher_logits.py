@@ -88,7 +88,7 @@ def write_logits(
     kept_at = time.perf_counter()
     while done < len(rows):
         number = min(at_once, len(rows) - done)
-        batch = collate([rows[row] for row in range(done, done + number)], settings.isolate_documents)
+        batch = collate([rows[row] for row in range(done, done + number)], settings.keeps_apart)
         batch.pop("loss_mask", None)  # Every token's are kept, in their places.
         with torch.autocast(teacher.device.type, torch.bfloat16, enabled=bf16):
             found = _of_batch(teacher, **{name: each.to(teacher.device) for name, each in batch.items()}, top_k=top_k)

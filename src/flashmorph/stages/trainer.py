@@ -1,5 +1,6 @@
 """`transformers.Trainer` for stages: it saves what it trains and nothing else, whole or divided among processes."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import Trainer, TrainingArguments
 from flashmorph import ranks
 from flashmorph.errors import UserError
 from flashmorph.sharding import is_sharded
+from flashmorph.stages.step import StepMean
 from flashmorph.stages.watch import Watch
 
 _WEIGHTS = "trainable.safetensors"
@@ -34,41 +36,60 @@ class StageTrainer(Trainer):
 
     The model is a wrapper whose forward returns the loss; frozen weights and tied ones stay out of its checkpoints.
     Weights that are divided (`sharding.py`) are saved as they lie, with the optimiser's moments, and can be read by any
-    number of processes, also by one that holds them whole. A step whose loss or gradient is not finite never reaches
-    the weights.
+    number of processes, also by one that holds them whole. The gradient of a step is that of its mean over all
+    micro-batches and processes (`StepMean`). A step whose loss or gradient is not finite never reaches the weights.
     """
+
+    # Trainer's own word for a loss that it must not divide by the number of micro-batches.
+    loss_is_scaled_for_ga = True
 
     def __init__(self, model: nn.Module, args: TrainingArguments, watch: Watch, **settings: Any):
         super().__init__(model=model, args=args, **settings)
         self._watch, self._problem = watch, ""
+        self._step = StepMean(getattr(model, "terms", None) or [[*_trainable(model).values()]])
         self._divided = is_sharded(model)
         # Trainer's own word for a model that it must neither place nor wrap: gradients are reduced by the model.
         self.is_distributed_loading_by_transformers = self._divided
 
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """See `Trainer`; not yet divided: `training_step` does that when the step is whole."""
+        outputs = model(**inputs)
+        loss = self._step.add(outputs)
+        return (loss, outputs) if return_outputs else loss
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """See `Trainer`; with a look at what comes out."""
+        """See `Trainer`; the loss of the whole step with its last micro-batch, 0 before; a look at what comes out."""
         kept = dict(inputs)
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._problem = self._problem or self._look_at(loss, kept)
-        if self.accelerator.sync_gradients or ranks.count() == 1:
+        part = super().training_step(model, inputs, num_items_in_batch)
+        whole = self.accelerator.sync_gradients
+        loss = torch.full_like(part, self._step.finish() if whole else 0.0)
+        self._problem = self._problem or self._look_at(part, kept) or (self._look_at_step(loss) if whole else "")
+        if whole or ranks.count() == 1:
             # What one process finds stops all of them, in words.
             if told := [problem for problem in ranks.gather(self._problem) if problem]:
                 raise UserError(told[0])
         return loss
 
-    def _look_at(self, loss: torch.Tensor, inputs: dict[str, Any]) -> str:
+    def _look_at(self, part: torch.Tensor, inputs: dict[str, Any]) -> str:
         """What is wrong with a part of a step, or nothing."""
+        # Where processes share a model, a forward needs all of them.
+        again = (lambda: self._forward(inputs)) if ranks.count() == 1 else None
+        return _told(lambda: self._watch.check_loss(part, self.state.global_step + 1, again))
+
+    def _look_at_step(self, loss: torch.Tensor) -> str:
+        """What is wrong with a whole step, or nothing."""
         step = self.state.global_step + 1
-        try:
-            # Where processes share a model, a forward needs all of them.
-            self._watch.check_loss(loss, step, (lambda: self._forward(inputs)) if ranks.count() == 1 else None)
-            if self.accelerator.sync_gradients:
-                self._watch.check_gradients(step)
-        except UserError as error:
-            return str(error)
-        return ""
+        return _told(lambda: self._watch.check_loss(loss, step, None)) or _told(
+            lambda: self._watch.check_gradients(step)
+        )
 
     def _forward(self, inputs: dict[str, Any]) -> None:
         with self.compute_loss_context_manager():
@@ -149,6 +170,19 @@ def _module(model: Any) -> nn.Module:
     return model
 
 
+def _told(look: Callable[[], None]) -> str:
+    """What a look says, or nothing."""
+    try:
+        look()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights of `model` that train, each once."""
-    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    return {name: weight.detach() for name, weight in _trainable(model).items()}

@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
@@ -25,6 +25,7 @@ from flashmorph.stages.trainer import StageTrainer
 from flashmorph.stages.watch import Watch
 
 _LOG = "log.jsonl"
+_NOT_IN_RESULTS = {"tokens", "batch_tokens", "micro_batch_tokens", "activation_checkpointing", "checkpoint_steps"}
 
 
 class Division(NamedTuple):
@@ -46,14 +47,25 @@ class TrainSettings(BaseModel):
     tokens: int = Field(gt=0, description="tokens to train on, in all")
     length: int = Field(gt=1, description="tokens in a row")
     batch_tokens: int = Field(gt=0, description="tokens in a step, over all devices")
-    micro_batch_tokens: int | None = Field(default=None, gt=0, description="tokens at once on one device")
+    micro_batch_tokens: PositiveInt | Literal["auto"] | None = Field(
+        default="auto", description="tokens at once on one device; `auto`: from its memory, null: a whole step"
+    )
     retrieval_share: float = Field(default=0.0, ge=0, le=1, description="share of rows that are retrieval questions")
-    isolate_documents: bool = Field(default=True, description="documents in one row do not see each other")
     learning_rate: float = Field(gt=0)
     final_learning_rate: float = Field(default=1e-5, ge=0)
     warmup_steps: int = Field(default=50, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     checkpoint_steps: int = Field(default=500, gt=0, description="steps between two checkpoints")
+
+    @property
+    def keeps_apart(self) -> bool:
+        """Whether documents in one row do not see each other."""
+        return False
+
+    @property
+    def takes_long_documents(self) -> bool:
+        """Whether only documents are taken that fill a row on their own."""
+        return False
 
     @property
     def steps(self) -> int:
@@ -75,9 +87,23 @@ class TrainSettings(BaseModel):
         """Tokens in all steps: `tokens` less what does not fill a step."""
         return self.rows * self.length
 
+    @property
+    def questions(self) -> int:
+        """Rows that are retrieval questions."""
+        return round(self.retrieval_share * self.rows)
+
+    def what_counts(self, tokens: bool = True) -> dict[str, Any]:
+        """What the result depends on, as JSON values, with or without how long is trained.
+
+        Left out is what only trades time for memory, and what a run may lose if it is killed.
+        """
+        shape = {"batch_rows": self.batch_rows, **({"steps": self.steps} if tokens else {})}
+        return {**self.model_dump(mode="json", exclude=_NOT_IN_RESULTS), **shape}
+
     def division(self, processes: int) -> Division:
         """The step divided among so many processes, with the same micro-batches as in one: `micro_batch_tokens`, or
-        the whole batch. Only where there are fewer of them than processes do several processes hold one together.
+        the whole batch (also for `auto`, as long as `costs/auto.py` has not said what that is). Only where there are
+        fewer of them than processes do several processes hold one together.
 
         Raises:
             UserError: the rows of a step do not divide.
@@ -91,7 +117,8 @@ class TrainSettings(BaseModel):
         )
 
     def _divided(self, batch_rows: int, processes: int) -> Division | None:
-        most = max(1, (self.micro_batch_tokens or batch_rows * self.length) // self.length)
+        at_once = self.micro_batch_tokens if isinstance(self.micro_batch_tokens, int) else batch_rows * self.length
+        most = max(1, at_once // self.length)
         batches = next(
             number for number in range(1, batch_rows + 1) if batch_rows % number == 0 and batch_rows // number <= most
         )
@@ -99,6 +126,17 @@ class TrainSettings(BaseModel):
         if batch_rows % pieces:
             return None
         return Division(batch_rows // pieces, pieces // processes, pieces // batches)
+
+
+class IsolatedTrainSettings(TrainSettings):
+    """The same of a stage that may keep the documents in one row apart."""
+
+    isolate_documents: bool = Field(default=True, description="documents in one row do not see each other")
+
+    @property
+    def keeps_apart(self) -> bool:
+        """See `TrainSettings`."""
+        return self.isolate_documents
 
 
 def train(
@@ -116,8 +154,9 @@ def train(
     """Train `model` in place, from the last whole checkpoint in `folder` on if there is one.
 
     `model(input_ids)` returns `{"loss": ...}`; where documents are isolated and a row has several, `starts`
-    `[batch, time]` tells it the first token of each, and where some tokens are not learnt, `loss_mask` which are. The
-    log is `folder/log.jsonl`, one line a step, and goes to each of `report_to` as well, whose files stand in `folder`.
+    `[batch, time]` tells it the first token of each, and where some tokens are not learnt, `loss_mask` which are. How
+    micro-batches come together is told by `sums` and `sizes` beside the loss (`StepMean`). The log is
+    `folder/log.jsonl`, one line a step, and goes to each of `report_to` as well, whose files stand in `folder`.
 
     Raises:
         UserError: a loss or gradient is not finite, the loss has exploded, a checkpoint cannot be written, or the
@@ -165,7 +204,7 @@ def train(
             args=arguments,
             watch=watch,
             train_dataset=rows,
-            data_collator=lambda batch: collate(batch, settings.isolate_documents),
+            data_collator=lambda batch: collate(batch, settings.keeps_apart),
             callbacks=[*callbacks, _Keeper(folder, report, watch)],
         )
         trainer.remove_callback(PrinterCallback)

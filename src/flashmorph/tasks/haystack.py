@@ -1,28 +1,41 @@
 """What facts are hidden in: lines of real text, or one sentence over and over (RULER's NIAH-S1)."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 REPEATED = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+
+
+def _as_it_is(line: str) -> list[str]:
+    return [line]
 
 
 class Haystack:
     """Endless lines, each with its line end, from a pool of documents."""
 
-    def __init__(self, documents: Sequence[str]):
-        """`documents` must hold at least one character that is not white space."""
+    def __init__(self, documents: Sequence[str], whole_lines: bool = False):
+        """`documents` must hold at least one character that is not white space; `whole_lines` are never broken."""
+        self._whole_lines = whole_lines
         self._documents = [lines for text in documents if text.strip() and (lines := text.splitlines(keepends=True))]
         if not self._documents:
             raise ValueError("a haystack needs at least one document that is not empty")
 
     @classmethod
     def repeated(cls) -> "Haystack":
-        """The same sentences again and again."""
-        return cls([REPEATED])
+        """The same line again and again."""
+        return cls([REPEATED], whole_lines=True)
 
-    def lines(self, rng: random.Random) -> Iterator[str]:
-        """Lines from a random place on, then from another document, and so on."""
+    def lines(self, rng: random.Random, break_up: Callable[[str], list[str]] = _as_it_is) -> Iterator[str]:
+        """Lines from a random place on, then from another document, and so on; `break_up` makes several of a long one.
+
+        Where the first line is broken, the place is in one of its parts.
+        """
+        break_up = _as_it_is if self._whole_lines else break_up
         while True:
             document = rng.choice(self._documents)
-            for line in document[rng.randrange(len(document)) :]:
-                yield line if line.endswith("\n") else line + "\n"
+            first = rng.randrange(len(document))
+            for number, line in enumerate(document[first:]):
+                parts = break_up(line)
+                begin = rng.randrange(len(parts)) if number == 0 and len(parts) > 1 else 0
+                for part in parts[begin:]:
+                    yield part if part.endswith("\n") else part + "\n"

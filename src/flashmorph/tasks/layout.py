@@ -1,19 +1,24 @@
 """Lay a problem out in a haystack, as tokens of an exact length with the answers marked."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
+from flashmorph.continuation import continuation
 from flashmorph.errors import UserError
+from flashmorph.special_tokens import before_text
+from flashmorph.tasks.encoded import EncodedText, encode
+from flashmorph.tasks.hay import Hay, LineSizes, Piece, hide
 from flashmorph.tasks.haystack import Haystack
 from flashmorph.tasks.problem import Problem
 from flashmorph.tasks.prompt import Prompt
 from flashmorph.tasks.style import Style
+from flashmorph.tasks.turns import plain_words, template_words
 
 _MARGIN_TOKENS = 2
+_TRIES = 16
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,8 @@ class Example:
 
     `input_ids` and `is_answer` have the asked-for length; the last question's answer ends the row, so
     `input_ids[:prompt_tokens]` is what a model sees before it answers. A generated continuation is right when it
-    starts with `answer + stop`.
+    starts with `reading + stop`, or ends after `reading`: what the answer's tokens read like behind the prompt, which
+    is more than the `answer` where the tokenizer joins its beginning with the end of the question.
     """
 
     input_ids: list[int]
@@ -30,31 +36,42 @@ class Example:
     prompt_tokens: int
     answer: str
     stop: str
+    reading: str = ""
 
     @property
     def prompt(self) -> Prompt:
         """The last question, to be answered by generation."""
         answer_tokens = len(self.input_ids) - self.prompt_tokens + _MARGIN_TOKENS
-        return Prompt(self.input_ids[: self.prompt_tokens], answer_tokens, (self.answer + self.stop,))
+        reference = self.reading or self.answer
+        return Prompt(self.input_ids[: self.prompt_tokens], answer_tokens, (reference,), stop=self.stop)
 
 
 class Layout:
     """Fills examples with haystack lines so that each has exactly `length` tokens.
 
-    Every piece is tokenised on its own and joined as tokens: the prompt's tokens are then a prefix of the whole row's
-    with any tokeniser, and answers are marked exactly.
+    The whole text is tokenised in one go, so that every token is the one that it has in such a text with any tokenizer.
+    In front stands what the tokenizer puts before a text; what is too much is cut off the beginning of the haystack.
+
+    With `chat_template` the context and the questions are the user's messages under the tokenizer's template, and the
+    answers the assistant's.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, style: Style, haystack: Haystack):
-        self._tokenizer = tokenizer
-        self._style = style
-        self._haystack = haystack
-        bos = tokenizer.bos_token_id
-        self._start: list[int] = [int(bos)] if isinstance(bos, int) and tokenizer("").input_ids[:1] == [bos] else []
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, style: Style, haystack: Haystack, chat_template: bool = False
+    ):
+        """
+        Raises:
+            UserError: `chat_template`, and the tokenizer has none.
+        """
+        self._tokenizer, self._style, self._haystack, self._chat = tokenizer, style, haystack, chat_template
+        self._start = before_text(tokenizer)
+        self._sizes = LineSizes(tokenizer)
+        self._stop = self._stop_as_read()
+        self._words(1)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of `text` without special tokens."""
-        return cast(list[int], self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        return encode(self._tokenizer, text)
 
     def lay_out(
         self, problem: Problem, length: int, rng: random.Random, depths: Sequence[float] | None = None
@@ -64,74 +81,133 @@ class Layout:
         Raises:
             UserError: the facts and questions alone are longer than `length` tokens.
         """
-        facts = [self.encode(fact) for fact in problem.facts]
-        ids, marks, prompt_tokens = self._questions(problem)
-        room = length - len(self._start) - sum(map(len, facts)) - len(ids)
+        opening, *asked = self._asked(problem)
+        start = [] if self._chat else self._start
+        facts: list[Piece] = [(fact, "fixed") for fact in problem.facts]
+        bare = _Row(self._tokenizer, start, [opening, *facts, *asked])
+        room = length - len(bare.ids)
         if room < 0:
             raise UserError(
                 f"a task with {len(facts)} facts and {len(problem.questions)} questions needs at least "
                 f"{length - room} tokens; the context length is {length}"
             )
-        hay = self._fill(room, rng)
-        context = self._hide(facts, hay, sorted(depths) if depths else sorted(rng.random() for _ in facts))
-        before = self._start + context
-        return Example(
-            input_ids=before + ids,
-            is_answer=[False] * len(before) + marks,
-            prompt_tokens=len(before) + prompt_tokens,
-            answer=problem.questions[-1][1],
-            stop=self._style.stop,
-        )
+        hay = Hay(self._sizes, self._haystack, rng, length)
+        hay.last(room)
+        given = sorted(depths) if depths else sorted(rng.random() for _ in facts)
+
+        def pieces(lines: list[str], sizes: list[int]) -> list[Piece]:
+            return [opening, *hide(lines, sizes, problem.facts, given), *asked]
+
+        row = self._filled(hay, length, room, start, pieces) or bare.with_filler(self._filler(hay, room))
+        return self._example(row, problem.questions[-1][1])
 
     def plain(self, length: int, rng: random.Random) -> Example:
         """`length` tokens of the haystack alone; every token but the first counts as an answer."""
-        ids = self._start + [token for line in self._fill(length - len(self._start), rng) for token in line]
-        return Example(ids, [False] + [True] * (length - 1), prompt_tokens=1, answer="", stop="")
+        room = length - len(self._start)
+        hay = Hay(self._sizes, self._haystack, rng, length)
+        row = self._filled(hay, length, room, self._start, lambda lines, _: [("".join(lines), "hay")])
+        assert row
+        return Example(row.ids, [False] + [True] * (length - 1), prompt_tokens=1, answer="", stop="")
 
-    def _questions(self, problem: Problem) -> tuple[list[int], list[bool], int]:
-        """Tokens of all questions, which of them are answers, and where the last answer begins."""
-        ids: list[int] = []
-        marks: list[bool] = []
-        begin = 0
-        for number, (prompt, answer) in enumerate(problem.questions):
-            asked = self.encode((self._style.stop if number else "") + prompt)
-            answered = self.encode(answer)
-            ids += asked
-            begin = len(ids)
-            ids += answered
-            marks += [False] * len(asked) + [True] * len(answered)
-        return ids, marks, begin
+    def _asked(self, problem: Problem) -> list[Piece]:
+        """What stands before the context, and the questions with their answers and the words around them."""
+        opening, *words = self._words(len(problem.questions))
+        pieces: list[Piece] = [(opening, "fixed")]
+        for number, (question, answer) in enumerate(problem.questions):
+            user, reply = self._style.split(question)
+            if number:
+                pieces.append((words[2 * number - 1], "fixed"))
+            pieces += [(user + words[2 * number] + reply, "fixed"), (answer, "answer")]
+        return pieces
 
-    def _fill(self, room: int, rng: random.Random) -> list[list[int]]:
-        """Tokenised lines of exactly `room` tokens in all; the first one is cut at its beginning."""
-        hay: list[list[int]] = []
-        size = 0
-        lines = self._haystack.lines(rng)
-        while size < room:
-            line = self.encode(next(lines))
-            hay.append(line)
-            size += len(line)
-        if size > room:
-            surplus = size - room
-            while surplus >= len(hay[0]):
-                surplus -= len(hay.pop(0))
-            hay[0] = hay[0][surplus:]
-        return hay
+    def _words(self, questions: int) -> list[str]:
+        if not self._chat:
+            return plain_words(self._style, questions)
+        first, turn, *others = template_words(self._tokenizer, questions)
+        stop = self._style.stop.rstrip()
+        return [first, turn, *(word if number % 2 else stop + word for number, word in enumerate(others))]
 
-    @staticmethod
-    def _hide(facts: list[list[int]], hay: list[list[int]], depths: Sequence[float]) -> list[int]:
-        """Put each fact before the first line that begins at or after its depth."""
-        if len(depths) != len(facts):
-            raise UserError(f"depths must name one place for each of the {len(facts)} facts; got {len(depths)}")
-        room = sum(map(len, hay))
-        waiting = list(zip(depths, facts, strict=True))
-        context: list[int] = []
-        seen = 0
-        for line in hay:
-            while waiting and waiting[0][0] * room <= seen:
-                context += waiting.pop(0)[1]
-            context += line
-            seen += len(line)
-        for _, fact in waiting:
-            context += fact
-        return context
+    def _filled(
+        self,
+        hay: Hay,
+        length: int,
+        room: int,
+        start: list[int],
+        pieces: Callable[[list[str], list[int]], list[Piece]],
+    ) -> "_Row | None":
+        """The row of exactly `length` tokens; None where its text has more even without the haystack's.
+
+        Lines are measured one by one, and in a text they may take a little less: then more are taken.
+
+        Raises:
+            UserError: the haystack has nothing that the tokenizer knows.
+        """
+        wanted = room
+        for attempt in range(_TRIES):
+            row = _Row(self._tokenizer, start, pieces(*hay.last(wanted)))
+            if (short := length - len(row.ids)) <= 0:
+                return row if row.cut(-short) else None
+            wanted += short << attempt
+        raise UserError("the tokenizer has no tokens for the text that facts are to be hidden in")
+
+    def _filler(self, hay: Hay, room: int) -> list[int]:
+        """The last `room` tokens of the haystack, where there is room for hardly more than facts and questions."""
+        lines, _ = hay.last(room)
+        return self.encode("".join(lines))[-room:] if room else []
+
+    def _example(self, row: "_Row", answer: str) -> Example:
+        marks = [False] * len(row.ids)
+        for begin, end in row.answers:
+            marks[begin:end] = [True] * (end - begin)
+        prompt_tokens = row.answers[-1][0]
+        reading = continuation(self._tokenizer, row.ids[:prompt_tokens], row.ids[prompt_tokens:])
+        return Example(row.ids, marks, prompt_tokens, answer, self._stop, reading)
+
+    def _stop_as_read(self) -> str:
+        """How the style's `stop` reads behind an answer: some tokenizers make a space of a line end."""
+        answer, stop = self._style.answer.format(value="1"), self._style.stop
+
+        def read(text: str) -> str:
+            return continuation(self._tokenizer, [], self.encode(text))
+
+        before = read(answer)
+        behind, further = (read(text).removeprefix(before) for text in (answer + stop, answer + stop + "a"))
+        return behind or further.removesuffix("a") or stop
+
+
+class _Row:
+    """The tokens `ids` of a text of pieces, and from which to which the answers go; the first piece is the opening."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, start: list[int], pieces: Sequence[Piece]):
+        self._text = EncodedText(tokenizer, "".join(text for text, _ in pieces))
+        self._start = len(start)
+        self._spans: list[tuple[str, int, int]] = []
+        end = 0
+        for text, kind in pieces:
+            self._spans.append((kind, end, end := end + len(text)))
+        self.ids = start + self._text.ids
+        found = [self._text.reaching_into(begin, end) for kind, begin, end in self._spans if kind == "answer"]
+        self.answers = [(begin + self._start, end + self._start) for begin, end in found]
+
+    def cut(self, surplus: int) -> bool:
+        """Take out the first `surplus` tokens that are of the haystack alone; False where there are fewer."""
+        out: list[int] = []
+        for kind, begin, end in self._spans:
+            if kind == "hay" and len(out) < surplus:
+                first, last = self._text.within(begin, end)
+                out += range(self._start + first, self._start + last)
+        if len(out) < surplus:
+            return False
+        gone = set(out[:surplus])
+        self.ids = [token for place, token in enumerate(self.ids) if place not in gone]
+        self.answers = [(begin - surplus, end - surplus) for begin, end in self.answers]
+        return True
+
+    def with_filler(self, filler: list[int]) -> "_Row":
+        """This row with tokens of text before its facts."""
+        _, _, place = self._spans[0]
+        token, clean = self._text.at(place)
+        at = self._start + token + (not clean)
+        self.ids[at:at] = filler
+        self.answers = [(begin + len(filler), end + len(filler)) for begin, end in self.answers]
+        return self

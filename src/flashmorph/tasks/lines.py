@@ -30,10 +30,12 @@ _REPEATED = "one_key_repeated"
 class Lines:
     """Questions of every task in `FORMS`; the same seed, task, length and number always give the same one."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], seed: int):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], seed: int, chat_template: bool = False
+    ):
         self._style = STYLES["lines"]
-        self._text = Layout(tokenizer, self._style, Haystack(documents))
-        self._repeated = Layout(tokenizer, self._style, Haystack.repeated())
+        self._text = Layout(tokenizer, self._style, Haystack(documents), chat_template)
+        self._repeated = Layout(tokenizer, self._style, Haystack.repeated(), chat_template)
         self._seed = seed
 
     @property

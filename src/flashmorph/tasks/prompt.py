@@ -8,19 +8,23 @@ class Prompt:
     """`input_ids` and the `references` that the next `answer_tokens` tokens must hold.
 
     With `anywhere`, each reference counts wherever it stands, in upper or lower case (RULER's string_match_all);
-    without, the continuation must start with it.
+    without, the continuation must start with it, and `stop` must follow, or the continuation must end there.
     """
 
     input_ids: list[int]
     answer_tokens: int
     references: tuple[str, ...]
     anywhere: bool = False
+    stop: str = ""
 
-    def score(self, generated: str) -> float:
-        """The share of references that a continuation holds."""
+    def score(self, generated: str, ended: bool = False) -> float:
+        """The share of references that a continuation holds; `ended` if the model said that nothing follows."""
         if self.anywhere:
             text = generated.lower()
             hits = [reference.lower() in text for reference in self.references]
         else:
-            hits = [generated.startswith(reference) for reference in self.references]
+            hits = [
+                generated.startswith(reference + self.stop) or ended and generated.rstrip() == reference.rstrip()
+                for reference in self.references
+            ]
         return sum(hits) / len(hits)

@@ -8,7 +8,8 @@ class Style:
     """Templates over `{key}`, `{value}` and `{target}`.
 
     `answer` begins where the model takes over; `stop` is what must follow a complete answer, so that `48213` does not
-    pass for `482139`. `value_digits` is the number of digits of a value.
+    pass for `482139`. `value_digits` is the number of digits of a value. `turn` stands in a question between what a
+    user asks and the beginning of the reply; where it is empty, the reply is the answer alone.
     """
 
     fact: str
@@ -19,6 +20,14 @@ class Style:
     separator: str
     stop: str
     value_digits: int
+    turn: str = ""
+
+    def split(self, question: str) -> tuple[str, str]:
+        """What a user asks, and the beginning of the reply."""
+        if not self.turn:
+            return question, ""
+        asked, _, reply = question.partition(self.turn)
+        return asked, reply
 
 
 STYLES = {
@@ -42,5 +51,6 @@ STYLES = {
         separator=",",
         stop=".",
         value_digits=6,
+        turn="\nAnswer: ",
     ),
 }

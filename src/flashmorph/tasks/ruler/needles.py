@@ -1,6 +1,8 @@
 """Needles in a haystack: RULER's eight niah tasks are one task with different numbers."""
 
 import random
+from bisect import bisect_right
+from itertools import accumulate
 
 from flashmorph.tasks.ruler.written import NOISE, Material, Written
 
@@ -60,7 +62,7 @@ def _hide(
     needles: list[tuple[float, tuple[str, str]]],
     kinds: tuple[str, str],
 ) -> str:
-    """The haystack with each needle before the sentence at its depth; `needles` are sorted by depth."""
+    """The haystack with each needle before the sentence that its depth lies in; `needles` are sorted by depth."""
     key_kind, value_kind = kinds
     if haystack == "text":
         hay, joint = material.sentences(rng, units), " "
@@ -69,7 +71,7 @@ def _hide(
     else:
         pairs = [(material.draw(rng, key_kind), material.draw(rng, value_kind)) for _ in range(units)]
         hay, joint = [_NEEDLE.format(kind=value_kind, key=key, value=value) for key, value in pairs], "\n"
-    size = len(hay)
+    ends = list(accumulate(map(len, hay)))
     for depth, (key, value) in reversed(needles):
-        hay.insert(int(size * depth), _NEEDLE.format(kind=value_kind, key=key, value=value))
+        hay.insert(bisect_right(ends, depth * ends[-1]), _NEEDLE.format(kind=value_kind, key=key, value=value))
     return joint.join(hay)

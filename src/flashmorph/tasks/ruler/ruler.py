@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from flashmorph.errors import UserError
+from flashmorph.special_tokens import before_text
+from flashmorph.tasks.encoded import encode
 from flashmorph.tasks.prompt import Prompt
 from flashmorph.tasks.ruler.forms import FORMS
 from flashmorph.tasks.ruler.written import Material, Written
+from flashmorph.tasks.turns import template_words
 
 _FIRST_TRY = 32
 _CLOSE = 64
@@ -18,11 +21,20 @@ class Ruler:
     """Questions of every task in `FORMS`; the same seed, task, length and number always give the same one.
 
     As in RULER, prompt and answer together take at most the context length. The haystack's text comes from `documents`
-    where RULER has Paul Graham's essays, and each question takes it from another place on.
+    where RULER has Paul Graham's essays, and each question takes it from another place on. With `chat_template` a question
+    is the user's message and the beginning of the answer the assistant's, as in RULER for such models.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], seed: int):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], seed: int, chat_template: bool = False
+    ):
+        """
+        Raises:
+            UserError: `chat_template`, and the tokenizer has none.
+        """
         self._tokenizer = tokenizer
+        self._start = [] if chat_template else before_text(tokenizer)
+        self._words = template_words(tokenizer, 1) if chat_template else ["", " "]
         self._material = Material(documents)
         self._seed = seed
 
@@ -46,7 +58,9 @@ class Ruler:
 
         def write(units: int) -> tuple[list[int], Written]:
             written = self._write(name, length, number, depth, units)
-            return list(self._tokenizer(written.prompt, verbose=False).input_ids), written
+            before, between = self._words
+            text = before + written.question + between + written.prefix
+            return self._start + encode(self._tokenizer, text), written
 
         least, _ = write(form.least)
         if len(least) > room:

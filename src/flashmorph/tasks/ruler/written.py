@@ -9,7 +9,10 @@ from functools import cache
 
 from wonderwords import RandomWord
 
+from flashmorph.tasks.breaking import SHARE, broken
+
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+_LONGEST_WORD = 40
 
 
 @cache
@@ -36,7 +39,8 @@ class Material:
 
     def __init__(self, documents: Sequence[str]):
         """`documents` must hold at least one word."""
-        self._essay = " ".join(documents).split()
+        # In a script without spaces a text would be one word.
+        self._essay = re.findall(rf"\S{{1,{_LONGEST_WORD}}} ?", " ".join(" ".join(documents).split()) + " ")
         if not self._essay:
             raise ValueError("RULER's haystack needs at least one document that is not empty")
 
@@ -55,7 +59,10 @@ class Material:
         return makers[kind]()
 
     def sentences(self, rng: random.Random, words: int) -> list[str]:
-        """`words` words of running text from a random place on, in sentences."""
+        """`words` words of running text from a random place on, in sentences; those that are long are broken."""
         start = rng.randrange(len(self._essay))
-        text = " ".join(self._essay[(start + word) % len(self._essay)] for word in range(words))
-        return re.split(r"(?<=[.!?]) ", text)
+        text = "".join(self._essay[(start + word) % len(self._essay)] for word in range(words)).rstrip()
+        most = max(1, len(text) // SHARE)
+        return [
+            part for sentence in re.split(r"(?<=[.!?]) ", text) for part in broken(sentence, lambda begin: begin + most)
+        ]

@@ -1,0 +1,213 @@
+"""Which files in a folder are a checkpoint: its weights, and what travels beside them. Says what other folders are."""
+
+import json
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING
+from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from flashmorph.errors import UserError
+from flashmorph.files import read_json
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+_TOKENIZER = (
+    "tokenizer*.json",
+    "tokenizer.model*",
+    "sentencepiece*.model",
+    "spiece.model",
+    "spm.model",
+    "*.tiktoken",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+_BESIDE = (
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*.jinja",
+    "chat_template*.json",
+    "additional_chat_templates/*.jinja",
+    GENERATION,
+)
+_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "model-*-of-*.safetensors")
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_IN_TRAINING = ("*.distcp", "*/*.distcp", "global_step*", "*/*_optim_states.pt", "zero_pp_rank_*", "rank*.pt")
+"""What FSDP, PyTorch's distributed checkpoints and DeepSpeed leave behind: weights cut up among processes."""
+_QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+_SENSES = ("vision", "visual", "audio", "vision_tower", "speech", "vit")
+_POINTER = b"version https://git-lfs"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of the checkpoint in `folder`, as transformers chooses them.
+
+    `model.safetensors`, or the files that its index names; others are not read, whatever lies beside them.
+
+    Raises:
+        UserError: there are none, and what there is instead; one is missing, a dead link or a git-LFS pointer.
+    """
+    single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if is_present(single):
+        return [single]
+    if not is_present(index):
+        raise UserError(f"{folder} {_what_it_is(folder) or _weights_instead(folder)}")
+    files = [folder / name for name in sorted(set(_weight_map(index).values()))]
+    if missing := [path.name for path in files if not is_present(path)]:
+        raise UserError(f"{folder} lacks {missing[0]}, which its index names: the checkpoint is incomplete")
+    return files
+
+
+def travelling_files(folder: Path) -> list[Path]:
+    """What goes with the weights wherever they go: tokenizer, chat templates, generation settings; sorted.
+
+    Regular files, or links to them, as the hub's cache has them; their names are those in `folder`.
+
+    Raises:
+        UserError: one is a dead link or a git-LFS pointer.
+    """
+    return sorted(path for path in _matching(folder, *_TOKENIZER, *_BESIDE) if is_present(path))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer lies in `folder`.
+
+    Raises:
+        UserError: it is a dead link or a git-LFS pointer.
+    """
+    return any([is_present(path) for path in _matching(folder, *_TOKENIZER)])
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Every file in `folder` by whose name transformers would open it as this checkpoint's, also left-over ones."""
+    return sorted(path for path in _matching(folder, CONFIG, *_WEIGHTS, *_TOKENIZER, *_BESIDE) if not path.is_dir())
+
+
+def require_config(folder: Path) -> Path:
+    """Where the configuration in `folder` is, that of a causal language model which transformers can open.
+
+    Raises:
+        UserError: there is none, and what the folder is instead; a dead link or a git-LFS pointer; a checkpoint that is
+            quantised, multimodal, needs code of its own or is no causal language model.
+    """
+    path = folder / CONFIG
+    if not is_present(path):
+        raise UserError(f"{folder} {_what_it_is(folder) or f'has no {CONFIG}: it is no Hugging Face checkpoint'}")
+    _refuse_other_kinds(folder, read_json(path))
+    return path
+
+
+def is_present(path: Path) -> bool:
+    """Whether `path` is a file with its content.
+
+    Raises:
+        UserError: it is a dead link, or git-LFS has put a pointer in its place.
+    """
+    if path.is_symlink() and not path.exists():
+        raise UserError(
+            f"{path} is a link to {path.readlink()}, which is not there: download the checkpoint again, or copy it "
+            "with the files that its links mean"
+        )
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        if stream.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{path} is a git-LFS pointer, not the file itself: run `git lfs pull` in {path.parent}")
+    return True
+
+
+def ignored_adapter(folder: Path) -> str:
+    """A line about an adapter beside whole weights, which is never loaded; empty where there is none."""
+    if not (folder / ADAPTER_CONFIG_NAME).is_file():
+        return ""
+    return (
+        f"{folder} has an adapter beside its weights ({ADAPTER_CONFIG_NAME}): it is left out; if it is not merged into "
+        "them yet, merge it first"
+    )
+
+
+def _matching(folder: Path, *patterns: str) -> set[Path]:
+    """What lies in `folder` under such names, dead links too, which `Path.glob` passes over."""
+    found: set[Path] = set()
+    for pattern in map(Path, patterns):
+        place = folder / pattern.parent
+        there = place.iterdir() if place.is_dir() else ()
+        found |= {path for path in there if fnmatchcase(path.name, pattern.name)}
+    return found
+
+
+def _refuse_other_kinds(folder: Path, values: Any) -> None:
+    """Say of a config.json what transformers would say late, in many lines, or with a question.
+
+    Raises:
+        UserError: names what the checkpoint is, and what to give instead.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{folder / 'config.json'} cannot be read: it is no JSON object")
+    quantised = [name for name in ("quantization_config", "compression_config") if values.get(name)]
+    quantised += [name for name in _QUANTISED if (folder / name).is_file()]
+    if quantised:
+        raise UserError(f"{folder} is quantised ({quantised[0]}); give the checkpoint it was made from")
+    made_for = ", ".join(values.get("architectures") or []) or str(values.get("model_type"))
+    parts = [name for name in values if name.endswith("_config") and name.removesuffix("_config") in _SENSES]
+    if parts:
+        raise UserError(
+            f"{folder} is a multimodal checkpoint ({made_for}, with {parts[0]}); give a language model without it"
+        )
+    if values.get("auto_map") and values.get("model_type") not in CONFIG_MAPPING:
+        raise UserError(
+            f"{folder} needs modelling code of its own ({made_for}, auto_map in its config.json), which is not run; "
+            "give a teacher of an architecture that transformers has"
+        )
+    names = values.get("architectures") or ["ForCausalLM"]
+    if values.get("is_encoder_decoder") or not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+        raise UserError(f"{folder} is no causal language model but {made_for}; give a decoder with its language head")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        names: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if names and all(isinstance(name, str) for name in names.values()):
+            return names
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{index} cannot be read: it is no index of weights (weight_map, from names to files)")
+
+
+def _what_it_is(folder: Path) -> str:
+    """What is in a folder that is no checkpoint of a whole model, and what to do; empty where nothing tells."""
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        base = _base_of(folder / ADAPTER_CONFIG_NAME)
+        return (
+            f"is an adapter{base}, no whole model: merge it into its base first (peft's merge_and_unload, then "
+            "save_pretrained), and give the folder of the result"
+        )
+    if any(found for pattern in _IN_TRAINING for found in folder.glob(pattern)):
+        return (
+            "holds weights cut up among processes (FSDP or DeepSpeed): have the whole model written first "
+            "(accelerate merge-weights, or DeepSpeed's zero_to_fp32.py --safe_serialization), and give that folder"
+        )
+    return ""
+
+
+def _base_of(adapter: Path) -> str:
+    try:
+        name = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        name = None
+    return f" of {name}" if name else ""
+
+
+def _weights_instead(folder: Path) -> str:
+    """What there is in place of weights that are read."""
+    if shards := sorted(folder.glob("model-*-of-*.safetensors")):
+        return f"lacks {SAFE_WEIGHTS_INDEX_NAME}, which says what is in {shards[0].name} and the others"
+    if others := sorted(folder.glob("*.safetensors")):
+        return f"has {others[0].name}, but neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}"
+    if any(found for pattern in _PICKLED for found in folder.glob(pattern)):
+        return "has no safetensors weights (only pickled ones, which are not read: convert them)"
+    if list(folder.glob("*.gguf")):
+        return "has no safetensors weights but a GGUF file: give the checkpoint that it was made from"
+    return "has no safetensors weights"

@@ -1,0 +1,36 @@
+"""A long text in pieces, so that one big file has text for all splits."""
+
+import re
+from collections.abc import Iterator
+from typing import TextIO
+
+_LONG, _PIECE = 60_000, 20_000
+_EMPTY_LINE = re.compile(r"\n\s*\n")
+_OTHER_ENDS = tuple(map(re.compile, (r"\n", r"[.!?…][\"'”’»)\]]*\s+|[。！？]", r"\s")))
+"""Where a piece without an empty line may end: with a line, else a sentence, else a word."""
+
+
+def in_pieces(stream: TextIO) -> Iterator[str]:
+    """The text of a stream: whole up to `_LONG` characters; a longer one in pieces of `_PIECE` characters or more.
+
+    A piece ends with the first empty line behind its `_PIECE` characters; if there is none for long, near them with a
+    line, else a sentence, else a word, else anywhere. The pieces are the text, nothing left out.
+    """
+    text = ""
+    while more := stream.read(4 * _LONG):
+        text, start = text + more, 0
+        while len(text) - start > _LONG:
+            end = _end_of_piece(text, start)
+            yield text[start:end]
+            start = end
+        text = text[start:]
+    if text:
+        yield text
+
+
+def _end_of_piece(text: str, start: int) -> int:
+    earliest = start + _PIECE
+    if match := _EMPTY_LINE.search(text, earliest, start + _LONG):
+        return match.end()
+    matches = (end.search(text, earliest, earliest + _PIECE) for end in _OTHER_ENDS)
+    return next((match.end() for match in matches if match), earliest)

@@ -1,0 +1,104 @@
+"""YAML as people write it, and what pydantic finds wrong with it, in one sentence each."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from flashmorph.errors import UserError, quoted, unknown
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader; of YAML 1.2 it takes that `1e-3` is a number, and that a key stands once in a mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    problem = f"the key {quoted(key.value)} stands twice in one mapping"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789"))
+
+
+def read_yaml(text: str, name: str) -> Any:
+    """The value that `text` stands for; `name` is what the text is called in a sentence.
+
+    Raises:
+        UserError: it is no YAML, asks for a Python object, or has a key twice.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise UserError(f"{name} is not valid YAML: {_cut(str(error.problem))}{where}") from error
+    except RecursionError as error:
+        raise UserError(f"{name} is not valid YAML: it is nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:  # A ValueError: a date or a number that cannot be.
+        raise UserError(f"{name} is not valid YAML: {_cut(str(error).split(';')[0])}") from error
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 160 else f"{text[:159]}…"
+
+
+def sentence(error: ValidationError, model: type[BaseModel], replaced: Mapping[str, str] | None = None) -> str:
+    """A problem with the settings of `model`, in words; an unknown key is told with the nearest known name.
+
+    `replaced` are names of earlier versions, each with what to say in its place.
+    """
+    # Where one value may be several things, what went furthest is what was meant.
+    problem = max(error.errors(include_url=False), key=lambda problem: len(problem["loc"]))
+    path, owner = _place(problem["loc"], model)
+    if problem["type"] == "extra_forbidden" and (instead := (replaced or {}).get("".join(path))):
+        return f"there is no {''.join(path)} any more: {instead}"
+    if problem["type"] == "extra_forbidden" and owner:
+        parents = path[:-1]
+        known = ["".join([*parents, _after(parents, name)]) for name in owner.model_fields]
+        return unknown("setting", "".join(path), known)
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{''.join(path)}: {message[0].lower()}{message[1:]} (got {quoted(problem['input'])})"
+
+
+def _place(location: tuple[int | str, ...], model: Any) -> tuple[list[str], Any]:
+    """A place in the settings as people write it, `data.mixture[0].weight`, and the settings class that holds it.
+
+    pydantic also names which member of a union it tried; that is left out.
+    """
+    path: list[str] = []
+    owner, inside = model, model
+    for part in location:
+        models = [each for each in _members(inside) if isinstance(each, type) and issubclass(each, BaseModel)]
+        if isinstance(part, int):
+            path.append(f"[{part}]")
+            inside = next(iter(get_args(_first(inside, tuple, list))), None)
+        elif models:
+            owner = models[0]
+            path.append(_after(path, part))
+            inside = owner.model_fields[part].annotation if part in owner.model_fields else None
+        elif mapping := _first(inside, dict):
+            path.append(_after(path, part))
+            inside = get_args(mapping)[1]
+    return path, owner
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    return (annotation, *(each for each in get_args(annotation) if get_origin(annotation) not in (tuple, list, dict)))
+
+
+def _first(annotation: Any, *origins: type) -> Any:
+    """The member of a union that is one of these containers, or None."""
+    return next((each for each in _members(annotation) if get_origin(each) in origins), None)
+
+
+def _after(path: list[str], name: str) -> str:
+    return f".{name}" if path else name

@@ -1,0 +1,65 @@
+"""Text as tokens, and which of them stand where in it."""
+
+import os
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of `text` without special tokens around it."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def ends_of(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
+    """Where in `text` each of its tokens ends; spread evenly where the tokenizer does not tell."""
+    if not tokenizer.is_fast:
+        return np.linspace(0, len(text), len(encode(tokenizer, text)) + 1)[1:].astype(np.int64)
+    return _with_offsets(tokenizer, text)[2]
+
+
+def _with_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Tokens, where each begins, and where it ends: never before the one in front."""
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = np.array(found["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    return list(found["input_ids"]), offsets[:, 0], np.maximum.accumulate(offsets[:, 1])
+
+
+class EncodedText:
+    """The tokens `ids` of a whole text, and which of them stand where."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str):
+        self._tokenizer, self._text = tokenizer, text
+        if tokenizer.is_fast:
+            self.ids, self._begins, self._ends = _with_offsets(tokenizer, text)
+        else:
+            self.ids = encode(tokenizer, text)
+
+    def at(self, place: int) -> tuple[int, bool]:
+        """The number of the first token that reaches into the text behind `place` (in characters), and whether it begins
+        there and not before."""
+        if place <= 0:
+            return 0, True
+        if self._tokenizer.is_fast:
+            token = int(np.searchsorted(self._ends, place, side="right"))
+            if 0 < token < len(self.ids) and place < self._begins[token] and self._ends_in_space(token - 1):
+                return token - 1, False
+            return token, token == 0 or int(self._ends[token - 1]) == place
+        # Without offsets: the tokens that the text up to there shares with the whole end before it.
+        before = encode(self._tokenizer, self._text[:place])
+        token = len(os.path.commonprefix([before, self.ids]))
+        return token, token == len(before)
+
+    def _ends_in_space(self, token: int) -> bool:
+        """Byte-level tokenizers may leave white space out of what they say that a token covers."""
+        return str(self._tokenizer.decode([self.ids[token]], clean_up_tokenization_spaces=False))[-1:].isspace()
+
+    def reaching_into(self, begin: int, end: int) -> tuple[int, int]:
+        """From which token to which the text from `begin` to `end` goes, those that it shares among them."""
+        (first, _), (last, clean) = self.at(begin), self.at(end)
+        return first, last + (not clean)
+
+    def within(self, begin: int, end: int) -> tuple[int, int]:
+        """The same without tokens that reach out of it."""
+        (first, clean), (last, _) = self.at(begin), self.at(end)
+        return first + (not clean), last

@@ -1,0 +1,39 @@
+"""The words around questions and answers: a running text's, or those of the tokenizer's chat template."""
+
+from transformers import PreTrainedTokenizerBase
+
+from flashmorph.errors import UserError
+from flashmorph.interrupts import template_limit
+from flashmorph.tasks.style import Style
+
+_ROLES = ("user", "assistant")
+
+
+def plain_words(style: Style, questions: int) -> list[str]:
+    """What stands before each question and each reply, in turn `[2 * questions]`, in a text without a template."""
+    return ["", style.turn] + [style.stop, style.turn] * (questions - 1)
+
+
+@template_limit
+def template_words(tokenizer: PreTrainedTokenizerBase, questions: int) -> list[str]:
+    """The same in a conversation: questions are the user's messages, replies the assistant's.
+
+    Raises:
+        UserError: the tokenizer has no template, or one that does not put messages in as they are, or has no end.
+    """
+    marks = [f"flashmorph{number}message" for number in range(2 * questions)]
+    messages = [{"role": _ROLES[number % 2], "content": mark} for number, mark in enumerate(marks)]
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("chat_template asks through the teacher's chat template, and its tokenizer has none")
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # A template is a program.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the teacher's chat template refuses questions and answers: {reason}") from error
+    words = []
+    for mark in marks:
+        before, found, text = text.partition(mark)
+        if not found or mark in text:
+            raise UserError("the teacher's chat template does not hold every message once and as it is")
+        words.append(before)
+    return words

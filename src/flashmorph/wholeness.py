@@ -1,0 +1,114 @@
+"""Whether what a stage left in its folder is still there and whole."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from flashmorph.checkpoint import travelling_files
+from flashmorph.errors import UserError
+from flashmorph.files import read_json
+from flashmorph.plan import Plan
+from flashmorph.shards import ShardReader
+
+CHECKPOINTS = "checkpoints"
+_SMALL_BYTES = 1 << 20
+_NOT_KEPT = ("stage.json", "spent.json")
+
+Listing = dict[str, dict[str, Any]]
+
+
+def listing(folder: Path) -> Listing:
+    """Every file in `folder` with its size in bytes, and the digest of one below a MiB; each is on the disk then.
+
+    Checkpoints of training are left out, which go when the stage is finished, and what travels with a model's weights,
+    which may be renewed.
+    """
+    files: Listing = {}
+    renewed = set(travelling_files(folder / "model"))
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder)
+        if name.parts[0] == CHECKPOINTS or str(name) in _NOT_KEPT or path in renewed:
+            continue
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+        files[name.as_posix()] = _looks(path)
+    return files
+
+
+def damage(folder: Path, record: Any) -> str:
+    """What is wrong with a finished stage, given what its stage.json holds; nothing if it is whole."""
+    if not isinstance(record, dict):
+        return "stage.json is no record of a stage"
+    files = record.get("files")
+    if files is None:
+        return _damage_by_opening(folder)
+    if not isinstance(files, dict) or not all(isinstance(each, dict) for each in files.values()):
+        return "stage.json has no list of files"
+    for name, kept in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is not there"
+        if (size := path.stat().st_size) != kept.get("bytes"):
+            return f"{name} has {size:,} bytes, and had {kept.get('bytes', 0):,}"
+        if "sha256" in kept and _looks(path) != kept:
+            return f"{name} has another content than it had"
+    return ""
+
+
+def require_whole(model: Path) -> None:
+    """Open a checkpoint, without reading its weights.
+
+    Raises:
+        UserError: files are missing, or a file of weights was cut.
+    """
+    read_json(model / "config.json")
+    ShardReader(model)
+
+
+def is_whole(model: Path) -> bool:
+    """Whether there is a checkpoint in `model` that can be opened."""
+    try:
+        require_whole(model)
+    except UserError:
+        return False
+    return True
+
+
+def is_whole_array(path: Path) -> bool:
+    """Whether a file holds the array that its first bytes announce."""
+    try:
+        np.load(path, mmap_mode="r")
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _looks(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    if size >= _SMALL_BYTES:
+        return {"bytes": size}
+    return {"bytes": size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
+
+
+def _damage_by_opening(folder: Path) -> str:
+    """The same for a stage of a version that listed no files."""
+    try:
+        if (folder / "model").is_dir():
+            require_whole(folder / "model")
+        for path in folder.iterdir():
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.name == "plan.json":
+                Plan.load(path)
+            elif path.suffix == ".json":
+                read_json(path)
+            elif path.suffix == ".npy" and not is_whole_array(path):
+                return f"{path.name} cannot be read"
+    except (OSError, UserError, SafetensorError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return ""

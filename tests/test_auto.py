@@ -1,0 +1,135 @@
+"""`auto`: as much at once as a device's memory holds, decided once."""
+
+import json
+
+import pytest
+import torch
+from conftest import run_command
+from families import config_of
+
+from flashmorph.costs.auto import Room, asked, choose, resolved
+from flashmorph.costs.memory import stage_memory
+from flashmorph.costs.sizes import count_sizes
+from flashmorph.costs.work import model_of
+from flashmorph.devices import _cgroup_limits, total_memory, usable_memory
+from flashmorph.recipe import load_recipe, with_settings
+
+SHAPE = {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1536, "num_attention_heads": 8, "head_dim": 64,
+         "vocab_size": 8192, "max_position_embeddings": 32768}  # fmt: skip
+TRAINED = {"align": "align", "distill": "distill", "extend": "extend", "select": "select.search"}
+RECIPE = load_recipe("default")
+
+
+@pytest.fixture(scope="module", params=["qwen3: grouped", "llama: grouped"])
+def shape(request):
+    config = config_of(request.param, **SHAPE)
+    model = model_of(config, RECIPE)
+    return model, count_sizes(model.host, config, model.config)
+
+
+def section(recipe, stage):
+    return recipe.select.search if stage == "select" else getattr(recipe, stage)
+
+
+@pytest.mark.parametrize("stage", [*TRAINED, "evaluate"])
+@pytest.mark.parametrize("processes, shard", [(1, False), (8, False), (8, True)])
+def test_what_it_chooses_fits_and_more_memory_gives_no_less(shape, stage, processes, shard):
+    before, fitted = 0, 0
+    for gibibytes in (2, 4, 8, 24, 80, 800):
+        room = Room(gibibytes * 2**30, processes, shard)
+        found = choose(stage, RECIPE, *shape, room)
+        recipe = with_settings(RECIPE, found.values)
+        memory = stage_memory(*shape, recipe, processes, True)[stage]
+        if not found.too_large:
+            fitted += 1
+            assert memory.bytes(room.sharing) <= room.bytes
+        assert memory.tokens >= memory.length and memory.tokens % memory.length == 0
+        again = getattr(section(recipe, stage), "activation_checkpointing", False)
+        assert again in (True, False)
+        if not again:
+            assert memory.tokens >= before
+            before = memory.tokens
+    assert fitted >= 3
+
+
+def test_layers_run_again_where_little_would_fit_otherwise_and_only_there(shape):
+    small, large = (choose("extend", RECIPE, *shape, Room(gigabytes * 1e9)).values for gigabytes in (4, 400))
+    assert small["extend.activation_checkpointing"] is True and large["extend.activation_checkpointing"] is False
+    assert small["extend.micro_batch_tokens"] < large["extend.micro_batch_tokens"]
+
+
+def test_not_even_one_row_is_told_and_gone_on_with(shape):
+    found = choose("distill", RECIPE, *shape, Room(1e6))
+    assert found.too_large == ["distill"]
+    assert found.values == {"distill.activation_checkpointing": True, "distill.micro_batch_tokens": 512}
+
+
+def test_a_number_always_wins(shape):
+    recipe = load_recipe("default", {"distill.micro_batch_tokens": 512, "extend.activation_checkpointing": False})
+    assert asked(recipe, "distill") == ["distill.activation_checkpointing"]
+    assert asked(recipe, "extend") == ["extend.micro_batch_tokens"]
+    assert choose("extend", recipe, *shape, Room(80e9)).values.keys() == {"extend.micro_batch_tokens"}
+    numbers = load_recipe("default", {"align.micro_batch_tokens": None})
+    assert not asked(numbers, "align") and not choose("align", numbers, *shape, Room(80e9)).values
+
+
+@pytest.mark.parametrize("rows, processes", [(7, 1), (10, 1), (12, 3), (12, 4), (9, 3)])
+def test_a_step_that_comes_out_uneven_takes_the_most_rows_that_divide_it(shape, rows, processes):
+    recipe = load_recipe("default", {"distill.batch_tokens": rows * 512, "distill.activation_checkpointing": True})
+    for gigabytes in (1.6, 1.8, 2, 2.4, 3, 80):
+        room = Room(gigabytes * 1e9, processes)
+        values = choose("distill", recipe, *shape, room).values
+        most = values["distill.micro_batch_tokens"] // 512
+        division = with_settings(recipe, values).distill.division(processes)
+        assert division.rows <= most and division.rows * division.accumulation * processes == rows
+        if processes == 1:
+            assert division.rows == max(each for each in range(1, most + 1) if rows % each == 0)
+
+
+def test_it_is_decided_once_and_kept_with_the_stage(shape, tmp_path):
+    first, _ = resolved("extend", RECIPE, tmp_path, *shape, Room(8e9))
+    later, _ = resolved("extend", RECIPE, tmp_path, *shape, Room(800e9, 4))
+    assert first == later and isinstance(later.extend.micro_batch_tokens, int)
+    number = load_recipe("default", {"extend.micro_batch_tokens": 32768})
+    assert resolved("extend", number, tmp_path, *shape, Room(8e9))[0].extend.micro_batch_tokens == 32768
+
+
+def test_a_run_keeps_its_choice_in_the_record_and_goes_on_with_it(teacher_folder, recipe_file, tmp_path, monkeypatch):
+    command = ("align", teacher_folder, "--recipe", recipe_file, "--output", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("flashmorph.run.usable_memory", lambda *_: 1.0)
+        patch.setattr("flashmorph.pipeline.align", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run_command(*command) == 130
+    assert run_command(*command) == 0
+    (record,) = tmp_path.glob("stages/align-*/stage.json")
+    assert json.loads(record.read_text())["auto"] == {"align.micro_batch_tokens": 64}
+    assert run_command(*command, "--set", "align.micro_batch_tokens=128") == 0
+    assert len(list(tmp_path.glob("stages/align-*"))) == 1
+
+
+def test_plan_says_what_it_would_choose_on_a_gpu(teacher_folder, capsys):
+    options = ("plan", teacher_folder, "--recipe", "default", "--gpu", "l4")
+    assert run_command(*options, "--json") == 0
+    stages = {stage["stage"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}
+    assert stages["distill"]["auto"].keys() == {"distill.micro_batch_tokens", "distill.activation_checkpointing"}
+    assert stages["select"]["auto"] and stages["evaluate"]["auto"] and not stages["build"]["auto"]
+    assert run_command(*options) == 0
+    assert "distill.micro_batch_tokens" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_cpu_has_what_its_control_group_may_take(tmp_path, monkeypatch):
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+    (root / "a" / "b").mkdir(parents=True)
+    (root / "memory" / "c").mkdir(parents=True)
+    (root / "a" / "memory.max").write_text("4096\n")
+    (root / "a" / "b" / "memory.max").write_text("max\n")
+    (root / "memory" / "c" / "memory.limit_in_bytes").write_text("1024\n")
+    own.write_text("0::/a/b\n")
+    assert list(_cgroup_limits(root, own)) == [4096]
+    own.write_text("5:cpu:/c\n4:memory:/c\n")
+    assert list(_cgroup_limits(root, own)) == [1024]
+    own.write_text("0::/of/the/host\n")
+    assert not list(_cgroup_limits(root, own)) and not list(_cgroup_limits(root, tmp_path / "none"))
+    monkeypatch.setattr("flashmorph.devices._cgroup_limits", lambda *_: [10_000])
+    assert total_memory(torch.device("cpu")) == 10_000
+    assert usable_memory(torch.device("cpu"), 4) == usable_memory(torch.device("cpu")) / 4 < 10_000 / 4

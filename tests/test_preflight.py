@@ -1,0 +1,153 @@
+"""What can be known before any stage is known before: text, tasks and contexts that do not fit, told in one sentence."""
+
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import pytest
+from conftest import FEW_STEPS, random_qwen3, run_command, tiny_tokenizer
+
+from flashmorph.corpus import Corpus, split_of
+from flashmorph.errors import UserError
+from flashmorph.fitting import fit
+from flashmorph.preflight import check_tasks, check_text
+from flashmorph.recipe import load_recipe
+from flashmorph.supply import measure
+
+EVERY = ("align", "select", "distill", "extend", "evaluate")
+SPLITS = {"train", "validation", "test", "referee"}
+
+
+def rows_file(path: Path, number: int, words: int = 40, splits: set[str] = SPLITS) -> Path:
+    """JSONL, so many rows of the wanted splits."""
+    texts = (f"Row {place}. " + f"word{place} " * words for place in range(100 * number))
+    kept = [text for text in texts if split_of(text) in splits][:number]
+    content = "".join(json.dumps({"text": text}) + "\n" for text in kept).encode()
+    open_file = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    with open_file(path, "wb") as stream:
+        stream.write(content)
+    return path
+
+
+def told(capsys) -> str:
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("missing", ["validation", "test", "train"])
+def test_a_split_without_text_is_refused_before_the_first_stage(teacher_folder, recipe_file, tmp_path, capsys, missing):
+    text = rows_file(tmp_path / "rows.jsonl", 200, splits=SPLITS - {missing})
+    options = ("--recipe", recipe_file, "--output", tmp_path / "out", "--data", text, "--allow-repeat")
+    for command in (("morph",), ("morph", "--dry-run")):
+        assert run_command(command[0], teacher_folder, *options, *command[1:]) == 2
+        assert f"no text for the split '{missing}'" in told(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_split_that_is_not_read_may_be_empty(teacher_folder, recipe_file, tmp_path):
+    text = rows_file(tmp_path / "rows.jsonl", 200, splits={"train"})
+    recipe = load_recipe(recipe_file, {"data.source": str(text), "select.strategy": "uniform"})
+    check_text(recipe, tiny_tokenizer(), ("align", "select", "distill"))
+    with pytest.raises(UserError, match="no text for the split 'test'"):
+        check_text(recipe, tiny_tokenizer(), EVERY)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.jsonl.xz"])
+def test_too_little_text_for_the_last_stage_is_told_before_the_first(
+    teacher_folder, recipe_file, tmp_path, capsys, name
+):
+    text = rows_file(tmp_path / name, 300)
+    long = ("--set", "extend.tokens=10000000")
+    options = ("--recipe", recipe_file, "--output", tmp_path / "out", "--data", text, *long)
+    assert run_command("morph", teacher_folder, *options) == 2
+    sentence = told(capsys)
+    assert "extend: " in sentence and "is too small" in sentence and "10,000,000 are needed" not in sentence
+    assert not (tmp_path / "out").exists()
+    recipe = load_recipe(recipe_file, {"data.source": str(text), "extend.tokens": 10_000_000, "data.max_passes": None})
+    check_text(recipe, tiny_tokenizer(), EVERY)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet"])
+def test_what_a_sample_says_is_at_least_what_there_is(tmp_path, monkeypatch, suffix):
+    path, tokenizer = tmp_path / f"rows{suffix}", tiny_tokenizer()
+    if suffix == ".parquet":
+        import datasets
+
+        plain = rows_file(tmp_path / "plain.jsonl", 4000)
+        datasets.Dataset.from_json(str(plain)).to_parquet(path)
+    else:
+        rows_file(path, 4000)
+    corpus = Corpus(str(path))
+    exact = sum(len(tokenizer(text).input_ids) for text in corpus.documents("train", 0))
+    whole = measure(corpus, tokenizer, float("inf"), SPLITS)
+    assert whole.whole and exact <= whole.tokens <= 1.1 * exact
+    monkeypatch.setattr("flashmorph.supply._TOKENISED", 50_000)
+    sampled = measure(corpus, tokenizer, float("inf"), set())
+    assert not sampled.whole and exact <= sampled.tokens <= 4 * exact
+
+
+@pytest.mark.parametrize(
+    "tasks, changes, says",
+    [
+        ({"many": {"task": "many_keys", "num_keys": 40}}, {}, "task 'many' .*select.search.length=96.*needs at least"),
+        ({"long": {"task": "hops", "num_chains": 30}}, {"evaluate.length": 512}, "task 'long' .*one-word keys"),
+        ({"asked": {"task": "many_keys", "num_keys": 8, "num_asked": 8}},
+         {"select.strategy": "uniform", "evaluate.length": 64}, "evaluate.length=64"),
+        ({"rows": {"task": "many_keys", "num_keys": 8}},
+         {"select.search.length": 512, "distill.retrieval_share": 0.5, "distill.length": 32}, "distill.length=32"),
+    ],
+)  # fmt: skip
+def test_tasks_that_do_not_fit_are_named(recipe_file, tasks, changes, says):
+    recipe = load_recipe(recipe_file, {"tasks": tasks, **changes})
+    with pytest.raises(UserError, match=says):
+        check_tasks(recipe, tiny_tokenizer(), EVERY, 4096)
+
+
+def test_names_are_counted_in_the_split_that_is_asked(recipe_file):
+    recipe = load_recipe(recipe_file, {"tasks": {"chains": {"task": "hops", "num_chains": 15}}, "select.search.length": 1024,
+                                       "evaluate.length": 1024})  # fmt: skip
+    with pytest.raises(UserError, match="split 'validation'"):
+        check_tasks(recipe, tiny_tokenizer(), EVERY, 4096)
+    check_tasks(recipe, tiny_tokenizer(), ("align", "evaluate"), 4096)
+
+
+def test_what_nobody_asked_for_ends_at_the_teachers_limit():
+    config = random_qwen3(max_position_embeddings=2048).config
+    recipe, line = fit(load_recipe("default"), config)
+    assert recipe.select.search.length == (1024, 2048)
+    assert recipe.evaluate.length == recipe.extend.length == 2048 and recipe.align.length == 512
+    assert recipe.extend.tokens == load_recipe("default").extend.tokens
+    assert "2,048" in line and "extend.length 16,384 -> 2,048" in line and "align" not in line and "\n" not in line
+    assert fit(recipe, config) == (recipe, "")
+    shorter, _ = fit(load_recipe("default", {"extend": None}), random_qwen3(max_position_embeddings=256).config)
+    assert shorter.select.search.length == (256, 256) and shorter.align.length == 256 and shorter.extend is None
+
+
+@pytest.mark.parametrize("command", [("plan",), ("morph", "--dry-run", "--output", "out")])
+def test_the_default_recipe_fits_a_short_teacher_and_what_was_asked_for_is_refused(
+    teacher_folder, tmp_path, capsys, command, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    name, *more = command
+    options = (name, teacher_folder, "--recipe", "default", "--data", "demo", "--allow-repeat", *more)
+    easy = ("--set", "tasks={one: {task: many_keys, num_keys: 1}}")
+    assert run_command(*options, *easy) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "->" in line and "limit" in line]
+    assert "evaluate.length 16,384 -> 512" in line and "extend.length 16,384 -> 512" in line
+    for key in ("extend.length", "evaluate.length", "align.length", "select.search.length"):
+        assert run_command(*options, *easy, "--set", f"{key}=1024") == 2
+        assert f"{key} is 1,024 tokens and the teacher's limit is 512" in told(capsys)
+    if name == "morph":
+        assert run_command(*options) == 2
+        assert "ten_keys_all" in (sentence := told(capsys)) and "512, the teacher's limit" in sentence
+
+
+def test_lengths_in_a_recipe_of_ones_own_are_asked_for_and_defaults_are_not(tmp_path):
+    config, file = random_qwen3(max_position_embeddings=512).config, tmp_path / "recipe.yaml"
+    import yaml
+
+    own = {name: value for name, value in FEW_STEPS.items() if name != "evaluate"}
+    file.write_text(yaml.safe_dump({**own, "extend": {**own["extend"], "length": 1024}}))
+    recipe, line = fit(load_recipe(file), config)
+    assert recipe.extend.length == 1024 and recipe.evaluate.length == 512
+    assert "extend" not in line and "evaluate.length 4,096 -> 512" in line
