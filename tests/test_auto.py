@@ -14,8 +14,8 @@ from flashmorph.costs.work import model_of
 from flashmorph.devices import _cgroup_limits, total_memory, usable_memory
 from flashmorph.recipe import load_recipe, with_settings
 
-SHAPE = {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1536, "num_attention_heads": 8, "head_dim": 64,
-         "vocab_size": 8192, "max_position_embeddings": 32768}  # fmt: skip
+SHAPE = {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1536, "num_attention_heads": 8,
+         "head_dim": 64, "vocab_size": 8192, "max_position_embeddings": 32768}  # fmt: skip
 TRAINED = {"align": "align", "distill": "distill", "extend": "extend", "select": "select.search"}
 RECIPE = load_recipe("default")
 
@@ -75,7 +75,8 @@ def test_a_number_always_wins(shape):
 
 @pytest.mark.parametrize("rows, processes", [(7, 1), (10, 1), (12, 3), (12, 4), (9, 3)])
 def test_a_step_that_comes_out_uneven_takes_the_most_rows_that_divide_it(shape, rows, processes):
-    recipe = load_recipe("default", {"distill.batch_tokens": rows * 512, "distill.activation_checkpointing": True})
+    steps = {"align.batch_tokens": rows * 512, "distill.batch_tokens": rows * 512, "extend.batch_tokens": rows * 16384}
+    recipe = load_recipe("default", {**steps, "distill.activation_checkpointing": True})
     for gigabytes in (1.6, 1.8, 2, 2.4, 3, 80):
         room = Room(gigabytes * 1e9, processes)
         values = choose("distill", recipe, *shape, room).values

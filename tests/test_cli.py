@@ -260,7 +260,7 @@ def test_numbers_are_read_as_people_write_them(recipe_file, tmp_path):
     file.write_text(written.replace("budget: '1'", "budget: 1") + "seed: 1\n")
     read = load_recipe(file)
     assert (read.budget, read.seed) == ("1", 1)
-    assert Recipe.model_validate(yaml.safe_load(read.to_yaml())) == read
+    assert Recipe.model_validate(yaml.safe_load(read.to_yaml())).to_yaml() == read.to_yaml()
 
 
 def test_outputs_that_cannot_be_used(capsys, tmp_path, teacher_folder, recipe_file):
@@ -309,7 +309,7 @@ def test_recipes_that_are_broken(capsys, tmp_path, teacher_folder):
         "tasks: {a: {task: hop}}\n": "tasks.a: task 'hop' is unknown",
         "tasks: {a: 5}\n": "tasks.a: ",
         "tasks: {1: {task: hops}}\n": "tasks",
-        "a: &a [x, x]\nb: &b [*a, *a]\ntasks: *b\n": "unknown setting 'a'",
+        "a: &a [x, x]\nb: &b [*a, *a]\ntasks: *b\n": "tasks: input should be a valid dictionary",
     }.items():
         file.write_text(content)
         sentence = refused(capsys, *options, file)
@@ -335,10 +335,10 @@ def test_select_without_a_run(capsys, tmp_path, teacher_folder):
 def test_a_run_that_is_aligned_brings_its_recipe(capsys, tmp_path, teacher_folder, recipe_file):
     """`select`, `compare` and `evaluate` take it, what is given goes on top, and what they change is not kept."""
     run = tmp_path / "run"
-    own = ("--set", "align.learning_rate=0.004", "--set", "select.settings.steps=3")
+    own = ("--set", "align.learning_rate=0.0005", "--set", "select.settings.steps=3")
     assert run_command("align", teacher_folder, "--recipe", recipe_file, "--output", run, *own) == 0
     kept = (run / "recipe.yaml").read_text()
-    assert yaml.safe_load(kept)["align"]["learning_rate"] == 0.004
+    assert yaml.safe_load(kept)["align"]["learning_rate"] == 0.0005
     capsys.readouterr()
     chosen = ("select", teacher_folder, "--from", run, "--output", tmp_path / "plan.json")
     assert run_command(*chosen, "--strategy", "nll", "--set", "select.settings.num_questions=2") == 0
@@ -359,7 +359,7 @@ def test_a_run_that_is_aligned_brings_its_recipe(capsys, tmp_path, teacher_folde
     assert run_command("evaluate", teacher_folder, model, "--set", "evaluate.questions=1", "--json") == 0
     printed = capsys.readouterr()
     assert f"recipe: {run / 'recipe.yaml'}" in " ".join(printed.err.split())
-    assert set(json.loads(printed.out)[str(model)]["recall"]["by_task"]) == {"one_key", "two_hops"}
+    assert set(json.loads(printed.out)[str(model)]["recall_by_task"]) == {"one_key", "two_hops"}
 
 
 def test_what_is_published_keeps_its_recipe(tmp_path):

@@ -343,7 +343,9 @@ def test_the_search_on_a_1_7b_at_8k_tokens_fits_24_gb(tmp_path, capsys):
 def test_what_it_says_to_lower_makes_a_stage_fit(name, gpus):
     shape = {**SHAPE, "hidden_size": 2048, "num_hidden_layers": 28, "head_dim": 128, "intermediate_size": 6144}
     config = type(random_qwen3().config)(**shape, dtype="bfloat16")
-    recipe = load_recipe("default", {"evaluate.length": 16384})
+    whole = {f"{stage}.micro_batch_tokens": None for stage in ("align", "distill", "extend")}
+    whole |= {f"{stage}.activation_checkpointing": False for stage in ("distill", "extend")}
+    recipe = load_recipe("default", {"evaluate.length": 16384, **whole})
     gpu = find_gpu(name)
     found = estimate("random", config, recipe, gpu, gpus)
     settled = 0
@@ -352,7 +354,7 @@ def test_what_it_says_to_lower_makes_a_stage_fit(name, gpus):
             tokens = stage.memory.tokens_within(gpu.memory_bytes, gpus)
             if tokens:
                 settled += 1
-                lowered = load_recipe("default", {stage.memory.setting: tokens})
+                lowered = load_recipe("default", {**whole, stage.memory.setting: tokens})
                 again = stage_of(estimate("random", config, lowered, gpu, gpus), stage.name)
                 assert again.memory.bytes(gpus) <= gpu.memory_bytes
     assert settled

@@ -1,4 +1,4 @@
-"""Greedy means greedy: what the checkpoint says about generation changes no answer of ours, and nothing of it is lost."""
+"""Greedy means greedy: what a checkpoint says about generation changes no answer of ours, and none of it is lost."""
 
 import json
 

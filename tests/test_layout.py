@@ -17,9 +17,9 @@ from flashmorph.tasks.many_keys import many_keys
 from flashmorph.tasks.ruler import FORMS
 from flashmorph.tasks.ruler.written import Material
 
-ONE = TaskSettings(task="many_keys", num_keys=1)
-SEVERAL = TaskSettings(task="many_keys", num_keys=3, num_asked=2)
-VALUES = TaskSettings(task="many_values", num_values=3)
+ONE = TaskSettings.model_validate({"task": "many_keys", "num_keys": 1})
+SEVERAL = TaskSettings.model_validate({"task": "many_keys", "num_keys": 3, "num_asked": 2})
+VALUES = TaskSettings.model_validate({"task": "many_values", "num_values": 3})
 LENGTH = 500
 SLOW = "slow"
 
@@ -130,10 +130,9 @@ LONG = {
 def test_facts_stand_at_their_depths_in_documents_of_one_line(kind, text):
     tokenizer, style, length = tokenizer_of(kind), STYLES["lines"], 800
     layout, misses = Layout(tokenizer, style, Haystack([LONG[text]] * 2)), []
-    problems = [TaskSettings(task="many_keys", num_keys=1)] * 21
-    for number, task in enumerate(problems):
+    for number in range(21):
         depth = number / 20
-        example = make_example(task, layout, style, "test", length, 0, number, depths=[depth])
+        example = make_example(ONE, layout, style, "test", length, 0, number, depths=[depth])
         whole = tokenizer.decode(example.input_ids, skip_special_tokens=True)
         hay = whole[: whole.rindex("?")]
         fact = hay.index("@")

@@ -90,6 +90,15 @@ def test_next_token_loss_is_the_plain_formula_in_value_and_gradient(chunk):
     assert_same(gradients(found, *leaves), gradients(expected, *leaves))
 
 
+def test_weighted_labels_are_the_plain_formula_in_value_and_gradient(chunk):
+    layer, hidden, labels = head(), (torch.randn(19, WIDTH) * 3).requires_grad_(True), torch.randint(VOCABULARY, (19,))
+    weights = torch.rand(19)
+    found = losses.label_loss(hidden, layer, labels, weights)
+    expected = (F.cross_entropy(layer(hidden).double(), labels, reduction="none") * weights).sum()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_same(gradients(found, hidden, layer.weight), gradients(expected, hidden, layer.weight))
+
+
 def test_next_token_loss_does_not_see_what_follows_the_last_label(chunk):
     hidden = torch.randn(1, 6, WIDTH, requires_grad=True)
     next_token_loss(hidden, head(), torch.randint(VOCABULARY, (1, 6))).backward()

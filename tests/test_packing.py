@@ -2,8 +2,6 @@
 
 import copy
 import functools
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +20,6 @@ from flashmorph.move import transplant
 from flashmorph.packing import Packed, apart, cut, how_apart, marked
 from flashmorph.plan import FULL, Budget
 from flashmorph.recipe import load_recipe
-from flashmorph.rundata import training_settings
 from flashmorph.stages import AlignSettings, collate
 from flashmorph.stages.align import AlignmentLoss
 from flashmorph.stages.distill import DistillationLoss, StoredDistillationLoss
@@ -337,13 +334,6 @@ def test_the_convolution_of_packed_rows_is_that_of_each_document(time, bias):
             alone = hidden[row : row + 1, :, seq_idx[row] == number]
             expected = modelling.causal_conv1d_fn(alone, weight, added, activation="silu")
             torch.testing.assert_close(found[row : row + 1, :, seq_idx[row] == number], expected)
-
-
-def test_what_was_trained_without_isolation_keeps_its_digest():
-    run: Any = SimpleNamespace(recipe=load_recipe("default"), bf16=True)
-    on, off = (AlignSettings(isolate_documents=isolate) for isolate in (True, False))
-    assert training_settings(run, on)["train"] == {**off.model_dump(mode="json"), "isolate_documents": True}
-    assert "isolate_documents" not in training_settings(run, off)["train"]
 
 
 def test_demo_trains_on_rows_as_when_it_was_measured_and_default_on_short_documents_apart():

@@ -153,6 +153,44 @@ def test_text_that_grew_is_noticed(teacher_folder, recipe_file, tmp_path, capsys
     assert "align: settings or inputs differ from align-" in told[2]
 
 
+def test_an_edited_template_is_published_and_nothing_is_run_again(
+    finished, teacher_folder, recipe_file, tmp_path, capsys
+):
+    teacher, copy = tmp_path / "teacher", tmp_path / "copy"
+    shutil.copytree(teacher_folder, teacher)
+    shutil.copytree(finished, copy)
+    command = ("morph", teacher, "--recipe", recipe_file, "--output", copy)
+    (teacher / "additional_chat_templates").mkdir()
+    edited = {"chat_template.jinja": "{{ messages }}", "additional_chat_templates/tools.jinja": "{{ tools }}"}
+    edited |= {"generation_config.json": json.dumps({"temperature": 0.5, "do_sample": True})}
+    for name, text in edited.items():
+        (teacher / name).write_text(text)
+    assert run_command(*command) == 0
+    assert capsys.readouterr().out.count("done before") == len(list(finished.glob("stages/*/stage.json")))
+    assert {name: (copy / name).read_text() for name in edited} == edited
+    (teacher / "chat_template.jinja").unlink()
+    assert run_command("build", teacher, "--recipe", recipe_file, "--output", copy, "--plan", copy / "plan.json") == 0
+    model = Path(capsys.readouterr().out.split("checkpoint: ")[1].strip())
+    assert not (model / "chat_template.jinja").exists()
+    assert (model / "additional_chat_templates/tools.jinja").read_text() == "{{ tools }}"
+    assert same_weights(copy, finished)
+
+
+def test_versions_that_a_stage_was_made_with_are_told_where_they_differ(
+    finished, teacher_folder, recipe_file, tmp_path, capsys
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (path,) = copy.glob("stages/align-*/stage.json")
+    record = json.loads(path.read_text())
+    assert record["versions"]["torch"] == torch.__version__ and record["versions"]["flashmorph"]
+    path.write_text(json.dumps({**record, "versions": {**record["versions"], "torch": "1.0", "transformers": "4.0"}}))
+    assert run_command("align", teacher_folder, "--recipe", recipe_file, "--output", copy) == 0
+    host, branches = capsys.readouterr().out.splitlines()
+    assert host.endswith("done before")
+    assert f"done before with torch 1.0 (now {torch.__version__}), transformers 4.0 (now" in branches
+
+
 def test_the_same_seed_gives_the_same_plan_and_weights(finished, teacher_folder, recipe_file, tmp_path):
     again = tmp_path / "again"
     assert run_command("morph", teacher_folder, "--recipe", recipe_file, "--output", again) == 0

@@ -18,9 +18,8 @@ import flashmorph.corpus
 import flashmorph.rows
 from flashmorph.corpus import Corpus, Mixture, Place
 from flashmorph.errors import UserError
-from flashmorph.recipe import DataSettings, load_recipe
+from flashmorph.recipe import DataSettings
 from flashmorph.rows import Rows, pack
-from flashmorph.rundata import common_settings
 
 LENGTH, ROWS = 16, 120
 TEMPLATE = (
@@ -200,18 +199,6 @@ def test_recipes_take_one_source_or_several(tmp_path):
     assert DataSettings(source="a", column="content").corpus == Corpus("a", None, "content")
     with pytest.raises(ValueError, match="either one source or a mixture"):
         DataSettings.model_validate({"source": "a", "mixture": parts})
-
-
-def test_a_recipe_with_one_source_has_the_digest_that_it_had(tmp_path):
-    recipe = load_recipe("demo")
-    kept = {"source": "demo", "config": None, "column": "text", "haystack": "text", "max_passes": 4}
-    assert recipe.data.model_dump(mode="json") == kept
-
-    class Run:
-        bf16 = False
-
-    Run.recipe = recipe
-    assert common_settings(Run) == {"data": kept, "seed": 0, "bf16": False}
 
 
 def test_a_mistake_in_a_mixture_is_named(capsys, tmp_path, teacher_folder):

@@ -1,4 +1,4 @@
-"""What makes a stage run again, and what does not: every change of a recipe or of a file, against the stages it moves."""
+"""What makes a stage run again, and what does not: changes of recipe, teacher and text, and the stages they move."""
 
 import json
 import shutil
@@ -98,11 +98,11 @@ def moved(before: dict[str, str], after: dict[str, str]) -> set[str]:
     [
         ({}, {"data.max_passes": None}, set()),
         ({}, {"align.checkpoint_steps": 3, "distill.checkpoint_steps": 2}, set()),
-        ({}, {"align.micro_batch_tokens": 64, "distill.micro_batch_tokens": 64, "extend.micro_batch_tokens": None}, set()),
+        ({}, {"align.micro_batch_tokens": 64, "extend.micro_batch_tokens": None}, set()),
         ({}, {"distill.activation_checkpointing": True, "extend.activation_checkpointing": False}, set()),
         ({}, {"select.search.micro_batch_tokens": 192, "evaluate.batch_tokens": 128}, set()),
         ({}, {"report_to": ["tensorboard"], "shard": True, "baseline": "uniform"}, set()),
-        ({}, {"align.tokens": 520, "distill.batch_tokens": 130}, set()),
+        ({}, {"align.tokens": 520, "extend.tokens": 600}, set()),
         ({}, {"budget": " 1 "}, set()),
         ({"bf16": False}, {"bf16": "auto"}, set()),
         ({}, {"data.column": "body", "data.config": "some"}, set()),

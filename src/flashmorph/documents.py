@@ -67,7 +67,7 @@ class Part:
         Raises:
             UserError: there is none, or the corpus cannot be read.
         """
-        for tokens, _ in self._encoded(_no_text_twice(self._corpus.read(self._split, self._seed))):
+        for tokens, _ in self._encoded(_once_each(self._corpus.read(self._split, self._seed))):
             self.made += len(tokens)
             yield (tokens & ~(FIRST | IGNORED)).tolist()
         if not self.made:
@@ -211,11 +211,11 @@ def _some(documents: Iterator[tuple[Document, Place]]) -> list[tuple[Document, P
     return some
 
 
-def _no_text_twice(documents: Iterator[tuple[Document, Place]]) -> Iterator[tuple[Document, Place]]:
-    """Each text once, however often the corpus has it."""
+def _once_each(documents: Iterator[tuple[Document, Place]]) -> Iterator[tuple[Document, Place]]:
+    """Each document once, however often the corpus has it."""
     seen: set[bytes] = set()
     for document, place in documents:
-        digest = hashlib.sha256(document.text.encode()).digest()
+        digest = hashlib.sha256(repr(document).encode(errors="replace")).digest()
         if digest not in seen:
             seen.add(digest)
             yield document, place

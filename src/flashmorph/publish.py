@@ -130,8 +130,8 @@ def publish(
 ) -> None:
     """Make `folder` itself the checkpoint of the stage in `model`, with plan, results, recipe and card beside it.
 
-    What an earlier run published stays in its stage's folder, and nowhere else: see `replace_checkpoint`. The checkpoint
-    is opened before anything is replaced.
+    What an earlier run published stays in its stage's folder, and nowhere else: see `replace_checkpoint`. The
+    checkpoint is opened before anything is replaced.
 
     Raises:
         UserError: the checkpoint is not whole, or the place cannot be written.

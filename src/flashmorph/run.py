@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from flashmorph import ranks
 from flashmorph.corpus import Corpus, Mixture
-from flashmorph.costs.auto import Room, chosen, resolved
+from flashmorph.costs.auto import Room, asked, chosen, resolved
 from flashmorph.costs.sizes import Sizes, count_sizes
 from flashmorph.costs.work import Model, model_of
 from flashmorph.devices import usable_memory, use_bf16
@@ -97,6 +97,8 @@ class Run:
 
         `alone`: the first process does the stage.
         """
+        if not asked(self.recipe, stage):
+            return self.recipe
         processes = 1 if alone else ranks.count()
         bytes_here = usable_memory(self.device, 1 if alone else ranks.local_count())
         room = Room(bytes_here, processes, self.shards and not alone, self.bf16)

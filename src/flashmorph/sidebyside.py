@@ -46,6 +46,10 @@ class Screen(Protocol):
         """A model at work: its progress goes to the report."""
         ...
 
+    def say(self, text: str) -> None:
+        """A line."""
+        ...
+
 
 @dataclass(frozen=True)
 class Wanted:

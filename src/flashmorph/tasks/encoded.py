@@ -36,8 +36,8 @@ class EncodedText:
             self.ids = encode(tokenizer, text)
 
     def at(self, place: int) -> tuple[int, bool]:
-        """The number of the first token that reaches into the text behind `place` (in characters), and whether it begins
-        there and not before."""
+        """The number of the first token that reaches into the text behind `place`, a number of characters; and whether
+        it begins there and not before."""
         if place <= 0:
             return 0, True
         if self._tokenizer.is_fast:

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -69,8 +69,11 @@ class Hay:
         return taken, [sizes[0] - surplus, *sizes[1:]] if sizes else []
 
 
-Piece = tuple[str, Literal["fixed", "hay", "answer"]]
-"""A part of a row's text; what is `fixed` or an `answer` must not be cut."""
+class Piece(NamedTuple):
+    """A part of a row's text; what is `fixed` or an `answer` must not be cut."""
+
+    text: str
+    kind: Literal["fixed", "hay", "answer"]
 
 
 def hide(lines: Sequence[str], sizes: Sequence[int], facts: Sequence[str], depths: Sequence[float]) -> list[Piece]:
@@ -87,6 +90,6 @@ def hide(lines: Sequence[str], sizes: Sequence[int], facts: Sequence[str], depth
     pieces: list[Piece] = []
     done = 0
     for fact, place in zip(facts, places.tolist(), strict=True):
-        pieces += [("".join(lines[done:place]), "hay"), (fact, "fixed")]
+        pieces += [Piece("".join(lines[done:place]), "hay"), Piece(fact, "fixed")]
         done = place
-    return [*pieces, ("".join(lines[done:]), "hay")]
+    return [*pieces, Piece("".join(lines[done:]), "hay")]

@@ -83,7 +83,7 @@ class Layout:
         """
         opening, *asked = self._asked(problem)
         start = [] if self._chat else self._start
-        facts: list[Piece] = [(fact, "fixed") for fact in problem.facts]
+        facts = [Piece(fact, "fixed") for fact in problem.facts]
         bare = _Row(self._tokenizer, start, [opening, *facts, *asked])
         room = length - len(bare.ids)
         if room < 0:
@@ -105,19 +105,19 @@ class Layout:
         """`length` tokens of the haystack alone; every token but the first counts as an answer."""
         room = length - len(self._start)
         hay = Hay(self._sizes, self._haystack, rng, length)
-        row = self._filled(hay, length, room, self._start, lambda lines, _: [("".join(lines), "hay")])
+        row = self._filled(hay, length, room, self._start, lambda lines, _: [Piece("".join(lines), "hay")])
         assert row
         return Example(row.ids, [False] + [True] * (length - 1), prompt_tokens=1, answer="", stop="")
 
     def _asked(self, problem: Problem) -> list[Piece]:
         """What stands before the context, and the questions with their answers and the words around them."""
         opening, *words = self._words(len(problem.questions))
-        pieces: list[Piece] = [(opening, "fixed")]
+        pieces = [Piece(opening, "fixed")]
         for number, (question, answer) in enumerate(problem.questions):
             user, reply = self._style.split(question)
             if number:
-                pieces.append((words[2 * number - 1], "fixed"))
-            pieces += [(user + words[2 * number] + reply, "fixed"), (answer, "answer")]
+                pieces.append(Piece(words[2 * number - 1], "fixed"))
+            pieces += [Piece(user + words[2 * number] + reply, "fixed"), Piece(answer, "answer")]
         return pieces
 
     def _words(self, questions: int) -> list[str]:
