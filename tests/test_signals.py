@@ -190,7 +190,7 @@ def test_an_interrupt_that_a_library_raises_itself(capsys, monkeypatch):
     assert capsys.readouterr().err == f"{SENTENCE}\n"
 
 
-@pytest.mark.parametrize("arguments", [("hosts",), ("hosts", "--json"), ("--help",)])
+@pytest.mark.parametrize("arguments", [("hosts",), ("--help",)])
 def test_nobody_reads_what_is_printed(arguments):
     process = start("-m", "flashmorph", *arguments)
     assert process.stdout

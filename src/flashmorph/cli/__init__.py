@@ -37,7 +37,7 @@ def main() -> None:
     with listening():
         try:
             _refuse_undecodable(sys.argv[1:])
-            with _panics_are_sentences():
+            with _as_sentences():
                 _run(processes)
         except UserError as error:
             if is_first or isinstance(error, OutOfMemory):
@@ -59,10 +59,17 @@ def _run(processes: int) -> None:
 
 
 @contextmanager
-def _panics_are_sentences() -> Iterator[None]:
-    """The libraries that read tokenizers and weights are written in Rust, whose panics are no `Exception`."""
+def _as_sentences() -> Iterator[None]:
+    """What a file system says of a path (its name is too long, a folder may not be entered), and panics of libraries.
+
+    Those that read tokenizers and weights are written in Rust, whose panics are no `Exception`.
+    """
     try:
         yield
+    except OSError as error:
+        if not isinstance(error.filename, str | os.PathLike):
+            raise
+        raise UserError(f"{error.filename} cannot be used: {error.strerror}") from error
     except BaseException as error:
         if type(error).__module__ != "pyo3_runtime":
             raise
