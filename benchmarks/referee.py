@@ -2,9 +2,9 @@
 
     python benchmarks/referee.py --teachers tiny natural --seeds 5
 
-Each teacher's run is `runs/referee-<teacher>`; cells are written to `benchmarks/results/referee/<teacher>/` as they
-finish, and the same command goes on from them. At the end a table over all teachers is printed and written to
-`benchmarks/results/referee/summary.json`.
+Each teacher's run is `runs/referee-<teacher>`; cells are written to `benchmarks/results/referee-<version>/<teacher>/` as
+they finish, and the same command goes on from them. At the end a table over all teachers is printed and written to
+`summary.json` beside them. `benchmarks/results/referee/` holds the cells of version 0.1, which stay as they are.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+import flashmorph
 from flashmorph.cli.options import quiet
 from flashmorph.devices import pick_device
 from flashmorph.evaluation import clustered_interval
@@ -32,7 +33,7 @@ from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES
 from flashmorph.teacher import open_teacher
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "referee"
+RESULTS = HERE / "results" / f"referee-{'.'.join(flashmorph.__version__.split('.')[:2])}"
 TEACHERS = HERE.parent / "teachers"
 CASES = {
     "tiny": ("tiny", "tiny"),

@@ -20,11 +20,7 @@ CHAT = (
 
 
 def _sentencepiece() -> Tokenizer:
-<<<<<<< HEAD
-    """Llama 2's: a space in front, bytes for what is unknown, no cut between words, the space taken off in decoding."""
-=======
     """Llama 2's: a space in front, taken off when decoded; bytes for what is unknown; no cut between words."""
->>>>>>> tasks
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(), pre_tokenizers.Split(Regex(r"\d|\n"), behavior="isolated")]

@@ -24,8 +24,8 @@ def check(teacher: Teacher, recipe: Recipe, processes: int = 1) -> None:
     """What can be known to fail before anything is written.
 
     Raises:
-        UserError: see `check_recipe`; a tokenizer that does not fit or has no words for conversations, or a batch that
-            so many processes cannot share.
+        UserError: see `check_recipe`; a tokenizer that does not fit or has no words for conversations, a damaged
+            generation_config.json, or a batch that so many processes cannot share.
     """
     check_recipe(load_config(teacher.folder), recipe)
     for settings in (recipe.align, recipe.distill, recipe.extend):
@@ -34,6 +34,7 @@ def check(teacher: Teacher, recipe: Recipe, processes: int = 1) -> None:
     for name in recipe.report_to:
         if not find_spec(name):
             raise UserError(f"report_to: {name} is not installed here; pip install {name}, or leave it out")
+    teacher.generation()
     tokenizer = teacher.tokenizer()
     for corpus, _ in shares_of(recipe.data.corpus):
         if tokenizer and corpus.is_chat:

@@ -278,8 +278,9 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
     def work(folder: Path, report: Report) -> dict[str, Any]:
         settings = run.at_once("evaluate", folder, alone=True).evaluate
         loaded = load_model(model.folder / "model", torch.float32, run.device)
-        # The stage's copy may be older than the teacher's file, which its answers end by.
-        loaded.generation_config = run.teacher.generation_config() or loaded.generation_config
+        # The stage's copy of generation_config.json may be older than the teacher's.
+        if ends := run.teacher.generation().get("eos_token_id"):
+            loaded.generation_config.eos_token_id = ends
         questions = open_questions(recipe, run.corpus, run.tokenizer)
         text = held_out_text(run, "test", settings.length, settings.perplexity_tokens)
         score = evaluate(loaded, run.tokenizer, questions, text, settings, cache_by_context(loaded.config), report)

@@ -5,6 +5,7 @@ written, what is shown and how often text may be repeated do not.
 """
 
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 from flashmorph.identity import has_conversations, identity_of
@@ -95,7 +96,7 @@ def evaluate_settings(run: Run) -> dict[str, Any]:
 
 def ends(run: Run) -> dict[str, Any]:
     """What generated answers depend on besides the model: the tokens that end them."""
-    configs = load_config(run.teacher.folder), run.teacher.generation_config()
+    configs = load_config(run.teacher.folder), SimpleNamespace(**run.teacher.generation())
     return {"end_tokens": end_tokens(run.tokenizer, *configs)}
 
 

@@ -66,13 +66,13 @@ class Teacher:
         """
         return load_tokenizer(self.folder)
 
-    def generation_config(self) -> GenerationConfig | None:
-        """How the teacher's authors generate, or None where they do not say.
+    def generation(self) -> dict[str, Any]:
+        """What generation_config.json says, however transformers judges it; nothing where there is none.
 
         Raises:
-            UserError: generation_config.json is damaged.
+            UserError: it is no JSON.
         """
-        return load_generation(self.folder)
+        return read_generation(self.folder)
 
 
 def open_teacher(name: str) -> Teacher:
@@ -211,6 +211,19 @@ def require_one_head(model: PreTrainedModel, folder: Path) -> None:
         )
 
 
+def read_generation(folder: Path) -> dict[str, Any]:
+    """What generation_config.json in `folder` says, however transformers judges it; nothing where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / GENERATION
+    values = read_json(path) if path.is_file() else {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} cannot be read: it is no JSON object")
+    return values
+
+
 def load_generation(folder: Path) -> GenerationConfig | None:
     """How the authors of the checkpoint in `folder` generate; None where they do not say.
 
@@ -220,12 +233,8 @@ def load_generation(folder: Path) -> GenerationConfig | None:
     Raises:
         UserError: generation_config.json is damaged.
     """
-    path = folder / GENERATION
-    if not path.is_file():
+    if not (values := read_generation(folder)):
         return None
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise UserError(f"{path} cannot be read: it is no JSON object")
     try:
         return GenerationConfig.from_pretrained(folder)
     except Exception:  # Whatever its checks raise.
