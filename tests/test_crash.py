@@ -52,7 +52,7 @@ def test_a_run_writes_into_its_folder_only(tmp_path, teacher_folder, recipe_file
 
 def test_a_run_killed_in_its_first_moments_is_no_foreign_folder(tmp_path):
     """Killed while it wrote the file that marks the folder as a run."""
-    (tmp_path / ".flashmorph.json.0a1b2c3d.part").write_text("{")
+    (tmp_path / ".flashmorph-0123456789abcdef0123456789abcdef.part").write_text("{")
     held = RunFolder(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "flashmorph.json", "stages", "data"}
     del held

@@ -107,7 +107,7 @@ def test_another_host_goes_the_same_way_and_its_settings_make_other_stages(tmp_p
 
 
 def test_the_same_command_again_finds_everything_done(finished, teacher_folder, recipe_file, capsys):
-    leftover = finished / "data" / ".rows.npy.0a1b2c3d.part"
+    leftover = finished / "data" / ".flashmorph-0123456789abcdef0123456789abcdef.part"
     leftover.write_bytes(b"cut short")
     before = {path: path.stat().st_mtime_ns for path in finished.glob("stages/*/*")}
     assert run_command("morph", teacher_folder, "--recipe", recipe_file, "--output", finished, "--json") == 0

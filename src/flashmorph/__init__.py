@@ -10,10 +10,10 @@ As a library:
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from flashmorph.errors import UserError
     from flashmorph.morphable import attach, build
     from flashmorph.move import transplant
@@ -21,11 +21,6 @@ if TYPE_CHECKING:
     from flashmorph.plan import Budget, Plan, Space
     from flashmorph.selection.search import select
     from flashmorph.stages import align, distill, extend
-
-try:
-    __version__ = version("flashmorph")
-except PackageNotFoundError:
-    __version__ = "0+source"
 
 _HOMES = {
     "Budget": "plan",
@@ -60,6 +55,18 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is asked for: the command line answers `--help` without loading torch."""
+    if name == "__version__":
+        return _version()
     if name in _HOMES:
         return getattr(import_module(f"flashmorph.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'flashmorph' has no attribute {name!r}")
+
+
+def _version() -> str:
+    """The version that is installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("flashmorph")
+    except PackageNotFoundError:
+        return "0+source"

@@ -1,5 +1,18 @@
-"""`python -m flashmorph`, the same as `flashmorph`."""
+"""`flashmorph`, and the same as `python -m flashmorph`."""
 
-from flashmorph.cli import main
+from flashmorph.interrupts import Interrupted, leave, listening
 
-main()
+
+def main() -> None:
+    """Run a command, with an ear for Ctrl-C from the first import on. Once interrupted, nothing is waited for."""
+    try:
+        with listening():
+            from flashmorph.cli import main as command
+
+            command()
+    except Interrupted as stop:
+        leave(stop.code)
+
+
+if __name__ == "__main__":
+    main()

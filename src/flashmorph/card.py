@@ -1,5 +1,8 @@
 """The model card of a finished run."""
 
+from typing import Any
+
+import yaml
 from transformers import PreTrainedConfig
 
 import flashmorph
@@ -7,6 +10,7 @@ from flashmorph.evaluation import text_in_words
 from flashmorph.hosts import LINEAR, configure
 from flashmorph.hosts.serving import Engine
 from flashmorph.plan import FULL
+from flashmorph.quoting import code, code_block, encodable, markdown, no_option, python_string, shell_command
 from flashmorph.run import Results, Run
 from flashmorph.teacher import load_config
 
@@ -30,33 +34,29 @@ def model_card(run: Run, results: Results) -> str:
     engines = "\n".join(served_by(engine, config) for engine in host.serves)
     kept, number = len(plan.full_groups), len(plan.assignments)
     selected = any(stage.name == "select" for stage in results.stages)
-    given = "" if selected else " --plan plan.json"
-    # The hub links what has a name there; a folder or an embedded teacher is named in the text.
-    base = f"base_model: {run.teacher.name}\nbase_model_relation: finetune\n" if run.teacher.revision else ""
-    revision = f" at revision `{run.teacher.revision}`" if run.teacher.revision else ""
+    given = [] if selected else ["--plan", "plan.json"]
+    teacher = run.teacher.name
+    words = ["flashmorph", "morph", no_option(teacher), "--recipe", "recipe.yaml", *given, "--output", "FOLDER"]
+    revision = f" at revision {code(run.teacher.revision)}" if run.teacher.revision else ""
     rows = "\n".join(_row(name, score) for name, score in results.scores.items())
-    tasks = ", ".join(run.recipe.tasks)
+    tasks = ", ".join(map(code, run.recipe.tasks))
     text = text_in_words(results.scores["hybrid"].to_dict())
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-{base}tags: [flashmorph, hybrid-attention, {tag}]
----
+    snippet = f"""from transformers import AutoModelForCausalLM
 
-# Hybrid of {run.teacher.name}
+model = AutoModelForCausalLM.from_pretrained({python_string(run.folder.path.resolve().name)})"""
+    return encodable(f"""---
+{_front_matter(run, tag)}---
 
-Made from `{run.teacher.name}`{revision} by flashmorph {flashmorph.__version__}. {kept} of {number} layers keep full
-attention, chosen by `{plan.strategy}` for the budget {plan.budget}: layers {", ".join(map(str, plan.full_layers))}.
+# Hybrid of {markdown(teacher)}
+
+Made from {code(teacher)}{revision} by flashmorph {flashmorph.__version__}. {kept} of {number} layers keep full
+attention, chosen by {code(plan.strategy)} for the budget {plan.budget}: layers {", ".join(map(str, plan.full_layers))}.
 
 `{plan.strip()}` (■ full attention, □ {mixer})
 
 An ordinary `{host.name}` checkpoint. Nothing of flashmorph's is needed to use it:
 
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{run.folder.path.name}")
-```
+{code_block(snippet, "python")}
 
 | model | recall | 95 % interval | perplexity | cache at 128K tokens |
 |---|---|---|---|---|
@@ -76,9 +76,19 @@ took, on one page; its figures lie in `figures/`.
 On a machine without a GPU, leave flash-linear-attention and mamba-ssm uninstalled (or Triton): transformers picks its
 kernels where they can be imported, and they do not run there.
 
-Made with `flashmorph morph {run.teacher.name} --recipe recipe.yaml{given} --output FOLDER`; `recipe.yaml`, `plan.json`
-and `results.json` lie beside this file.
-"""
+Made with the following command; `recipe.yaml`, `plan.json` and `results.json` lie beside this file.
+
+{code_block(shell_command(words), "sh")}
+""")
+
+
+def _front_matter(run: Run, tag: str) -> str:
+    """What the hub reads. It links a base model that has a name there; others are named in the text."""
+    values: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if run.teacher.revision:
+        values |= {"base_model": run.teacher.name, "base_model_relation": "finetune"}
+    values |= {"tags": ["flashmorph", "hybrid-attention", tag]}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)
 
 
 def served_by(engine: Engine, config: PreTrainedConfig) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from flashmorph.interrupts import template_limit
+
 CHAT_COLUMNS = ("messages", "conversations")
 """Where a row's conversation is looked for, in this order."""
 TOOLS_COLUMN = "tools"
@@ -72,6 +74,7 @@ def spoken(messages: list[Message]) -> str:
     return "\n\n".join(said for message in messages for said in _said(message))
 
 
+@template_limit
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], replies_only: bool, tools: Any = None
 ) -> tuple[list[int], list[bool]]:
@@ -85,6 +88,7 @@ def encode_chat(
 
     Raises:
         Unfit: the template refuses the conversation, there is more than text in it, or a reply cannot be found.
+        UserError: the template does not come to an end.
     """
     try:
         _check(messages, tools)

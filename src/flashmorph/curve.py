@@ -7,10 +7,11 @@ from typing import Any
 
 from flashmorph import ranks
 from flashmorph.errors import UserError
-from flashmorph.files import atomic_path, read_json, write_json
+from flashmorph.files import read_json, write_json
 from flashmorph.hosts import cache_by_context
 from flashmorph.judge import recall_of_plan
 from flashmorph.morphable import Morphable
+from flashmorph.outputs import save_picture
 from flashmorph.plan import Budget, Plan, Space
 from flashmorph.progress import Report
 from flashmorph.run import Run
@@ -148,6 +149,5 @@ def draw_curve(curve: Curve, within: float, path: Path) -> None:
     for panel in (top, bottom):
         panel.grid(alpha=0.3)
     figure.tight_layout()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    save_picture(figure, path, dpi=150)
     plt.close(figure)

@@ -18,6 +18,7 @@ from flashmorph.errors import UserError
 from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.hosts import host_of, options_of
 from flashmorph.hosts.serving import Gguf, full_interval
+from flashmorph.outputs import claim_output
 from flashmorph.plan import FULL
 from flashmorph.runfolder import MARKER
 from flashmorph.teacher import load_config
@@ -40,10 +41,10 @@ def export_gguf(
         UserError: llama.cpp does not run such a hybrid; the file exists and `force` is not set; the converter is
             missing, too old, or fails; what it wrote has other layers than the hybrid.
     """
+    claim_output(target, None, force)
     config = _config_of(folder)
     form, options = gguf_form(folder, config)
     weight_files(folder)
-    _claim(target, force)
     require_converter(llama_cpp, form, options)
     with TemporaryDirectory() as place, atomic_path(target) as file:
         source = Path(place) / (folder.resolve().name or "model")
@@ -84,13 +85,6 @@ def gguf_form(folder: Path, config: PreTrainedConfig) -> tuple[Gguf, tuple[str, 
     raise UserError(
         f"{host.name}, the class of {folder}, is not known to run in llama.cpp; `flashmorph hosts` says what runs it"
     )
-
-
-def _claim(target: Path, force: bool) -> None:
-    if target.is_dir():
-        raise UserError(f"{target} is a folder; give the name of a file, for example {target / 'hybrid.gguf'}")
-    if target.exists() and not force:
-        raise UserError(f"{target} is already there; give another file, or --force to replace it")
 
 
 def require_converter(llama_cpp: Path, form: Gguf, options: Sequence[str]) -> None:

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -13,22 +15,29 @@ from uuid import uuid4
 
 from flashmorph.errors import UserError, quoted
 
-PART = ".part"
-"""How the name of a file ends that is being written."""
+_TEMPORARY = re.compile(r"\.flashmorph-[0-9a-f]{32}\.part")
+_SPECIAL = {
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 @contextmanager
 def atomic_path(target: Path, over_folder: bool = False) -> Iterator[Path]:
     """A temporary path (file or folder, the caller's choice) beside `target` that takes its place on success.
 
-    An existing file is replaced; an existing folder only with `over_folder`.
+    An existing file is replaced, and a link, whose target stays; of folders an empty one, and any with `over_folder`.
 
     Raises:
-        UserError: the place cannot be written, or the disk is full.
+        UserError: the place cannot be written, is a device, a pipe or a socket, or the disk is full.
     """
     target = Path(target)
-    temporary = target.parent / f".{target.name}.{uuid4().hex[:8]}{PART}"
+    # Without the target's name: that may be as long as the file system allows.
+    temporary = target.parent / f".flashmorph-{uuid4().hex}.part"
     try:
+        refuse_special(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         if over_folder and target.is_dir():
@@ -44,6 +53,27 @@ def atomic_path(target: Path, over_folder: bool = False) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         elif temporary.exists():
             temporary.unlink()
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether `path` has the name of what is being written, or was when its process was killed."""
+    return bool(_TEMPORARY.fullmatch(path.name))
+
+
+def refuse_special(path: Path) -> os.stat_result | None:
+    """What stands at `path`, links not followed; None where nothing does.
+
+    Raises:
+        UserError: it is a device, a pipe or a socket.
+        OSError: it cannot be looked at.
+    """
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return None
+    if kind := _SPECIAL.get(stat.S_IFMT(found.st_mode)):
+        raise UserError(f"{path} is {kind}; give the name of a file")
+    return found
 
 
 def write_json(target: Path, value: Any) -> None:

@@ -91,7 +91,7 @@ def morph(run: Run) -> Results:
         folder, model = run.folder.path, hybrid["extend"].folder
         card = model_card(run, results)
         publish(folder, model, run.teacher.folder, plan, results.to_dict(), run.recipe, card)
-        write_report(folder)
+        write_report(folder, force=True)  # A run's own folder holds what runs publish.
 
     ranks.first(leave_behind)
     return results

@@ -12,7 +12,6 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from flashmorph import ranks
 from flashmorph.checkpoint import CONFIG, GENERATION, checkpoint_files, travelling_files
-from flashmorph.errors import UserError
 from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.hosts import host_of
 from flashmorph.layerwise import transplant_checkpoint
@@ -182,13 +181,3 @@ def replace_checkpoint(folder: Path, source: Path, teacher: Path) -> None:
         for path in checkpoint_files(folder):
             if path.relative_to(folder) not in files:
                 path.unlink()
-
-
-def claim_empty(folder: Path) -> None:
-    """Refuse a place that holds anything.
-
-    Raises:
-        UserError: it is a file, or a folder with something in it.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} already holds something; give a folder that is new or empty")

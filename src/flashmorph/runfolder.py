@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 import flashmorph
 from flashmorph import ranks
 from flashmorph.errors import UserError
-from flashmorph.files import PART, atomic_path, read_json, write_json
+from flashmorph.files import atomic_path, is_temporary, read_json, write_json
 from flashmorph.versions import versions
 from flashmorph.wholeness import CHECKPOINTS, damage, listing
 
@@ -30,6 +30,8 @@ MARKER = "flashmorph.json"
 RECIPE = "recipe.yaml"
 """What the folder's stages were told: of what is published there, or else of the last command that made some."""
 STAGES = "stages"
+_WRITTEN = (STAGES, "data", "compare", "figures")
+"""The folders in a run's folder that runs write into."""
 _PARTIAL = ".partial"
 _RECORD, _SPENT = "stage.json", "spent.json"
 
@@ -41,7 +43,13 @@ def digest_of(value: Any) -> str:
 
 def _holds_anything(folder: Path) -> bool:
     """Whether there is more in a folder than what a run leaves that was killed in its first moments."""
-    return any(not path.name.endswith(PART) for path in folder.iterdir())
+    return any(not is_temporary(path) for path in folder.iterdir())
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    """What a killed run was writing: by the exact form of its name, and only where runs write."""
+    below = [path for name in _WRITTEN for path in (folder / name).rglob("*")]
+    return [path for path in (*folder.iterdir(), *below) if is_temporary(path)]
 
 
 @dataclass(frozen=True)
@@ -89,11 +97,11 @@ class RunFolder:
                 if finished.parent.suffix != _PARTIAL:
                     shutil.rmtree(finished.parent / CHECKPOINTS, ignore_errors=True)
             # Of a run that was killed while it wrote; what it can go on from has other names.
-            for leftover in path.rglob(f".*{PART}"):
-                if leftover.is_dir():
+            for leftover in _leftovers(path):
+                if leftover.is_dir() and not leftover.is_symlink():
                     shutil.rmtree(leftover, ignore_errors=True)
                 else:
-                    leftover.unlink()
+                    leftover.unlink(missing_ok=True)
         except Timeout as error:
             raise UserError(f"another run is at work in {path}: wait for it, or give another --output") from error
         except OSError as error:

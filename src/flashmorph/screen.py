@@ -1,18 +1,25 @@
 """What a person sees: a line a stage, a progress bar with loss and time left, one table and the plan at the end."""
 
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from flashmorph.evaluation import shortage
 from flashmorph.plan import FULL
 from flashmorph.progress import Report
 from flashmorph.run import Results
 from flashmorph.runfolder import Stage
+from flashmorph.terminal import harmless
 from flashmorph.versions import made_with
+
+_SILENT_SECONDS = 60.0
+"""After how long without news a stage says that it is still at work; each time it waits twice as long."""
 
 
 class RichScreen:
@@ -23,30 +30,53 @@ class RichScreen:
 
     @contextmanager
     def stage(self, name: str, about: str) -> Iterator[Report]:
-        """A bar that disappears when the stage ends."""
+        """A bar that disappears when the stage ends, and a line where it stands still."""
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            bar = progress.add_task(f"{name:<10} {about}", total=None, figures="")
+            bar = progress.add_task(harmless(f"{name:<10} {about}"), total=None, figures="")
+
+            news = [time.monotonic()]
 
             def report(done: float, total: float, **figures: float) -> None:
+                news[0] = time.monotonic()
                 shown = " ".join(f"{label} {value:.3f}" for label, value in figures.items())
                 progress.update(bar, completed=done, total=total, figures=shown)
 
-            yield report
+            with self._telling_of_silence(name, news):
+                yield report
+
+    @contextmanager
+    def _telling_of_silence(self, name: str, news: list[float]) -> Iterator[None]:
+        """What a stage runs may be a stranger's (a tokenizer, a chat template), and take as long as it likes."""
+        over = threading.Event()
+
+        def watch() -> None:
+            patience = _SILENT_SECONDS
+            while not over.wait(max(0.0, news[0] + patience - time.monotonic())):
+                if (silent := time.monotonic() - news[0]) >= patience:
+                    self.say(f"{name}: still at work, without news for {silent:,.0f} s; Ctrl-C ends it")
+                    patience *= 2
+
+        threading.Thread(target=watch, daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
 
     def done(self, stage: Stage, about: str, figures: str) -> None:
         """One line: what, how it came out, how long it took, or with which other versions it was done before."""
         time = f"{stage.record['seconds']:.0f} s"
         if stage.reused:
             time = " with ".join(filter(None, ("done before", made_with(stage.record))))
-        self.console.print(f"[bold]{stage.name:<10}[/] {about} · {figures} · {time}", highlight=False, soft_wrap=True)
+        line = Text.assemble((f"{stage.name:<10}", "bold"), harmless(f" {about} · {figures} · {time}"))
+        self.console.print(line, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """A line."""

@@ -5,6 +5,10 @@ What is slow to import is imported inside the commands: `--help` answers at once
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.text import Text
 
 from flashmorph.cli import path  # noqa: F401
 
@@ -14,9 +18,13 @@ from flashmorph.cli import bench, choose, costs, evaluate, export, look, referee
 from flashmorph.cli.app import app
 from flashmorph.cli.options import ERR
 from flashmorph.errors import OutOfMemory, UserError
+from flashmorph.interrupts import SENTENCE, Interrupted, listening
+from flashmorph.terminal import harmless, stand_in_for_what_cannot_be_shown
 
 _SHARED = ("morph", "align", "select", "build", "distill", "extend")
 """Commands that several processes run together."""
+_LONGEST_WORD = 160
+_CTRL_C = 130
 
 
 def main() -> None:
@@ -25,22 +33,62 @@ def main() -> None:
     processes, is_first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
     if not is_first:
         sys.stdout = open(os.devnull, "w")
+    stand_in_for_what_cannot_be_shown()
+    with listening():
+        try:
+            _refuse_undecodable(sys.argv[1:])
+            with _as_sentences():
+                _run(processes)
+        except UserError as error:
+            if is_first or isinstance(error, OutOfMemory):
+                ERR.print(Text.assemble(("error:", "bold red"), " ", _one_line(str(error))), soft_wrap=True)
+            sys.exit(2)
+        except Interrupted:
+            raise
+        except SystemExit as stop:
+            # typer's word for a KeyboardInterrupt that a library raised.
+            if stop.code == _CTRL_C and is_first:
+                ERR.print(SENTENCE)
+            raise
+
+
+def _run(processes: int) -> None:
+    if processes > 1 and sys.argv[1:] and sys.argv[1] not in _SHARED and "--help" not in sys.argv:
+        raise UserError(f"{processes} processes can share {', '.join(_SHARED)}; run this without torchrun")
+    app()
+
+
+@contextmanager
+def _as_sentences() -> Iterator[None]:
+    """What a file system says of a path (its name is too long, a folder may not be entered), and panics of libraries.
+
+    Those that read tokenizers and weights are written in Rust, whose panics are no `Exception`.
+    """
     try:
-        if processes > 1 and sys.argv[1:] and sys.argv[1] not in _SHARED and "--help" not in sys.argv:
-            raise UserError(f"{processes} processes can share {', '.join(_SHARED)}; run this without torchrun")
-        app()
-    except UserError as error:
-        if is_first or isinstance(error, OutOfMemory):
-            ERR.print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        if is_first:
-            ERR.print("interrupted; the same command again goes on from here")
-        sys.exit(130)
+        yield
+    except OSError as error:
+        if not isinstance(error.filename, str | os.PathLike):
+            raise
+        raise UserError(f"{error.filename} cannot be used: {error.strerror}") from error
+    except BaseException as error:
+        if type(error).__module__ != "pyo3_runtime":
+            raise
+        raise UserError(f"a tokenizer or its text is more than its library can do, which says: {error}") from error
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.replace("[", r"\[").split())
+def _refuse_undecodable(arguments: list[str]) -> None:
+    """What weights and tokenizers are read with takes names in UTF-8 only."""
+    for argument in arguments:
+        if any("\ud800" <= char <= "\udfff" for char in argument):
+            raise UserError(f"{argument} is no text in the encoding of this system, {sys.getfilesystemencoding()}")
+
+
+def _one_line(text: str) -> str:
+    """A sentence, the endless words in it cut in their middle."""
+    half = _LONGEST_WORD // 2
+    return " ".join(
+        f"{word[:half]}…{word[-half:]}" if len(word) > _LONGEST_WORD else word for word in harmless(text).split()
+    )
 
 
 __all__ = ["app", "main"]

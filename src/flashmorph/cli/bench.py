@@ -11,6 +11,7 @@ from flashmorph.cli.evaluate_tables import new_table
 from flashmorph.cli.options import ERR, OUT, DeviceOption, JsonOption, UnusedOption, numbers, quiet
 from flashmorph.errors import UserError
 from flashmorph.files import short_names
+from flashmorph.terminal import bold
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _MS = 1e3
@@ -93,7 +94,7 @@ def _times(figures: dict[str, Any], labels: dict[str, str], kind: str, title: st
     first = next(iter(labels.values()))
     table = new_table(title, "tokens", "median", "quartiles", f"of {first}'s", "", "of the limit")
     for place, length in enumerate(figures["settings"]["lengths"]):
-        table.add_row(f"[bold]{length:,}[/]")
+        table.add_row(bold(f"{length:,}"))
         for name, each in figures["models"].items():
             row = each[kind]["by_length"][place]
             low, high = (_MS * end for end in row["quartiles"])
@@ -111,7 +112,7 @@ def _sizes(figures: dict[str, Any], labels: dict[str, str]) -> Table:
     first = next(iter(labels.values()))
     table = new_table("memory, MiB", "tokens", "cache", "by arithmetic", f"of {first}'s", "peak above the weights")
     for place, length in enumerate(figures["settings"]["lengths"]):
-        table.add_row(f"[bold]{length:,}[/]")
+        table.add_row(bold(f"{length:,}"))
         for name, each in figures["models"].items():
             cache, peak = each["cache"][place], each["peak_memory"][place]["bytes"]
             ratio = f"x {cache['of_first']:.3f}" if "of_first" in cache else ""

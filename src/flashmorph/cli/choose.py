@@ -12,6 +12,7 @@ from flashmorph.cli.options import (
     OUT,
     BudgetOption,
     DeviceOption,
+    ForceOption,
     JsonOption,
     Options,
     RecipeOption,
@@ -22,6 +23,10 @@ from flashmorph.cli.options import (
     open_run,
 )
 from flashmorph.errors import UserError
+from flashmorph.files import write_json
+from flashmorph.outputs import PICTURE, claim_output, json_of, made_by
+
+_CURVE = "select --curve"
 
 
 class _ListsStrategies(TyperCommand):
@@ -54,6 +59,7 @@ def select(
     max_plans: Annotated[int | None, typer.Option(help="With `exhaustive`: how many plans may be run.")] = None,
     changes: SetOption = None,
     allow_unused: UnusedOption = False,
+    force: ForceOption = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -68,6 +74,7 @@ def select(
     from flashmorph import pipeline, ranks
 
     share = _share(within)
+    _claim(output, curve, force)
     if max_plans is not None:
         changes = [*(changes or []), f"select.settings.max_plans={max_plans}"]
     options = Options(
@@ -92,13 +99,25 @@ def select(
         return
     plan = pipeline.run_select(run, host, branches)
     if ranks.is_first():
-        plan.save(output)
+        write_json(output, {**made_by("select"), **plan.to_dict()})
     if as_json:
         print(json.dumps(plan.to_dict(), indent=2))
         return
-    OUT.print(f"{plan.strip()}  layers {', '.join(map(str, plan.full_layers))} stay full; written: {output}")
+    OUT.print(
+        f"{plan.strip()}  layers {', '.join(map(str, plan.full_layers))} stay full; written: {output}", soft_wrap=True
+    )
     if plan.strategy == "tolerance":
         _show_tolerance(run, plan)
+
+
+def _claim(output: Path, curve: bool, force: bool) -> None:
+    """Refuse files that are not ours to replace, the curve's picture as well."""
+    claim_output(output, json_of(_CURVE if curve else "select"), force)
+    if not curve:
+        return
+    if output.suffix == ".png":
+        raise UserError(f"{output} would be the curve's picture; give the name of a JSON file, the picture lies beside")
+    claim_output(output.with_suffix(".png"), PICTURE, force)
 
 
 def _share(text: str) -> float:
@@ -118,14 +137,13 @@ def _show_curve(run: Any, host: Any, branches: Any, questions: int, share: float
 
     from flashmorph import ranks
     from flashmorph.curve import draw_curve, run_curve
-    from flashmorph.files import write_json
 
     curve = run_curve(run, host, branches, questions)
     enough = curve.smallest_within(share)
     values = {**curve.to_dict(), "within": share, "smallest_within": len(enough.full)}
     picture = output.with_suffix(".png")
     if ranks.is_first():
-        write_json(output, values)
+        write_json(output, {**made_by(_CURVE), **values})
         draw_curve(curve, share, picture)
     if as_json:
         print(json.dumps(values, indent=2))

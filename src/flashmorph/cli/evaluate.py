@@ -15,6 +15,7 @@ from flashmorph.cli.options import (
     OUT,
     DataOption,
     DeviceOption,
+    ForceOption,
     JsonOption,
     Options,
     SetOption,
@@ -25,6 +26,7 @@ from flashmorph.cli.options import (
     recipe_of,
 )
 from flashmorph.errors import UserError
+from flashmorph.outputs import PAGE, claim_output
 
 _STYLES = ("lines", "ruler")
 
@@ -80,6 +82,7 @@ def evaluate(
     data: DataOption = None,
     changes: SetOption = None,
     allow_unused: UnusedOption = False,
+    force: ForceOption = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -93,14 +96,15 @@ def evaluate(
     """
     from flashmorph.devices import pick_device
     from flashmorph.evaluation.harness import Harness
-    from flashmorph.report import keep, require_finished, write_report
+    from flashmorph.report import PAGE_NAME, claim_kept, keep, write_report
     from flashmorph.screen import RichScreen
     from flashmorph.sidebyside import Wanted, compare_models, fit_to_models, homes
     from flashmorph.teacher import EMBEDDED, locate
 
     quiet()
     if report:
-        require_finished(report)
+        claim_kept(report, "evaluate", force)
+        claim_output(report / PAGE_NAME, PAGE, force)
     options = Options("", Path(), recipe, None, changes, data, recipe_of=(report,) if report else homes(models))
     kept = options.kept_recipe
     chosen = recipe or kept or ("demo" if any(name in EMBEDDED for name in models) else None)
@@ -125,7 +129,7 @@ def evaluate(
     figures = compare_models(models, wanted, pick_device(device), RichScreen(ERR))
     if report:
         keep(report, "evaluate", {"models": figures}, {name: locate(name)[0] for name in figures})
-        write_report(report)
+        write_report(report, force=force)
     if as_json:
         print(json.dumps(figures, indent=2))
         return

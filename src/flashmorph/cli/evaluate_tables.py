@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flashmorph.files import short_names
+from flashmorph.terminal import bold
 
 Figures = dict[str, Any]
 
@@ -112,7 +113,7 @@ def _grid(figures: Figures, labels: dict[str, str], first: str, length: int) -> 
     columns = [*(f"{100 * cell['depth']:.0f}" for cell in depths), "all", "", f"minus {labels[first]}"]
     table = new_table(f"recall at {length:,} tokens by depth of the needle, %", "depth, %", *columns)
     for task in dict.fromkeys(task for rows in found.values() for task in rows):
-        table.add_row(f"[bold]{task}[/]")
+        table.add_row(bold(task))
         for name, rows in found.items():
             if task not in rows:
                 continue
@@ -149,7 +150,7 @@ def tokens(classes: list[Figures], label: str, first: str) -> Table:
     total, group = classes[0]["tokens"], None
     for each in classes:
         if each["group"] != group and each["group"] != "all":
-            table.add_row(f"[bold]{each['group']}[/]")
+            table.add_row(bold(each["group"]))
         group = each["group"]
         low, high = (f"{end:+.3f}" for end in each["interval"]) if each["interval"] else ("", "")
         share = f"{100 * each['tokens'] / total:.1f} %"
@@ -194,7 +195,7 @@ def _grouped(
         return table
     table = new_table(title, "", *columns)
     for name, row in rows.items():
-        table.add_row(f"[bold]{name}[/]")
+        table.add_row(bold(name))
         for model, each in figures.items():
             table.add_row(f"  {labels[model]}", *row(each))
     return table

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from flashmorph.cli.app import app
 from flashmorph.cli.options import ERR, OUT, quiet
+from flashmorph.terminal import harmless
 
 
 @app.command()
@@ -33,7 +35,7 @@ def export(
     from flashmorph.plan import FULL
 
     quiet()
-    with ERR.status(f"converting {run}"):
+    with ERR.status(Text(harmless(f"converting {run}"))):
         options = export_gguf(run, gguf, llama_cpp, dtype, force)
     full = ", ".join(str(layer) for layer, option in enumerate(options) if option == FULL)
     OUT.print(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flashmorph.cli.app import app
-from flashmorph.cli.options import ERR, OUT, DeviceOption, JsonOption, UnusedOption, quiet
+from flashmorph.cli.options import ERR, OUT, DeviceOption, ForceOption, JsonOption, UnusedOption, quiet
 
 
 @app.command()
@@ -82,6 +82,7 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The page; PNG figures go into `figures` beside it.")
     ] = None,
+    force: ForceOption = False,
 ) -> None:
     """One page of what a run kept, lost and won: report.html in the run, one file that needs no network.
 
@@ -93,7 +94,7 @@ def report(
     """
     from flashmorph.report import write_report
 
-    written = write_report(run, output)
+    written = write_report(run, output, force)
     OUT.print(f"written: {written} and {written.parent / 'figures'}", highlight=False, soft_wrap=True)
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from flashmorph.errors import UserError
+from flashmorph.terminal import Terminal
 
-OUT, ERR = Console(), Console(stderr=True)
+OUT, ERR = Terminal(), Terminal(stderr=True)
 EVERY_STAGE = ("align", "select", "distill", "extend", "evaluate")
 """The stages of the path that read text or ask questions."""
 
@@ -42,6 +42,10 @@ UnusedOption = Annotated[
 StrategyOption = Annotated[str | None, typer.Option(help="How layers are chosen.")]
 PlanOption = Annotated[Path | None, typer.Option(help="Build this plan instead of selecting one.")]
 LayersOption = Annotated[str | None, typer.Option(help="Keep these layers full instead of selecting: `1,2,6`.")]
+ForceOption = Annotated[
+    bool,
+    typer.Option("--force", help="Also replace files that are not flashmorph's; never links, folders, devices."),
+]
 DeviceOption = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `mps`.")]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the results as JSON on stdout, and nothing else there.")

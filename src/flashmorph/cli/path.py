@@ -4,6 +4,7 @@ import json
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from flashmorph.cli.app import app
 from flashmorph.cli.options import (
@@ -32,6 +33,7 @@ from flashmorph.cli.options import (
     recipe_of,
 )
 from flashmorph.errors import UserError
+from flashmorph.terminal import harmless
 
 
 @app.command()
@@ -119,13 +121,14 @@ def transplant(
     """
     from flashmorph.devices import pick_device
     from flashmorph.hosts import configure
+    from flashmorph.outputs import claim_folder
     from flashmorph.progress import silent
-    from flashmorph.publish import claim_empty, write_host
+    from flashmorph.publish import write_host
     from flashmorph.recipe import parse_changes
     from flashmorph.teacher import load_config, open_teacher
 
     quiet()
-    claim_empty(output)
+    claim_folder(output)
     source = open_teacher(teacher)
     source.tokenizer()
     given = parse_changes(changes or [])
@@ -133,9 +136,7 @@ def transplant(
         raise UserError(f"--set {other[0]}: transplant has settings of the host only, --set host.NAME=VALUE")
     settings = {key.removeprefix("host."): value for key, value in given.items()}
     host, config = configure(load_config(source.folder), settings)
-    with ERR.status(f"moving {teacher}"):
-        if output.is_dir():
-            output.rmdir()
+    with ERR.status(Text(harmless(f"moving {teacher}"))):
         record = write_host(source, output, settings, pick_device(device), silent, allow_unused)
     for notice in filter(None, (source.note, *record["notices"])):
         ERR.print(notice, highlight=False, soft_wrap=True)

@@ -12,6 +12,7 @@ from flashmorph.cli.options import (
     OUT,
     DataOption,
     DeviceOption,
+    ForceOption,
     FromOption,
     JsonOption,
     Options,
@@ -23,6 +24,7 @@ from flashmorph.cli.options import (
     open_run,
 )
 from flashmorph.errors import UserError
+from flashmorph.outputs import PICTURE, claim_output, json_of, made_by
 
 
 @app.command()
@@ -49,6 +51,7 @@ def compare(
     others: FromOption = None,
     changes: SetOption = None,
     allow_unused: UnusedOption = False,
+    force: ForceOption = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -67,6 +70,10 @@ def compare(
     from flashmorph.referee.figures import draw_regret
     from flashmorph.referee.summary import summarise
 
+    folder = output / "compare"
+    file, picture = folder / "compare.json", folder / "regret.png"
+    claim_output(file, json_of("compare"), force)
+    claim_output(picture, PICTURE, force)
     places = tuple(others or ())
     options = Options(
         teacher,
@@ -99,16 +106,15 @@ def compare(
     )
     if strategies != "all":
         settings = settings.model_copy(update={"strategies": tuple(name.strip() for name in strategies.split(","))})
-    folder = output / "compare"
     summary = summarise(judge(run, settings, folder))
-    write_json(folder / "compare.json", summary)
-    draw_regret(summary, folder / "regret.png")
+    write_json(file, {**made_by("compare"), **summary})
+    draw_regret(summary, picture)
     if as_json:
         print(json.dumps(summary, indent=2))
         return
     for table in tables(summary):
         OUT.print(table)
-    OUT.print(f"written: {folder / 'compare.json'} and regret.png", highlight=False, soft_wrap=True)
+    OUT.print(f"written: {file} and {picture.name}", highlight=False, soft_wrap=True)
 
 
 def tables(summary: dict) -> list[Table]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import matplotlib
 
-from flashmorph.files import atomic_path
+from flashmorph.outputs import save_picture
 from flashmorph.selection import DEFAULT_STRATEGY
 
 matplotlib.use("Agg")
@@ -44,6 +44,5 @@ def draw_regret(summary: dict[str, Any], path: Path) -> None:
     figure.tight_layout()
     lines, names = panels[0][-1].get_legend_handles_labels()
     figure.legend(lines, names, fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 0.0))
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png", bbox_inches="tight")
+    save_picture(figure, path, dpi=150, bbox_inches="tight")
     plt.close(figure)

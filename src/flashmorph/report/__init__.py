@@ -1,6 +1,6 @@
 """One page that tells what a run kept, lost and won. It reads files of the run and opens no model."""
 
-from flashmorph.report.kept import keep, require_finished
-from flashmorph.report.write import write_report
+from flashmorph.report.kept import claim_kept, keep, require_finished
+from flashmorph.report.write import PAGE_NAME, write_report
 
-__all__ = ["keep", "require_finished", "write_report"]
+__all__ = ["PAGE_NAME", "claim_kept", "keep", "require_finished", "write_report"]

@@ -1,6 +1,6 @@
 """Charts as data. Two hands draw them: `interactive.py` for the page, `still.py` for papers.
 
-Every panel must name both of its axes.
+Every panel must name both of its axes. Texts are plain, with line breaks: each hand quotes them for what it writes.
 """
 
 from collections.abc import Sequence

@@ -2,11 +2,14 @@
 
 import json
 import math
+from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
 
 from flashmorph.report.charts import Dots, Heat, Lines, Panel, Series
+from flashmorph.terminal import harmless
 
 _ROW = 30
 _HEIGHT = 330
@@ -32,6 +35,11 @@ def spec(panel: Panel) -> dict[str, Any]:
     figure.update_yaxes(title={"text": panel.y_label, "standoff": 8}, automargin=True, fixedrange=True, zeroline=False)
     _AXES[type(panel)](figure, panel)
     return json.loads(figure.to_json() or "{}")
+
+
+def _plain(texts: Sequence[str]) -> list[str]:
+    """As plotly shows them: it reads a few tags in every text."""
+    return [escape(harmless(text), quote=False).replace("\n", "<br>") for text in texts]
 
 
 def _height(panel: Panel) -> int:
@@ -62,11 +70,11 @@ def _scatter(series: Series, mode: str, error_axis: str, values: list[float]) ->
     return go.Scatter(
         x=list(series.x),
         y=list(series.y),
-        name=series.name,
+        name=_plain([series.name])[0],
         mode=mode,
         line={"color": look.colour, "width": 1.8, "dash": "dash" if look.dashed else "solid"},
         marker={"color": look.colour, "symbol": symbol, "size": 8, "line": {"width": 1.6, "color": look.colour}},
-        text=list(series.hover) if series.hover else None,
+        text=_plain(series.hover) if series.hover else None,
         hovertemplate="%{text}<br>%{x:.4g}, %{y:.4g}<extra></extra>" if series.look.mark is None else None,
         hoverinfo="text" if series.hover else "x+y+name",
         **{error_axis: _error(series, values)},
@@ -102,7 +110,7 @@ def _dots(panel: Dots) -> list[go.Scatter]:
 
 def _dot_axes(figure: go.Figure, panel: Dots) -> None:
     count = len(panel.categories)
-    figure.update_yaxes(tickvals=list(range(count)), ticktext=panel.categories, range=[count - 0.5, -0.5])
+    figure.update_yaxes(tickvals=list(range(count)), ticktext=_plain(panel.categories), range=[count - 0.5, -0.5])
     figure.update_xaxes(nticks=5, tickangle=0)
     if panel.x_range:
         low, high = panel.x_range
@@ -115,11 +123,11 @@ def _heat(panel: Heat) -> list[go.Heatmap]:
     return [
         go.Heatmap(
             z=panel.values,
-            x=panel.columns,
-            y=panel.rows,
+            x=_plain(panel.columns),
+            y=_plain(panel.rows),
             text=text,
             texttemplate="%{text}",
-            customdata=panel.hover,
+            customdata=[_plain(row) for row in panel.hover],
             hovertemplate="%{customdata}<extra></extra>",
             hoverongaps=False,
             zmin=0,

@@ -7,6 +7,7 @@ from typing import Any
 from flashmorph.digests import tokenizer_digest, weights_digest
 from flashmorph.errors import UserError
 from flashmorph.files import read_json, short_names, write_json
+from flashmorph.outputs import claim_output, json_of, made_by
 from flashmorph.plan import Plan
 from flashmorph.runfolder import MARKER
 
@@ -27,8 +28,18 @@ def keep(run: Path, kind: str, found: dict[str, Any], folders: Mapping[str, Path
     models = {labels[name]: figures for name, figures in found["models"].items()}
     weights = {labels[name]: _judged(folder) for name, folder in folders.items()}
     path = run / f"{kind}.json"
-    write_json(path, {**found, "models": models, "weights": weights})
+    write_json(path, {**made_by(kind), **found, "models": models, "weights": weights})
     return path
+
+
+def claim_kept(run: Path, kind: str, force: bool) -> None:
+    """Refuse what `keep` would have to replace and must not.
+
+    Raises:
+        UserError: `run` is no finished run; or see `outputs.claim_output`.
+    """
+    require_finished(run)
+    claim_output(run / f"{kind}.json", json_of(kind), force)
 
 
 def kept(run: Path, kind: str) -> tuple[dict[str, Any] | None, str]:

@@ -7,6 +7,7 @@ from importlib.resources import files
 
 from plotly.offline import get_plotlyjs
 
+from flashmorph.outputs import signature
 from flashmorph.report.charts import Chart, Series
 from flashmorph.report.interactive import spec
 
@@ -27,12 +28,13 @@ def page(title: str, head: str, sections: list[Section]) -> str:
         blocks = [_figure(block, figures) if isinstance(block, Chart) else block for block in section.blocks if block]
         if blocks:
             body.append(f"<section><h2>{escape(section.title)}</h2>{''.join(blocks)}</section>")
-    # `</` would end the script in which the figures lie.
-    data = json.dumps(figures).replace("</", "<\\/")
+    # Nothing in a script's text may look like a tag: `</script` and `<!--` change where it ends.
+    data = json.dumps(figures).replace("<", "\\u003c")
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="generator" content="{escape(signature())}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title>
 <link rel="icon" href="data:,">

@@ -92,7 +92,7 @@ def _grid(found: dict[str, Any], tasks: list[str], length: int) -> Chart:
             places = [*(f"depth {100 * depth:.0f} %" for depth in depths), "all depths"]
             hover.append(
                 [
-                    f"{label(name)}<br>{task}, {place}<br>{_figure(cell)}" if cell else ""
+                    f"{label(name)}\n{task}, {place}\n{_figure(cell)}" if cell else ""
                     for place, cell in zip(places, shown, strict=True)
                 ]
             )

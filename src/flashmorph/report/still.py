@@ -1,12 +1,14 @@
 """Charts as PNG, for papers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
-from flashmorph.files import atomic_path
+from flashmorph.outputs import save_picture
 from flashmorph.report.charts import Chart, Dots, Heat, Lines, Panel, Series
+from flashmorph.terminal import harmless
 
 matplotlib.use("Agg")
 
@@ -36,13 +38,21 @@ def draw(chart: Chart, path: Path) -> None:
             _draw(axis, chart.panels[place])
         else:
             axis.set_axis_off()
-    figure.suptitle(chart.title, fontsize=11)
+    figure.suptitle(_plain(chart.title), fontsize=11)
     if legend := chart.legend:
         handles = [_handle(series) for series in legend]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(legend), 2 * columns), fontsize=7)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=_DPI, format="png")
+    save_picture(figure, path, dpi=_DPI)
     plt.close(figure)
+
+
+def _plain(text: str) -> str:
+    """Without formulas: matplotlib reads what stands between two dollars as one."""
+    return harmless(text).replace("$", r"\$")
+
+
+def _plain_all(texts: Sequence[str]) -> list[str]:
+    return [_plain(text) for text in texts]
 
 
 def _height(panel: Panel) -> float:
@@ -55,7 +65,7 @@ def _height(panel: Panel) -> float:
 
 def _draw(axis: Any, panel: Panel) -> None:
     axis.set(xlabel=panel.x_label, ylabel=panel.y_label)
-    axis.set_title(panel.title, fontsize=9)
+    axis.set_title(_plain(panel.title), fontsize=9)
     if isinstance(panel, Heat):
         _heat(axis, panel)
         return
@@ -65,7 +75,7 @@ def _draw(axis: Any, panel: Panel) -> None:
     if isinstance(panel, Lines):
         _line_axes(axis, panel)
     else:
-        axis.set_yticks(range(len(panel.categories)), panel.categories)
+        axis.set_yticks(range(len(panel.categories)), _plain_all(panel.categories))
         axis.set_ylim(len(panel.categories) - 0.5, -0.5)
         if panel.x_range:
             low, high = panel.x_range
@@ -112,14 +122,14 @@ def _style(series: Series) -> dict[str, Any]:
 
 def _handle(series: Series) -> Line2D:
     line = "--" if series.look.dashed else "-" if series.look.line else "none"
-    return Line2D([], [], label=series.name, linestyle=line, **_style(series))
+    return Line2D([], [], label=_plain(series.name), linestyle=line, **_style(series))
 
 
 def _heat(axis: Any, panel: Heat) -> None:
     values = [[float("nan") if value is None else value for value in row] for row in panel.values]
     axis.imshow(values, cmap="viridis", vmin=0, vmax=100, aspect="auto")
-    axis.set_xticks(range(len(panel.columns)), panel.columns)
-    axis.set_yticks(range(len(panel.rows)), panel.rows)
+    axis.set_xticks(range(len(panel.columns)), _plain_all(panel.columns))
+    axis.set_yticks(range(len(panel.rows)), _plain_all(panel.rows))
     for row, some in enumerate(panel.values):
         for column, value in enumerate(some):
             if value is not None:

@@ -8,7 +8,9 @@ import yaml
 import flashmorph
 from flashmorph.evaluation import text_in_words
 from flashmorph.files import atomic_path
+from flashmorph.outputs import PAGE, PICTURE, claim_output
 from flashmorph.plan import FULL, Plan
+from flashmorph.quoting import encodable, no_option, shell_command
 from flashmorph.report import choice, costs, recall, text
 from flashmorph.report.charts import Chart
 from flashmorph.report.looks import label
@@ -18,26 +20,31 @@ from flashmorph.report.source import Source, read_run
 from flashmorph.report.still import draw
 
 FIGURES = "figures"
+PAGE_NAME = "report.html"
 _CONTEXT = "131072"
 
 
-def write_report(run: Path, output: Path | None = None) -> Path:
+def write_report(run: Path, output: Path | None = None, force: bool = False) -> Path:
     """Write the report of a finished run to `output` (`report.html` in the run), its charts to `figures` beside it.
 
     Raises:
-        UserError: `run` is no finished run, a file of it is damaged, or the place cannot be written.
+        UserError: `run` is no finished run, a file of it is damaged, or the place cannot be written; without `force`
+            also that a file there is not ours. Then nothing is written.
     """
     source = read_run(run)
-    output = output or run / "report.html"
+    output = output or run / PAGE_NAME
     sections = _sections(source)
+    charts = [block for section in sections for block in section.blocks if isinstance(block, Chart)]
+    pictures = {output.parent / FIGURES / f"{chart.name}.png": chart for chart in charts}
+    claim_output(output, PAGE, force)
+    for path in pictures:
+        claim_output(path, PICTURE, force)
     name = " of ".join(["Hybrid", *_teacher(source.plan)])
     html = page(name, _head(name, source), sections)
-    for section in sections:
-        for block in section.blocks:
-            if isinstance(block, Chart):
-                draw(block, output.parent / FIGURES / f"{block.name}.png")
+    for path, chart in pictures.items():
+        draw(chart, path)
     with atomic_path(output) as temporary:
-        temporary.write_text(html, encoding="utf-8")
+        temporary.write_text(encodable(html), encoding="utf-8")
     return output
 
 
@@ -123,7 +130,8 @@ def _how_to_get_more(source: Source) -> str:
     folders = [source.folder / "stages" / name / "model" for name in _uniform(source)]
     models = [source.plan.teacher, *map(str, [source.folder, *(folder for folder in folders if folder.is_dir())])]
     lengths = ",".join(str(length // part) for part in (4, 2, 1))
-    command = f"flashmorph evaluate {' '.join(models)} --lengths {lengths} --tokens --report {source.folder}"
+    options = ("--lengths", lengths, "--tokens", "--report", str(source.folder))
+    command = shell_command(["flashmorph", "evaluate", *map(no_option, models), *options])
     return f"<h3>More</h3><p>Recall by length and depth, and losses by class of token:</p><pre>{escape(command)}</pre>"
 
 

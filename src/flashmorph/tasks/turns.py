@@ -3,6 +3,7 @@
 from transformers import PreTrainedTokenizerBase
 
 from flashmorph.errors import UserError
+from flashmorph.interrupts import template_limit
 from flashmorph.tasks.style import Style
 
 _ROLES = ("user", "assistant")
@@ -13,11 +14,12 @@ def plain_words(style: Style, questions: int) -> list[str]:
     return ["", style.turn] + [style.stop, style.turn] * (questions - 1)
 
 
+@template_limit
 def template_words(tokenizer: PreTrainedTokenizerBase, questions: int) -> list[str]:
     """The same in a conversation: questions are the user's messages, replies the assistant's.
 
     Raises:
-        UserError: the tokenizer has no template, or one that does not put messages in as they are.
+        UserError: the tokenizer has no template, or one that does not put messages in as they are, or has no end.
     """
     marks = [f"flashmorph{number}message" for number in range(2 * questions)]
     messages = [{"role": _ROLES[number % 2], "content": mark} for number, mark in enumerate(marks)]
