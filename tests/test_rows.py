@@ -54,7 +54,7 @@ def chatty():
 def in_small_steps(monkeypatch):
     """Blocks, batches and positions that are small enough for several of each."""
     monkeypatch.setattr(flashmorph.corpus, "_BLOCK", 30)
-    monkeypatch.setattr(flashmorph.rows, "_TOGETHER", 100)
+    monkeypatch.setattr(flashmorph.documents, "_TOGETHER", 100)
     monkeypatch.setattr(flashmorph.rows, "_KEEP_TOKENS", 3 * LENGTH)
 
 
