@@ -21,6 +21,7 @@ from flashmorph.rows import Rows
 from flashmorph.selection import STRATEGIES
 from flashmorph.selection.distilling import Distiller
 from flashmorph.selection.objective import MorphableObjective
+from flashmorph.selection.search import own_settings
 from flashmorph.selection.searchdata import SearchData, SearchSettings
 from flashmorph.stages import DistillSettings
 from flashmorph.tasks import STYLES, Haystack, Layout, TaskSettings
@@ -218,9 +219,8 @@ def test_gates_on_text_see_every_token(morphable, tmp_path):
     half = torch.full((2, 2), 0.5)
     text, questions = (objective.gradient(half, 0, "hidden", data)[0] for data in ("text", "questions"))
     assert text > 0 and text != questions
-    space, budget = morphable.space(Budget("layers", 1)), Budget("layers", 1)
-    with pytest.raises(UserError, match="data must be questions or text; got 'both'"):
-        STRATEGIES["gates"](space, budget, objective, 0, data="both")
+    with pytest.raises(UserError, match="data"):
+        own_settings("gates", {"data": "both"})
 
 
 def test_every_strategy_runs_on_a_model(morphable, tmp_path):
