@@ -28,6 +28,7 @@ SEARCHED = {"select", "curve"}
 FROM_ALIGN = {"align", "build", "evaluate build", *SEARCHED, *TRAINED}
 EVERYTHING = {"transplant", *FROM_ALIGN}
 ASKING = {f"{stage}.retrieval_share": 0.5 for stage in ("align", "distill", "extend")}
+NO_TEXT = {"starts": [], "length": 0, "tokens": 0, "wanted": 0, "documents": [], "ranges": [], "counts": [], "sums": []}
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
@@ -68,6 +69,7 @@ def digests(tmp_path, teacher):
         space = Space.of_layers(config.num_hidden_layers)
         space.plan(["layers.1"], Budget("layers", 1)).save(folder / "plan.json")
         (folder / "right.json").write_text("{}")
+        (folder / "text.json").write_text(json.dumps(NO_TEXT))
         (folder / "curve.json").write_text('{"strategy": "none", "points": []}')
         run = Dry(opened, load_recipe(recipe, changes), folder, torch.device("cpu"), SimpleNamespace())
         host = run_transplant(run)
