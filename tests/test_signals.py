@@ -68,7 +68,12 @@ def start(*command: object, **variables: str) -> subprocess.Popen:
     path = os.pathsep.join([SOURCE, os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    return subprocess.Popen([sys.executable, *map(str, command)], **pipes)
+    # A test run that was started in the background hands on that SIGINT is ignored.
+    return subprocess.Popen([sys.executable, *map(str, command)], preexec_fn=heed_interrupts, **pipes)
+
+
+def heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def at_work(work: str, patience: float, **variables: str) -> subprocess.Popen:
