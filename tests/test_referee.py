@@ -109,6 +109,7 @@ def test_compare_judges_strategies_and_goes_on(teacher_folder, recipe_file, tmp_
     assert optimum["loss"] != optimum["loss_before"]
     assert run_command(*arguments, *searched, "--json") == 0
     again = json.loads(capsys.readouterr().out)
+    assert summary.pop("made_by") == "flashmorph compare"
     assert again == summary and (tmp_path / "run/compare/cells.jsonl").read_text() == made
     assert run_command(*arguments, "--strategies", "greedy") == 2
     assert "unknown strategy 'greedy'; did you mean 'greedy-" in capsys.readouterr().err

@@ -24,7 +24,7 @@ from flashmorph.stages.align import AlignmentLoss
 from flashmorph.stages.distill import DistillationLoss, StoredDistillationLoss
 from flashmorph.stages.dropout import without_dropout
 from flashmorph.stages.extend import NextTokenLoss
-from flashmorph.stages.training import TrainSettings, train
+from flashmorph.stages.training import IsolatedTrainSettings, train
 
 KINDS = ("align", "distill", "logits", "extend")
 ALONE = {"logits": StoredDistillationLoss, "extend": NextTokenLoss}
@@ -99,7 +99,7 @@ def step_of(
     """The gradients that one step hands to the optimiser, whole in the first process; and the loss that it logs."""
     model = loss_of(kind, sharded)
     micro = micro_rows and micro_rows * LENGTH
-    settings = settings_of(TrainSettings, steps=1, rows=ROWS, micro_batch_tokens=micro)
+    settings = settings_of(IsolatedTrainSettings, steps=1, rows=ROWS, micro_batch_tokens=micro)
     keeps = _Keeps(model)
     train(model, UnevenRows(kind == "logits"), settings, folder, 0, False, silent, [keeps], clip=False)
     return whole(keeps.gradients), log_of(folder)[0]["loss"]
@@ -133,7 +133,7 @@ def test_a_step_without_a_learnt_token_teaches_nothing(tmp_path):
     rows._rows = [{**rows[2]} for _ in range(ROWS)]
     model = loss_of("extend")
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    settings = settings_of(TrainSettings, steps=1, rows=ROWS, micro_batch_tokens=2 * LENGTH)
+    settings = settings_of(IsolatedTrainSettings, steps=1, rows=ROWS, micro_batch_tokens=2 * LENGTH)
     train(model, rows, settings, tmp_path, 0, False, silent)
     assert log_of(tmp_path)[0]["loss"] == 0
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
