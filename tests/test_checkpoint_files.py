@@ -212,7 +212,7 @@ def test_what_is_published_is_the_new_checkpoint_and_nothing_of_the_old(before, 
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text(name)
     for source in (old, new, new):
-        replace_checkpoint(run, source)
+        replace_checkpoint(run, source, source)
         there = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
         assert there - set(OWN) == {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
         found, expected = published(run), published(source)
@@ -226,7 +226,7 @@ def test_a_copy_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         a_teacher(tmp_path / "new", 2, max_shard_size="8KB"),
         tmp_path / "run",
     )
-    replace_checkpoint(run, old)
+    replace_checkpoint(run, old, old)
     copy, calls = shutil.copy2, []
 
     def full(source, target):
@@ -237,7 +237,7 @@ def test_a_copy_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "copy2", full)
     with pytest.raises(UserError, match="No space left"):
-        replace_checkpoint(run, new)
+        replace_checkpoint(run, new, new)
     assert {path.name for path in run.iterdir()} == {path.name for path in old.iterdir()}
     assert all(torch.equal(weight, published(old)[name]) for name, weight in published(run).items())
 
@@ -246,7 +246,7 @@ def test_a_copy_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 def test_a_kill_before_old_files_are_gone_leaves_one_whole_checkpoint(before, after, tmp_path, monkeypatch):
     old, run = a_teacher(tmp_path / "old", 1, max_shard_size=before), tmp_path / "run"
     new = a_teacher(tmp_path / "new", 2, max_shard_size=after)
-    replace_checkpoint(run, old)
+    replace_checkpoint(run, old, old)
 
     def killed(path, missing_ok=False):
         raise KeyboardInterrupt
@@ -255,10 +255,10 @@ def test_a_kill_before_old_files_are_gone_leaves_one_whole_checkpoint(before, af
         patch.setattr(Path, "unlink", killed)
         patch.setattr(os, "unlink", killed)
         with pytest.raises(KeyboardInterrupt):
-            replace_checkpoint(run, new)
+            replace_checkpoint(run, new, new)
     assert isinstance(AutoTokenizer.from_pretrained(run), type(tiny_tokenizer()))
     found = published(run)
     whole = [all(torch.equal(found[name], weight) for name, weight in published(each).items()) for each in (old, new)]
     assert any(whole)
-    replace_checkpoint(run, new)
+    replace_checkpoint(run, new, new)
     assert all(torch.equal(weight, published(new)[name]) for name, weight in published(run).items())

@@ -11,7 +11,14 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from flashmorph import ranks
-from flashmorph.checkpoint import CONFIG, GENERATION, checkpoint_files, travelling_files
+from flashmorph.checkpoint import (
+    CONFIG,
+    GENERATION,
+    TOKENIZER_SETTINGS,
+    checkpoint_files,
+    travelling_content,
+    travelling_files,
+)
 from flashmorph.errors import UserError
 from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.hosts import host_of
@@ -86,9 +93,10 @@ def bring(origin: Path, folder: Path) -> None:
     """
     brought = {path.relative_to(origin): path for path in travelling_files(origin)}
     for name, path in brought.items():
-        if not (folder / name).is_file() or (folder / name).read_bytes() != path.read_bytes():
+        content = travelling_content(path)
+        if not (folder / name).is_file() or (folder / name).read_bytes() != content:
             with atomic_path(folder / name) as temporary:
-                shutil.copy2(path, temporary)
+                temporary.write_bytes(content)
     for path in travelling_files(folder):
         # Without the teacher's, that which transformers writes says what config.json says.
         if path.relative_to(folder) not in brought and path.name != GENERATION:
@@ -159,14 +167,17 @@ def replace_checkpoint(folder: Path, source: Path, teacher: Path) -> None:
     """
     brought = {path.relative_to(teacher): path for path in travelling_files(teacher)}
     kept = {path for path in travelling_files(source) if path.name != GENERATION}
-    files = {path.relative_to(source): path for path in source.rglob("*") if path.is_file() and path not in kept}
+    files = {path.relative_to(source): path for path in checkpoint_files(source) if path not in kept}
     files |= brought
     weights_last = sorted(files.keys() - {Path(CONFIG)}, key=lambda name: name.suffix == ".safetensors")
     with atomic_path(folder / CONFIG) as config:
         shutil.copy2(files[Path(CONFIG)], config)
         with ExitStack() as stack:  # Left in reverse order.
             for name in weights_last:
-                shutil.copy2(files[name], stack.enter_context(atomic_path(folder / name)))
+                temporary = stack.enter_context(atomic_path(folder / name))
+                shutil.copy2(files[name], temporary)
+                if name.name == TOKENIZER_SETTINGS:
+                    temporary.write_bytes(travelling_content(files[name]))
         for path in checkpoint_files(folder):
             if path.relative_to(folder) not in files:
                 path.unlink()

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from flashmorph.emptymodel import without_weights
 from flashmorph.hosts import FEED_FORWARD, Host
 from flashmorph.plan import FULL
 
@@ -52,10 +53,14 @@ class Sizes:
 
 
 def count_sizes(host: Host, teacher: PreTrainedConfig, config: PreTrainedConfig) -> Sizes:
-    """Sizes for a teacher's configuration and its host's, every layer full."""
+    """Sizes for a teacher's configuration and its host's, every layer full.
+
+    Raises:
+        UserError: no model can be made of the configuration.
+    """
+    own = without_weights(teacher, with_buffers=False)
+    model: Any = without_weights(config, host.model_class, with_buffers=False)
     with torch.device("meta"):
-        own = AutoModelForCausalLM.from_config(teacher)
-        model: Any = host.model_class(cast(Any, config))
         layer = model.model.layers[0]
         attention = getattr(layer, host.attention_name(FULL))
         branches = {option: host.make_branch(config, 0, option, attention) for option in host.options if option != FULL}
