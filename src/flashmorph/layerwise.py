@@ -217,7 +217,7 @@ def _read(teacher: PreTrainedModel, part: _Part, reader: ShardReader, source: Pa
     except Exception as error:
         raise unreadable(source, error) from error
     if problems := [*info.error_msgs, *info.conversion_errors.values()]:
-        raise unreadable(source, ValueError(problems[0]))
+        raise unreadable(source, ValueError(problems[0].strip().splitlines()[-1]))  # Before it stands a traceback.
     for name, found, expected in info.mismatched_keys:
         raise unreadable(source, ValueError(f"{name} has shape {list(found)}, not {list(expected)}"))
     if teacher.config.tie_word_embeddings:

@@ -189,8 +189,7 @@ def _refuse_dtypes(folder: Path, stored: Mapping[str, str], allowed: bool) -> li
     if allowed:
         return [f"{found}: what is computed takes these as plain numbers, without any scale"]
     raise UserError(
-        f"{found}, a quantised form: give the checkpoint it was made from, in float64, float32, float16 or bfloat16 "
-        "(--allow-unused takes them as plain numbers, without any scale)"
+        f"{found}, a quantised form: give the checkpoint it was made from (--allow-unused takes them as plain numbers)"
     )
 
 

@@ -25,14 +25,15 @@ class Case:
     """One input: `prepare` writes it into an empty folder and gives the command's arguments, or a function to call.
 
     What is written into the folder `out` there is the command's own. `must_refuse` says that nothing else is right
-    than a sentence; otherwise the command may also succeed, and `judge` says what is wrong with what it then wrote
-    (given the case's folder; empty where nothing is).
+    than a sentence, `must_accept` that nothing is wrong with the input; otherwise the command may do either. Where it
+    succeeds, `judge` says what is wrong with what it wrote (given the case's folder; empty where nothing is).
     """
 
     kind: str
     name: str
     prepare: Callable[[Path], "list[str] | Callable[[], object]"]
     must_refuse: bool = False
+    must_accept: bool = False
     judge: Callable[[Path], str] = lambda folder: ""
 
 
@@ -63,6 +64,8 @@ def run_case(case: Case, folder: Path, limit_seconds: float = LIMIT_SECONDS) -> 
         problems |= _words(code, said)
         if case.must_refuse and code == 0:
             problems["wrong"] = "accepted"
+        if case.must_accept and code == 2:
+            problems["wrong"] = "refused"
         if changed := sorted(before.items() ^ contents(folder).items()):
             problems["harmed"] = str(changed[0][0])
         if code == 0 and (complaint := case.judge(folder)):
@@ -106,7 +109,6 @@ def _command(arguments: list[str]) -> int:
     """Run `flashmorph` in this process; its exit code."""
     from flashmorph.cli import main
 
-    _freeze()
     with mock.patch.object(sys, "argv", ["flashmorph", *map(str, arguments)]):
         try:
             main()
@@ -114,6 +116,7 @@ def _command(arguments: list[str]) -> int:
             return int(stop.code or 0)
         finally:
             gc.collect()  # A run holds the lock of its folder until it is gone.
+            gc.freeze()  # What is left are libraries; to go through them each time would take longer than the case.
     return 0
 
 
@@ -127,17 +130,6 @@ def _call(function: Callable[[], object]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-_frozen: list[bool] = []
-
-
-def _freeze() -> None:
-    """Take the libraries out of what is collected: a collection for each case would take longer than the case."""
-    if not _frozen:
-        gc.collect()
-        gc.freeze()
-        _frozen.append(True)
 
 
 @contextlib.contextmanager
