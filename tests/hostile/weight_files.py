@@ -19,8 +19,8 @@ from hostile.teachers import SOUND, copy_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ODD_NAMES = ["../outside.safetensors", "/etc/passwd", "..", ".", "", "sub/model.safetensors", "a\\b.safetensors", 3,
-             None, [], {}, "x" * 5000, "model.bin", "../t/model.safetensors", "\u202e.safetensors", "no\0thing.safetensors",
-             "config.json", "~/model.safetensors", True]  # fmt: skip
+             None, [], {}, "x" * 5000, "model.bin", "../t/model.safetensors", "\u202e.safetensors",
+             "no\0thing.safetensors", "config.json", "~/model.safetensors", True]  # fmt: skip
 
 
 def generate(seed: int, number: int) -> Iterator[Case]:
