@@ -106,7 +106,7 @@ _NOT_READ = (
     "experts_implementation _experts_implementation _experts_implementation_internal _flash_attn_2_enabled "
     "auto_map custom_pipelines quantization_config compression_config use_kernels kernel_config "
     # Other files in place of this one, and what a forward returns.
-    "configuration_files output_attentions output_hidden_states return_dict use_return_dict torchscript "
+    "configuration_files name_or_path _name_or_path output_attentions output_hidden_states return_dict use_return_dict torchscript "
     # Labels of classifiers: as many as a number says.
     "num_labels id2label label2id"
 ).split()
@@ -140,7 +140,7 @@ def make_config(path: Path, values: Mapping[str, Any]) -> PreTrainedConfig:
     if known:
         _require_rope(path, values)
     try:
-        config = maker.from_dict(dict(values))
+        config = maker.from_dict({**values, "name_or_path": str(path.parent)})
     except Exception as error:  # Among others validation errors of huggingface_hub, which share no class of their own.
         raise UserError(f"{path} cannot be read: {first_line(error)}") from error
     if known:

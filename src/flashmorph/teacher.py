@@ -253,12 +253,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not has_tokenizer(folder):
         return None
     travelling_files(folder)
+    config: Any = load_config(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # With our configuration: its own reading of config.json would not be held against anything.
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
-    size = load_config(folder).vocab_size
-    if len(tokenizer) > size:
+    if len(tokenizer) > (size := config.vocab_size):
         raise UserError(f"the tokenizer in {folder} has {len(tokenizer):,} tokens and the model only {size:,}")
     return tokenizer
 
