@@ -106,9 +106,9 @@ _NOT_READ = (
     "experts_implementation _experts_implementation _experts_implementation_internal _flash_attn_2_enabled "
     "auto_map custom_pipelines quantization_config compression_config use_kernels kernel_config "
     # Other files in place of this one, and what a forward returns.
-    "configuration_files name_or_path _name_or_path output_attentions output_hidden_states return_dict use_return_dict torchscript "
-    # Labels of classifiers: as many as a number says.
-    "num_labels id2label label2id"
+    "configuration_files name_or_path _name_or_path output_attentions output_hidden_states return_dict use_return_dict "
+    # Traces; and labels of classifiers, as many as a number says.
+    "torchscript num_labels id2label label2id"
 ).split()
 
 

@@ -140,8 +140,10 @@ def load_config(folder: Path):
     config: Any = make_config(folder / CONFIG, require_config(folder))
     if config.dtype not in FLOATS.values():
         config.dtype = _stored_dtype(folder)
-    size = getattr(config, "vocab_size", 0)
-    if config.pad_token_id is not None and not 0 <= config.pad_token_id < size:
+    if not isinstance(getattr(config, "vocab_size", None), int):
+        raise UserError(f"{folder / CONFIG} cannot be read: it is of no language model (it has no vocab_size)")
+    pad = getattr(config, "pad_token_id", None)
+    if pad is not None and not 0 <= pad < config.vocab_size:
         config.pad_token_id = None
     return config
 
