@@ -1,5 +1,6 @@
 """Parameters of a teacher, its host and its hybrids, counted on models without memory: nothing is loaded."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -55,11 +56,13 @@ class Sizes:
 def count_sizes(host: Host, teacher: PreTrainedConfig, config: PreTrainedConfig) -> Sizes:
     """Sizes for a teacher's configuration and its host's, every layer full.
 
+    Counted on models of one layer: a teacher that has a host has layers that are alike.
+
     Raises:
         UserError: no model can be made of the configuration.
     """
-    own = without_weights(teacher, with_buffers=False)
-    model: Any = without_weights(config, host.model_class, with_buffers=False)
+    own: Any = without_weights(_of_one_layer(teacher), with_buffers=False)
+    model: Any = without_weights(_of_one_layer(config), host.model_class, with_buffers=False)
     with torch.device("meta"):
         layer = model.model.layers[0]
         attention = getattr(layer, host.attention_name(FULL))
@@ -72,7 +75,17 @@ def count_sizes(host: Host, teacher: PreTrainedConfig, config: PreTrainedConfig)
     whole = _part(layer, chosen)
     parts[FEED_FORWARD] = Part(*(of_all - of_mixer for of_all, of_mixer in zip(whole, parts[FULL], strict=True)))
     beside = sum(_parameters(branch) for branch in branches.values())
-    return Sizes(_parameters(own), _parameters(model), len(model.model.layers), parts, beside)
+    layers = config.num_hidden_layers
+    teachers, hosts = (_parameters(each) + (layers - 1) * _parameters(each.model.layers[0]) for each in (own, model))
+    return Sizes(teachers, hosts, layers, parts, beside)
+
+
+def _of_one_layer(config: PreTrainedConfig) -> PreTrainedConfig:
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = 1
+    if types := getattr(config, "layer_types", None):
+        config.layer_types = types[:1]
+    return config
 
 
 def _parameters(module: nn.Module) -> int:
