@@ -1,7 +1,7 @@
 """Which files in a folder are a checkpoint: its weights, and what travels beside them. Says what other folders are."""
 
 import json
-from fnmatch import fnmatchcase
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,36 +9,39 @@ from transformers import CONFIG_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
-from flashmorph.errors import UserError
+from flashmorph.errors import UserError, cut, quoted
 from flashmorph.files import read_json
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+TOKENIZER_SETTINGS = "tokenizer_config.json"
 _TOKENIZER = (
-    "tokenizer*.json",
-    "tokenizer.model*",
-    "sentencepiece*.model",
-    "spiece.model",
-    "spm.model",
-    "*.tiktoken",
-    "tekken.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
+    r"tokenizer(_config)?\.json",
+    r"tokenizer\.\d+(\.\d+)*\.json",
+    r"tokenizer\.model(\.v\d+(m\d+)?)?",
+    r"sentencepiece(\.bpe)?\.model",
+    r"(spiece|spm)\.model",
+    r"[\w.-]+\.tiktoken",
+    r"tekken\.json",
+    r"vocab\.(json|txt)",
+    r"merges\.txt",
 )
+"""Names that tokenizers of transformers are read from, as regular expressions, like those below."""
 _BESIDE = (
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*.jinja",
-    "chat_template*.json",
-    "additional_chat_templates/*.jinja",
-    GENERATION,
+    r"(special_tokens_map|added_tokens|generation_config)\.json",
+    r"chat_template\.(jinja|json)",
+    r"additional_chat_templates/[\w.-]+\.jinja",
 )
-_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "model-*-of-*.safetensors")
+_WEIGHTS = (r"model\.safetensors(\.index\.json)?", r"model-.*-of-.*\.safetensors")
+_MOST_BYTES = 1 << 28
+"""More than any tokenizer has; a longer file beside weights is none."""
+_BLOBS = "blobs"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _IN_TRAINING = ("*.distcp", "*/*.distcp", "global_step*", "*/*_optim_states.pt", "zero_pp_rank_*", "rank*.pt")
 """What FSDP, PyTorch's distributed checkpoints and DeepSpeed leave behind: weights cut up among processes."""
 _QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _SENSES = ("vision", "visual", "audio", "vision_tower", "speech", "vit")
+_PLAIN = re.compile(r"[^/\\\0]{1,240}\.safetensors")
+"""A file in the same folder: without separators, so neither above it nor elsewhere."""
 _POINTER = b"version https://git-lfs"
 
 
@@ -64,12 +67,31 @@ def weight_files(folder: Path) -> list[Path]:
 def travelling_files(folder: Path) -> list[Path]:
     """What goes with the weights wherever they go: tokenizer, chat templates, generation settings; sorted.
 
-    Regular files, or links to them, as the hub's cache has them; their names are those in `folder`.
+    Regular files under the names that transformers reads, or links to such, as the hub's cache has them; their names
+    are those in `folder`. Nothing else that lies there goes with them, so nothing that can be run.
 
     Raises:
-        UserError: one is a dead link or a git-LFS pointer.
+        UserError: one is a dead link, a link that leads elsewhere, a git-LFS pointer, or too large for what it is.
     """
-    return sorted(path for path in _matching(folder, *_TOKENIZER, *_BESIDE) if is_present(path))
+    files = sorted(path for path in _matching(folder, *_TOKENIZER, *_BESIDE) if is_present(path))
+    for path in files:
+        _require_own(folder, path)
+    return files
+
+
+def travelling_content(path: Path) -> bytes:
+    """What a file that travels has in it, without what names code for a tokenizer: there is none beside it.
+
+    Raises:
+        UserError: it is tokenizer_config.json, and no JSON.
+    """
+    if path.name != TOKENIZER_SETTINGS:
+        return path.read_bytes()
+    values = read_json(path)
+    if not isinstance(values, dict) or "auto_map" not in values:
+        return path.read_bytes()
+    own = {name: value for name, value in values.items() if name != "auto_map"}
+    return (json.dumps(own, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -81,13 +103,29 @@ def has_tokenizer(folder: Path) -> bool:
     return any([is_present(path) for path in _matching(folder, *_TOKENIZER)])
 
 
+def _require_own(folder: Path, path: Path) -> None:
+    """Refuse to take along what does not belong to the checkpoint.
+
+    Raises:
+        UserError: a link out of the folder, but to the blobs of the hub's cache; or a file of too many bytes.
+    """
+    home, target = folder.resolve(), path.resolve()
+    blobs = (home.parent / _BLOBS, home.parent.parent / _BLOBS)
+    if not target.is_relative_to(home) and target.parent not in blobs:
+        raise UserError(f"{path} is a link to {cut(str(target))}, out of the checkpoint: put the file itself there")
+    if path.stat().st_size > _MOST_BYTES:
+        raise UserError(f"{path} has {path.stat().st_size:,} bytes, which is no file of a tokenizer: is it damaged?")
+
+
 def checkpoint_files(folder: Path) -> list[Path]:
     """Every file in `folder` by whose name transformers would open it as this checkpoint's, also left-over ones."""
-    return sorted(path for path in _matching(folder, CONFIG, *_WEIGHTS, *_TOKENIZER, *_BESIDE) if not path.is_dir())
+    return sorted(
+        path for path in _matching(folder, r"config\.json", *_WEIGHTS, *_TOKENIZER, *_BESIDE) if not path.is_dir()
+    )
 
 
-def require_config(folder: Path) -> Path:
-    """Where the configuration in `folder` is, that of a causal language model which transformers can open.
+def require_config(folder: Path) -> dict[str, Any]:
+    """What config.json in `folder` says, that of a causal language model which transformers can open.
 
     Raises:
         UserError: there is none, and what the folder is instead; a dead link or a git-LFS pointer; a checkpoint that is
@@ -96,8 +134,11 @@ def require_config(folder: Path) -> Path:
     path = folder / CONFIG
     if not is_present(path):
         raise UserError(f"{folder} {_what_it_is(folder) or f'has no {CONFIG}: it is no Hugging Face checkpoint'}")
-    _refuse_other_kinds(folder, read_json(path))
-    return path
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} cannot be read: it is no JSON object")
+    _refuse_other_kinds(folder, values)
+    return values
 
 
 def is_present(path: Path) -> bool:
@@ -132,49 +173,59 @@ def ignored_adapter(folder: Path) -> str:
 def _matching(folder: Path, *patterns: str) -> set[Path]:
     """What lies in `folder` under such names, dead links too, which `Path.glob` passes over."""
     found: set[Path] = set()
-    for pattern in map(Path, patterns):
-        place = folder / pattern.parent
-        there = place.iterdir() if place.is_dir() else ()
-        found |= {path for path in there if fnmatchcase(path.name, pattern.name)}
+    for parent in {str(Path(pattern).parent) for pattern in patterns if "/" in pattern} | {"."}:
+        place = folder / parent
+        there = {path.relative_to(folder).as_posix(): path for path in (place.iterdir() if place.is_dir() else ())}
+        found |= {path for name, path in there.items() if any(re.fullmatch(pattern, name) for pattern in patterns)}
     return found
 
 
-def _refuse_other_kinds(folder: Path, values: Any) -> None:
+def _refuse_other_kinds(folder: Path, values: dict[str, Any]) -> None:
     """Say of a config.json what transformers would say late, in many lines, or with a question.
 
     Raises:
         UserError: names what the checkpoint is, and what to give instead.
     """
-    if not isinstance(values, dict):
-        raise UserError(f"{folder / 'config.json'} cannot be read: it is no JSON object")
     quantised = [name for name in ("quantization_config", "compression_config") if values.get(name)]
     quantised += [name for name in _QUANTISED if (folder / name).is_file()]
     if quantised:
         raise UserError(f"{folder} is quantised ({quantised[0]}); give the checkpoint it was made from")
-    made_for = ", ".join(values.get("architectures") or []) or str(values.get("model_type"))
+    kind, names = values.get("model_type"), values.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{folder / CONFIG} cannot be read: architectures must be a list of names; got {quoted(names)}")
+    made_for = cut(", ".join(names) or str(kind))
     parts = [name for name in values if name.endswith("_config") and name.removesuffix("_config") in _SENSES]
     if parts:
         raise UserError(
             f"{folder} is a multimodal checkpoint ({made_for}, with {parts[0]}); give a language model without it"
         )
-    if values.get("auto_map") and values.get("model_type") not in CONFIG_MAPPING:
+    if values.get("auto_map") and (not isinstance(kind, str) or kind not in CONFIG_MAPPING):
         raise UserError(
             f"{folder} needs modelling code of its own ({made_for}, auto_map in its config.json), which is not run; "
             "give a teacher of an architecture that transformers has"
         )
-    names = values.get("architectures") or ["ForCausalLM"]
-    if values.get("is_encoder_decoder") or not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+    causal = not names or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    if values.get("is_encoder_decoder") or not causal:
         raise UserError(f"{folder} is no causal language model but {made_for}; give a decoder with its language head")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        names: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if names and all(isinstance(name, str) for name in names.values()):
-            return names
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise UserError(f"{index} cannot be read: it is no index of weights (weight_map, from names to files)")
+    """The file of each weight, from an index of them.
+
+    Raises:
+        UserError: it is no such index, or a file is not one beside it.
+    """
+    values = read_json(index)
+    names = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{index} cannot be read: it is no index of weights (weight_map, from names to files)")
+    for weight, name in names.items():
+        if not isinstance(name, str) or not _PLAIN.fullmatch(name):
+            raise UserError(
+                f"{index} cannot be read: weight_map gives {quoted(weight)} the file {quoted(name)}, which must be the "
+                "name of a safetensors file beside it"
+            )
+    return names
 
 
 def _what_it_is(folder: Path) -> str:
@@ -195,10 +246,11 @@ def _what_it_is(folder: Path) -> str:
 
 def _base_of(adapter: Path) -> str:
     try:
-        name = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
-        name = None
-    return f" of {name}" if name else ""
+        values = read_json(adapter)
+    except UserError:
+        return ""
+    name = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+    return f" of {cut(str(name))}" if name else ""
 
 
 def _weights_instead(folder: Path) -> str:

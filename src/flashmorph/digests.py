@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flashmorph.checkpoint import CONFIG, GENERATION, travelling_files, weight_files
-from flashmorph.files import shortened
+from flashmorph.checkpoint import CONFIG, GENERATION, TOKENIZER_SETTINGS, travelling_files, weight_files
+from flashmorph.errors import UserError
+from flashmorph.files import read_json, shortened
 
-_TOKENIZER_SETTINGS, _TEMPLATE = "tokenizer_config.json", "chat_template"
+_TEMPLATE = "chat_template"
+_NOT_OF_TOKENS = (_TEMPLATE, "auto_map")
 
 
 def weights_digest(folder: Path) -> str:
@@ -38,8 +40,8 @@ def _digest_of_files(folder: Path, paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in sorted(paths):
         digest.update(str(path.relative_to(folder)).encode())
-        if path.name == _TOKENIZER_SETTINGS and (values := _settings_of_tokenizer(folder)):
-            values = {name: value for name, value in values.items() if name != _TEMPLATE}
+        if path.name == TOKENIZER_SETTINGS and (values := _settings_of_tokenizer(folder)):
+            values = {name: value for name, value in values.items() if name not in _NOT_OF_TOKENS}
             digest.update(json.dumps(values, sort_keys=True).encode())
             continue
         with path.open("rb") as stream:
@@ -50,8 +52,8 @@ def _digest_of_files(folder: Path, paths: Iterable[Path]) -> str:
 def _settings_of_tokenizer(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json; nothing where it is missing or damaged, which is told when the tokenizer is opened."""
     try:
-        values = json.loads((folder / _TOKENIZER_SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        values = read_json(folder / TOKENIZER_SETTINGS)
+    except UserError:
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 _LISTED = 40
 _QUOTED = 80
+_SAID = 160
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 2
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = _QUOTED
@@ -32,10 +33,22 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {kind} {quoted(name)}; {hint}"
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, in one line that is not long; a first line that ends with a colon says what
+    the second is about."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return cut(" ".join(lines[: 2 if lines[0].endswith(":") else 1]), _SAID)
+
+
+def cut(text: str, most: int = _QUOTED) -> str:
+    """A text of a file or a library as it is, its end left out where it is long."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def quoted(value: Any) -> str:
     """A value as it was given, cut where it is long: a sentence stays a sentence, however large or nested the value."""
     try:
         text = _SHORT.repr(value)
     except ValueError:  # Python does not write out whole numbers of thousands of digits.
         text = "a number of thousands of digits"
-    return text if len(text) <= _QUOTED else f"{text[: _QUOTED - 1]}…"
+    return cut(text)

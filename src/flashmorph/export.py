@@ -12,8 +12,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from flashmorph.checkpoint import weight_files
+from flashmorph.checkpoint import travelling_content, travelling_files, weight_files
 from flashmorph.errors import UserError
 from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.hosts import host_of, options_of
@@ -131,12 +132,17 @@ def _gguf_package(llama_cpp: Path) -> Iterator[Any]:
 
 
 def lay_out(folder: Path, config: PreTrainedConfig, place: Path) -> None:
-    """Make `place` a copy of the checkpoint in `folder`: links to its files, and a config.json that engines read."""
+    """Make `place` a copy of the checkpoint in `folder`: links to its weights, what goes with them, and a config.json
+    that engines read. No code that lies there, nor a word that names some: the converter would run it."""
     place.mkdir()
-    for path in folder.iterdir():
-        if path.is_file() and path.name != "config.json":
-            os.symlink(path.resolve(), place / path.name)
-    values = read_json(folder / "config.json")
+    for path in weight_files(folder):
+        os.symlink(path.resolve(), place / path.name)
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    for path in [*travelling_files(folder), *([index] if index.is_file() else [])]:
+        target = place / path.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(travelling_content(path))
+    values = {name: value for name, value in read_json(folder / "config.json").items() if name != "auto_map"}
     values.setdefault("rope_parameters", config.rope_parameters)
     write_json(place / "config.json", host_of(config).written(values))
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -20,13 +19,14 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig
 
+from flashmorph.emptymodel import without_weights
 from flashmorph.hosts import Host, configure
 from flashmorph.losses import Head
 from flashmorph.move import Proof, in_float64, probe, require_finite
 from flashmorph.progress import Report, silent
 from flashmorph.shards import ShardReader, ShardWriter
-from flashmorph.stored import take_stock
-from flashmorph.teacher import load_config, require_one_head, unreadable, without_weights
+from flashmorph.stored import require_layers, take_stock
+from flashmorph.teacher import load_config, require_one_head, unreadable
 
 _EMBEDDING = "model.embed_tokens."
 _HEAD = "lm_head."
@@ -104,11 +104,10 @@ def transplant_checkpoint(
     host, own = configure(config, settings)
     reader, device = ShardReader(source), device or torch.device("cpu")
     writer = ShardWriter(target, reader.largest_bytes if len(reader.files) > 1 else None)
-    teacher = without_weights(config)
+    require_layers(config, reader.dtypes, source)
+    teacher, model = without_weights(config), without_weights(own, host.model_class)
     stock = take_stock(teacher, reader.dtypes, source, allow_unused)
-    with init_empty_weights(include_buffers=False):
-        model = host.model_class(cast(Any, own))
-    for each in (teacher, model.eval()):
+    for each in (teacher, model):
         _buffers_to(each, device)
     dtype = cast(torch.dtype, config.dtype or torch.float32)
     rounded = dtype if dtype in (torch.bfloat16, torch.float16) else None
@@ -218,7 +217,7 @@ def _read(teacher: PreTrainedModel, part: _Part, reader: ShardReader, source: Pa
     except Exception as error:
         raise unreadable(source, error) from error
     if problems := [*info.error_msgs, *info.conversion_errors.values()]:
-        raise unreadable(source, ValueError(problems[0]))
+        raise unreadable(source, ValueError(problems[0].strip().splitlines()[-1]))  # Before it stands a traceback.
     for name, found, expected in info.mismatched_keys:
         raise unreadable(source, ValueError(f"{name} has shape {list(found)}, not {list(expected)}"))
     if teacher.config.tie_word_embeddings:

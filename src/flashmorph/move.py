@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from flashmorph.emptymodel import without_weights
 from flashmorph.errors import UserError
 from flashmorph.hosts import Host, configure
 
@@ -64,10 +64,10 @@ def empty_model(host: Host, config: PreTrainedConfig, state: dict[str, torch.Ten
     """A model of the host's class that holds exactly these tensors.
 
     Raises:
-        RuntimeError: names or shapes do not match the configuration.
+        UserError: no model can be made of the configuration.
+        RuntimeError: names or shapes do not match it.
     """
-    with init_empty_weights(include_buffers=False):
-        model = host.model_class(config)
+    model = without_weights(config, host.model_class)
     if config.tie_word_embeddings:
         state = {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
     model.load_state_dict(state, strict=True, assign=True)

@@ -11,7 +11,14 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from flashmorph import ranks
-from flashmorph.checkpoint import CONFIG, GENERATION, checkpoint_files, travelling_files
+from flashmorph.checkpoint import (
+    CONFIG,
+    GENERATION,
+    TOKENIZER_SETTINGS,
+    checkpoint_files,
+    travelling_content,
+    travelling_files,
+)
 from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.hosts import host_of
 from flashmorph.layerwise import transplant_checkpoint
@@ -87,6 +94,8 @@ def _copy(path: Path, target: Path) -> None:
     shutil.copy2(path, target)
     if path.name == GENERATION:
         _use_cache(target)
+    if path.name == TOKENIZER_SETTINGS:
+        target.write_bytes(travelling_content(path))
 
 
 def bring(origin: Path, folder: Path) -> None:
@@ -97,7 +106,8 @@ def bring(origin: Path, folder: Path) -> None:
     """
     brought = {path.relative_to(origin): path for path in travelling_files(origin)}
     for name, path in brought.items():
-        if not (folder / name).is_file() or (folder / name).read_bytes() != path.read_bytes():
+        content = travelling_content(path)
+        if not (folder / name).is_file() or (folder / name).read_bytes() != content:
             with atomic_path(folder / name) as temporary:
                 _copy(path, temporary)
     for path in travelling_files(folder):
@@ -170,7 +180,7 @@ def replace_checkpoint(folder: Path, source: Path, teacher: Path) -> None:
     """
     brought = {path.relative_to(teacher): path for path in travelling_files(teacher)}
     kept = {path for path in travelling_files(source) if path.name != GENERATION}
-    files = {path.relative_to(source): path for path in source.rglob("*") if path.is_file() and path not in kept}
+    files = {path.relative_to(source): path for path in checkpoint_files(source) if path not in kept}
     files |= brought
     weights_last = sorted(files.keys() - {Path(CONFIG)}, key=lambda name: name.suffix == ".safetensors")
     with atomic_path(folder / CONFIG) as config:

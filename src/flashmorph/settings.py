@@ -48,11 +48,11 @@ def _checked(annotation: Any, value: Any, name: str) -> Any:
             raise ValueError  # To Python, and so to pydantic, True is the number 1.
         return adapter.validate_python(value)
     except (ValidationError, ValueError) as error:
-        right = " or ".join(_in_words(kind) for kind in kinds)
+        right = " or ".join(in_words(kind) for kind in kinds)
         raise UserError(f"{name} must be {right}; got {quoted(value)}") from error
 
 
-def _in_words(schema: Mapping[str, Any]) -> str:
+def in_words(schema: Mapping[str, Any]) -> str:
     """What a JSON schema of one plain value asks for."""
     if "enum" in schema:
         return " or ".join(map(str, schema["enum"]))

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from flashmorph.checkpoint import weight_files
-from flashmorph.errors import UserError
+from flashmorph.errors import UserError, first_line
 from flashmorph.files import write_json
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -42,7 +42,9 @@ class ShardReader:
                     self._places |= dict.fromkeys(handle.keys(), file)
                     self.dtypes |= {name: handle.get_slice(name).get_dtype() for name in handle.keys()}
         except Exception as error:
-            raise UserError(f"the weights in {folder} cannot be read, are they complete? {error}") from error
+            raise UserError(
+                f"the weights in {folder} cannot be read, are they complete? {first_line(error)}"
+            ) from error
 
     @property
     def main_dtype(self) -> torch.dtype | None:

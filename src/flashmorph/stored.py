@@ -9,15 +9,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from flashmorph.checkpoint import ignored_adapter
-from flashmorph.errors import UserError
+from flashmorph.errors import UserError, cut
 from flashmorph.shards import FLOATS
 
-_LAYER = re.compile(r"(?:.*?\.)?layers\.\d+\.")
+_LAYER = re.compile(r"(?:.*?\.)?layers\.(\d{1,6})\.")
 _BUFFER = re.compile(r"(^|[._])inv_freq$")
 _ON_THE_WAY = re.compile(r"norm|embed|^ln_")
 """A module beside the layers of this name works on the hidden states that go through them."""
@@ -71,15 +71,29 @@ def take_stock(model: PreTrainedModel, stored: Mapping[str, str], folder: Path, 
     notices += _refuse_names(folder, inside, type(model).__name__, allow_unused)
     if whole:
         notices.append(
-            f"{folder} has {len(whole)} weights of parts that {type(model).__name__} does not have, {whole[0]} first; "
-            "they are left out"
+            f"{folder} has {len(whole)} weights of parts that {type(model).__name__} does not have, {cut(whole[0])} "
+            "first; they are left out"
         )
     return Stock(taken, tuple(filter(None, notices)))
 
 
+def require_layers(config: PreTrainedConfig, stored: Iterable[str], folder: Path) -> None:
+    """Refuse a configuration of more layers than the weights are of, before a model of so many is made.
+
+    Raises:
+        UserError: says both numbers.
+    """
+    numbers = {int(layer.group(1)) for name in stored if (layer := _LAYER.match(name))}
+    if numbers and (said := getattr(config, "num_hidden_layers", 0)) > (there := max(numbers) + 1):
+        raise UserError(
+            f"{folder} lacks weights: config.json says num_hidden_layers {said:,}, and there are "
+            f"those of {there:,} layers"
+        )
+
+
 def incomplete(folder: Path, missing: list[str]) -> UserError:
     """That these weights are not in `folder`, in one sentence."""
-    return UserError(f"{folder} lacks {len(missing)} weights, {missing[0]} first: the checkpoint is incomplete")
+    return UserError(f"{folder} lacks {len(missing)} weights, {cut(missing[0])} first: the checkpoint is incomplete")
 
 
 def _follow(model: PreTrainedModel, stored: Iterable[str], folder: Path) -> tuple[dict[str, str], set[str], list[str]]:
@@ -107,7 +121,9 @@ def _follow(model: PreTrainedModel, stored: Iterable[str], folder: Path) -> tupl
         if target in names:
             other = alone.get(target) or (joined.get(target) if pattern is None else None)
             if other:
-                raise UserError(f"{folder} stores {target} twice, as {other} and as {name}: delete the wrong one")
+                raise UserError(
+                    f"{folder} stores {cut(target)} twice, as {cut(other)} and as {cut(name)}: delete the wrong one"
+                )
             (alone if pattern is None else joined)[target] = name
             taken[name] = target
             targets = makers[pattern].target_patterns if pattern else [target]
@@ -149,7 +165,7 @@ def _refuse_wrapped(folder: Path, missing: list[str], left: list[str]) -> None:
             by = f"as {makers[0]} leaves them" if makers else "which no model of transformers has"
             how = "merge the adapter and save the model" if "peft" in makers else "save the model that is inside"
             raise UserError(
-                f"the weights in {folder} have a wrapper's names, {by}: {name} in place of {end}; {how} with "
+                f"the weights in {folder} have a wrapper's names, {by}: {cut(name)} in place of {cut(end)}; {how} with "
                 "save_pretrained, and give that folder"
             )
 
@@ -169,12 +185,11 @@ def _refuse_dtypes(folder: Path, stored: Mapping[str, str], allowed: bool) -> li
     foreign = [name for name, dtype in stored.items() if dtype not in FLOATS]
     if not foreign:
         return []
-    found = f"{folder} stores {len(foreign)} weights as {stored[foreign[0]]}, {foreign[0]} first"
+    found = f"{folder} stores {len(foreign)} weights as {stored[foreign[0]]}, {cut(foreign[0])} first"
     if allowed:
         return [f"{found}: what is computed takes these as plain numbers, without any scale"]
     raise UserError(
-        f"{found}, a quantised form: give the checkpoint it was made from, in float64, float32, float16 or bfloat16 "
-        "(--allow-unused takes them as plain numbers, without any scale)"
+        f"{found}, a quantised form: give the checkpoint it was made from (--allow-unused takes them as plain numbers)"
     )
 
 
@@ -186,7 +201,7 @@ def _refuse_names(folder: Path, inside: list[str], name: str, allowed: bool) -> 
     """
     if not inside:
         return []
-    found = f"{folder} holds {len(inside)} weights that {name} does not take, {inside[0]} first"
+    found = f"{folder} holds {len(inside)} weights that {name} does not take, {cut(inside[0])} first"
     if allowed:
         return [f"{found}: what is computed leaves them out"]
     hint = next((f" ({text})" for pattern, text in _HINTS.items() if re.search(pattern, inside[0])), "")

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -20,13 +18,23 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from flashmorph.checkpoint import GENERATION, has_tokenizer, require_config, travelling_files, weight_files
+from flashmorph.checkpoint import (
+    CONFIG,
+    GENERATION,
+    has_tokenizer,
+    is_present,
+    require_config,
+    travelling_files,
+    weight_files,
+)
+from flashmorph.configuration import make_config
 from flashmorph.digests import template_digest, tokenizer_digest, weights_digest
-from flashmorph.errors import UserError
+from flashmorph.emptymodel import without_weights
+from flashmorph.errors import UserError, first_line
 from flashmorph.files import read_json
 from flashmorph.hosts import host_for, takes_with_windows
 from flashmorph.shards import FLOATS, ShardReader
-from flashmorph.stored import take_stock
+from flashmorph.stored import require_layers, take_stock
 
 EMBEDDED = ("tiny",)
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
@@ -84,6 +92,7 @@ def open_teacher(name: str) -> Teacher:
     folder, revision, note = locate(name)
     _require_host(load_config(folder))
     weight_files(folder)
+    read_generation(folder)
     of_tokens, of_template = tokenizer_digest(folder), template_digest(folder)
     return Teacher(name, folder, weights_digest(folder), revision, note, of_tokens, of_template)
 
@@ -128,17 +137,14 @@ def load_config(folder: Path):
     Raises:
         UserError: none there, not readable, of an unknown kind, quantised, or not of a causal language model alone.
     """
-    path = require_config(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if config.dtype not in FLOATS.values():
-            config.dtype = _stored_dtype(folder)
-        if config.pad_token_id is not None and not 0 <= config.pad_token_id < config.vocab_size:
-            config.pad_token_id = None
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{path} cannot be read: {_first_line(error)}") from error
+    config: Any = make_config(folder / CONFIG, require_config(folder))
+    if config.dtype not in FLOATS.values():
+        config.dtype = _stored_dtype(folder)
+    if not isinstance(getattr(config, "vocab_size", None), int):
+        raise UserError(f"{folder / CONFIG} cannot be read: it is of no language model (it has no vocab_size)")
+    pad = getattr(config, "pad_token_id", None)
+    if pad is not None and not 0 <= pad < config.vocab_size:
+        config.pad_token_id = None
     return config
 
 
@@ -165,8 +171,9 @@ def load_model(
     Raises:
         UserError: weights are missing, damaged, do not fit the configuration, or are not what would be computed.
     """
-    config, generation = load_config(folder), load_generation(folder)
-    for notice in take_stock(without_weights(config), ShardReader(folder).dtypes, folder, allow_unused).notices:
+    config, generation, stored = load_config(folder), load_generation(folder), ShardReader(folder).dtypes
+    require_layers(config, stored, folder)
+    for notice in take_stock(without_weights(config), stored, folder, allow_unused).notices:
         tell(notice)
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
@@ -187,14 +194,6 @@ def load_model(
         require_one_head(model, folder)
     model.config.dtype = config.dtype
     return model.eval().to(device or "cpu")
-
-
-def without_weights(config: PreTrainedConfig) -> PreTrainedModel:
-    """The causal language model of a configuration, in float32, its weights without values; buffers have theirs."""
-    with init_empty_weights(include_buffers=False):
-        # The class writes the dtype that it is made in into its configuration.
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
-    return model.eval()
 
 
 def require_one_head(model: PreTrainedModel, folder: Path) -> None:
@@ -218,7 +217,7 @@ def read_generation(folder: Path) -> dict[str, Any]:
         UserError: it is damaged.
     """
     path = folder / GENERATION
-    values = read_json(path) if path.is_file() else {}
+    values = read_json(path) if is_present(path) else {}
     if not isinstance(values, dict):
         raise UserError(f"{path} cannot be read: it is no JSON object")
     return values
@@ -244,7 +243,7 @@ def load_generation(folder: Path) -> GenerationConfig | None:
 
 def unreadable(folder: Path, error: Exception) -> UserError:
     """Why the weights in `folder` cannot be read, in one sentence."""
-    return UserError(f"the weights in {folder} cannot be read, are they complete? {_first_line(error)}")
+    return UserError(f"the weights in {folder} cannot be read, are they complete? {first_line(error)}")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -256,12 +255,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not has_tokenizer(folder):
         return None
     travelling_files(folder)
+    config: Any = load_config(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # With our configuration: its own reading of config.json would not be held against anything.
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"the tokenizer in {folder} cannot be read: {_first_line(error)}") from error
-    size = load_config(folder).vocab_size
-    if len(tokenizer) > size:
+        raise UserError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
+    if len(tokenizer) > (size := config.vocab_size):
         raise UserError(f"the tokenizer in {folder} has {len(tokenizer):,} tokens and the model only {size:,}")
     return tokenizer
 
@@ -291,10 +291,5 @@ def _not_on_the_hub(name: str, error: Exception) -> UserError:
     embedded = ", ".join(EMBEDDED)
     return UserError(
         f"there is no teacher {name!r}: it is no folder here, not embedded ({embedded}), and the hub says: "
-        f"{_first_line(error)}"
+        f"{first_line(error)}"
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

@@ -1,13 +1,15 @@
 """Parameters of a teacher, its host and its hybrids, counted on models without memory: nothing is loaded."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from flashmorph.emptymodel import without_weights
 from flashmorph.hosts import FEED_FORWARD, Host
 from flashmorph.plan import FULL
 
@@ -52,10 +54,16 @@ class Sizes:
 
 
 def count_sizes(host: Host, teacher: PreTrainedConfig, config: PreTrainedConfig) -> Sizes:
-    """Sizes for a teacher's configuration and its host's, every layer full."""
+    """Sizes for a teacher's configuration and its host's, every layer full.
+
+    Counted on models of one layer: a teacher that has a host has layers that are alike.
+
+    Raises:
+        UserError: no model can be made of the configuration.
+    """
+    own: Any = without_weights(_of_one_layer(teacher), with_buffers=False)
+    model: Any = without_weights(_of_one_layer(config), host.model_class, with_buffers=False)
     with torch.device("meta"):
-        own = AutoModelForCausalLM.from_config(teacher)
-        model: Any = host.model_class(cast(Any, config))
         layer = model.model.layers[0]
         attention = getattr(layer, host.attention_name(FULL))
         branches = {option: host.make_branch(config, 0, option, attention) for option in host.options if option != FULL}
@@ -67,7 +75,17 @@ def count_sizes(host: Host, teacher: PreTrainedConfig, config: PreTrainedConfig)
     whole = _part(layer, chosen)
     parts[FEED_FORWARD] = Part(*(of_all - of_mixer for of_all, of_mixer in zip(whole, parts[FULL], strict=True)))
     beside = sum(_parameters(branch) for branch in branches.values())
-    return Sizes(_parameters(own), _parameters(model), len(model.model.layers), parts, beside)
+    layers = config.num_hidden_layers
+    teachers, hosts = (_parameters(each) + (layers - 1) * _parameters(each.model.layers[0]) for each in (own, model))
+    return Sizes(teachers, hosts, layers, parts, beside)
+
+
+def _of_one_layer(config: PreTrainedConfig) -> PreTrainedConfig:
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = 1
+    if types := getattr(config, "layer_types", None):
+        config.layer_types = types[:1]
+    return config
 
 
 def _parameters(module: nn.Module) -> int:
