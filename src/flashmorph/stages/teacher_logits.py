@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
@@ -21,17 +20,17 @@ from flashmorph.losses import Head, chunk_tokens, top_log_probabilities
 from flashmorph.packing import apart, token_order
 from flashmorph.progress import Report, silent
 from flashmorph.rows import Rows
+from flashmorph.settings import Many, Settings
 from flashmorph.stages.training import TrainSettings, collate
 
 _VALUES, _PLACES, _WRITTEN = "log_probabilities.npy", "places.npy", "rows_written.json"
 _WRITE_SECONDS = 20
 
 
-class LogitSettings(BaseModel):
+class LogitSettings(Settings):
     """What is kept of the teacher: the log-probabilities of each token's `top_k` likeliest next tokens."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    top_k: PositiveInt = 64
+    top_k: Many = 64
 
 
 def logits_on_disk(settings: TrainSettings, top_k: int) -> str:

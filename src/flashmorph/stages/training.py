@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import Field
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
@@ -20,6 +20,7 @@ from flashmorph import ranks
 from flashmorph.errors import UserError
 from flashmorph.files import atomic_path
 from flashmorph.progress import Report
+from flashmorph.settings import FinalRate, Length, Rate, Settings, Tokens, TokensAtOnce
 from flashmorph.stages.checkpoints import drop_damaged, finish, last_checkpoint
 from flashmorph.stages.trainer import StageTrainer
 from flashmorph.stages.watch import Watch
@@ -39,23 +40,22 @@ class Division(NamedTuple):
     sharing: int
 
 
-class TrainSettings(BaseModel):
+class TrainSettings(Settings):
     """How long and how fast a stage trains."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     stage: ClassVar[str] = "training"
-    tokens: int = Field(gt=0, description="tokens to train on, in all")
-    length: int = Field(gt=1, description="tokens in a row")
-    batch_tokens: int = Field(gt=0, description="tokens in a step, over all devices")
-    micro_batch_tokens: PositiveInt | Literal["auto"] | None = Field(
+    tokens: Tokens = Field(description="tokens to train on, in all")
+    length: Length = Field(description="tokens in a row")
+    batch_tokens: TokensAtOnce = Field(description="tokens in a step, over all devices")
+    micro_batch_tokens: TokensAtOnce | Literal["auto"] | None = Field(
         default="auto", description="tokens at once on one device; `auto`: from its memory, null: a whole step"
     )
     retrieval_share: float = Field(default=0.0, ge=0, le=1, description="share of rows that are retrieval questions")
-    learning_rate: float = Field(gt=0)
-    final_learning_rate: float = Field(default=1e-5, ge=0)
-    warmup_steps: int = Field(default=50, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    checkpoint_steps: int = Field(default=500, gt=0, description="steps between two checkpoints")
+    learning_rate: Rate
+    final_learning_rate: FinalRate = 1e-5
+    warmup_steps: int = Field(default=50, ge=0, le=10**9)
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e9)
+    checkpoint_steps: int = Field(default=500, gt=0, le=10**9, description="steps between two checkpoints")
 
     @property
     def keeps_apart(self) -> bool:
@@ -119,13 +119,17 @@ class TrainSettings(BaseModel):
     def _divided(self, batch_rows: int, processes: int) -> Division | None:
         at_once = self.micro_batch_tokens if isinstance(self.micro_batch_tokens, int) else batch_rows * self.length
         most = max(1, at_once // self.length)
-        batches = next(
-            number for number in range(1, batch_rows + 1) if batch_rows % number == 0 and batch_rows // number <= most
-        )
+        batches = _smallest_divisor(batch_rows, -(-batch_rows // most))
         pieces = math.lcm(batches, processes)
         if batch_rows % pieces:
             return None
         return Division(batch_rows // pieces, pieces // processes, pieces // batches)
+
+
+def _smallest_divisor(number: int, least: int) -> int:
+    """The smallest divisor of `number` that is not below `least`."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return min(divisor for each in small for divisor in (each, number // each) if divisor >= least)
 
 
 class IsolatedTrainSettings(TrainSettings):
