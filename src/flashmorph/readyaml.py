@@ -99,6 +99,8 @@ def _place(location: tuple[int | str, ...], model: Any) -> tuple[list[str], Any]
     path: list[str] = []
     owner, inside = model, model
     for part in location:
+        if part == "[key]":
+            continue
         models = [each for each in _members(inside) if isinstance(each, type) and issubclass(each, BaseModel)]
         if isinstance(part, int):
             path.append(f"[{part}]")

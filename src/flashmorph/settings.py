@@ -51,7 +51,9 @@ def _kinds(annotation: Any) -> set[Any]:
     """The types that an annotation names, inside of unions and containers too."""
     if get_origin(annotation) is Literal:
         return {type(value) for value in get_args(annotation)}
-    return {annotation}.union(*(_kinds(each) for each in get_args(annotation) if get_origin(each) or type(each) is type))
+    return {annotation}.union(
+        *(_kinds(each) for each in get_args(annotation) if get_origin(each) or type(each) is type)
+    )
 
 
 def _has_truth(value: Any) -> bool:

@@ -12,7 +12,7 @@ _MAY_BE_EMPTY = ("--prompt", "--set")
 class _Commands(TyperGroup):
     """Commands that take no empty name: as a path it would be the folder that one happens to stand in."""
 
-    def parse_args(self, ctx, args):  # noqa: ANN001, ANN201
+    def parse_args(self, ctx, args):
         """Refuse empty arguments, then see `click`.
 
         Raises:

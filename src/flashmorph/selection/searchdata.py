@@ -16,9 +16,7 @@ _USUAL_TOKENS = 16_384
 class SearchSettings(Settings):
     """The data of a search. `length` is the context in tokens; a range draws a length for each step."""
 
-    length: Length | tuple[Length, Length] = Field(
-        default=(1024, 16384), description="context, or [shortest, longest]"
-    )
+    length: Length | tuple[Length, Length] = Field(default=(1024, 16384), description="context, or [shortest, longest]")
     batch_tokens: TokensAtOnce = Field(default=16_384, description="tokens in a step")
     micro_batch_tokens: TokensAtOnce | Literal["auto"] = Field(
         default="auto", description="tokens at once on one device; `auto`: from its memory"

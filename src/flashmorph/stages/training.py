@@ -21,6 +21,7 @@ from flashmorph.errors import UserError
 from flashmorph.files import atomic_path
 from flashmorph.progress import Report
 from flashmorph.settings import FinalRate, Length, Rate, Settings, Tokens, TokensAtOnce
+from flashmorph.shapes import Count, Finite, Shape, require_shape
 from flashmorph.stages.checkpoints import drop_damaged, finish, last_checkpoint
 from flashmorph.stages.trainer import StageTrainer
 from flashmorph.stages.watch import Watch
@@ -130,6 +131,13 @@ def _smallest_divisor(number: int, least: int) -> int:
     """The smallest divisor of `number` that is not below `least`."""
     small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
     return min(divisor for each in small for divisor in (each, number // each) if divisor >= least)
+
+
+class _Entry(Shape):
+    """What is read of a line of the log."""
+
+    step: Count
+    loss: Finite
 
 
 class IsolatedTrainSettings(TrainSettings):
@@ -265,20 +273,27 @@ def _at(ids: torch.Tensor, places: Sequence[Sequence[int]]) -> torch.Tensor:
     return marks
 
 
-def _entries(log: Path) -> Iterator[dict[str, float]]:
-    """The lines of a log, less one that was cut short."""
-    for line in log.read_text().splitlines() if log.exists() else []:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return
+def logged(folder: Path) -> list[dict[str, float]]:
+    """What `train` wrote into its log in `folder`, a step each; lines that were cut or damaged are left out."""
+    log = folder / _LOG
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    return [entry for line in lines if (entry := _entry(line))]
+
+
+def _entry(line: str) -> dict[str, float] | None:
+    try:
+        entry = json.loads(line)
+        require_shape(entry, _Entry, _LOG)
+    except (ValueError, RecursionError):
+        return None
+    return entry
 
 
 class _Keeper(TrainerCallback):
     """Marks whole checkpoints, writes the log, shows the progress and stops at a loss that is not finite."""
 
     def __init__(self, folder: Path, report: Report, watch: Watch):
-        self._log, self._report, self._watch = folder / _LOG, report, watch
+        self._folder, self._log, self._report, self._watch = folder, folder / _LOG, report, watch
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         first = ranks.first(lambda: self._cut_log(state.global_step))
@@ -287,7 +302,7 @@ class _Keeper(TrainerCallback):
 
     def _cut_log(self, step: int) -> float | None:
         """Forget what was logged behind `step`; the loss of the first step, if there is one."""
-        kept = [entry for entry in _entries(self._log) if entry["step"] <= step]
+        kept = [entry for entry in logged(self._folder) if entry["step"] <= step]
         with atomic_path(self._log) as temporary:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         return kept[0]["loss"] if kept else None
