@@ -8,6 +8,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from flashmorph.errors import UserError, quoted, unknown
+_LONGEST_NAME, _LONGEST_TEXT = 200, 200_000
+_DEEPEST, _MOST_VALUES = 100, 100_000
 
 
 class _Loader(yaml.SafeLoader):
@@ -23,9 +25,13 @@ class _Loader(yaml.SafeLoader):
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+        """One more bracket: PyYAML reads all of them, ever slower, before it builds anything."""
+        if self.flow_level >= _DEEPEST:
+            raise yaml.MarkedYAMLError(problem="it is nested too deeply", problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(token)
 
-_LONGEST_NAME = 200
-_MOST_VALUES = 100_000
+
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789"))
 
@@ -37,6 +43,8 @@ def read_yaml(text: str, name: str) -> Any:
         UserError: it is no YAML, asks for a Python object, has a key twice, or stands for more values than anyone has.
     """
     name = quoted(name)[1:-1] if len(name) > _LONGEST_NAME else name
+    if len(text) > _LONGEST_TEXT:
+        raise UserError(f"{name} has {len(text):,} characters; settings have at most {_LONGEST_TEXT:,}")
     try:
         loader = _Loader(text)
         node = loader.get_single_node()

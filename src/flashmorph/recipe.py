@@ -20,6 +20,7 @@ from pydantic import (
 from flashmorph.corpus import DEMO, Corpus, Mixture, shares_of
 from flashmorph.errors import UserError, quoted, unknown
 from flashmorph.evaluation import EvaluateSettings
+from flashmorph.files import read_text
 from flashmorph.readyaml import read_yaml, sentence
 from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES
 from flashmorph.selection.searchdata import SearchSettings
@@ -170,7 +171,7 @@ def load_recipe(source: str | Path, changes: dict[str, Any] | None = None) -> Re
         path = Path(source)
         if not path.is_file():
             raise UserError(f"there is no recipe {quoted(str(source))}: give {', '.join(SHIPPED)}, or a YAML file")
-        text, name = _read(path), str(path)
+        text, name = read_text(path, f"recipe {path}"), str(path)
     values = read_yaml(text, f"recipe {name}")
     if not isinstance(values, dict):
         raise UserError(f"recipe {name} must be a mapping of settings, such as `budget: 25%`")
@@ -237,15 +238,6 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(values, dict):
             raise UserError(f"--set {quoted(key)}: {quoted(parent)} is not a group of settings")
     values[last] = value
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"recipe {path} is not UTF-8 text (byte {error.start:,})") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _with(settings: Any, key: str, value: Any) -> Any:
