@@ -15,6 +15,7 @@ from conftest import run_command, tiny_tokenizer
 from test_corpus import write_jsonl
 
 import flashmorph.corpus
+import flashmorph.documents
 import flashmorph.rows
 from flashmorph.corpus import Corpus, Mixture, Place
 from flashmorph.errors import UserError
@@ -54,7 +55,7 @@ def chatty():
 def in_small_steps(monkeypatch):
     """Blocks, batches and positions that are small enough for several of each."""
     monkeypatch.setattr(flashmorph.corpus, "_BLOCK", 30)
-    monkeypatch.setattr(flashmorph.rows, "_TOGETHER", 100)
+    monkeypatch.setattr(flashmorph.documents, "_TOGETHER", 100)
     monkeypatch.setattr(flashmorph.rows, "_KEEP_TOKENS", 3 * LENGTH)
 
 

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from flashmorph.errors import UserError, quoted, unknown
+
 _LONGEST_NAME, _LONGEST_TEXT = 200, 200_000
 _DEEPEST, _MOST_VALUES = 100, 100_000
 

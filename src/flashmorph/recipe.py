@@ -28,6 +28,7 @@ from flashmorph.settings import Many, Name, Settings
 from flashmorph.stages import AlignSettings, DistillSettings, ExtendSettings
 from flashmorph.tasks import STYLES, TaskSettings
 
+_LEAST_SHARE = 1e-9
 SHIPPED = ("demo", "default", "chat")
 _REPLACED = {
     "extend.isolate_documents": "say `extend.documents: joined` (documents in a row see each other) or `long` (only "
@@ -67,7 +68,7 @@ class SourceSettings(Settings):
 class PartSettings(SourceSettings):
     """One source of several. `weight` is its share of the tokens, as a part of the sum of all weights."""
 
-    weight: float = Field(ge=1e-9, le=1e9)
+    weight: float = Field(gt=0, le=1e9)
 
 
 class DataSettings(SourceSettings):
@@ -86,6 +87,9 @@ class DataSettings(SourceSettings):
         own = {name: DataSettings.model_fields[name].default for name in SourceSettings.model_fields}
         if self.mixture and any(getattr(self, name) != default for name, default in own.items()):
             raise ValueError("give either one source or a mixture of several, each with its own settings")
+        weights = [each.weight for each in self.mixture or ()]
+        if weights and min(weights) < _LEAST_SHARE * sum(weights):
+            raise ValueError(f"a weight is less than {_LEAST_SHARE:g} of all: leave that source out")
         return self
 
     @property

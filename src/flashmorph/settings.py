@@ -15,13 +15,13 @@ from flashmorph.errors import UserError, quoted
 
 _FINITE = ConfigDict(allow_inf_nan=False)
 
-Tokens = Annotated[int, Field(ge=1, le=10**15)]
+Tokens = Annotated[int, Field(gt=0, le=10**15)]
 """Tokens that a stage reads in all: no machine comes to the end of more."""
-TokensAtOnce = Annotated[int, Field(ge=1, le=10**9)]
+TokensAtOnce = Annotated[int, Field(gt=0, le=10**9)]
 """Tokens in a step, or run at once."""
-Length = Annotated[int, Field(ge=2, le=10**9)]
+Length = Annotated[int, Field(gt=1, le=10**9)]
 """Tokens in a row: one to read, one to predict."""
-Many = Annotated[int, Field(ge=1, le=10**6)]
+Many = Annotated[int, Field(gt=0, le=10**6)]
 """Questions, rows or tokens of which each costs something."""
 Rate = Annotated[float, Field(gt=0, le=100)]
 """A learning rate."""

@@ -57,7 +57,9 @@ def run_teacher(run: Run, host: Stage) -> Stage | None:
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
         model = load_model(host.folder / "model", torch.float32, run.device)
-        questions = open_questions(recipe, run.corpus, run.tokenizer, "validation", number, length, recipe.chat_template)
+        questions = open_questions(
+            recipe, run.corpus, run.tokenizer, "validation", number, length, recipe.chat_template
+        )
         tokens = run.at_once("teacher", folder, alone=True).evaluate.tokens_at_once
         found = ask_teacher(model, run.tokenizer, questions, tokens, report)
         at_chance = [name for name, figures in found.items() if figures["at_chance"]]

@@ -9,15 +9,15 @@ from typing import Any
 
 import yaml
 from conftest import FEW_STEPS
-from hostile.damage import changed, damage, odd
-from hostile.harness import Case
-from hostile.seeds import in_turn
-from hostile.teachers import copy_of
 
 from flashmorph.given import given_plan
 from flashmorph.plan import FULL, Budget, Plan
 from flashmorph.recipe import Recipe
 from flashmorph.teacher import load_config
+from hostile.damage import changed, damage, odd
+from hostile.harness import Case
+from hostile.seeds import in_turn
+from hostile.teachers import copy_of
 
 _LAYERS = (
     "", ",", "0,", "0,0", "2", "-1", "0 1", "0;1", "0,1", "1e0", "٣", "0x1", "+1", "0.0", "all", "none", "0" * 400, "9" * 30,

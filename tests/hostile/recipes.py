@@ -10,15 +10,15 @@ from typing import Any
 
 import yaml
 from conftest import FEW_STEPS
-from hostile.damage import ODD, changed, odd, places_in, spoiled
-from hostile.harness import Case
-from hostile.seeds import in_turn
-from hostile.teachers import copy_of
 
 from flashmorph.outlook import check_recipe, outlook
 from flashmorph.recipe import Recipe, load_recipe, parse_changes
 from flashmorph.selection import STRATEGIES
 from flashmorph.teacher import load_config
+from hostile.damage import ODD, changed, odd, places_in, spoiled
+from hostile.harness import Case
+from hostile.seeds import in_turn
+from hostile.teachers import copy_of
 
 _TEXTS = (
     "", "~", "[]", "3", "budget", "budget: [", "budget: 1\nbudget: 2", "tasks: {a: {task: hops}, a: {task: hops}}",

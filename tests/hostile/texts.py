@@ -13,12 +13,12 @@ import pyarrow
 import pyarrow.parquet
 import yaml
 from conftest import FEW_STEPS
+
+from flashmorph.corpus import Corpus
 from hostile.damage import odd, spoiled
 from hostile.harness import Case
 from hostile.seeds import in_turn
 from hostile.teachers import copy_of
-
-from flashmorph.corpus import Corpus
 
 _WORDS = ("river", "stone", "Größe", "日本", "a\u0301", "\u202e", "🙂", "x" * 300, "\x00", "\r", "\u2028", "<|im_end|>")
 _NAMES = ("a", "ü", "a b", "[b]", "-x", "a.b", "x" * 100, "%s", "{0}")

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,13 @@ def _damage(checkpoint: Path) -> str:
             if path.suffix == ".safetensors":
                 with safe_open(path, "pt"):
                     pass
-            elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
-                return f"{path.name} cannot be read"
+            elif path.suffix in (".pt", ".pth", ".bin"):
+                with zipfile.ZipFile(path) as archive:
+                    if archive.testzip():
+                        return f"{path.name} has another content than it had"
             elif path.suffix == ".json":
                 json.loads(path.read_text())
         require_shape(json.loads((checkpoint / _STATE).read_text()), dict[str, Any], _STATE)
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError, zipfile.BadZipFile, zlib.error) as error:
         return (str(error).splitlines() or [type(error).__name__])[0]
     return ""
