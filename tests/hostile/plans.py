@@ -20,8 +20,8 @@ from hostile.seeds import in_turn
 from hostile.teachers import copy_of
 
 _LAYERS = (
-    "", ",", "0,", "0,0", "2", "-1", "0 1", "0;1", "0,1", "1e0", "٣", "0x1", "+1", "0.0", "all", "none", "0" * 400, "9" * 30,
-    " ", "layers.0", "\x1b[31m", "0,\n1", "null",
+    "", ",", "0,", "0,0", "2", "-1", "0 1", "0;1", "0,1", "1e0", "٣", "0x1", "+1", "0.0", "all", "none", "0" * 400,
+    "9" * 30, " ", "layers.0", "\x1b[31m", "0,\n1", "null",
 )  # fmt: skip
 
 

@@ -25,7 +25,8 @@ _TEXTS = (
     "? [1]\n: 2", "1: 2", "&a [*a]", "&a {x: *a}", "host: &a {x: *a}", "!!python/object/apply:os.getcwd []",
     "budget: !!binary x", "seed: 2026-13-45", "%YAML 9.9\n---\n", "a: 1\n--- \nb: 2", "\t", "{" * 3_000, "[" * 3_000,
     "seed: 0x" + "f" * 5_000, "seed: " + "9" * 5_000, "budget: " + "x" * 100_000, "x" * 400 + ": 1", "\ufeffseed: 1",
-    "<<: [1]", "<<: {seed: 1}\nseed: 2", "tasks: *missing", "seed: 1:30", "budget: \"\\ud800\"", "tasks: {1: {task: hops}}",
+    "<<: [1]", "<<: {seed: 1}\nseed: 2", "tasks: *missing", "seed: 1:30", "budget: \"\\ud800\"",
+    "tasks: {1: {task: hops}}",
 )  # fmt: skip
 _BUDGETS = (
     "0", "-1", "2", "100%", "0%", "1e3", "25", "kv=1B@1", "kv=0B@1", "kv=64MiB", "kv=1KiB@99999999999999999999",

@@ -38,12 +38,13 @@ from hostile.teachers import copy_of
 
 RECIPE = {**FEW_STEPS, "baseline": None, "tasks": {"one_key": FEW_STEPS["tasks"]["one_key"]}}
 REPORTED = (
-    "results.json", "plan.json", "recipe.yaml", "flashmorph.json", "evaluate.json", "bench.json", "compare/compare.json",
-    "stages/select-*/trace.json", "stages/align-*/stage.json",
+    "results.json", "plan.json", "recipe.yaml", "flashmorph.json", "evaluate.json", "bench.json",
+    "compare/compare.json", "stages/select-*/trace.json", "stages/align-*/stage.json",
 )  # fmt: skip
 STAGED = (
     "stages/*/stage.json", "stages/*/model/config.json", "stages/*/model/model.safetensors", "stages/*/plan.json",
-    "stages/*/branches.safetensors", "stages/*/right.json", "stages/*/text.json", "stages/*/log.jsonl", "flashmorph.json",
+    "stages/*/branches.safetensors", "stages/*/right.json", "stages/*/text.json", "stages/*/log.jsonl",
+    "flashmorph.json",
 )  # fmt: skip
 
 

@@ -36,8 +36,10 @@ class TaskSettings(Settings):
             if name not in known:
                 raise ValueError(f"task {self.task} has no setting {quoted(name)}; it has {', '.join(sorted(known))}")
             value = self.settings[name]
-            if type(value) is not int or not 0 < value <= _MOST:
-                raise ValueError(f"{name} must be a whole number from 1 to {_MOST:,}; got {quoted(value)}")
+            if type(value) is not int:
+                raise ValueError(f"{name} must be a whole number; got {quoted(value)}")
+            if value > _MOST:
+                raise ValueError(f"{name} must be at most {_MOST:,}; got {quoted(value)}")
         return self
 
     @property
