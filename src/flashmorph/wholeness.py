@@ -13,7 +13,7 @@ from flashmorph.checkpoint import travelling_files
 from flashmorph.errors import UserError, quoted
 from flashmorph.files import read_json
 from flashmorph.plan import Plan
-from flashmorph.shapes import Count, Finite, Shape, misfit
+from flashmorph.shapes import Finite, Shape, misfit
 from flashmorph.shards import ShardReader
 
 CHECKPOINTS = "checkpoints"
@@ -29,11 +29,11 @@ class _Record(Shape):
     stage: str
     digest: str
     seconds: Finite
-    tokens: Count | None = None
+    tokens: Finite | None = None
     summary: str = ""
     notices: list[str] = []
     left_out: list[str] = []
-    errors: list[Finite] = []
+    errors: list[float] = []
     files: dict[str, dict[str, Annotated[int, Field(ge=0)] | str]] | None = None
 
 

@@ -102,7 +102,7 @@ def chosen(folder: Path) -> dict[str, Any]:
     if not (folder / _FILE).exists():
         return {}
     try:
-        return read_as(folder / _FILE, dict[str, bool | Annotated[int, Field(ge=1, le=10**9)]])
+        return read_as(folder / _FILE, dict[str, bool | Annotated[int, Field(ge=1, le=10**12)]])
     except UserError as error:
         _LOG.warning("%s; choosing again", error)
         return {}

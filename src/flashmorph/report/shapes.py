@@ -57,7 +57,7 @@ class _Stage(Shape):
     stage: str
     digest: str
     seconds: Annotated[Finite, Field(ge=0)]
-    tokens: Count | None
+    tokens: Finite | None
 
 
 class _Difference(Shape):
@@ -87,13 +87,13 @@ class Step(Shape):
     """A step of a search's trace that follows gradients."""
 
     step: Count
-    logits: list[Finite]
+    logits: list[float]
 
 
 class Errors(Shape):
     """What is read of the record of `align`."""
 
-    errors: list[Finite] = []
+    errors: list[float] = []
 
 
 class _Cell(_Rate):
