@@ -2,8 +2,8 @@
 
     python benchmarks/referee.py --teachers tiny natural --seeds 5
 
-Each teacher's run is `runs/referee-<teacher>`; cells are written to `benchmarks/results/referee-<version>/<teacher>/` as
-they finish, and the same command goes on from them. At the end a table over all teachers is printed and written to
+Each teacher's run is `runs/referee-<teacher>`; cells are written to `benchmarks/results/referee-<version>/<teacher>/`
+as they finish, and the same command goes on from them. At the end a table over all teachers is printed and written to
 `summary.json` beside them. `benchmarks/results/referee/` holds the cells of version 0.1, which stay as they are.
 """
 

@@ -222,3 +222,16 @@ def test_cut_rows_are_made_again(finished, teacher_folder, recipe):
     assert run_command("morph", teacher_folder, "--recipe", recipe, "--output", finished) == 0
     assert rows.read_bytes() == before
     assert np.load(rows).dtype == np.uint32
+
+
+def test_cut_held_out_text_and_a_damaged_marker_are_made_again(finished, teacher_folder, recipe):
+    (text,) = finished.glob("data/test-*.npz")
+    before, marker, results = text.read_bytes(), finished / "flashmorph.json", (finished / "results.json").read_bytes()
+    labels = json.loads(marker.read_text())["last"].keys()
+    _cut(text)
+    marker.write_text('{"last": ["align"]}')
+    shutil.rmtree(next(iter(finished.glob("stages/evaluate-*"))))
+    assert run_command("morph", teacher_folder, "--recipe", recipe, "--output", finished) == 0
+    assert text.read_bytes() == before and json.loads(marker.read_text())["last"].keys() == labels
+    again, then = json.loads((finished / "results.json").read_text()), json.loads(results)
+    assert all(again[name] == then[name] for name in ("teacher", "hybrid"))

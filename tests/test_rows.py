@@ -15,6 +15,7 @@ from conftest import run_command, tiny_tokenizer
 from test_corpus import write_jsonl
 
 import flashmorph.corpus
+import flashmorph.documents
 import flashmorph.rows
 from flashmorph.corpus import Corpus, Mixture, Place
 from flashmorph.errors import UserError

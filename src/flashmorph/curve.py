@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
 
 from flashmorph import ranks
 from flashmorph.errors import UserError
-from flashmorph.files import read_json, write_json
+from flashmorph.files import write_json
 from flashmorph.hosts import cache_by_context
 from flashmorph.judge import recall_of_plan
 from flashmorph.morphable import Morphable
@@ -20,6 +22,7 @@ from flashmorph.runfolder import Stage
 from flashmorph.runmodels import open_morphable, open_objective
 from flashmorph.selection import Selection, needs_of
 from flashmorph.selection.search import searches_alike, select, serves_every_budget
+from flashmorph.shapes import Count, Finite, Shape, read_as
 from flashmorph.signal import with_signal
 
 _NESTED = ("greedy-backward", "greedy-forward", "race")
@@ -35,6 +38,24 @@ class Point:
     loss: float
     recall: float
     cache_bytes: dict[str, int]
+
+
+class _Point(Shape):
+    """`Point` as JSON."""
+
+    model_config = ConfigDict(extra="forbid")
+    full: list[Count]
+    strip: str
+    loss: Finite
+    recall: Finite
+    cache_bytes: Annotated[dict[str, Count], Field(min_length=1)]
+
+
+class _Curve(Shape):
+    """`Curve` as JSON."""
+
+    strategy: str
+    points: Annotated[list[_Point], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -122,7 +143,7 @@ def run_curve(run: Run, host: Stage, branches: Stage, questions: int) -> Curve:
     asked = [recipe.select.search.longest, recipe.select.search.questions, task_settings(run)]
     wanted = {"questions": questions, "asked": asked, **ends(run), **select_settings(run)}
     stage = run.stage("curve", f"{recipe.select.strategy}, every budget", wanted, [branches.digest], work)
-    values = read_json(stage.folder / "curve.json")
+    values = read_as(stage.folder / "curve.json", _Curve)
     return Curve(values["strategy"], [Point(**point) for point in values["points"]])
 
 

@@ -18,7 +18,7 @@ def weights_digest(folder: Path) -> str:
     """Of a checkpoint's configuration and weights: with another tokenizer or template they are the same.
 
     Raises:
-        UserError: there are no weights.
+        UserError: there are no weights, or a file cannot be read.
     """
     return _digest_of_files(folder, [folder / CONFIG, *weight_files(folder)])
 
@@ -44,8 +44,11 @@ def _digest_of_files(folder: Path, paths: Iterable[Path]) -> str:
             values = {name: value for name, value in values.items() if name not in _NOT_OF_TOKENS}
             digest.update(json.dumps(values, sort_keys=True).encode())
             continue
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        try:
+            with path.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
     return shortened(digest)
 
 

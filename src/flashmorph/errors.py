@@ -5,7 +5,7 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any
 
-_LISTED = 40
+_LISTED = 180
 _QUOTED = 80
 _SAID = 160
 _SHORT = reprlib.Repr()
@@ -28,7 +28,8 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """One sentence about an unknown name, with the nearest known one."""
     known = list(known)
     near = difflib.get_close_matches(name, known, 1, 0.4)
-    listed = f"there are {', '.join(known)}" if len(known) <= _LISTED else "and none of the known names is like it"
+    names = ", ".join(known)
+    listed = f"there are {names if len(names) <= _LISTED else names[:_LISTED].rpartition(', ')[0] + ', …'}"
     hint = f"did you mean {near[0]!r}?" if near else listed
     return f"unknown {kind} {quoted(name)}; {hint}"
 

@@ -76,6 +76,20 @@ def refuse_special(path: Path) -> os.stat_result | None:
     return found
 
 
+def read_text(path: Path, name: str = "") -> str:
+    """The text in a file, which a sentence calls by its path or another `name`.
+
+    Raises:
+        UserError: the file is missing or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name or path} is not UTF-8 text (byte {error.start:,})") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
 def write_json(target: Path, value: Any) -> None:
     """Write `value` as readable JSON, atomically."""
     with atomic_path(target) as temporary:

@@ -12,9 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from flashmorph.corpus import Corpus, Mixture, no_text, shares_of
 from flashmorph.documents import Part
+from flashmorph.errors import UserError
 from flashmorph.files import atomic_path
 from flashmorph.losses import Head, token_losses
 from flashmorph.special_tokens import before_text, count_before, room_for_text
+
+_ARRAYS = ("ids", "sizes", "documents", "special", "asked")
 
 
 class Batch(NamedTuple):
@@ -107,12 +110,23 @@ class HeldOut:
 
     @classmethod
     def load(cls, path: Path) -> "HeldOut":
-        """What `save` wrote."""
-        with np.load(path) as kept:
-            pieces = np.split(kept["ids"].astype(np.int64), np.cumsum(kept["sizes"])[:-1])
-            length, wanted = kept["asked"].tolist()
-            documents, special = (kept[name].tolist() for name in ("documents", "special"))
-        return cls([piece.tolist() for piece in pieces], documents, special, length, wanted)
+        """What `save` wrote.
+
+        Raises:
+            UserError: the file is missing, cut or something else.
+        """
+        try:
+            with np.load(path) as kept:
+                ids, sizes, documents, special, asked = (kept[name] for name in _ARRAYS)
+        except Exception as error:  # It is an archive whose parts are read as Python is: that fails in many ways.
+            raise UserError(f"{path} is damaged: it cannot be read") from error
+        whole = all(each.ndim == 1 and each.dtype.kind in "iu" for each in (ids, sizes, documents, special, asked))
+        if not whole or not len(sizes) == len(documents) == len(special) or sum(sizes.tolist()) != len(ids):
+            raise UserError(f"{path} is damaged: its parts are of different texts")
+        if not len(sizes) or len(asked) != 2 or (sizes <= np.maximum(special, 1)).any():
+            raise UserError(f"{path} is damaged: it has a piece without text")
+        pieces = np.split(ids.astype(np.int64), np.cumsum(sizes)[:-1])
+        return cls([piece.tolist() for piece in pieces], documents.tolist(), special.tolist(), *asked.tolist())
 
 
 def hold_out(

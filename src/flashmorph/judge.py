@@ -21,6 +21,8 @@ from flashmorph.recipe import Recipe
 from flashmorph.run import Run
 from flashmorph.rundata import open_questions
 from flashmorph.runfolder import digest_of
+from flashmorph.selection.cache import kept
+from flashmorph.shapes import Finite
 from flashmorph.special_tokens import before_text
 from flashmorph.teacher import load_model, load_tokenizer, locate
 
@@ -74,7 +76,7 @@ def recall_of_plan(
     They are as long as the search's. The figure is kept in `folder`.
     """
     path = folder / f"recall-{digest_of([plan.assignments, split, seed, questions])}.json"
-    if not path.exists():
+    if kept(path, run.screen.say, Finite) is None:
         recipe = run.recipe.model_copy(update={"seed": seed})
         length = recipe.select.search.longest
         by_task = open_questions(recipe, run.corpus, run.tokenizer, split, questions, length, recipe.chat_template)

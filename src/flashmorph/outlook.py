@@ -48,12 +48,16 @@ def check_recipe(config: PreTrainedConfig, recipe: Recipe) -> None:
 
     Raises:
         UserError: a budget that leaves no choice or saves nothing, settings that the host or the strategy does not
-            take, or a context longer than the teacher's.
+            take, a context longer than the teacher's, or more of its tokens than it has.
     """
     host, own = configure(config, recipe.host)
     chosen, budget = recipe.select, Budget.parse(recipe.budget)
     check_search(chosen.strategy, layer_space(host, own, budget), budget, chosen.search.questions, chosen.settings)
     require_within_limit(recipe, config)
+    if (kept := recipe.distill.teacher_logits) and kept.top_k > config.vocab_size:
+        raise UserError(
+            f"distill.teacher_logits.top_k is {kept.top_k:,}; the teacher's vocabulary has {config.vocab_size:,} tokens"
+        )
 
 
 def outlook(name: str, config: PreTrainedConfig, recipe: Recipe) -> list[dict[str, Any]]:

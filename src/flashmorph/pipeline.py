@@ -6,7 +6,6 @@ library's own. Several processes go through it together: a stage's work is share
 (`ranks.py`).
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from flashmorph import ranks
 from flashmorph.card import model_card
 from flashmorph.errors import UserError
 from flashmorph.evaluation import RangeLosses, Score, evaluate
-from flashmorph.files import atomic_path, read_json, write_json
+from flashmorph.files import atomic_path, write_json
 from flashmorph.given import require_fits, space_of_run
 from flashmorph.hosts import cache_by_context, host_for, host_of, host_settings, layer_space
 from flashmorph.morphable import Morphable, attach, build
@@ -48,6 +47,7 @@ from flashmorph.runmodels import divided, open_morphable, open_objective, open_s
 from flashmorph.selection import needs_of
 from flashmorph.selection.search import select
 from flashmorph.selection.uniform import uniform
+from flashmorph.shapes import Count, Shape, read_as, require_shape
 from flashmorph.sharding import shard_morphable, shard_student, shard_teacher, whole
 from flashmorph.signal import run_teacher, with_signal
 from flashmorph.stages import (
@@ -57,11 +57,19 @@ from flashmorph.stages import (
     alignment_errors,
     distill,
     extend,
+    logged,
     logits_on_disk,
     write_logits,
 )
 from flashmorph.teacher import load_config, load_model
 from flashmorph.wholeness import is_whole
+
+
+class _Evaluated(Shape):
+    """What the record of `evaluate` has beside others'."""
+
+    perplexity: float
+    cache_bytes: dict[str, Count]
 
 
 def morph(run: Run) -> Results:
@@ -296,8 +304,10 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
         }
 
     stage = run.stage("evaluate", label, evaluate_settings(run), [model.digest], work, alone=True)
-    right, text = (read_json(stage.folder / name) for name in ("right.json", "text.json"))
-    return Score(right, stage.record["perplexity"], stage.record["cache_bytes"], RangeLosses(**text))
+    require_shape(stage.record, _Evaluated, str(stage.folder / "stage.json"))
+    right = read_as(stage.folder / "right.json", dict[str, list[bool]])
+    text = RangeLosses.load(stage.folder / "text.json")
+    return Score(right, stage.record["perplexity"], stage.record["cache_bytes"], text)
 
 
 def worse_than_silent(errors: Sequence[float], layers: int) -> list[int]:
@@ -332,6 +342,5 @@ def _listed(values: list[float]) -> str:
 
 
 def _last_loss(folder: Path, name: str) -> str:
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    losses = [json.loads(line)["loss"] for line in lines[-10:]]
-    return f"{name} {sum(losses) / len(losses):.3f} nats a token"
+    losses = [entry["loss"] for entry in logged(folder)[-10:]]
+    return f"{name} {sum(losses) / len(losses):.3f} nats a token" if losses else f"{name} unknown: its log is gone"

@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, model_validator
 
 from flashmorph.errors import UserError, quoted
 from flashmorph.files import read_json, write_json
+from flashmorph.shapes import Count, Finite, Shape, misfit
 
 FULL = "full"
 PLAN_VERSION = 1
 _BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _LONGEST = 60
+_MOST_GROUPS = 100_000
+_Word = Annotated[str, StringConstraints(max_length=_LONGEST)]
 _FORMS = "7 (layers), 25% (of the layers), kv=64MiB@32768 (cache of one sequence of that many tokens) or loss=1%"
 
 
@@ -328,28 +331,33 @@ class Plan:
         if version != PLAN_VERSION:
             raise UserError(f"{path} has plan version {quoted(version)}; this flashmorph reads {PLAN_VERSION}")
         try:
+            if problem := misfit(data, _PlanFile):
+                raise UserError(problem)
             read = _PlanFile.model_validate(data)
             budget = Budget.parse(read.budget)
             return cls(read.assignments, budget, read.strategy, read.seed, read.teacher, read.revision, read.scores)
-        except ValidationError as error:
-            problem = error.errors(include_url=False)[0]
-            place = ".".join(str(part) for part in problem["loc"] if part != "[key]")
-            raise UserError(f"{path} is no plan: {place}: {problem['msg']} (got {quoted(problem['input'])})") from error
         except UserError as error:
             raise UserError(f"{path} is no plan: {error}") from error
 
 
-class _PlanFile(BaseModel):
+class _PlanFile(Shape):
     """What a plan's file must hold; other keys are left alone."""
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-    assignments: dict[Annotated[str, StringConstraints(max_length=_LONGEST)], str]
+    assignments: Annotated[dict[_Word, _Word], Field(min_length=1, max_length=_MOST_GROUPS)]
     budget: str
-    strategy: str = "by hand"
-    seed: Annotated[int, Field(ge=0)] = 0
+    strategy: _Word = "by hand"
+    seed: Count = 0
     teacher: str = ""
     revision: str = ""
-    scores: list[list[float]] = []
+    scores: list[list[Finite]] = []
+
+    @model_validator(mode="after")
+    def _scores_are_of_the_groups(self) -> "_PlanFile":
+        if self.scores and len(self.scores) != len(self.assignments):
+            raise ValueError(f"there are scores of {len(self.scores)} groups and {len(self.assignments)} groups")
+        if any(len(row) < 2 for row in self.scores):
+            raise ValueError("a group has scores of less than two options")
+        return self
 
 
 def _place(group: str) -> list[tuple[int, str]]:

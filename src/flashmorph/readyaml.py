@@ -9,6 +9,9 @@ from pydantic import BaseModel, ValidationError
 
 from flashmorph.errors import UserError, quoted, unknown
 
+_LONGEST_NAME, _LONGEST_TEXT = 200, 200_000
+_DEEPEST, _MOST_VALUES = 100, 100_000
+
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader; of YAML 1.2 it takes that `1e-3` is a number, and that a key stands once in a mapping."""
@@ -23,6 +26,12 @@ class _Loader(yaml.SafeLoader):
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+        """One more bracket: PyYAML reads all of them, ever slower, before it builds anything."""
+        if self.flow_level >= _DEEPEST:
+            raise yaml.MarkedYAMLError(problem="it is nested too deeply", problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(token)
+
 
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789"))
@@ -32,10 +41,16 @@ def read_yaml(text: str, name: str) -> Any:
     """The value that `text` stands for; `name` is what the text is called in a sentence.
 
     Raises:
-        UserError: it is no YAML, asks for a Python object, or has a key twice.
+        UserError: it is no YAML, asks for a Python object, has a key twice, or stands for more values than anyone has.
     """
+    name = quoted(name)[1:-1] if len(name) > _LONGEST_NAME else name
+    if len(text) > _LONGEST_TEXT:
+        raise UserError(f"{name} has {len(text):,} characters; settings have at most {_LONGEST_TEXT:,}")
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        _refuse_bombs(node)
+        return None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
@@ -44,6 +59,22 @@ def read_yaml(text: str, name: str) -> Any:
         raise UserError(f"{name} is not valid YAML: it is nested too deeply") from error
     except (yaml.YAMLError, ValueError) as error:  # A ValueError: a date or a number that cannot be.
         raise UserError(f"{name} is not valid YAML: {_cut(str(error).split(';')[0])}") from error
+
+
+def _refuse_bombs(root: yaml.Node | None) -> None:
+    """Refuse references (`*name`) that together stand for very many values, or for themselves."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = _MOST_VALUES + 1  # Until it is known: what holds itself is endless.
+            parts = node.value if isinstance(node, yaml.CollectionNode) else []
+            parts = [each for part in parts for each in (part if isinstance(part, tuple) else (part,))]
+            sizes[id(node)] = 1 + sum(map(size, parts))
+        return sizes[id(node)]
+
+    if root is not None and size(root) > _MOST_VALUES:
+        raise yaml.YAMLError(f"with its references it stands for more than {_MOST_VALUES:,} values")
 
 
 def _cut(text: str) -> str:
@@ -65,8 +96,8 @@ def sentence(error: ValidationError, model: type[BaseModel], replaced: Mapping[s
         parents = path[:-1]
         known = ["".join([*parents, _after(parents, name)]) for name in owner.model_fields]
         return unknown("setting", "".join(path), known)
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{''.join(path)}: {message[0].lower()}{message[1:]} (got {quoted(problem['input'])})"
+    message = _cut(problem["msg"].removeprefix("Value error, "))
+    return f"{_cut(''.join(path))}: {message[0].lower()}{message[1:]} (got {quoted(problem['input'])})"
 
 
 def _place(location: tuple[int | str, ...], model: Any) -> tuple[list[str], Any]:
@@ -77,6 +108,8 @@ def _place(location: tuple[int | str, ...], model: Any) -> tuple[list[str], Any]
     path: list[str] = []
     owner, inside = model, model
     for part in location:
+        if part == "[key]":
+            continue
         models = [each for each in _members(inside) if isinstance(each, type) and issubclass(each, BaseModel)]
         if isinstance(part, int):
             path.append(f"[{part}]")

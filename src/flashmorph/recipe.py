@@ -9,7 +9,6 @@ import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PrivateAttr,
     SerializerFunctionWrapHandler,
@@ -21,12 +20,15 @@ from pydantic import (
 from flashmorph.corpus import DEMO, Corpus, Mixture, shares_of
 from flashmorph.errors import UserError, quoted, unknown
 from flashmorph.evaluation import EvaluateSettings
+from flashmorph.files import read_text
 from flashmorph.readyaml import read_yaml, sentence
 from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES
 from flashmorph.selection.searchdata import SearchSettings
+from flashmorph.settings import Many, Name, Settings
 from flashmorph.stages import AlignSettings, DistillSettings, ExtendSettings
 from flashmorph.tasks import STYLES, TaskSettings
 
+_LEAST_SHARE = 1e-9
 SHIPPED = ("demo", "default", "chat")
 _REPLACED = {
     "extend.isolate_documents": "say `extend.documents: joined` (documents in a row see each other) or `long` (only "
@@ -35,17 +37,16 @@ _REPLACED = {
 """Settings of earlier versions, and what to say in their place."""
 
 
-class SourceSettings(BaseModel):
+class SourceSettings(Settings):
     """Where text comes from: `demo`, a file, a folder, or the name of a dataset, which is streamed.
 
     A row with `messages` or `conversations` in place of `column` is a conversation; `tools` is what it may call.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    source: str
-    config: str | None = None
-    column: str = "text"
-    split: str = Field(default="train", description="which split of a dataset is read; ours are taken from it")
+    source: Name
+    config: Name | None = None
+    column: Name = "text"
+    split: Name = Field(default="train", description="which split of a dataset is read; ours are taken from it")
     loss_on: Literal["all", "replies"] = Field(default="all", description="which tokens of conversations are learnt")
 
     @property
@@ -67,7 +68,7 @@ class SourceSettings(BaseModel):
 class PartSettings(SourceSettings):
     """One source of several. `weight` is its share of the tokens, as a part of the sum of all weights."""
 
-    weight: float = Field(gt=0)
+    weight: float = Field(gt=0, le=1e9)
 
 
 class DataSettings(SourceSettings):
@@ -76,16 +77,19 @@ class DataSettings(SourceSettings):
     `haystack` is what facts are hidden in: that text, or one sentence over and over (RULER's NIAH-S1).
     """
 
-    source: str = DEMO
+    source: Name = DEMO
     mixture: tuple[PartSettings, ...] | None = Field(default=None, min_length=1)
     haystack: Literal["text", "repeated"] = "text"
-    max_passes: int | None = Field(default=4, gt=0, description="how often a stage may repeat the text")
+    max_passes: int | None = Field(default=4, gt=0, le=10**9, description="how often a stage may repeat the text")
 
     @model_validator(mode="after")
     def _one_or_several(self) -> "DataSettings":
         own = {name: DataSettings.model_fields[name].default for name in SourceSettings.model_fields}
         if self.mixture and any(getattr(self, name) != default for name, default in own.items()):
             raise ValueError("give either one source or a mixture of several, each with its own settings")
+        weights = [each.weight for each in self.mixture or ()]
+        if weights and min(weights) < _LEAST_SHARE * sum(weights):
+            raise ValueError(f"a weight is less than {_LEAST_SHARE:g} of all: leave that source out")
         return self
 
     @property
@@ -104,18 +108,17 @@ class DataSettings(SourceSettings):
         return ", ".join(f"{share:.0%} {part.source}" for part, share in shares_of(self.corpus))
 
 
-class SelectSettings(BaseModel):
+class SelectSettings(Settings):
     """How layers are chosen. `settings` are the strategy's own (`flashmorph select --help`).
 
     With `require_signal` (`signal.py`) tasks that the teacher cannot do are left out of the search.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     strategy: str = DEFAULT_STRATEGY
     settings: dict[str, Any] = Field(default_factory=dict)
     search: SearchSettings = SearchSettings()
     require_signal: bool = Field(default=True, description="a task counts only where full attention answers better")
-    teacher_questions: int = Field(default=16, gt=0, description="questions a task for the teacher, before align")
+    teacher_questions: Many = Field(default=16, description="questions a task for the teacher, before align")
 
 
 def _as_text(value: Any) -> str:
@@ -123,10 +126,9 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else quoted(value)
 
 
-class Recipe(BaseModel):
+class Recipe(Settings):
     """One run of `flashmorph morph`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     budget: Annotated[str, BeforeValidator(_as_text)] = "25%"
     seed: int = Field(default=0, ge=0, lt=2**32, strict=True)
     bf16: Literal["auto"] | bool = "auto"
@@ -136,10 +138,10 @@ class Recipe(BaseModel):
     chat_template: bool = Field(
         default=False, description="ask a search's questions, and those in training rows, through the chat template"
     )
-    tasks: dict[str, TaskSettings]
+    tasks: dict[Name, TaskSettings]
     data: DataSettings = DataSettings()
     host: dict[str, Any] = Field(default_factory=dict, description="the host's own settings (`flashmorph hosts`)")
-    calibration_rows: int = Field(default=8, gt=0, description="rows that branches are started from")
+    calibration_rows: Many = Field(default=8, description="rows that branches are started from")
     align: AlignSettings = AlignSettings()
     select: SelectSettings = SelectSettings()
     distill: DistillSettings = DistillSettings()
@@ -172,8 +174,8 @@ def load_recipe(source: str | Path, changes: dict[str, Any] | None = None) -> Re
     else:
         path = Path(source)
         if not path.is_file():
-            raise UserError(f"there is no recipe {str(source)!r}: give {', '.join(SHIPPED)}, or a YAML file")
-        text, name = _read(path), str(path)
+            raise UserError(f"there is no recipe {quoted(str(source))}: give {', '.join(SHIPPED)}, or a YAML file")
+        text, name = read_text(path, f"recipe {path}"), str(path)
     values = read_yaml(text, f"recipe {name}")
     if not isinstance(values, dict):
         raise UserError(f"recipe {name} must be a mapping of settings, such as `budget: 25%`")
@@ -238,17 +240,8 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
-            raise UserError(f"--set {key}: {parent!r} is not a group of settings")
+            raise UserError(f"--set {quoted(key)}: {quoted(parent)} is not a group of settings")
     values[last] = value
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"recipe {path} is not UTF-8 text (byte {error.start:,})") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _with(settings: Any, key: str, value: Any) -> Any:

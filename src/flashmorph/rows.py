@@ -1,6 +1,5 @@
 """Rows of tokens on disk: packed from a corpus before a stage trains, and read as they are needed."""
 
-import json
 import logging
 import os
 import shutil
@@ -18,6 +17,7 @@ from flashmorph.documents import FIRST, IGNORED, Part, TooLittle, marked
 from flashmorph.errors import UserError
 from flashmorph.files import write_json
 from flashmorph.progress import Report, silent
+from flashmorph.shapes import Count, Shape, has_broken_seal, read_as, sealed
 from flashmorph.special_tokens import before_text, room_for_text
 from flashmorph.wholeness import is_whole_array
 
@@ -97,7 +97,7 @@ def pack(
             document that is long enough, or the place cannot be written.
     """
     partial = path.with_name(path.name + PARTIAL)
-    if path.exists() and not is_whole_array(path):
+    if path.exists() and not is_whole_array(path, (rows, length), np.uint32):
         _LOG.warning("%s is damaged; making it again", path)
         path.unlink()
     if not path.exists():
@@ -121,7 +121,7 @@ def pack(
 def _write(partial: Path, text: "_Text", others: Sequence[list[int]], shape: tuple[int, int], report: Report) -> None:
     """Write the rows into `partial`, from the place kept there on."""
     rows, length = shape
-    kept = _kept(partial, length)
+    kept = _kept(partial, shape, text)
     done = text.restore(kept) if kept else 0
     free, wanted = shutil.disk_usage(partial).free, 4 * (rows - done) * length
     if wanted > free:
@@ -139,20 +139,32 @@ def _write(partial: Path, text: "_Text", others: Sequence[list[int]], shape: tup
             if (row + 1) % every == 0 or row + 1 == rows:
                 stream.flush()
                 os.fsync(stream.fileno())
-                write_json(partial / _POSITION, {"datasets": datasets.__version__, "rows": row + 1, **text.state()})
+                position = {"datasets": datasets.__version__, "rows": row + 1, **text.state()}
+                write_json(partial / _POSITION, sealed(position))
 
 
-def _kept(partial: Path, length: int) -> dict[str, Any] | None:
-    """The position that interrupted packing can go on from, if there is one.
+class _Position(Shape):
+    """Where packing has come to; the parts are for `Part.restore`."""
+
+    datasets: str
+    rows: Count
+    left: list[Count]
+    parts: list[dict[str, Any]]
+
+
+def _kept(partial: Path, shape: tuple[int, int], text: "_Text") -> dict[str, Any] | None:
+    """The position that interrupted packing can go on from, if there is one that is whole.
 
     Another version of `datasets` may read in another order: then packing begins again.
     """
+    rows, length = shape
     try:
-        kept = json.loads((partial / _POSITION).read_text())
-        whole = (partial / _ROWS).stat().st_size >= 4 * kept["rows"] * length
-    except (OSError, ValueError):
+        kept = read_as(partial / _POSITION, _Position)
+        size = (partial / _ROWS).stat().st_size
+    except (OSError, UserError):
         return None
-    return kept if whole and kept["datasets"] == datasets.__version__ else None
+    whole = not has_broken_seal(kept) and kept["rows"] <= rows and size >= 4 * kept["rows"] * length
+    return kept if whole and kept["datasets"] == datasets.__version__ and text.has_as_many_parts(kept) else None
 
 
 class _Text:
@@ -240,6 +252,10 @@ class _Text:
     def state(self) -> dict[str, Any]:
         """Where it stands, as JSON values."""
         return {"left": self._left.tolist(), "parts": [part.state() for part in self._parts]}
+
+    def has_as_many_parts(self, kept: dict[str, Any]) -> bool:
+        """Whether a state is of as many corpora."""
+        return len(kept["parts"]) == len(self._parts)
 
     def restore(self, kept: dict[str, Any]) -> int:
         """Go on from a state; the rows that were written until then."""

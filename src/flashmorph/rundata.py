@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flashmorph import ranks
 from flashmorph.corpus import Corpus, Mixture
+from flashmorph.errors import UserError
 from flashmorph.heldout import HeldOut, hold_out
 from flashmorph.progress import Report
 from flashmorph.recipe import Recipe
@@ -119,7 +120,11 @@ def held_out_text(run: Run, split: str, length: int, tokens: int) -> HeldOut:
     path = run.folder.data / f"{split}-{digest_of([length, tokens, text_settings(run)])}.npz"
 
     def tokenise() -> None:
-        if not path.exists():
+        try:
+            HeldOut.load(path)
+        except UserError as error:
+            if path.exists():
+                run.screen.say(f"{error}; making it again")
             hold_out(run.corpus, run.tokenizer, split, length, tokens, run.recipe.seed).save(path)
 
     ranks.first(tokenise)

@@ -8,6 +8,7 @@ Of several processes the first holds the lock and writes; the others learn from 
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -15,14 +16,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from filelock import FileLock, Timeout
+from pydantic import StringConstraints
 
 import flashmorph
 from flashmorph import ranks
 from flashmorph.errors import UserError
 from flashmorph.files import atomic_path, is_temporary, read_json, write_json
+from flashmorph.shapes import Finite, Shape, read_as
 from flashmorph.versions import versions
 from flashmorph.wholeness import CHECKPOINTS, damage, listing
 
@@ -34,6 +37,22 @@ _WRITTEN = (STAGES, "data", "compare", "figures")
 """The folders in a run's folder that runs write into."""
 _PARTIAL = ".partial"
 _RECORD, _SPENT = "stage.json", "spent.json"
+_LOG = logging.getLogger(__name__)
+
+
+class _Marker(Shape):
+    """What the file holds that marks a folder as a run: by what the last run called its stages, their folders."""
+
+    last: dict[str, Annotated[str, StringConstraints(pattern=r"^[a-z_]+-[0-9a-f]{12}$")]]
+
+
+def last_stages(run: Path) -> dict[str, str]:
+    """The folders that the last run in `run` used, by what it called its stages.
+
+    Raises:
+        UserError: the file that says so is missing or damaged.
+    """
+    return read_as(run / MARKER, _Marker)["last"]
 
 
 def digest_of(value: Any) -> str:
@@ -86,8 +105,7 @@ class RunFolder:
             raise UserError(f"{path} is a file; give a folder that is new, empty or a run of flashmorph's")
         if path.is_dir() and _holds_anything(path) and not (path / MARKER).is_file():
             raise UserError(f"{path} holds something else; give a folder that is new, empty or a run of flashmorph's")
-        if not (path / MARKER).is_file():
-            write_json(path / MARKER, {"made_by": "flashmorph", "version": flashmorph.__version__, "last": {}})
+        self._mark()
         try:
             (path / STAGES).mkdir(exist_ok=True)
             (path / "data").mkdir(exist_ok=True)
@@ -106,6 +124,15 @@ class RunFolder:
             raise UserError(f"another run is at work in {path}: wait for it, or give another --output") from error
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+    def _mark(self) -> None:
+        """Mark the folder as a run, also where its mark was damaged: only what the last run used is lost with it."""
+        try:
+            last_stages(self.path)
+        except UserError as error:
+            if (self.path / MARKER).exists():
+                _LOG.warning("%s; making it again", error)
+            write_json(self.path / MARKER, {"made_by": "flashmorph", "version": flashmorph.__version__, "last": {}})
 
     def release(self) -> None:
         """Let go of the folder; a run that ends does so too."""
@@ -139,16 +166,16 @@ class RunFolder:
             for place in self._places:
                 folder = place / f"{name}-{digest}"
                 if folder.is_dir():
-                    return Stage(name, digest, folder, self._whole_record(folder), reused=True)
+                    return Stage(name, digest, folder, self._whole_record(folder, digest), reused=True)
             return None
 
         return ranks.first(look)
 
-    def _whole_record(self, folder: Path) -> dict[str, Any]:
+    def _whole_record(self, folder: Path, digest: str) -> dict[str, Any]:
         """The record of a finished stage whose files are all as they were."""
         try:
             record = read_json(folder / _RECORD)
-            problem = damage(folder, record)
+            problem = damage(folder, record, digest)
         except UserError as error:
             record, problem = {}, str(error)
         if problem:
@@ -159,7 +186,7 @@ class RunFolder:
 
     def last(self, label: str) -> str | None:
         """The folder that the last run used for what it called `label`."""
-        return ranks.first(lambda: read_json(self.path / MARKER)["last"].get(label))
+        return ranks.first(lambda: last_stages(self.path).get(label))
 
     def remember(self, label: str, stage: Stage) -> None:
         """Note which folder this run uses for `label`."""
@@ -228,9 +255,10 @@ def _is_finished(partial: Path) -> bool:
 def _seconds_before(partial: Path) -> float:
     """What interrupted work has taken so far; 0 where it did not come to say."""
     try:
-        return float(read_json(partial / _SPENT))
-    except (UserError, TypeError, ValueError):
+        seconds = read_as(partial / _SPENT, Finite)
+    except UserError:
         return 0.0
+    return max(0.0, seconds)
 
 
 def _remove(path: Path) -> None:

@@ -1,18 +1,65 @@
-"""Settings that a function's signature describes: checked by name, type and range before the function is called.
+"""Settings, checked by name, type and range before anything is done with them: groups of them, and those that a
+function's signature describes.
 
-A parameter's annotation is the whole rule: `steps: Annotated[int, Field(ge=1)] = 24`. Who calls the function from
-Python still passes plain values.
+An annotation is the whole rule: `steps: Annotated[int, Field(ge=1)] = 24`. Who calls the function from Python still
+passes plain values.
 """
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
 
 from flashmorph.errors import UserError, quoted
 
 _FINITE = ConfigDict(allow_inf_nan=False)
+
+Tokens = Annotated[int, Field(gt=0, le=10**15)]
+"""Tokens that a stage reads in all: no machine comes to the end of more."""
+TokensAtOnce = Annotated[int, Field(gt=0, le=10**9)]
+"""Tokens in a step, or run at once."""
+Length = Annotated[int, Field(gt=1, le=10**9)]
+"""Tokens in a row: one to read, one to predict."""
+Many = Annotated[int, Field(gt=0, le=10**6)]
+"""Questions, rows or tokens of which each costs something."""
+Rate = Annotated[float, Field(gt=0, le=100)]
+"""A learning rate."""
+FinalRate = Annotated[float, Field(ge=0, le=100)]
+"""A learning rate that a schedule ends at."""
+Name = Annotated[str, Field(min_length=1)]
+"""The name of something that is looked for: an empty one names nothing."""
+
+
+class Settings(BaseModel):
+    """A group of settings. Names that there are not are refused, numbers that are not finite, and truth values where a
+    number is wanted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # To Python, and so to pydantic, True is the number 1.
+        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+        if kinds & {int, float} and bool not in kinds and _has_truth(value):
+            raise ValueError("input should be a number, not true or false")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation names, inside of unions and containers too."""
+    if get_origin(annotation) is Literal:
+        return {type(value) for value in get_args(annotation)}
+    return {annotation}.union(
+        *(_kinds(each) for each in get_args(annotation) if get_origin(each) or type(each) is type)
+    )
+
+
+def _has_truth(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_has_truth, value))
+    return isinstance(value, bool)
 
 
 def resolve(

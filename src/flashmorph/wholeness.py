@@ -3,15 +3,17 @@
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from flashmorph.checkpoint import travelling_files
-from flashmorph.errors import UserError
+from flashmorph.errors import UserError, quoted
 from flashmorph.files import read_json
 from flashmorph.plan import Plan
+from flashmorph.shapes import Finite, Shape, misfit
 from flashmorph.shards import ShardReader
 
 CHECKPOINTS = "checkpoints"
@@ -19,6 +21,20 @@ _SMALL_BYTES = 1 << 20
 _NOT_KEPT = ("stage.json", "spent.json")
 
 Listing = dict[str, dict[str, Any]]
+
+
+class _Record(Shape):
+    """What is read of a stage's record, whatever the stage."""
+
+    stage: str
+    digest: str
+    seconds: Finite
+    tokens: Finite | None = None
+    summary: str = ""
+    notices: list[str] = []
+    left_out: list[str] = []
+    errors: list[float] = []
+    files: dict[str, dict[str, Annotated[int, Field(ge=0)] | str]] | None = None
 
 
 def listing(folder: Path) -> Listing:
@@ -39,24 +55,32 @@ def listing(folder: Path) -> Listing:
     return files
 
 
-def damage(folder: Path, record: Any) -> str:
-    """What is wrong with a finished stage, given what its stage.json holds; nothing if it is whole."""
-    if not isinstance(record, dict):
-        return "stage.json is no record of a stage"
+def damage(folder: Path, record: Any, digest: str | None = None) -> str:
+    """What is wrong with a finished stage, given what its stage.json holds; nothing if it is whole.
+
+    `digest` is the stage's, where that is known.
+    """
+    if problem := misfit(record, _Record):
+        return f"stage.json: {problem}"
+    if digest and record["digest"] != digest:
+        return f"stage.json is of the stage {quoted(record['digest'])}"
     files = record.get("files")
     if files is None:
         return _damage_by_opening(folder)
-    if not isinstance(files, dict) or not all(isinstance(each, dict) for each in files.values()):
-        return "stage.json has no list of files"
-    for name, kept in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is not there"
-        if (size := path.stat().st_size) != kept.get("bytes"):
-            return f"{name} has {size:,} bytes, and had {kept.get('bytes', 0):,}"
-        if "sha256" in kept and _looks(path) != kept:
-            return f"{name} has another content than it had"
-    return ""
+    return next(filter(None, (_difference(folder / name, name, kept) for name, kept in files.items())), "")
+
+
+def _difference(path: Path, name: str, kept: dict[str, Any]) -> str:
+    """How a file is not what it was; nothing if it is."""
+    try:
+        size = path.stat().st_size if path.is_file() else None
+    except OSError:  # A name that no file can have.
+        size = None
+    if size is None:
+        return f"{quoted(name)[1:-1]} is not there"
+    if size != kept.get("bytes"):
+        return f"{name} has {size:,} bytes, and had {kept.get('bytes')}"
+    return f"{name} has another content than it had" if "sha256" in kept and _looks(path) != kept else ""
 
 
 def require_whole(model: Path) -> None:
@@ -78,13 +102,15 @@ def is_whole(model: Path) -> bool:
     return True
 
 
-def is_whole_array(path: Path) -> bool:
-    """Whether a file holds the array that its first bytes announce."""
+def is_whole_array(path: Path, shape: tuple[int, ...] | None = None, dtype: Any = None) -> bool:
+    """Whether a file holds the array that its first bytes announce, of this shape and dtype where they are given."""
     try:
-        np.load(path, mmap_mode="r")
-    except (OSError, ValueError):
+        found = np.load(path, mmap_mode="r")
+    except Exception:  # The header is read as Python is, and fails in as many ways.
         return False
-    return True
+    if not isinstance(found, np.ndarray):
+        return False
+    return (shape is None or found.shape == shape) and (dtype is None or found.dtype == dtype)
 
 
 def _looks(path: Path) -> dict[str, Any]:

@@ -1,8 +1,34 @@
 """The application that commands register with."""
 
 import typer
+from typer.core import TyperGroup
+
+from flashmorph.errors import UserError
+
+_MAY_BE_EMPTY = ("--prompt", "--set")
+"""Options that say themselves what an empty value lacks."""
+
+
+class _Commands(TyperGroup):
+    """Commands that take no empty name: as a path it would be the folder that one happens to stand in."""
+
+    def parse_args(self, ctx, args):
+        """Refuse empty arguments, then see `click`.
+
+        Raises:
+            UserError: names what is empty.
+        """
+        for before, argument in zip(["", *args], args, strict=False):
+            option = argument.removesuffix("=") if argument.startswith("--") and argument.endswith("=") else None
+            if argument and option is None or (option or before) in _MAY_BE_EMPTY:
+                continue
+            option = option or (before if before.startswith("-") else "an argument")
+            raise UserError(f"{option} is empty; give it a value, or leave it out")
+        return super().parse_args(ctx, args)
+
 
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",

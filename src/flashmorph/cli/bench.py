@@ -23,8 +23,8 @@ def bench(
         list[str], typer.Argument(help="Folders that flashmorph wrote, or teachers.", metavar="MODEL...")
     ],
     lengths: Annotated[str, typer.Option(help="Context lengths in tokens.", metavar="N,N...")] = "512,1024,2048,4096",
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds; models take turns in each.")] = 5,
-    decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens written after each context.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, max=1_000_000, help="Timed rounds; models take turns in each.")] = 5,
+    decode_tokens: Annotated[int, typer.Option(min=1, max=1_000_000, help="Tokens written after each context.")] = 8,
     dtype: Annotated[
         str, typer.Option(help="`auto` (float32 on a CPU, else the checkpoint's), `float32`, `bfloat16` or `float16`.")
     ] = "auto",

@@ -22,7 +22,7 @@ from flashmorph.cli.options import (
     UnusedOption,
     open_run,
 )
-from flashmorph.errors import UserError
+from flashmorph.errors import UserError, quoted
 from flashmorph.files import write_json
 from flashmorph.outputs import PICTURE, claim_output, json_of, made_by
 
@@ -55,7 +55,9 @@ def select(
     strategy: StrategyOption = None,
     curve: Annotated[bool, typer.Option("--curve", help="Plan, loss and recall for every budget.")] = False,
     within: Annotated[str, typer.Option(help="With --curve: how much of the teacher's recall may be lost.")] = "5%",
-    recall_questions: Annotated[int, typer.Option(min=1, help="With --curve: generated answers a task.")] = 50,
+    recall_questions: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="With --curve: generated answers a task.")
+    ] = 50,
     max_plans: Annotated[int | None, typer.Option(help="With `exhaustive`: how many plans may be run.")] = None,
     changes: SetOption = None,
     allow_unused: UnusedOption = False,
@@ -127,7 +129,7 @@ def _share(text: str) -> float:
     except ValueError:
         share = -1.0
     if not text.endswith("%") or not 0 <= share < 1:
-        raise UserError(f"--within {text!r} must be a percentage from 0% to below 100%, for example 5%")
+        raise UserError(f"--within {quoted(text)} must be a percentage from 0% to below 100%, for example 5%")
     return share
 
 

@@ -47,11 +47,13 @@ def evaluate(
         str | None,
         typer.Option(help="Also ask a recall grid at these context lengths, in tokens: `256,512`.", metavar="N,N..."),
     ] = None,
-    depths: Annotated[int, typer.Option(min=1, help="The grid's depths, from the start to the end.")] = 5,
+    depths: Annotated[int, typer.Option(min=1, max=1_000, help="The grid's depths, from the start to the end.")] = 5,
     questions: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Questions a task; in the grid a task and length. Default: the recipe's; in the grid 200."
+            min=1,
+            max=1_000_000,
+            help="Questions a task; in the grid a task and length. Default: the recipe's; in the grid 200.",
         ),
     ] = None,
     style: Annotated[

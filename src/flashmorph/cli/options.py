@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from flashmorph.errors import UserError
+from flashmorph.errors import UserError, quoted
 from flashmorph.terminal import Terminal
 
 OUT, ERR = Terminal(), Terminal(stderr=True)
+_DIGITS = 15
 EVERY_STAGE = ("align", "select", "distill", "extend", "evaluate")
 """The stages of the path that read text or ask questions."""
 
@@ -185,8 +186,8 @@ def numbers(option: str, text: str) -> list[int]:
         UserError: `text` is something else.
     """
     parts = text.replace("_", "").split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"{option} {text!r} must be whole numbers with commas, for example {option} 256,512")
+    if not all(part.strip().isdecimal() and len(part) <= _DIGITS and int(part) > 0 for part in parts):
+        raise UserError(f"{option} {quoted(text)} must be whole numbers with commas, for example {option} 256,512")
     return list(dict.fromkeys(int(part) for part in parts))
 
 

@@ -23,8 +23,10 @@ from flashmorph.cli.options import (
     UnusedOption,
     open_run,
 )
-from flashmorph.errors import UserError
+from flashmorph.errors import UserError, quoted
 from flashmorph.outputs import PICTURE, claim_output, json_of, made_by
+
+_MOST_SPENT = 1_000
 
 
 @app.command()
@@ -33,18 +35,26 @@ def compare(
     output: OutputOption,
     budgets: Annotated[str, typer.Option(help="Numbers of full layers, with commas.")] = "1,2,3",
     strategies: Annotated[str, typer.Option(help="`all`, or names with commas: `gates,race+confidence=0.8`.")] = "all",
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds of every search.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, max=10_000, help="Seeds of every search.")] = 5,
     spends: Annotated[str, typer.Option(help="Shares of a strategy's own steps or questions, with commas.")] = "1",
-    questions: Annotated[int, typer.Option(min=2, help="Questions of the referee's split, over all tasks.")] = 256,
-    recall_questions: Annotated[int, typer.Option(min=0, help="Generated answers a task for each plan found.")] = 25,
+    questions: Annotated[
+        int, typer.Option(min=2, max=1_000_000, help="Questions of the referee's split, over all tasks.")
+    ] = 256,
+    recall_questions: Annotated[
+        int, typer.Option(min=0, max=1_000_000, help="Generated answers a task for each plan found.")
+    ] = 25,
     distill_steps: Annotated[
         int,
         typer.Option(
-            min=0, help="Also compare the default's, halo's, uniform's and the best plan after so many steps."
+            min=0,
+            max=100_000,
+            help="Also compare the default's, halo's, uniform's and the best plan after so many steps.",
         ),
     ] = 0,
     distill_budget: Annotated[str, typer.Option(help="The budget for which that is done.")] = "2",
-    max_plans: Annotated[int, typer.Option(help="The most plans that are enumerated.")] = 2_000,
+    max_plans: Annotated[
+        int, typer.Option(min=1, max=1_000_000_000, help="The most plans that are enumerated.")
+    ] = 2_000,
     kept: Annotated[bool, typer.Option("--kept", help="Show every finished cell; search for no other.")] = False,
     recipe: RecipeOption = None,
     data: DataOption = None,
@@ -91,8 +101,11 @@ def compare(
     run = open_run(options, ["align", "select", "compare"], keep_recipe=False)
     try:
         shares = tuple(float(share) for share in spends.split(","))
+        if not all(0 < share <= _MOST_SPENT for share in shares):
+            raise ValueError
     except ValueError as error:
-        raise UserError(f"--spends {spends!r} must be numbers with commas, for example 0.25,1") from error
+        about = f"numbers above 0 and at most {_MOST_SPENT:,} with commas, for example 0.25,1"
+        raise UserError(f"--spends {quoted(spends)} must be {about}") from error
     settings = CompareSettings(
         budgets=tuple(name.strip() for name in budgets.split(",")),
         seeds=seeds,

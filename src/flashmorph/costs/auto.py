@@ -4,21 +4,27 @@ By the formulas of `flashmorph plan` (`memory.py`), from the memory that the dev
 not depend on what else runs there. No result depends on it, so it is in no digest.
 """
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
 
 from flashmorph.costs.memory import Memory, stage_memory
 from flashmorph.costs.sizes import Sizes
 from flashmorph.costs.work import Model
-from flashmorph.files import read_json, write_json
+from flashmorph.errors import UserError
+from flashmorph.files import write_json
 from flashmorph.recipe import Recipe, setting, with_settings
 from flashmorph.selection import NEED_TRAINING
+from flashmorph.shapes import read_as
 
 AUTO = "auto"
 COMPARE = "compare"
 """`flashmorph compare` searches and distils, whatever the recipe's strategy."""
 _FILE = "auto.json"
+_LOG = logging.getLogger(__name__)
 _ENOUGH_TOKENS = 4_096
 """Layers run again where fewer tokens than these would run at once without it: a GPU needs so many to be busy."""
 _SEARCHES = ("select", "curve", "signal", COMPARE)
@@ -93,7 +99,13 @@ def resolved(
 
 def chosen(folder: Path) -> dict[str, Any]:
     """What was chosen for the stage in `folder`, by the names of the settings."""
-    return read_json(folder / _FILE) if (folder / _FILE).exists() else {}
+    if not (folder / _FILE).exists():
+        return {}
+    try:
+        return read_as(folder / _FILE, dict[str, bool | Annotated[int, Field(ge=1, le=10**12)]])
+    except UserError as error:
+        _LOG.warning("%s; choosing again", error)
+        return {}
 
 
 def _sections(recipe: Recipe, stage: str) -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmorph.evaluation.intervals import paired_interval, share_interval
@@ -13,19 +13,19 @@ from flashmorph.evaluation.perplexity import RangeLosses, text_losses
 from flashmorph.evaluation.recall import answers_right
 from flashmorph.heldout import HeldOut
 from flashmorph.progress import Report, silent
+from flashmorph.settings import Length, Many, Settings, Tokens, TokensAtOnce
 from flashmorph.tasks import Example
 
 _USUAL_TOKENS = 32_768
 
 
-class EvaluateSettings(BaseModel):
+class EvaluateSettings(Settings):
     """What is asked, and of how long a context."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    questions: int = Field(default=200, gt=0, description="questions a task")
-    length: int = Field(default=4096, gt=1, description="context length in tokens")
-    perplexity_tokens: int = Field(default=262_144, gt=1, description="held-out tokens of perplexity, at most")
-    batch_tokens: PositiveInt | Literal["auto"] = Field(
+    questions: Many = Field(default=200, description="questions a task")
+    length: Length = Field(default=4096, description="context length in tokens")
+    perplexity_tokens: Tokens = Field(default=262_144, gt=1, description="held-out tokens of perplexity, at most")
+    batch_tokens: TokensAtOnce | Literal["auto"] = Field(
         default="auto", description="tokens run at once; `auto`: from the device's memory"
     )
     chat_template: bool = Field(

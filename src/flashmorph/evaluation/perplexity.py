@@ -3,16 +3,40 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import model_validator
 from transformers import PreTrainedModel
 
 from flashmorph.evaluation.blocks import Blocks, mean_of_blocks
 from flashmorph.heldout import HeldOut
 from flashmorph.losses import Head
 from flashmorph.progress import Report, silent
+from flashmorph.shapes import Count, Finite, Shape, read_as
+
+
+class _Stored(Shape):
+    """`RangeLosses` as JSON."""
+
+    starts: list[Count]
+    length: Count
+    tokens: Count
+    wanted: Count
+    documents: list[Count]
+    ranges: list[Count]
+    counts: list[Count]
+    sums: list[Finite]
+
+    @model_validator(mode="after")
+    def _of_one_text(self) -> "_Stored":
+        if len({len(each) for each in (self.documents, self.ranges, self.counts, self.sums)}) > 1:
+            raise ValueError("documents, ranges, counts and sums must be of as many blocks")
+        if not self.counts or not sum(self.counts) or max(self.ranges) >= len(self.starts):
+            raise ValueError("there must be blocks with tokens, each in one of the ranges")
+        return self
 
 
 @dataclass(frozen=True)
@@ -45,6 +69,15 @@ class RangeLosses:
             counts=blocks.sums(np.ones_like(losses)).astype(int).tolist(),
             sums=blocks.sums(losses).tolist(),
         )
+
+    @classmethod
+    def load(cls, path: Path) -> "RangeLosses":
+        """From its JSON.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        return cls(**read_as(path, _Stored))
 
     @cached_property
     def perplexity(self) -> dict[str, Any]:

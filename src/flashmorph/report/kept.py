@@ -9,7 +9,8 @@ from flashmorph.errors import UserError
 from flashmorph.files import read_json, short_names, write_json
 from flashmorph.outputs import claim_output, json_of, made_by
 from flashmorph.plan import Plan
-from flashmorph.runfolder import MARKER
+from flashmorph.runfolder import MARKER, last_stages
+from flashmorph.shapes import misfit
 
 HYBRID = "hybrid"
 
@@ -42,8 +43,8 @@ def claim_kept(run: Path, kind: str, force: bool) -> None:
     claim_output(run / f"{kind}.json", json_of(kind), force)
 
 
-def kept(run: Path, kind: str) -> tuple[dict[str, Any] | None, str]:
-    """What `keep` wrote, and a sentence where it is about a hybrid that is no longer the run's.
+def kept(run: Path, kind: str, shape: Any) -> tuple[dict[str, Any] | None, str]:
+    """What `keep` wrote, of this `shape`, and a sentence where it is about a hybrid that is no longer the run's.
 
     None where there is nothing, or nothing that still holds.
 
@@ -53,13 +54,25 @@ def kept(run: Path, kind: str) -> tuple[dict[str, Any] | None, str]:
     path = run / f"{kind}.json"
     if not path.is_file():
         return None, ""
-    found = read_json(path)
-    if not isinstance(found, dict) or not isinstance(found.get("models"), dict):
-        raise UserError(f"{path} does not hold what `flashmorph {kind}` finds: remove it, or run that again")
+    found = read_kept(path, shape, kind)
     weights = found.get("weights", {}).get(HYBRID)
     if weights and weights != _judged(run):
         return None, f"{kind}.json is about an earlier hybrid of this run and left out: run it again."
     return found, ""
+
+
+def read_kept(path: Path, shape: Any, command: str) -> dict[str, Any]:
+    """The figures in `path`, of this `shape`.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    problem = misfit(found := read_json(path), shape)
+    if problem:
+        raise UserError(
+            f"{path} does not hold what `flashmorph {command}` finds: {problem}; remove it, or run that again"
+        )
+    return found
 
 
 def require_finished(run: Path) -> None:
@@ -80,7 +93,7 @@ def _judged(folder: Path) -> str:
 
 
 def _labels(run: Path, folders: Mapping[str, Path]) -> dict[str, str]:
-    last = read_json(run / MARKER)["last"]
+    last = last_stages(run)
     teacher = Plan.load(run / "plan.json").teacher
     known = {run.resolve(): HYBRID}
     for label, name in (("transplant", "teacher"), ("distill uniform", "uniform"), ("extend uniform", "uniform")):

@@ -3,8 +3,6 @@
 from html import escape
 from pathlib import Path
 
-import yaml
-
 import flashmorph
 from flashmorph.evaluation import text_in_words
 from flashmorph.files import atomic_path
@@ -112,10 +110,9 @@ def _models(source: Source) -> str:
         perplexity = f"{each['perplexity']:.2f}" + (f" ({text_interval})" if text_interval else "")
         cache = size(each["cache_bytes"][_CONTEXT])
         rows.append((label(name), f"{percent(each['recall'])} ({recall_interval})", perplexity, cache))
-    settings = yaml.safe_load(source.recipe)["evaluate"]
     about = (
-        f"Recall is the mean over tasks of right answers, {settings['questions']} questions a task at "
-        f"{settings['length']:,} tokens; perplexity is on {text_in_words(source.models['hybrid'])}; intervals in "
+        f"Recall is the mean over tasks of right answers, {source.questions} questions a task at "
+        f"{source.length:,} tokens; perplexity is on {text_in_words(source.models['hybrid'])}; intervals in "
         "brackets are 95 %."
     )
     header = ("model", "recall", "perplexity", "cache at 128K")
@@ -126,10 +123,9 @@ def _how_to_get_more(source: Source) -> str:
     """The command that adds the grid and the token classes, where they are not there yet."""
     if source.evaluated or not source.plan.teacher:
         return ""
-    length = yaml.safe_load(source.recipe)["evaluate"]["length"]
     folders = [source.folder / "stages" / name / "model" for name in _uniform(source)]
     models = [source.plan.teacher, *map(str, [source.folder, *(folder for folder in folders if folder.is_dir())])]
-    lengths = ",".join(str(length // part) for part in (4, 2, 1))
+    lengths = ",".join(str(source.length // part) for part in (4, 2, 1))
     options = ("--lengths", lengths, "--tokens", "--report", str(source.folder))
     command = shell_command(["flashmorph", "evaluate", *map(no_option, models), *options])
     return f"<h3>More</h3><p>Recall by length and depth, and losses by class of token:</p><pre>{escape(command)}</pre>"

@@ -17,7 +17,8 @@ from pydantic import Field
 from flashmorph.plan import FULL, Budget, Space
 from flashmorph.selection.descend import Schedule, descend
 from flashmorph.selection.racing import improve_by_swaps
-from flashmorph.selection.strategy import FinalRate, Objective, Rate, Selection, Steps, group_scores
+from flashmorph.selection.strategy import Objective, Selection, Steps, group_scores
+from flashmorph.settings import FinalRate, Rate
 
 Noise = Annotated[float, Field(ge=0, le=1_000)]
 """The scale of the Gumbel noise on the logits."""

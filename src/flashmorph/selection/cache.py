@@ -3,13 +3,19 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import torch
+from pydantic import StringConstraints, model_validator
 
 from flashmorph import ranks
 from flashmorph.errors import UserError
-from flashmorph.files import read_json, write_json
+from flashmorph.files import write_json
 from flashmorph.plan import Plan
+from flashmorph.selection.strategy import Cost
+from flashmorph.shapes import Count, Finite, Shape, read_as
 
 
 def key_of(about: Any) -> str:
@@ -17,9 +23,70 @@ def key_of(about: Any) -> str:
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 
-def kept(path: Path, say: Callable[[str], None]) -> Any:
-    """What an earlier search wrote; None if it is not there, or is damaged and has to be made again, which is said."""
-    return ranks.first(lambda: _read(path, say))
+class _Losses(Shape):
+    """What is kept of a plan: by the number of a question, its loss."""
+
+    losses: dict[Annotated[str, StringConstraints(pattern=r"^\d{1,9}$")], Finite]
+
+
+class TextLoss(Shape):
+    """What is kept of a plan on text."""
+
+    text_loss: Finite
+
+
+class DistilledLosses(Shape):
+    """What is kept of a plan after a short distillation; a loss a question."""
+
+    kl: Finite
+    text_loss: Finite
+    losses: list[Finite]
+
+
+_Numbers = Finite | list[Finite] | list[list[Finite]]
+_COST = {each.name for each in fields(Cost)}
+
+
+class _Moments(Shape):
+    """The state of an optimiser."""
+
+    step: Finite
+    exp_avg: _Numbers
+    exp_avg_sq: _Numbers
+
+
+class SearchState(Shape):
+    """Where a search that follows gradients has come to."""
+
+    step: Count
+    logits: _Numbers
+    optimizer: _Moments
+    trace: list[dict[str, Any]]
+    cost: dict[str, Finite]
+
+    @model_validator(mode="after")
+    def _of_one_search(self) -> "SearchState":
+        if len(self.trace) != self.step or self.cost.keys() != _COST:
+            raise ValueError("there must be a line a step, and what was spent")
+        return self
+
+
+def tensors_of(state: dict[str, Any], shape: torch.Size) -> dict[str, torch.Tensor] | None:
+    """The `logits` of a state and the moments of their optimiser by name; None where they are of another shape."""
+    try:
+        found = {
+            name: torch.tensor(value) for name, value in (state["optimizer"] | {"logits": state["logits"]}).items()
+        }
+    except (ValueError, TypeError, RuntimeError):  # Rows of different lengths.
+        return None
+    whole = found["logits"].shape == found["exp_avg"].shape == shape
+    return found if whole and found["exp_avg_sq"].shape in (shape, ()) else None
+
+
+def kept(path: Path, say: Callable[[str], None], shape: Any) -> Any:
+    """What an earlier search wrote, of this `shape` (`read_as`); None if it is not there, or is damaged and has to be
+    made again, which is said."""
+    return ranks.first(lambda: _read(path, say, shape))
 
 
 def keep(path: Path, value: Any) -> None:
@@ -32,7 +99,7 @@ def kept_losses(folder: Path, plans: Sequence[Plan], say: Callable[[str], None])
     """The losses by question that are known of each plan."""
 
     def read(plan: Plan) -> dict[int, float]:
-        found = _read(folder / f"{key_of(plan.assignments)}.json", say)
+        found = _read(folder / f"{key_of(plan.assignments)}.json", say, _Losses)
         return {int(number): loss for number, loss in found["losses"].items()} if found else {}
 
     return ranks.first(lambda: [read(plan) for plan in plans])
@@ -44,11 +111,11 @@ def keep_losses(folder: Path, plan: Plan, losses: dict[int, float]) -> None:
     keep(folder / f"{key_of(plan.assignments)}.json", {"assignments": plan.assignments, "losses": values})
 
 
-def _read(path: Path, say: Callable[[str], None]) -> Any:
+def _read(path: Path, say: Callable[[str], None], shape: Any) -> Any:
     if not path.exists():
         return None
     try:
-        return read_json(path)
+        return read_as(path, shape)
     except UserError as error:
         say(f"{error}; making it again")
         return None

@@ -1,23 +1,41 @@
 """Short distillations inside a search, for the strategies that train weights."""
 
-import json
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from flashmorph import ranks
-from flashmorph.files import atomic_path, read_json, write_json
+from flashmorph.errors import UserError
+from flashmorph.files import atomic_path, write_json
 from flashmorph.morphable import Morphable
 from flashmorph.plan import FULL, Budget, Plan
 from flashmorph.rows import Rows
 from flashmorph.runfolder import digest_of
-from flashmorph.stages import DistillSettings, distill
+from flashmorph.shapes import Finite, read_as
+from flashmorph.stages import DistillSettings, distill, logged
 from flashmorph.stages.trainer import trainable_state
+
+_KL = "kl.json"
+_LOG = logging.getLogger(__name__)
+
+
+def _finished(kept: Path) -> float | None:
+    """The KL of a distillation whose weights are in `kept`; None where there is none that is whole."""
+    if not kept.exists():
+        return None
+    try:
+        with safe_open(kept, "pt"):
+            return read_as(kept.with_name(_KL), Finite)
+    except (OSError, SafetensorError, UserError) as error:
+        _LOG.warning("%s is damaged (%s); making it again", kept.parent, str(error).partition("\n")[0])
+        return None
 
 
 class Distiller:
@@ -49,18 +67,18 @@ class Distiller:
         """The last plan's model after the whole path, and its KL: the mean of the last quarter of its steps."""
         weights = self._place(path, steps)
         kept = weights / "model.safetensors"
-        if ranks.first(kept.exists):
+        if (known := ranks.first(lambda: _finished(kept))) is not None:
             model = self._morphable.instantiate(path[-1])
             model.load_state_dict(load_file(kept), strict=False)
-            return model.eval(), read_json(weights / "kl.json")
+            return model.eval(), known
         model = self._start(path, steps)
         settings = self.settings_for(steps)
         distill(model, self._full_model(), self._make_rows(settings), settings, weights, self._seed, self._bf16)
 
         def keep() -> float:
-            losses = [json.loads(line)["loss"] for line in (weights / "log.jsonl").read_text().splitlines()]
+            losses = [entry["loss"] for entry in logged(weights)]
             kl = float(np.mean(losses[-max(1, steps // 4) :]))
-            write_json(weights / "kl.json", kl)
+            write_json(weights / _KL, kl)
             shutil.rmtree(weights / "checkpoints", ignore_errors=True)
             with atomic_path(kept) as temporary:
                 save_file(trainable_state(model), temporary)

@@ -15,7 +15,8 @@ from pydantic import Field
 from flashmorph.plan import Budget, Space
 from flashmorph.selection.descend import Schedule, descend
 from flashmorph.selection.measure import check_two_options
-from flashmorph.selection.strategy import FinalRate, Objective, Rate, Selection, Steps, group_scores
+from flashmorph.selection.strategy import Objective, Selection, Steps, group_scores
+from flashmorph.settings import FinalRate, Rate
 
 Data = Literal["questions", "text"]
 

@@ -18,7 +18,8 @@ import torch
 from flashmorph.plan import Budget, Space
 from flashmorph.selection.descend import Schedule, descend
 from flashmorph.selection.measure import count_layers
-from flashmorph.selection.strategy import FinalRate, Objective, Rate, Selection, Steps, group_scores
+from flashmorph.selection.strategy import Objective, Selection, Steps, group_scores
+from flashmorph.settings import FinalRate, Rate
 
 _BETA, _GAMMA, _ZETA = 2 / 3, -0.1, 1.1
 _OPEN_AT_START = 0.9

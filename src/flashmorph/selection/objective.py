@@ -20,7 +20,17 @@ from flashmorph.losses import Head, label_loss, token_losses
 from flashmorph.morphable import Morphable, run_order
 from flashmorph.plan import Plan
 from flashmorph.progress import Report, silent
-from flashmorph.selection.cache import keep, keep_losses, kept, kept_losses, key_of
+from flashmorph.selection.cache import (
+    DistilledLosses,
+    SearchState,
+    TextLoss,
+    keep,
+    keep_losses,
+    kept,
+    kept_losses,
+    key_of,
+    tensors_of,
+)
 from flashmorph.selection.distilling import Distiller
 from flashmorph.selection.meter import Meter
 from flashmorph.selection.searchdata import SearchData
@@ -151,7 +161,7 @@ class MorphableObjective:
             for piece in text.pieces:
                 self._meter.count(torch.empty(1, len(piece), device="meta"))
         path = self._evaluations / f"{key}.text.json"
-        found = kept(path, self._say)
+        found = kept(path, self._say, TextLoss)
         if found is None:
             gates = self._hard_gates([plan])[0]
             loss = self._mean_text_loss(lambda ids: self._morphable(ids, gates), self._head)
@@ -179,7 +189,9 @@ class MorphableObjective:
                 self._meter.count(tokens, forward=2, backward=1, weights=1)
         key = key_of([about, settings.what_counts()])
         file = self._evaluations / f"{key}.distilled.json"
-        found = kept(file, self._say)
+        found = kept(file, self._say, DistilledLosses)
+        if found and len(found["losses"]) != self.num_questions:
+            found = None
         if found is None:
             model, kl = self._distiller.run(path, steps)
             head = Head.of(model)
@@ -198,12 +210,16 @@ class MorphableObjective:
 
     def restore(self, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[dict]) -> int:
         """Read the state of an interrupted search, if there is one."""
-        state = kept(self._folder / "search_state.json", self._say)
+        path = self._folder / "search_state.json"
+        state = kept(path, self._say, SearchState)
         if state is None:
             return 0
+        if (found := tensors_of(state, logits.shape)) is None:
+            self._say(f"{path} is damaged: it is of another search; making it again")
+            return 0
         with torch.no_grad():
-            logits.copy_(torch.tensor(state["logits"]))
-        optimizer.state[logits] = {name: torch.tensor(value) for name, value in state["optimizer"].items()}
+            logits.copy_(found.pop("logits"))
+        optimizer.state[logits] = found
         trace[:] = state["trace"]
         self._meter.resume(Cost(**state["cost"]))
         return state["step"]

@@ -5,23 +5,29 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import Field, model_validator
 
+from flashmorph.settings import Length, Many, Settings, TokensAtOnce
 from flashmorph.tasks import Example, Layout, Style, TaskSettings, make_example
 
 _USUAL_TOKENS = 16_384
 
 
-class SearchSettings(BaseModel):
+class SearchSettings(Settings):
     """The data of a search. `length` is the context in tokens; a range draws a length for each step."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    length: int | tuple[int, int] = Field(default=(1024, 16384), description="context, or [shortest, longest]")
-    batch_tokens: int = Field(default=16_384, gt=0, description="tokens in a step")
-    micro_batch_tokens: PositiveInt | Literal["auto"] = Field(
+    length: Length | tuple[Length, Length] = Field(default=(1024, 16384), description="context, or [shortest, longest]")
+    batch_tokens: TokensAtOnce = Field(default=16_384, description="tokens in a step")
+    micro_batch_tokens: TokensAtOnce | Literal["auto"] = Field(
         default="auto", description="tokens at once on one device; `auto`: from its memory"
     )
-    questions: int = Field(default=64, gt=0, description="questions of the search-validation split, over all tasks")
+    questions: Many = Field(default=64, description="questions of the search-validation split, over all tasks")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "SearchSettings":
+        if self.shortest > self.longest:
+            raise ValueError("length must be [shortest, longest]")
+        return self
 
     @property
     def longest(self) -> int:

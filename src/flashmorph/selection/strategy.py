@@ -18,10 +18,6 @@ from flashmorph.plan import Plan, Space
 
 Steps = Annotated[int, Field(ge=1, le=100_000)]
 """Updates of a search, or of one short distillation."""
-Rate = Annotated[float, Field(gt=0, le=100)]
-"""The learning rate of gates at the start."""
-FinalRate = Annotated[float, Field(ge=0, le=100)]
-"""What it has fallen, or risen, to at the end."""
 NumQuestions = Annotated[int, Field(ge=1, le=1_000_000)] | None
 """How many questions of the search-validation split are asked, from the first on; None for all."""
 

@@ -4,7 +4,7 @@ from flashmorph.stages.align import AlignSettings, align, alignment_errors
 from flashmorph.stages.distill import DistillSettings, distill
 from flashmorph.stages.extend import ExtendSettings, extend
 from flashmorph.stages.teacher_logits import LogitSettings, RowsWithLogits, logits_on_disk, write_logits
-from flashmorph.stages.training import TrainSettings, collate
+from flashmorph.stages.training import TrainSettings, collate, logged
 
 __all__ = [
     "AlignSettings",
@@ -18,6 +18,7 @@ __all__ = [
     "collate",
     "distill",
     "extend",
+    "logged",
     "logits_on_disk",
     "write_logits",
 ]

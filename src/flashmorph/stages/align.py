@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
@@ -20,6 +19,7 @@ from flashmorph.packing import Packed, apart, as_often_everywhere
 from flashmorph.plan import FULL
 from flashmorph.progress import Report, silent
 from flashmorph.rows import Rows
+from flashmorph.settings import Length, Rate, Tokens, TokensAtOnce
 from flashmorph.sharding import is_sharded
 from flashmorph.stages.dropout import without_dropout
 from flashmorph.stages.training import IsolatedTrainSettings, train
@@ -29,10 +29,10 @@ class AlignSettings(IsolatedTrainSettings):
     """The published budget: 320M tokens at length 512, learning rate 1e-3 to 1e-5."""
 
     stage: ClassVar[str] = "align"
-    tokens: PositiveInt = 320_000_000
-    length: PositiveInt = 512
-    batch_tokens: PositiveInt = 16_384
-    learning_rate: PositiveFloat = 1e-3
+    tokens: Tokens = 320_000_000
+    length: Length = 512
+    batch_tokens: TokensAtOnce = 16_384
+    learning_rate: Rate = 1e-3
 
 
 class AlignmentLoss(nn.Module):

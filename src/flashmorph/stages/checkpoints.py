@@ -3,15 +3,23 @@
 import json
 import logging
 import os
+import re
 import shutil
 import zipfile
+import zlib
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from flashmorph.files import write_json
+from flashmorph.shapes import Count, require_shape
 
 FINISHED = "finished"
+_NAME = re.compile(r"checkpoint-(\d{1,18})")
+_STATE = "trainer_state.json"
+_WHOLE, _DIVIDED = ("trainable.safetensors", "optimizer.pt"), ("shards/.metadata",)
+"""What holds the weights and the optimiser: of a process that has all, of several that share them."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -28,7 +36,8 @@ def finish(checkpoint: Path) -> None:
 def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written whole, or None."""
     whole = [path.parent for path in (folder / "checkpoints").glob(f"checkpoint-*/{FINISHED}")]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+    steps = {int(match[1]): path for path in whole if (match := _NAME.fullmatch(path.name))}
+    return str(steps[max(steps)]) if steps else None
 
 
 def drop_damaged(folder: Path) -> None:
@@ -48,6 +57,10 @@ def _damage(checkpoint: Path) -> str:
     """What is wrong with a checkpoint; nothing if it can be read. Marks of earlier versions hold no sizes."""
     try:
         sizes = json.loads((checkpoint / FINISHED).read_text() or "{}")
+        require_shape(sizes, dict[str, Count], FINISHED)
+        needed = [_STATE, "scheduler.pt", *(_DIVIDED if (checkpoint / "shards").exists() else _WHOLE)]
+        if missing := [name for name in needed if not (checkpoint / name).is_file()]:
+            return f"{missing[0]} is not there"
         for name, size in sizes.items():
             found = (checkpoint / name).stat().st_size
             if found != size:
@@ -56,10 +69,13 @@ def _damage(checkpoint: Path) -> str:
             if path.suffix == ".safetensors":
                 with safe_open(path, "pt"):
                     pass
-            elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
-                return f"{path.name} cannot be read"
+            elif path.suffix in (".pt", ".pth", ".bin"):
+                with zipfile.ZipFile(path) as archive:
+                    if archive.testzip():
+                        return f"{path.name} has another content than it had"
             elif path.suffix == ".json":
                 json.loads(path.read_text())
-    except (OSError, ValueError, SafetensorError) as error:
+        require_shape(json.loads((checkpoint / _STATE).read_text()), dict[str, Any], _STATE)
+    except (OSError, ValueError, RecursionError, SafetensorError, zipfile.BadZipFile, zlib.error) as error:
         return (str(error).splitlines() or [type(error).__name__])[0]
     return ""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -18,6 +18,7 @@ from flashmorph.losses import Head, forward_kl, top_kl
 from flashmorph.packing import apart, as_often_everywhere, token_order
 from flashmorph.progress import Report, silent
 from flashmorph.rows import Rows
+from flashmorph.settings import Length, Rate, Tokens, TokensAtOnce
 from flashmorph.sharding import is_sharded, shard_loss
 from flashmorph.stages.dropout import without_dropout
 from flashmorph.stages.step import token_mean
@@ -29,10 +30,10 @@ class DistillSettings(IsolatedTrainSettings):
     """The published budget: 1B tokens at length 512, learning rate 1e-4 to 1e-5."""
 
     stage: ClassVar[str] = "distill"
-    tokens: PositiveInt = 1_000_000_000
-    length: PositiveInt = 512
-    batch_tokens: PositiveInt = 49_152
-    learning_rate: PositiveFloat = 1e-4
+    tokens: Tokens = 1_000_000_000
+    length: Length = 512
+    batch_tokens: TokensAtOnce = 49_152
+    learning_rate: Rate = 1e-4
     activation_checkpointing: bool | Literal["auto"] = Field(
         default="auto", description="compute layers again instead of keeping them; `auto`: where memory asks for it"
     )

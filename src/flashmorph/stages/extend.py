@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -14,6 +14,7 @@ from flashmorph.losses import Head, label_loss
 from flashmorph.packing import apart, as_often_everywhere
 from flashmorph.progress import Report, silent
 from flashmorph.rows import Rows
+from flashmorph.settings import Length, Rate, Tokens, TokensAtOnce
 from flashmorph.sharding import is_sharded, shard_loss
 from flashmorph.stages.dropout import without_dropout
 from flashmorph.stages.step import token_mean
@@ -28,14 +29,14 @@ class ExtendSettings(TrainSettings):
     """
 
     stage: ClassVar[str] = "extend"
-    tokens: PositiveInt = 1_000_000_000
-    length: PositiveInt = 16_384
-    batch_tokens: PositiveInt = 2_097_152
+    tokens: Tokens = 1_000_000_000
+    length: Length = 16_384
+    batch_tokens: TokensAtOnce = 2_097_152
     documents: Literal["joined", "long"] = Field(
         default="joined",
         description="`joined`: those in a row see each other; `long`: only such as fill rows on their own",
     )
-    learning_rate: PositiveFloat = 1e-5
+    learning_rate: Rate = 1e-5
     activation_checkpointing: bool | Literal["auto"] = Field(
         default="auto", description="compute layers again instead of keeping them; `auto`: where memory asks for it"
     )

@@ -10,28 +10,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from flashmorph.errors import UserError
-from flashmorph.files import read_json, write_json
+from flashmorph.files import write_json
 from flashmorph.hosts import host_of
 from flashmorph.losses import Head, chunk_tokens, top_log_probabilities
 from flashmorph.packing import apart, token_order
 from flashmorph.progress import Report, silent
 from flashmorph.rows import Rows
+from flashmorph.settings import Many, Settings
+from flashmorph.shapes import Count, read_as
 from flashmorph.stages.training import TrainSettings, collate
+from flashmorph.wholeness import is_whole_array
 
 _VALUES, _PLACES, _WRITTEN = "log_probabilities.npy", "places.npy", "rows_written.json"
 _WRITE_SECONDS = 20
 
 
-class LogitSettings(BaseModel):
+class LogitSettings(Settings):
     """What is kept of the teacher: the log-probabilities of each token's `top_k` likeliest next tokens."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    top_k: PositiveInt = 64
+    top_k: Many = 64
 
 
 def logits_on_disk(settings: TrainSettings, top_k: int) -> str:
@@ -81,9 +82,10 @@ def write_logits(
         raise UserError(
             f"distill.teacher_logits.top_k is {top_k:,}; the teacher's vocabulary has {vocabulary:,} tokens"
         )
-    done = read_json(folder / _WRITTEN) if (folder / _WRITTEN).exists() else 0
-    values = _mapped(folder / _VALUES, (len(rows), settings.length, top_k + 1), np.float32, new=not done)
-    places = _mapped(folder / _PLACES, (len(rows), settings.length, top_k), np.uint32, new=not done)
+    shapes = (len(rows), settings.length, top_k + 1), (len(rows), settings.length, top_k)
+    done = _rows_written(folder, *shapes)
+    values = _mapped(folder / _VALUES, shapes[0], np.float32, new=not done)
+    places = _mapped(folder / _PLACES, shapes[1], np.uint32, new=not done)
     at_once = settings.division(1).rows
     kept_at = time.perf_counter()
     while done < len(rows):
@@ -100,6 +102,16 @@ def write_logits(
             write_json(folder / _WRITTEN, done)
             kept_at = time.perf_counter()
         report(done, len(rows))
+
+
+def _rows_written(folder: Path, values: tuple[int, ...], places: tuple[int, ...]) -> int:
+    """The rows that interrupted work can go on behind: none where its files are not whole."""
+    try:
+        done = read_as(folder / _WRITTEN, Count)
+    except UserError:
+        return 0
+    whole = is_whole_array(folder / _VALUES, values, np.float32) and is_whole_array(folder / _PLACES, places, np.uint32)
+    return done if whole and done <= values[0] else 0
 
 
 def _of_batch(

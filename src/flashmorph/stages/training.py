@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import Field
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
@@ -20,6 +20,8 @@ from flashmorph import ranks
 from flashmorph.errors import UserError
 from flashmorph.files import atomic_path
 from flashmorph.progress import Report
+from flashmorph.settings import FinalRate, Length, Rate, Settings, Tokens, TokensAtOnce
+from flashmorph.shapes import Count, Finite, Shape, require_shape
 from flashmorph.stages.checkpoints import drop_damaged, finish, last_checkpoint
 from flashmorph.stages.trainer import StageTrainer
 from flashmorph.stages.watch import Watch
@@ -39,23 +41,22 @@ class Division(NamedTuple):
     sharing: int
 
 
-class TrainSettings(BaseModel):
+class TrainSettings(Settings):
     """How long and how fast a stage trains."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     stage: ClassVar[str] = "training"
-    tokens: int = Field(gt=0, description="tokens to train on, in all")
-    length: int = Field(gt=1, description="tokens in a row")
-    batch_tokens: int = Field(gt=0, description="tokens in a step, over all devices")
-    micro_batch_tokens: PositiveInt | Literal["auto"] | None = Field(
+    tokens: Tokens = Field(description="tokens to train on, in all")
+    length: Length = Field(description="tokens in a row")
+    batch_tokens: TokensAtOnce = Field(description="tokens in a step, over all devices")
+    micro_batch_tokens: TokensAtOnce | Literal["auto"] | None = Field(
         default="auto", description="tokens at once on one device; `auto`: from its memory, null: a whole step"
     )
     retrieval_share: float = Field(default=0.0, ge=0, le=1, description="share of rows that are retrieval questions")
-    learning_rate: float = Field(gt=0)
-    final_learning_rate: float = Field(default=1e-5, ge=0)
-    warmup_steps: int = Field(default=50, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    checkpoint_steps: int = Field(default=500, gt=0, description="steps between two checkpoints")
+    learning_rate: Rate
+    final_learning_rate: FinalRate = 1e-5
+    warmup_steps: int = Field(default=50, ge=0, le=10**9)
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e9)
+    checkpoint_steps: int = Field(default=500, gt=0, le=10**9, description="steps between two checkpoints")
 
     @property
     def keeps_apart(self) -> bool:
@@ -119,13 +120,24 @@ class TrainSettings(BaseModel):
     def _divided(self, batch_rows: int, processes: int) -> Division | None:
         at_once = self.micro_batch_tokens if isinstance(self.micro_batch_tokens, int) else batch_rows * self.length
         most = max(1, at_once // self.length)
-        batches = next(
-            number for number in range(1, batch_rows + 1) if batch_rows % number == 0 and batch_rows // number <= most
-        )
+        batches = _smallest_divisor(batch_rows, -(-batch_rows // most))
         pieces = math.lcm(batches, processes)
         if batch_rows % pieces:
             return None
         return Division(batch_rows // pieces, pieces // processes, pieces // batches)
+
+
+def _smallest_divisor(number: int, least: int) -> int:
+    """The smallest divisor of `number` that is not below `least`."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return min(divisor for each in small for divisor in (each, number // each) if divisor >= least)
+
+
+class _Entry(Shape):
+    """What is read of a line of the log."""
+
+    step: Count
+    loss: Finite
 
 
 class IsolatedTrainSettings(TrainSettings):
@@ -261,20 +273,27 @@ def _at(ids: torch.Tensor, places: Sequence[Sequence[int]]) -> torch.Tensor:
     return marks
 
 
-def _entries(log: Path) -> Iterator[dict[str, float]]:
-    """The lines of a log, less one that was cut short."""
-    for line in log.read_text().splitlines() if log.exists() else []:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return
+def logged(folder: Path) -> list[dict[str, float]]:
+    """What `train` wrote into its log in `folder`, a step each; lines that were cut or damaged are left out."""
+    log = folder / _LOG
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    return [entry for line in lines if (entry := _entry(line))]
+
+
+def _entry(line: str) -> dict[str, float] | None:
+    try:
+        entry = json.loads(line)
+        require_shape(entry, _Entry, _LOG)
+    except (ValueError, RecursionError):
+        return None
+    return entry
 
 
 class _Keeper(TrainerCallback):
     """Marks whole checkpoints, writes the log, shows the progress and stops at a loss that is not finite."""
 
     def __init__(self, folder: Path, report: Report, watch: Watch):
-        self._log, self._report, self._watch = folder / _LOG, report, watch
+        self._folder, self._log, self._report, self._watch = folder, folder / _LOG, report, watch
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         first = ranks.first(lambda: self._cut_log(state.global_step))
@@ -283,7 +302,7 @@ class _Keeper(TrainerCallback):
 
     def _cut_log(self, step: int) -> float | None:
         """Forget what was logged behind `step`; the loss of the first step, if there is one."""
-        kept = [entry for entry in _entries(self._log) if entry["step"] <= step]
+        kept = [entry for entry in logged(self._folder) if entry["step"] <= step]
         with atomic_path(self._log) as temporary:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         return kept[0]["loss"] if kept else None

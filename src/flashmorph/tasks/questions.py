@@ -4,8 +4,10 @@ import random
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
+from flashmorph.errors import quoted
+from flashmorph.settings import Settings
 from flashmorph.tasks.hops import hops
 from flashmorph.tasks.layout import Example, Layout
 from flashmorph.tasks.many_keys import many_keys
@@ -14,10 +16,12 @@ from flashmorph.tasks.problem import Task
 from flashmorph.tasks.style import Style
 from flashmorph.tasks.words import names
 
+_MOST = 10_000
+"""Keys, values, links or questions: more fit into no context."""
 TASKS: dict[str, Task] = {"many_keys": many_keys, "many_values": many_values, "hops": hops}
 
 
-class TaskSettings(BaseModel):
+class TaskSettings(Settings):
     """One task and what it is called with: `{task: many_keys, num_keys: 8}`."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -26,13 +30,16 @@ class TaskSettings(BaseModel):
     @model_validator(mode="after")
     def _known(self) -> "TaskSettings":
         if self.task not in TASKS:
-            raise ValueError(f"task {self.task!r} is unknown; there are {', '.join(TASKS)}")
+            raise ValueError(f"task {quoted(self.task)} is unknown; there are {', '.join(TASKS)}")
         known = TASKS[self.task].__annotations__.keys() - {"rng", "style", "names", "return"}
         for name in self.settings:
             if name not in known:
-                raise ValueError(f"task {self.task} has no setting {name!r}; it has {', '.join(sorted(known))}")
-            if type(self.settings[name]) is not int:
-                raise ValueError(f"{name} must be a whole number; got {self.settings[name]!r}")
+                raise ValueError(f"task {self.task} has no setting {quoted(name)}; it has {', '.join(sorted(known))}")
+            value = self.settings[name]
+            if type(value) is not int:
+                raise ValueError(f"{name} must be a whole number; got {quoted(value)}")
+            if value > _MOST:
+                raise ValueError(f"{name} must be at most {_MOST:,}; got {quoted(value)}")
         return self
 
     @property

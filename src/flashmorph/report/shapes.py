@@ -1,0 +1,239 @@
+"""The shapes of the files that a report is made of: the keys that it reads, with their types."""
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from flashmorph.shapes import Count, Finite, Shape
+
+Ends = Annotated[list[Finite], Field(min_length=2, max_length=2)]
+_Some = Field(min_length=1)
+_Context = Annotated[str, Field(pattern=r"^[1-9]\d{0,11}$")]
+_Length = Annotated[int, Field(ge=1, le=2**40)]
+LONG_CONTEXT = "131072"
+"""The context in tokens that caches are compared at."""
+
+
+class _Rate(Shape):
+    recall: Finite
+    interval: Ends
+    questions: Count
+
+
+class _Part(Shape):
+    start: Count = Field(alias="from")
+    end: Count = Field(alias="to")
+    perplexity: float
+    interval: Ends | None
+    over: str = "rows"
+
+
+class _Text(Shape):
+    tokens: Count
+    wanted: Count
+    documents: Count
+
+
+class Model(Shape):
+    """Figures of one model in results.json."""
+
+    recall: Finite
+    recall_interval: Ends
+    recall_by_task: Annotated[dict[str, _Rate], _Some]
+    perplexity: float
+    perplexity_interval: Ends | None = None
+    perplexity_text: _Text | None = None
+    perplexity_by_position: Annotated[list[_Part], _Some] | None = None
+    cache_bytes: dict[_Context, _Length]
+
+    @model_validator(mode="after")
+    def _at_a_long_context(self) -> "Model":
+        if LONG_CONTEXT not in self.cache_bytes:
+            raise ValueError(f"cache_bytes must have the context {LONG_CONTEXT}")
+        return self
+
+
+class _Stage(Shape):
+    stage: str
+    digest: str
+    seconds: Annotated[Finite, Field(ge=0)]
+    tokens: Finite | None
+
+
+class _Difference(Shape):
+    difference: Finite
+    interval: Ends
+
+
+class Results(Shape):
+    """results.json, its models apart."""
+
+    stages: list[_Stage]
+    recall_hybrid_minus_uniform: _Difference | None = None
+
+
+class _Evaluation(Shape):
+    questions: _Length
+    length: _Length
+
+
+class Recipe(Shape):
+    """What is read of recipe.yaml."""
+
+    evaluate: _Evaluation
+
+
+class Step(Shape):
+    """A step of a search's trace that follows gradients."""
+
+    step: Count
+    logits: list[float]
+
+
+class Errors(Shape):
+    """What is read of the record of `align`."""
+
+    errors: list[float] = []
+
+
+class _Cell(_Rate):
+    depth: Finite
+
+
+class _Row(_Rate):
+    task: str
+    length: _Length
+    depths: list[_Cell]
+
+
+class _Worst(Shape):
+    task: str
+    length: _Length
+    depth: Finite | None
+    recall: Finite
+
+
+class _Grid(Shape):
+    recall: Finite
+    rows: Annotated[list[_Row], _Some]
+    worst: list[_Worst]
+    left_out: list[str] = []
+
+
+class _Class(Shape):
+    group: str
+    name: str = Field(alias="class")
+    tokens: Count
+    first: Finite
+    difference: Finite
+    interval: Ends | None
+
+
+class _Sample(Shape):
+    tokens: list[str]
+    kinds: list[str]
+    first: list[Finite]
+    difference: list[Finite]
+
+    @model_validator(mode="after")
+    def _of_each_token(self) -> "_Sample":
+        if len({len(each) for each in (self.tokens, self.kinds, self.first, self.difference)}) > 1:
+            raise ValueError("there must be as many tokens, kinds and figures")
+        return self
+
+
+class _Tokens(Shape):
+    classes: list[_Class]
+    sample: _Sample
+
+    @model_validator(mode="after")
+    def _with_all(self) -> "_Tokens":
+        if "all" not in {each.group for each in self.classes}:
+            raise ValueError("there must be a class of all tokens")
+        return self
+
+
+class _Minus(Shape):
+    grid: _Difference | None = None
+    tokens: _Tokens | None = None
+
+
+class _Evaluated(Shape):
+    grid: _Grid | None = None
+    perplexity_by_position: Annotated[list[_Part], _Some] | None = None
+    minus_first: _Minus = _Minus()
+
+
+class Evaluate(Shape):
+    """evaluate.json."""
+
+    models: Annotated[dict[str, _Evaluated], _Some]
+    weights: dict[str, str] = {}
+
+
+class _Time(Shape):
+    median: Annotated[Finite, Field(gt=0)]
+    quartiles: Ends
+
+
+class _Times(Shape):
+    by_length: list[_Time]
+
+
+class _Timed(Shape):
+    prefill: _Times
+    decode: _Times
+
+
+class _Lengths(Shape):
+    lengths: Annotated[list[_Length], _Some]
+
+
+class _Machine(Shape):
+    device: str
+    dtype: str
+    threads: Count
+
+
+class Bench(Shape):
+    """bench.json."""
+
+    settings: _Lengths
+    models: Annotated[dict[str, _Timed], _Some]
+    machine: _Machine
+    weights: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _at_each_length(self) -> "Bench":
+        for each in self.models.values():
+            if {len(each.prefill.by_length), len(each.decode.by_length)} != {len(self.settings.lengths)}:
+                raise ValueError("there must be a time at each length")
+        return self
+
+
+class _Compared(Shape):
+    strategy: str
+    budget: str
+    seeds: Count
+    flops: Annotated[Finite, Field(ge=0)]
+    regret: Finite | None
+    regret_spread: Finite | None
+    rank: Finite | None
+
+
+class _Truth(Shape):
+    plans: Count
+    best: list[Count]
+
+
+class Compare(Shape):
+    """compare.json."""
+
+    rows: list[_Compared]
+    truths: dict[str, _Truth]
+
+    @model_validator(mode="after")
+    def _regret_has_a_rank(self) -> "Compare":
+        if any(row.regret is not None and row.rank is None for row in self.rows):
+            raise ValueError("a row with a regret must have a rank")
+        return self
