@@ -205,7 +205,7 @@ def _require_tokens(path: Path, values: Mapping[str, Any]) -> None:
         if given is not None and not all(type(token) is int for token in each):
             several = "" if name == "pad_token_id" else ", several of them"
             _refuse(path, f"{name} must be the number of a token{several} or null; got {quoted(given)}")
-        outside = [token for token in each if type(size) is int and token is not None and not 0 <= token < size]
+        outside = [token for token in each if isinstance(size, int) and type(token) is int and not 0 <= token < size]
         if outside and name != "pad_token_id":
             _refuse(path, f"{name} must be within the vocabulary of {size:,} tokens, or null; got {quoted(outside[0])}")
 

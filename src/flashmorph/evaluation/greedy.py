@@ -33,6 +33,6 @@ def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterat
 
 def _padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> int:
     """A token that the model has an embedding for; it is never attended to."""
-    size = model.get_input_embeddings().weight.shape[0]
+    size = cast(Any, model.get_input_embeddings()).weight.shape[0]
     named = [tokenizer.pad_token_id, getattr(model.config, "pad_token_id", None), *ends, 0]
     return next(int(token) for token in named if isinstance(token, int) and 0 <= token < size)
