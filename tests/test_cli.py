@@ -184,7 +184,7 @@ def test_budgets_that_leave_no_choice(capsys, tmp_path, teacher_folder, recipe_f
 @pytest.mark.parametrize(
     ("layers", "says"),
     [
-        ("", "must be layer numbers with commas"),
+        ("", "--layers is empty; give it a value, or leave it out"),
         ("0,", "must be layer numbers with commas"),
         ("1.0", "must be layer numbers with commas"),
         ("first", "must be layer numbers with commas"),

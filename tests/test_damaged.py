@@ -26,7 +26,11 @@ def numbers_in(values: dict, before: str = "") -> dict[str, float]:
     return found
 
 
-NUMBERS = numbers_in(load_recipe("default").model_dump(mode="json"))
+NUMBERS = {
+    name: value
+    for name, value in numbers_in(load_recipe("default").model_dump(mode="json")).items()
+    if not name.startswith("select.settings.")  # A strategy's own are held against its signature.
+}
 
 
 @pytest.mark.parametrize("value", [True, float("inf"), float("nan"), 10**30, 1e300, -1, [], "", None])
@@ -35,6 +39,8 @@ def test_a_number_of_a_recipe_is_one_that_makes_sense(value):
     for name in NUMBERS:
         if value is None and name in ("data.max_passes", "align.micro_batch_tokens"):
             continue
+        if value == -1 and name.startswith("tasks."):
+            continue  # Tasks say themselves what is too little, when they are asked.
         with pytest.raises(UserError) as told:
             load_recipe("default", {name: value})
         assert name.rpartition(".")[2] in str(told.value) and len(str(told.value)) < 300

@@ -132,7 +132,7 @@ def make_config(path: Path, values: Mapping[str, Any]) -> PreTrainedConfig:
     if kind == "mistral" and "layer_types" in values:
         kind = "ministral"  # As transformers' AutoConfig takes it.
     known, maker = kind in families(), CONFIG_MAPPING[kind]
-    values = {name: value for name, value in values.items() if name not in (*_NOT_READ, "model_type")}
+    values = {name: _read(value) for name, value in values.items() if name not in (*_NOT_READ, "model_type")}
     _require_names(path, values, maker)
     _require_numbers(path, _Numbers, values if known else {"num_hidden_layers": values.get("num_hidden_layers")})
     _require_dtype(path, values)
@@ -146,6 +146,15 @@ def make_config(path: Path, values: Mapping[str, Any]) -> PreTrainedConfig:
     if known:
         _require_consistent(path, config)
     return config
+
+
+def _read(value: Any) -> Any:
+    """A value as transformers means it: JSON has no infinity, so it writes `{"__float__": "Infinity"}`."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {name: _read(each) for name, each in value.items()}
+    return [_read(each) for each in value] if isinstance(value, list) else value
 
 
 def _refuse(path: Path, what: str) -> NoReturn:
