@@ -28,7 +28,8 @@ SEARCHED = {"select", "curve"}
 FROM_ALIGN = {"align", "build", "evaluate build", *SEARCHED, *TRAINED}
 EVERYTHING = {"transplant", *FROM_ALIGN}
 ASKING = {f"{stage}.retrieval_share": 0.5 for stage in ("align", "distill", "extend")}
-NO_TEXT = {"starts": [], "length": 0, "tokens": 0, "wanted": 0, "documents": [], "ranges": [], "counts": [], "sums": []}
+LOSSES = {"starts": [1], "length": 2, "tokens": 1, "wanted": 1, "documents": [0], "ranges": [0], "counts": [1]}
+POINT = {"full": [0], "strip": "", "loss": 0.0, "recall": 0.0, "cache_bytes": {"1": 1}}
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
@@ -69,8 +70,8 @@ def digests(tmp_path, teacher):
         space = Space.of_layers(config.num_hidden_layers)
         space.plan(["layers.1"], Budget("layers", 1)).save(folder / "plan.json")
         (folder / "right.json").write_text("{}")
-        (folder / "text.json").write_text(json.dumps(NO_TEXT))
-        (folder / "curve.json").write_text('{"strategy": "none", "points": []}')
+        (folder / "text.json").write_text(json.dumps({**LOSSES, "sums": [0.0]}))
+        (folder / "curve.json").write_text(json.dumps({"strategy": "none", "points": [POINT]}))
         run = Dry(opened, load_recipe(recipe, changes), folder, torch.device("cpu"), SimpleNamespace())
         host = run_transplant(run)
         branches = run_align(run, host)
