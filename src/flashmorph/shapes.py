@@ -9,12 +9,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from flashmorph.errors import UserError, quoted
+from flashmorph.errors import UserError, cut, quoted
 from flashmorph.files import read_json
 
 _SEAL = "sha256"
 _LARGEST = 2**60
 _LONGEST = 60
+_SHOWN = 40
 
 Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e100, le=1e100)]
 """A number that can be drawn, compared and written out."""
@@ -58,7 +59,7 @@ def misfit(value: Any, shape: Any) -> str:
         place = ".".join(str(part) for part in problem["loc"] if part != "[key]")
         where = f"{place if len(place) <= _LONGEST else place[: _LONGEST - 1] + '…'}: " if place else ""
         message = problem["msg"].removeprefix("Value error, ")
-        return f"{where}{message[0].lower()}{message[1:]} (got {quoted(problem['input'])})"
+        return f"{where}{message[0].lower()}{message[1:]} (got {cut(quoted(problem['input']), _SHOWN)})"
     return ""
 
 
