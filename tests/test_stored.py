@@ -40,7 +40,7 @@ def moved(source: Path, target: Path, **options):
     return transplant_checkpoint(source, target, **options)[1]
 
 
-def both_ways(source: Path, target: Path, problem: str) -> str:
+def assert_refused_both_ways(source: Path, target: Path, problem: str) -> str:
     """A folder is refused, in the same words, by the move and where a model is opened whole."""
     with pytest.raises(UserError, match=problem) as refusal:
         moved(source, target)
@@ -76,13 +76,13 @@ FORMS = {
 def test_a_weight_in_a_form_that_is_not_computed_with_is_refused(form, tmp_path):
     cast, dtype = FORMS[form]
     source = rewrite(saved(tmp_path / "teacher"), lambda state: {**state, PROJECTION: cast(state[PROJECTION])})
-    says = both_ways(source, tmp_path / "host", "stores 1 weights as")
+    says = assert_refused_both_ways(source, tmp_path / "host", "stores 1 weights as")
     assert dtype in says and PROJECTION in says
 
 
 def test_projections_in_eight_bits_are_not_read_without_their_scales(tmp_path):
     source = rewrite(saved(tmp_path / "teacher"), as_fp8)
-    assert "stores 14 weights as F8_E4M3" in both_ways(source, tmp_path / "host", "--allow-unused")
+    assert "stores 14 weights as F8_E4M3" in assert_refused_both_ways(source, tmp_path / "host", "--allow-unused")
     found = moved(source, tmp_path / "again", allow_unused=True)
     numbers, names = found.notices
     assert "plain numbers, without any scale" in numbers and "leaves them out" in names and " 14 weights" in names
@@ -114,7 +114,7 @@ UNUSED = {
 def test_a_weight_of_a_used_part_that_nothing_takes_is_refused(kind, tmp_path):
     name, hint = UNUSED[kind]
     source = with_more(saved(tmp_path / "teacher"), **{name: torch.ones(4), "mtp.fc.weight": torch.ones(4)})
-    says = both_ways(source, tmp_path / "host", "holds 1 weights that LlamaForCausalLM does not take")
+    says = assert_refused_both_ways(source, tmp_path / "host", "holds 1 weights that LlamaForCausalLM does not take")
     assert name in says and hint in says
     found = moved(source, tmp_path / "again", allow_unused=True)
     assert [name in notice for notice in found.notices] == [True, False]
@@ -155,13 +155,13 @@ def test_rotary_frequencies_and_a_tied_head_are_nothing_unused(tmp_path):
 def test_a_head_that_is_tied_by_name_only_is_refused_everywhere(tmp_path):
     source = saved(tmp_path / "teacher")
     with_more(source, **{"lm_head.weight": torch.ones(97, 32, dtype=torch.bfloat16)})
-    both_ways(source, tmp_path / "host", "has a head of its own")
+    assert_refused_both_ways(source, tmp_path / "host", "has a head of its own")
 
 
 def test_a_weight_under_two_names_is_refused(tmp_path):
     """The names of the decoder alone are taken as well: then only one of the two is read."""
     source = with_more(saved(tmp_path / "teacher"), **{"norm.weight": torch.ones(32)})
-    both_ways(source, tmp_path / "host", "stores model.norm.weight twice")
+    assert_refused_both_ways(source, tmp_path / "host", "stores model.norm.weight twice")
 
 
 def test_names_of_the_decoder_alone_are_taken(tmp_path):
@@ -169,7 +169,7 @@ def test_names_of_the_decoder_alone_are_taken(tmp_path):
     rewrite(source, lambda state: {name.removeprefix("model."): weight for name, weight in state.items()})
     assert moved(source, tmp_path / "host").notices == ()
     with_more(source, **{"layers.1.self_attn.q_proj.bias": torch.ones(64)})
-    both_ways(source, tmp_path / "again", "holds 1 weights")
+    assert_refused_both_ways(source, tmp_path / "again", "holds 1 weights")
 
 
 def fused(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -183,7 +183,7 @@ def test_experts_are_taken_as_they_are_stored(change, tmp_path):
     source = rewrite(saved(tmp_path / "teacher", "qwen3_moe: grouped"), change)
     assert moved(source, tmp_path / "host").notices == ()
     with_more(source, **{"model.layers.0.mlp.experts.0.gate_proj.weight_scale": torch.ones(1)})
-    both_ways(source, tmp_path / "again", "gate_proj.weight_scale")
+    assert_refused_both_ways(source, tmp_path / "again", "gate_proj.weight_scale")
 
 
 WRAPPED = {
@@ -200,7 +200,7 @@ WRAPPED = {
 def test_names_in_a_wrapper_say_what_they_are(prefix, tmp_path):
     source = saved(tmp_path / "teacher")
     rewrite(source, lambda state: {prefix + name: weight for name, weight in state.items()})
-    says = both_ways(source, tmp_path / "host", "have a wrapper's names")
+    says = assert_refused_both_ways(source, tmp_path / "host", "have a wrapper's names")
     assert WRAPPED[prefix] in says and prefix in says
 
 
@@ -208,7 +208,7 @@ def test_names_in_a_wrapper_say_what_they_are(prefix, tmp_path):
 def test_names_with_a_wrapper_inside_say_what_they_are(inside, tmp_path):
     source = saved(tmp_path / "teacher")
     rewrite(source, lambda state: {name.replace("q_proj.", f"q_proj.{inside}."): each for name, each in state.items()})
-    assert inside in both_ways(source, tmp_path / "host", "have a wrapper's names")
+    assert inside in assert_refused_both_ways(source, tmp_path / "host", "have a wrapper's names")
 
 
 def test_the_commands_tell_or_refuse_and_an_option_decides(tmp_path, capsys):
