@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 from conftest import FEW_STEPS
 
@@ -16,17 +18,33 @@ OWN_CACHES = {".cache", ".config"}
 """Where libraries keep what they have downloaded or computed, such as the list of fonts."""
 
 
-def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_weights(tmp_path, teacher_folder):
-    recipe = tmp_path / "recipe.yaml"
+def _own_mounts() -> bool:
+    mount = ["unshare", "-rm", "sh", "-c", "mount -t tmpfs tmpfs /tmp"]
+    return bool(shutil.which("unshare")) and subprocess.run(mount, capture_output=True).returncode == 0
+
+
+def _crash(folder: Path, teacher: Path, *options: str) -> dict:
+    recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**FEW_STEPS, "baseline": None, "extend": None}))
-    command = [sys.executable, CRASH, "--kills", "3", "--teacher", teacher_folder, "--recipe", recipe]
-    command += ["--output", tmp_path / "runs", "--results", tmp_path / "crash.json"]
+    command = [sys.executable, CRASH, "--skip-renames", "--teacher", teacher, "--recipe", recipe, *options]
+    command += ["--output", folder / "runs", "--results", folder / "crash.json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "crash.json").read_text())
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "crash.json").read_text())
+
+
+def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_weights(tmp_path, teacher_folder):
+    results = _crash(tmp_path, teacher_folder, "--kills", "3", "--disks", "0")["random"]
     assert results["kills"] == 3 and results["runs"] == results["runs_with_the_same_weights"] > 0
-    assert not list(tmp_path.glob("runs/killed-*/**/*.part*"))
+    assert {kill["signal"] for kill in results["each_kill"]} == {"SIGKILL", "SIGTERM", "SIGINT"}
+    assert not list(tmp_path.glob("runs/random-*/**/*.part*"))
+
+
+@pytest.mark.skipif(not _own_mounts(), reason="needs Linux's unshare, and to be allowed to mount")
+def test_a_run_on_a_disk_that_is_full_goes_on_when_there_is_room(tmp_path, teacher_folder):
+    results = _crash(tmp_path, teacher_folder, "--kills", "0", "--disks", "3")["full"]
+    assert results["full"] > 0 and results["runs_with_the_same_weights"] == 1
 
 
 def test_a_run_writes_into_its_folder_only(tmp_path, teacher_folder, recipe_file):

@@ -11,11 +11,12 @@ import yaml
 from conftest import FEW_STEPS, random_qwen3, run_command, tiny_tokenizer
 
 import flashmorph.assets as assets
+from flashmorph.outlook import LEAST_QUESTIONS, goes_by_answers
 from flashmorph.pipeline import worse_than_silent
 from flashmorph.plan import Space
 from flashmorph.recipe import load_recipe
 from flashmorph.selection import STRATEGIES, asks_questions
-from flashmorph.signal import LEAST_QUESTIONS, ask_teacher, is_asked, measure_signal
+from flashmorph.signal import ask_teacher, measure_signal
 from flashmorph.tasks import STYLES, Haystack, Layout, TaskSettings, make_example
 from flashmorph.teacher import load_model
 
@@ -74,9 +75,9 @@ def test_each_task_is_measured_on_its_own_questions():
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_signal_is_asked_for_where_the_choice_goes_by_answers(strategy):
     recipe = load_recipe("default", {"select.strategy": strategy})
-    assert recipe.select.require_signal and is_asked(recipe) == asks_questions(strategy, {})
-    assert is_asked(recipe) == (strategy not in ("first", "last", "middle", "uniform", "kl", "tolerance"))
-    assert not is_asked(load_recipe("default", {"select.strategy": strategy, "select.require_signal": False}))
+    assert recipe.select.require_signal and goes_by_answers(recipe) == asks_questions(strategy, {})
+    assert goes_by_answers(recipe) == (strategy not in ("first", "last", "middle", "uniform", "kl", "tolerance"))
+    assert not goes_by_answers(load_recipe("default", {"select.strategy": strategy, "select.require_signal": False}))
     assert not asks_questions("gates", {"data": "text"})
 
 

@@ -12,12 +12,15 @@ from flashmorph.fitting import require_within_limit
 from flashmorph.hosts import configure, layer_space
 from flashmorph.plan import Budget
 from flashmorph.recipe import Recipe
-from flashmorph.selection import FOLLOW_GRADIENTS, SEARCH_NOTHING
+from flashmorph.selection import FOLLOW_GRADIENTS, SEARCH_NOTHING, asks_questions
 from flashmorph.selection.search import check_search, own_settings
 from flashmorph.selection.searchdata import step_shape
 from flashmorph.stages import TrainSettings, logits_on_disk
 from flashmorph.tasks.turns import template_words
 from flashmorph.teacher import Teacher, load_config
+
+LEAST_QUESTIONS = 8
+"""Questions a task, at least, that a task is left out by: an interval of fewer says little."""
 
 
 def check(teacher: Teacher, recipe: Recipe, processes: int = 1) -> None:
@@ -60,24 +63,40 @@ def check_recipe(config: PreTrainedConfig, recipe: Recipe) -> None:
         )
 
 
-def outlook(name: str, config: PreTrainedConfig, recipe: Recipe) -> list[dict[str, Any]]:
+def goes_by_answers(recipe: Recipe) -> bool:
+    """Whether a search by this recipe goes by answers, and must have something to go by."""
+    return recipe.select.require_signal and asks_questions(recipe.select.strategy, recipe.select.settings)
+
+
+def signal_questions(recipe: Recipe) -> int:
+    """Questions of all tasks together that the stage `signal` asks of each plan: the search's own, or more."""
+    return max(recipe.select.search.questions, LEAST_QUESTIONS * len(recipe.tasks))
+
+
+def outlook(name: str, config: PreTrainedConfig, recipe: Recipe, given: bool = False) -> list[dict[str, Any]]:
     """What each stage will spend on a teacher of this configuration: tokens, length and data; and the mean context.
 
     That is how many tokens before it a token of a training row can attend to. Tokens are None where they show on the
-    way, the mean context where nothing is trained or the lengths of the documents tell.
+    way, the mean context where nothing is trained or the lengths of the documents tell. A `given` plan stands for the
+    search.
     """
     source = recipe.data.about
     plans = 2 if recipe.baseline else 1
     host, _ = configure(config, recipe.host)
     rows: list[tuple[Any, ...]] = [("transplant", 0, 0, f"{name}: a probe batch")]
+    longest, asks = recipe.select.search.longest, goes_by_answers(recipe) and not given
+    if asks:
+        number = recipe.select.teacher_questions
+        about = f"{number} questions a task, which the teacher must be able to answer"
+        rows.append(("teacher", number * len(recipe.tasks) * longest, longest, about))
     if host.branches_train:
         rows.append(_training_row("align", recipe.align, source, 1))
     else:
         rows.append(("align", 0, 0, "nothing to train"))
-    about = f"{recipe.select.strategy}: {', '.join(recipe.tasks)}, in {source}"
-    if race_places(recipe):
-        about += ", then races"
-    rows += [("select", search_tokens(recipe)[0], recipe.select.search.longest, about), ("build", 0, 0, "")]
+    if asks:
+        number = signal_questions(recipe)
+        rows.append(("signal", 2 * number * longest, longest, f"{number} questions, all layers full against none"))
+    rows += [("select", 0, 0, "the plan that is given") if given else _search_row(recipe, source), ("build", 0, 0, "")]
     if kept := recipe.distill.teacher_logits:
         about = f"the teacher's {kept.top_k:,} likeliest next tokens, {logits_on_disk(recipe.distill, kept.top_k)}"
         rows.append(("logits", recipe.distill.tokens_run, recipe.distill.length, about))
@@ -137,6 +156,13 @@ def race_places(recipe: Recipe) -> int:
     """Places of the plan that are raced for when the steps of the search are done."""
     strategy = recipe.select.strategy
     return own_settings(strategy, recipe.select.settings).get("swaps", 0) if strategy in FOLLOW_GRADIENTS else 0
+
+
+def _search_row(recipe: Recipe, source: str) -> tuple[str, int | None, int, str]:
+    about = f"{recipe.select.strategy}: {', '.join(recipe.tasks)}, in {source}"
+    if race_places(recipe):
+        about += ", then races"
+    return "select", search_tokens(recipe)[0], recipe.select.search.longest, about
 
 
 def _training_row(name: str, settings: TrainSettings, source: str, times: int) -> tuple[str, int, int, str]:

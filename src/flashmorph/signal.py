@@ -18,31 +18,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flashmorph.errors import UserError
 from flashmorph.evaluation import answers_right, paired_interval
 from flashmorph.losses import Head, token_losses
+from flashmorph.outlook import goes_by_answers, signal_questions
 from flashmorph.plan import Budget, Space
 from flashmorph.progress import Report, silent
-from flashmorph.recipe import Recipe
 from flashmorph.run import Run
 from flashmorph.rundata import open_questions
 from flashmorph.rundigests import task_settings
 from flashmorph.runfolder import Stage
 from flashmorph.runmodels import divided, open_morphable, open_objective
-from flashmorph.selection import asks_questions
 from flashmorph.selection.strategy import Objective
 from flashmorph.sharding import shard_morphable
 from flashmorph.tasks import Example
 from flashmorph.teacher import load_model
 
-LEAST_QUESTIONS = 8
-"""Questions a task, at least, that a task is left out by: an interval of fewer says little."""
 _REMEDY = (
     "ask what it can answer (tasks, style, a chat template, a shorter select.search.length), or go on with --set "
     "select.require_signal=false"
 )
-
-
-def is_asked(recipe: Recipe) -> bool:
-    """Whether a search by this recipe goes by answers, and must have something to go by."""
-    return recipe.select.require_signal and asks_questions(recipe.select.strategy, recipe.select.settings)
 
 
 def run_teacher(run: Run, host: Stage) -> Stage | None:
@@ -52,7 +44,7 @@ def run_teacher(run: Run, host: Stage) -> Stage | None:
     """
     recipe = run.recipe
     number, length = recipe.select.teacher_questions, recipe.select.search.longest
-    if not is_asked(recipe):
+    if not goes_by_answers(recipe):
         return None
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
@@ -129,7 +121,7 @@ def with_signal(run: Run, host: Stage, branches: Stage) -> Run:
         UserError: no task is left.
     """
     recipe = run.recipe
-    if not is_asked(recipe):
+    if not goes_by_answers(recipe):
         return run
     record = run_signal(run, host, branches).record
     left_out = record["left_out"]
@@ -152,7 +144,7 @@ def run_signal(run: Run, host: Stage, branches: Stage) -> Stage:
     The questions are the search's own, and further ones where it has fewer than `LEAST_QUESTIONS` a task.
     """
     recipe, search = run.recipe, run.recipe.select.search
-    number = max(search.questions, LEAST_QUESTIONS * len(recipe.tasks))
+    number = signal_questions(recipe)
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
         fitted = replace(run, recipe=run.at_once("signal", folder))

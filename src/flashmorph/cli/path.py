@@ -201,10 +201,10 @@ def _dry_run(options: Options, stages: list[str]) -> None:
     config = load_config(teacher.folder)
     recipe = fitted(recipe, config, RichScreen(ERR if options.json else OUT).say)
     check(teacher, recipe)
-    given_plan(teacher.name, config, recipe, options.plan, options.layers)
+    plan = given_plan(teacher.name, config, recipe, options.plan, options.layers)
     if tokenizer := teacher.tokenizer():
         preflight(recipe, tokenizer, config, stages)
-    rows = outlook(teacher.name, config, recipe)
+    rows = outlook(teacher.name, config, recipe, given=plan is not None)
     if options.json:
         print(json.dumps(rows, indent=2))
         return

@@ -21,6 +21,8 @@ from flashmorph.costs.work import (
     logits_work,
     model_of,
     select_work,
+    signal_work,
+    teacher_work,
 )
 from flashmorph.devices import usable
 from flashmorph.errors import UserError
@@ -32,7 +34,7 @@ from flashmorph.recipe import Recipe, with_settings
 UTILISATION = 0.3
 """Share of a GPU's peak that hours assume unless told otherwise. An assumption: nothing here has measured it."""
 CONTEXTS = (8_192, 32_768, 131_072)
-_FLOAT32_STAGES = ("transplant", "evaluate")
+_FLOAT32_STAGES = ("transplant", "teacher", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,9 @@ def estimate(
     recipe = with_settings(recipe, {key: value for each in values.values() for key, value in each.items()})
     cache = {context: (cache_bytes(own, context), cache_bytes(hybrid, context)) for context in contexts}
     work = {
+        "teacher": teacher_work(model, recipe),
         "align": align_work(model, recipe),
+        "signal": signal_work(model, recipe),
         "select": select_work(model, recipe),
         "distill": distill_work(model, recipe),
         "evaluate": evaluate_work(model, recipe),
@@ -200,7 +204,7 @@ def _at_once(
 ) -> dict[str, dict[str, Any]]:
     """What `auto` would choose on the GPU, by stage; where none is named, one row at once and layers kept."""
     room = Room(usable(gpu.memory_bytes) if gpu else 0.0, num_gpus, recipe.shard, bf16)
-    stages = ("transplant", "align", "select", "build", "logits", "distill", "extend", "evaluate")
+    stages = ("transplant", "teacher", "align", "signal", "select", "build", "logits", "distill", "extend", "evaluate")
     found = {stage: choose(stage, recipe, model, sizes, room).values for stage in stages}
     if gpu:
         return found

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from transformers import PreTrainedConfig
 
 from flashmorph.hosts import FEED_FORWARD, HOSTS, WINDOW_HOSTS, Host, Products, configure, host_of, layer_space
-from flashmorph.outlook import num_models, race_places, search_tokens
+from flashmorph.outlook import num_models, race_places, search_tokens, signal_questions
 from flashmorph.plan import FULL, Budget
 from flashmorph.recipe import Recipe
 from flashmorph.recompute import recomputes
@@ -133,6 +133,24 @@ def align_work(model: Model, recipe: Recipe) -> Work:
             _times("branches forward, twice, and backward", layers, operations(branch, 2, 1), operations(branch)[1]),
         ],
     )
+
+
+def teacher_work(model: Model, recipe: Recipe) -> Work:
+    """The teacher forward over every question twice, to answer it and for its loss; generated tokens are left out."""
+    length = recipe.select.search.longest
+    whole = Model(model.host, model.config, model.layers)
+    forward = _times("teacher forward, twice", 2, body_forward(whole, length))
+    return Work(recipe.select.teacher_questions * len(recipe.tasks) * length, [forward])
+
+
+def signal_work(model: Model, recipe: Recipe) -> Work:
+    """The plan with every layer full and that with none forward over every question."""
+    length = recipe.select.search.longest
+    both = [
+        _times(f"{name} full forward", 0.5, body_forward(Model(model.host, model.config, number), length))
+        for name, number in (("every layer", model.layers), ("no layer", 0))
+    ]
+    return Work(2 * signal_questions(recipe) * length, both)
 
 
 def select_work(model: Model, recipe: Recipe) -> Work | None:
