@@ -58,8 +58,12 @@ def text(tmp_path) -> Path:
 
 
 @pytest.fixture
-def digests(tmp_path, teacher):
-    """The digest of every stage of the path and of the curve under some changes of the recipe."""
+def digests(tmp_path, teacher, monkeypatch):
+    """The digest of every stage of the path and of the curve under some changes of the recipe.
+
+    On a machine without fast bfloat16, wherever this runs: `bf16: auto` is false there.
+    """
+    monkeypatch.setattr("flashmorph.run.use_bf16", lambda device: False)
 
     def find(changes: dict) -> dict[str, str]:
         folder, recipe = tmp_path / "stage", tmp_path / "recipe.yaml"
