@@ -14,7 +14,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flashmorph.errors import UserError
+from flashmorph.errors import UserError, cut
 from flashmorph.pieces import in_pieces
 
 TEXT, JSON, PARQUET = "text", "JSON", "parquet"
@@ -62,7 +62,8 @@ def data_files(source: Path, columns: Sequence[str]) -> list[Path]:
         found = sorted([*rows, *_texts_beside(rows, [file for file in found if kind_of(file) == TEXT])])
     examples = {kind_of(file): file for file in reversed(found)}
     if len(examples) > 1:
-        about = " and ".join(f"{kind} such as {file.relative_to(source)}" for kind, file in sorted(examples.items()))
+        names = {kind: cut(str(file.relative_to(source))) for kind, file in sorted(examples.items())}
+        about = " and ".join(f"{kind} such as {name}" for kind, name in names.items())
         raise UserError(f"{source} holds files of several kinds, {about}: give one kind")
     return found
 

@@ -157,7 +157,7 @@ def _words(code: int | None, said: str) -> dict[str, str]:
         return {"words": f"{len(lines)} lines on stderr"}
     sentence = lines[0].removeprefix("error: ")
     if len(sentence) >= LONGEST_SENTENCE:
-        return {"words": f"{len(sentence)} characters"}
+        return {"words": f"{len(sentence)} characters: {sentence}"}
     return {} if sentence.strip() else {"words": "an empty sentence"}
 
 

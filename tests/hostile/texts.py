@@ -102,7 +102,7 @@ def _read(rng: random.Random) -> Case:
 
         return read
 
-    return Case("text", "", prepare)
+    return Case("text", "read", prepare)
 
 
 def _command(rng: random.Random) -> Case:
@@ -114,7 +114,7 @@ def _command(rng: random.Random) -> Case:
         given = ["--recipe", str(folder / "recipe.yaml"), "--output", str(folder / "out"), "--dry-run"]
         return ["morph", str(teacher), *given, f"--data={_write(rng, folder)}"]
 
-    return Case("text command", "", prepare)
+    return Case("text command", "morph --dry-run", prepare)
 
 
 _MAKERS = (_read, _read, _read, _read, _read, _read, _read, _command)
