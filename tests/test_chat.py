@@ -150,7 +150,7 @@ def test_conversations_may_be_written_as_json(tmp_path):
     assert tokens(tokenizer, written(tmp_path, in_json, "jsonl")) == expected(tokenizer, rows)
 
 
-@pytest.mark.parametrize("tools", ["no JSON", "[1]", 7, {"name": "f"}])
+@pytest.mark.parametrize("tools", ["no JSON", "[1]", 7, {"name": "f"}, "[" * 100_000])
 def test_tools_that_are_none_are_a_reason(tools):
     with pytest.raises(Unfit, match="'tools' holds neither a list of tools nor one in JSON"):
         encode_chat(chatty(), [{"role": "user", "content": "hello"}], False, tools_in(tools))

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from flashmorph.errors import UserError
 from flashmorph.readyaml import read_yaml
 from flashmorph.recipe import Recipe, load_recipe
-from flashmorph.shapes import has_broken_seal, sealed
+from flashmorph.shapes import Finite, has_broken_seal, misfit, sealed
 from flashmorph.stages.checkpoints import FINISHED, drop_damaged, finish, last_checkpoint
 from flashmorph.stages.training import logged
 
@@ -80,9 +80,9 @@ def stage(tmp_path):
     return tmp_path
 
 
-def flip(path) -> None:
+def flip(path, at: bytes = b"step") -> None:
     content = bytearray(path.read_bytes())
-    place = content.find(b"step")
+    place = content.find(at)
     content[place] ^= 1
     path.write_bytes(content)
 
@@ -98,6 +98,7 @@ DAMAGES = {
     "a mark of files elsewhere": lambda place: (place / FINISHED).write_text('{"../../../nothing": 3}'),
     "a state that is a list": lambda place: (place / "trainer_state.json").write_text("[]"),
     "an optimiser with another bit": lambda place: flip(place / "optimizer.pt"),
+    "a header of the optimiser with another bit": lambda place: flip(place / "optimizer.pt", b"PK"),
 }
 
 
@@ -108,6 +109,12 @@ def test_a_damaged_checkpoint_gives_way(stage, damage, caplog):
         drop_damaged(stage)
     assert last_checkpoint(stage) == str(stage / "checkpoints" / "checkpoint-1")
     assert "checkpoint-2 is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("value", [10**80, -(10**80), float("nan"), "1", None, True])
+def test_a_number_that_numpy_does_not_know_is_none(value):
+    assert misfit(value, Finite)
+    assert not misfit(3, Finite) and not misfit(0.5, Finite)
 
 
 def test_folders_beside_checkpoints_are_none(stage):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from flashmorph.errors import UserError, cut, quoted
 from flashmorph.files import read_json
@@ -17,8 +17,15 @@ _LARGEST = 2**60
 _LONGEST = 60
 _SHOWN = 40
 
-Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e100, le=1e100)]
-"""A number that can be drawn, compared and written out."""
+
+def _of_64_bits(value: Any) -> Any:
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise ValueError("a whole number should have at most 64 bits")
+    return value
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e100, le=1e100), BeforeValidator(_of_64_bits)]
+"""A number that can be drawn, compared and written out, and that numpy knows."""
 Count = Annotated[int, Field(ge=0, le=_LARGEST)]
 """How many there are of something."""
 

@@ -8,9 +8,12 @@ import shutil
 import zipfile
 import zlib
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from transformers.trainer_pt_utils import safe_globals
 
 from flashmorph.files import write_json
 from flashmorph.shapes import Count, require_shape
@@ -20,6 +23,16 @@ _NAME = re.compile(r"checkpoint-(\d{1,18})")
 _STATE = "trainer_state.json"
 _WHOLE, _DIVIDED = ("trainable.safetensors", "optimizer.pt"), ("shards/.metadata",)
 """What holds the weights and the optimiser: of a process that has all, of several that share them."""
+_NOT_READ = (
+    OSError,
+    ValueError,
+    RecursionError,
+    RuntimeError,
+    UnpicklingError,
+    SafetensorError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 _LOG = logging.getLogger(__name__)
 
 
@@ -73,9 +86,12 @@ def _damage(checkpoint: Path) -> str:
                 with zipfile.ZipFile(path) as archive:
                     if archive.testzip():
                         return f"{path.name} has another content than it had"
+                # PyTorch reads the headers in between too, which zipfile passes over.
+                with safe_globals():
+                    torch.load(path, "meta", mmap=True, weights_only=True)
             elif path.suffix == ".json":
                 json.loads(path.read_text())
         require_shape(json.loads((checkpoint / _STATE).read_text()), dict[str, Any], _STATE)
-    except (OSError, ValueError, RecursionError, SafetensorError, zipfile.BadZipFile, zlib.error) as error:
+    except _NOT_READ as error:
         return (str(error).splitlines() or [type(error).__name__])[0]
     return ""
