@@ -87,7 +87,7 @@ class Run:
         self.bf16 = use_bf16(device)
         self.host = host_for(self.config)
         self.budget = Budget("layers", shape["num_hidden_layers"] // 4)
-        space = layer_space(self.host, self.host.host_config(self.config), self.budget)
+        space = layer_space(self.host, self.host.config(self.config), self.budget)
         self.plan = uniform(space, self.budget, None, 0).plan
         self.recipe = self.fitting(recipe)
         self.found: dict[str, Any] = {}
@@ -115,7 +115,7 @@ class Run:
     def morphable(self) -> Morphable:
         """The host in float32, all layers full, with untrained branches."""
         torch.manual_seed(0)
-        model = self.host.model_class(cast(Any, self.host.host_config(self.config)))
+        model = self.host.model_class(cast(Any, self.host.config(self.config)))
         return Morphable(model.to(self.device, torch.float32))
 
     def ids(self, tokens: int, length: int) -> torch.Tensor:
@@ -225,7 +225,7 @@ class Run:
 
     def contexts(self, lengths: list[int], repeats: int) -> dict[str, Any]:
         """Prefill and decode of the teacher's own class and of the hybrid, in bfloat16, in turns."""
-        hybrid = self.host.with_layer_types(self.host.host_config(self.config), list(self.plan.assignments.values()))
+        hybrid = self.host.with_plan(self.host.config(self.config), list(self.plan.assignments.values()))
         models: dict[str, Any] = {
             "teacher": Qwen3ForCausalLM(self.config),
             "hybrid": self.host.model_class(cast(Any, hybrid)),

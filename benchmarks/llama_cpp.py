@@ -45,7 +45,7 @@ def random_pair(arguments: argparse.Namespace, place: Path) -> dict[str, Path]:
     """GGUF files of a random teacher in its own class and of a hybrid of its shape."""
     teacher = teacher_config(arguments, torch.float32)
     host = host_for(teacher)
-    config = host.with_layer_types(host.host_config(teacher), hybrid_options(arguments))
+    config = host.with_plan(host.config(teacher), hybrid_options(arguments))
     converter = stand_in(arguments.llama_cpp, place / "llama.cpp")
     found = {}
     for name, model_class, shape in (("teacher", Qwen3ForCausalLM, teacher), ("hybrid", host.model_class, config)):

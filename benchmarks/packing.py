@@ -23,7 +23,7 @@ from flashmorph.cli.options import quiet
 from flashmorph.corpus import Corpus
 from flashmorph.devices import pick_device, use_bf16
 from flashmorph.files import write_json
-from flashmorph.hosts import host_of
+from flashmorph.hosts import host_of, supports_varlen
 from flashmorph.losses import Head, label_loss
 from flashmorph.packing import Packed, apart, cut, how_apart
 from flashmorph.plan import Budget
@@ -90,10 +90,10 @@ def main() -> None:
     morphable, _ = flashmorph.attach(host, batches[0]["input_ids"][:2])
     budget = Budget.parse("25%")
     model = flashmorph.build(morphable, uniform(morphable.space(budget), budget, None, 0).plan).to(device)
-    own = host_of(model.config)
+    varlen = supports_varlen(host_of(model.config), device)
     ways = {
         "joined, documents see each other": lambda ids, starts: [Packed(ids)],
-        how_apart(True, own, device): lambda ids, starts: apart(ids, starts, own),
+        how_apart(True, varlen): lambda ids, starts: apart(ids, starts, varlen),
         "padded, one document a row": padded,
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}

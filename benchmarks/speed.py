@@ -66,7 +66,7 @@ def random_pair(arguments: argparse.Namespace, device: torch.device) -> dict[str
     models = {}
     for name, options in (("full", [FULL] * arguments.layers), ("hybrid", hybrid_options(arguments))):
         torch.manual_seed(0)
-        config = host.with_layer_types(host.host_config(teacher), options)
+        config = host.with_plan(host.config(teacher), options)
         models[name] = host.model_class(config).to(device, dtype).eval()
     return models
 

@@ -23,7 +23,7 @@ def host_model(*options: str):
     torch.manual_seed(0)
     config = Qwen3Config(vocab_size=97, dtype=torch.float32, **SHAPE)
     host = host_for(config)
-    return host.model_class(host.with_layer_types(host.host_config(config), list(options))).eval()
+    return host.model_class(host.with_plan(host.config(config), list(options))).eval()
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def hybrid(folder: Path, options=IRREGULAR, teacher: str = "qwen3: wide heads", 
     """A random hybrid as transformers itself saves it."""
     quiet()
     host, config = configure(config_of(teacher, num_hidden_layers=len(options), **changes), settings)
-    host.model_class(host.with_layer_types(config, list(options))).save_pretrained(folder)
+    host.model_class(host.with_plan(config, list(options))).save_pretrained(folder)
     return folder
 
 

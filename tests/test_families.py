@@ -69,7 +69,7 @@ def rows(folder: Path) -> torch.Tensor:
 def test_the_card_says_which_engine_answers_nonsense(head_dim, capsys):
     """vLLM reads no head_dim of a Granite hybrid: heads that do not fill the width load, and compute something else."""
     host, config = configure(random_teacher("llama: grouped", head_dim=head_dim).config)
-    (vllm,) = [engine for engine in host.serves if engine.name == "vLLM"]
+    (vllm,) = [engine for engine in host.engines if engine.name == "vLLM"]
     line = served_by(vllm, config)
     assert ("loads any other without a word, and answers nonsense" in line) == (head_dim == 16)
     assert line.startswith("| vLLM | no: it needs") == (head_dim == 16) and line.endswith(" |")

@@ -10,6 +10,7 @@ from test_layerwise import assert_same_checkpoint, saved
 from test_packing import CASES, hybrid, morphable_model, moved, packed_rows, planted, run_apart
 
 from flashmorph.environment import describe
+from flashmorph.hosts import supports_varlen
 from flashmorph.layerwise import transplant_checkpoint
 from flashmorph.packing import cut, marked
 
@@ -58,7 +59,7 @@ def test_the_fast_kernels_are_used_where_they_are_installed():
 def test_kernels_keep_documents_apart(full, case):
     """With the boundaries that kernels take: nothing leaks, and the result is that of single documents."""
     device, host = torch.device("cuda"), morphable_model(case).host
-    if not host.takes_boundaries(device):
+    if not supports_varlen(host, device):
         pytest.skip(f"{host.name} takes no boundaries here")
     decoder = copy.deepcopy(hybrid(case, full)).to(device).model
     starts = packed_rows()[1].to(device)

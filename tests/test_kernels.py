@@ -13,13 +13,13 @@ from conftest import small_morphable
 from families import ONE_FOR_EACH_HOST
 
 from flashmorph.environment import describe
-from flashmorph.hosts import HOSTS, Host
-from flashmorph.hosts.granite_hybrid import GraniteHybridHost
-from flashmorph.hosts.kernels import dispatch_by_device, implementation_in_use
-from flashmorph.hosts.qwen3_5 import Qwen35Host
+from flashmorph.hosts import HOSTS, use_kernels
+from flashmorph.mixers import Kernels, Mamba2
+from flashmorph.mixers.kernels import implementation_in_use
 from flashmorph.plan import Budget
 
-CASES = [(host, name) for host in HOSTS for name in host.kernels]
+KERNELS = [mixer.kernels for host in HOSTS for mixer in host.mixers.values() if mixer.kernels]
+CASES = [(kernels, name) for kernels in KERNELS for name in kernels.functions]
 
 
 def arguments(name: str) -> dict[str, torch.Tensor | int]:
@@ -51,14 +51,20 @@ def tensors(result) -> list[torch.Tensor]:
     return [part for part in (result if isinstance(result, tuple) else (result,)) if part is not None]
 
 
-def named(host: Host, name: str):
-    return getattr(importlib.import_module(host.modelling), name)
+@pytest.fixture(autouse=True)
+def kernels_by_device():
+    for host in HOSTS:
+        use_kernels(host.model_type)
+
+
+def named(kernels: Kernels, name: str):
+    return getattr(importlib.import_module(kernels.module), name)
 
 
 @pytest.mark.parametrize("packed", ["cu_seqlens", "seq_idx", "cu_seq_lens_q"])
-@pytest.mark.parametrize(("host", "name"), CASES)
-def test_packed_sequences_on_a_cpu_are_refused(host, name, packed):
-    function, values = named(host, name), arguments(name)
+@pytest.mark.parametrize(("kernels", "name"), CASES)
+def test_packed_sequences_on_a_cpu_are_refused(kernels, name, packed):
+    function, values = named(kernels, name), arguments(name)
     assert all(torch.isfinite(part).all() for part in tensors(call(function, values, **{packed: None})))
     with pytest.raises(ValueError, match="packed sequences.*cpu"):
         call(function, values, **{packed: torch.tensor([0, 3, 70], dtype=torch.int32)})
@@ -77,9 +83,9 @@ def test_packed_sequences_are_refused_by_a_whole_model(teacher, training):
             model(input_ids=ids, use_cache=False, **{name: torch.tensor(packed, dtype=torch.int32)})
 
 
-@pytest.mark.parametrize(("host", "name"), CASES)
-def test_results_on_a_cpu_are_those_of_the_reference(host, name):
-    function, values = named(host, name), arguments(name)
+@pytest.mark.parametrize(("kernels", "name"), CASES)
+def test_results_on_a_cpu_are_those_of_the_reference(kernels, name):
+    function, values = named(kernels, name), arguments(name)
     settings = {"activation": "silu"} if name.startswith("causal") else {}
     settings = {"use_qk_l2norm_in_kernel": True} if "delta_rule" in name else settings
     expected = tensors(call(function.__wrapped__, values, **settings))
@@ -103,7 +109,7 @@ def test_the_recurrence_is_the_gated_delta_rule():
         outputs.append(torch.einsum("bhkv,bhk->bhv", state, query[:, time]) / 8**0.5)
     for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
         settings = {"use_qk_l2norm_in_kernel": True, "output_final_state": True}
-        found, last = call(named(Qwen35Host(), name), values, **settings)
+        found, last = call(named(KERNELS[0], name), values, **settings)
         torch.testing.assert_close(found.double(), torch.stack(outputs, 1), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(last.double(), state, rtol=1e-4, atol=1e-5)
 
@@ -118,10 +124,10 @@ def test_the_scan_is_mamba2():
         state = state * decay + torch.einsum("bh,bhp,bhn->bhpn", dt[:, time], x[:, time], keys[:, time])
         outputs.append(torch.einsum("bhpn,bhn->bhp", state, queries[:, time]))
     expected = torch.stack(outputs, 1)
-    found, last = call(named(GraniteHybridHost(), "mamba2_chunk_scan"), values, return_final_states=True)
+    found, last = call(named(Mamba2.kernels, "mamba2_chunk_scan"), values, return_final_states=True)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(last.double(), state, rtol=1e-4, atol=1e-4)
-    update, state = named(GraniteHybridHost(), "mamba2_selective_state_update"), torch.zeros(2, 3, 4, 8)
+    update, state = named(Mamba2.kernels, "mamba2_selective_state_update"), torch.zeros(2, 3, 4, 8)
     rates = values["A"][:, None, None].expand(3, 4, 8)
     for time in range(70):
         steps = values["dt"][:, time, :, None].expand(2, 3, 4)
@@ -131,10 +137,10 @@ def test_the_scan_is_mamba2():
 
 @pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.name)
 def test_dispatching_twice_changes_nothing(host):
-    before = [named(host, name) for name in host.kernels]
-    dispatch_by_device(host.modelling, host.kernels)
-    assert [named(host, name) for name in host.kernels] == before
-    assert all(function.__name__ == name for function, name in zip(before, host.kernels, strict=True))
+    before = [named(kernels, name) for kernels, name in CASES]
+    use_kernels(host.model_type)
+    assert [named(kernels, name) for kernels, name in CASES] == before
+    assert all(function.__name__ == name for function, (_, name) in zip(before, CASES, strict=True))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
@@ -182,7 +188,7 @@ from families import ONE_FOR_EACH_HOST
 
 from flashmorph.environment import describe
 from flashmorph.hosts import HOSTS
-from flashmorph.hosts.kernels import implementation_in_use
+from flashmorph.mixers.kernels import implementation_in_use
 from flashmorph.plan import Budget
 
 for teacher in ONE_FOR_EACH_HOST:
@@ -197,8 +203,9 @@ for teacher in ONE_FOR_EACH_HOST:
     assert made.shape == (2, 13), made.shape
 facts = describe()
 for host in HOSTS:
-    for name in host.kernels:
-        print(name, implementation_in_use(host.modelling, name), facts[name], sep="|")
+    for kernels in (mixer.kernels for mixer in host.mixers.values() if mixer.kernels):
+        for name in kernels.functions:
+            print(name, implementation_in_use(kernels.module, name), facts[name], sep="|")
 print("version", facts["flash-linear-attention"], sep="|")
 """
 
@@ -246,7 +253,7 @@ def test_installed_kernels_that_cannot_run_here_are_not_run(machine_with_kernels
     assert lines[-1] == ["version", "0.6.9"]
 
 
-@pytest.mark.parametrize(("host", "name"), CASES)
-def test_the_implementation_in_use_is_named(host, name):
-    module = implementation_in_use(host.modelling, name)
+@pytest.mark.parametrize(("kernels", "name"), CASES)
+def test_the_implementation_in_use_is_named(kernels, name):
+    module = implementation_in_use(kernels.module, name)
     assert module == "PyTorch reference" or module.split(".")[0] in ("fla", "causal_conv1d", "mamba_ssm")

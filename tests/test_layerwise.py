@@ -136,13 +136,13 @@ def test_a_head_that_is_tied_by_name_only_is_refused(tmp_path):
 
 @pytest.mark.parametrize("spoiled", ["model.layers.1.self_attn.o_proj.weight", "model.norm.weight"])
 def test_a_part_that_is_not_exact_is_named(monkeypatch, tmp_path, spoiled):
-    exact = Qwen35Host.host_state
+    exact = Qwen35Host.state
 
     def spoil(self, teacher, state):
         state = exact(self, teacher, state)
         return {name: weight * (1.01 if name == spoiled else 1) for name, weight in state.items()}
 
-    monkeypatch.setattr(Qwen35Host, "host_state", spoil)
+    monkeypatch.setattr(Qwen35Host, "state", spoil)
     part = "layer 1" if "layers" in spoiled else "the head"
     source = saved("qwen3: grouped", tmp_path / "teacher")
     with pytest.raises(UserError, match=f"not exact: the outputs of {part} differ by"):

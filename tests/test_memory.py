@@ -84,7 +84,6 @@ def test_loss_and_gradient_are_the_same_to_the_last_bit(monkeypatch, tmp_path, t
     assert found[0] == expected[0] and expected[1].abs().min() > 0
     assert torch.equal(found[1], expected[1])
     assert all(weight.grad is None and not weight.requires_grad for weight in morphable.parameters())
-    assert all(layer.observer is None for layer in morphable.layers)
     assert "forward" not in vars(morphable.model.model.layers[0])
 
 

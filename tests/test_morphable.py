@@ -125,16 +125,19 @@ def test_plans_differ_in_what_they_compute(morphable):
 
 def test_soft_gates_mix_the_branches_outputs(morphable):
     """With all layers but the last at full, the mixture there is linear in its gate."""
-    seen = []
-    with morphable.observed(lambda layer, hidden, arguments, output: seen.append(output)), torch.no_grad():
+    seen: list[torch.Tensor] = []
+
+    def keep(layer, hidden, arguments, output):
+        seen.append(output)
+
+    with torch.no_grad():
         for share in (1.0, 0.0, 0.3):
             gates = gates_of(morphable, [0, 1, 2])
             gates[2] = torch.tensor([share, 1 - share])
-            morphable(some_tokens(), gates)
+            morphable(some_tokens(), gates, observer=keep)
     full, linear, mixed = seen[2], seen[5], seen[8]
     assert close(mixed, 0.3 * full + 0.7 * linear)
     assert not close(mixed, full)
-    assert all(layer.observer is None for layer in morphable.layers)
 
 
 @pytest.mark.parametrize("layers", PLANS, ids=str)
@@ -330,7 +333,7 @@ def test_cache_bytes_are_those_of_a_real_cache(morphable, tmp_path, dtype, layer
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
     assert model.dtype == dtype
     options = plan_of(morphable, layers).assignments.values()
-    counted = sum(morphable.host.cache_bytes(model.config, option, tokens) for option in options)
+    counted = sum(morphable.host.mixers[option].cache_bytes(model.config, tokens) for option in options)
     assert counted == real_cache_bytes(model, tokens)
 
 
@@ -352,4 +355,4 @@ def test_a_space_in_bytes_has_the_groups_of_a_space_of_layers(morphable):
     layers, kv = morphable.space(Budget.parse("1")), morphable.space(Budget.parse("kv=1MiB@70"))
     assert layers.groups == kv.groups == ("layers.0", "layers.1", "layers.2")
     assert layers.options == kv.options == (FULL, "linear")
-    assert (kv.cost[:, 0] == morphable.host.cache_bytes(morphable.model.config, FULL, 70)).all()
+    assert (kv.cost[:, 0] == morphable.host.mixers[FULL].cache_bytes(morphable.model.config, 70)).all()

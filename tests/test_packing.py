@@ -10,15 +10,15 @@ import transformers.models.qwen3_5.modeling_qwen3_5 as modelling
 import transformers.models.qwen3_5_moe.modeling_qwen3_5_moe as moe_modelling
 from families import random_teacher
 
-import flashmorph.hosts.qwen3_5 as qwen3_5
-from flashmorph.hosts import HOSTS, WINDOW_HOSTS, Host, configure
-from flashmorph.hosts.granite_hybrid import GraniteHybridHost
-from flashmorph.hosts.kernels import convolve_apart, in_one_row
+import flashmorph.mixers.gated_delta_net as gated_delta_net
+from flashmorph.hosts import HOSTS, WINDOW_HOSTS, Host, configure, supports_varlen, use_kernels
 from flashmorph.losses import Head, forward_kl, label_loss, top_log_probabilities
+from flashmorph.mixers import FullAttention, GatedDeltaNet
+from flashmorph.mixers.kernels import convolve_apart, in_one_row
 from flashmorph.morphable import Morphable, attach
 from flashmorph.move import transplant
 from flashmorph.packing import Packed, apart, cut, how_apart, marked
-from flashmorph.plan import FULL, Budget
+from flashmorph.plan import Budget
 from flashmorph.recipe import load_recipe
 from flashmorph.stages import AlignSettings, collate
 from flashmorph.stages.align import AlignmentLoss
@@ -97,7 +97,7 @@ def run_apart(decoder, host: Host, ids: torch.Tensor, starts: torch.Tensor | Non
     """Last hidden states `[rows, time, width]`, each where its token stood."""
 
     def batches(values: torch.Tensor) -> list[Packed]:
-        return way(values, starts) if way else apart(values, starts, host)
+        return way(values, starts) if way else apart(values, starts, supports_varlen(host, values.device))
 
     found = batches(ids)
     return in_place(
@@ -108,18 +108,17 @@ def run_apart(decoder, host: Host, ids: torch.Tensor, starts: torch.Tensor | Non
 def branch_outputs(case: str, ids: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
     """What alignment compares: every layer's attention and its other branch, `[rows, time, values]`."""
     morphable = morphable_model(case)
-    option = next(option for option in morphable.options if option != FULL)
-    batches = apart(ids, starts, morphable.host)
-    places = apart(torch.arange(ids.numel()).view_as(ids), starts, morphable.host)
+    varlen = supports_varlen(morphable.host, ids.device)
+    batches = apart(ids, starts, varlen)
+    places = apart(torch.arange(ids.numel()).view_as(ids), starts, varlen)
     found = []
     for each in batches:
-        outputs = []
-        with morphable.observed(
-            lambda layer, hidden, arguments, output, outputs=outputs: outputs.extend(
-                [output, layer.branch(option, hidden, arguments)]
-            )
-        ):
-            morphable(each.input_ids, boundaries=each.boundaries)
+        outputs: list[torch.Tensor] = []
+
+        def keep(layer, hidden, arguments, output, outputs=outputs):
+            outputs.extend([output, *(branch(hidden, arguments) for branch in layer.others.values())])
+
+        morphable(each.input_ids, boundaries=each.boundaries, observer=keep)
         found.append(torch.cat([each.tokens(output) for output in outputs], 1))
     return in_place(places, found)
 
@@ -243,7 +242,7 @@ def test_less_than_half_is_padding_and_nothing_is_lost():
 
 def test_rows_of_one_document_go_through_as_they_are():
     ids, _ = packed_rows()
-    (only,) = apart(ids, None, HOSTS[0])
+    (only,) = apart(ids, None, True)
     assert only.input_ids is ids and not only.boundaries
     places, following = only.next_tokens()
     assert torch.equal(following, ids[:, 1:].flatten()) and len(places) == ids.numel() - 2
@@ -263,8 +262,9 @@ def test_boundaries_are_never_dropped_in_silence(case):
 
 @pytest.mark.parametrize("host", [*HOSTS, *WINDOW_HOSTS], ids=lambda host: host.name)
 def test_a_cpu_cuts_rows(host):
-    assert how_apart(True, host, torch.device("cpu")) == "apart, rows cut at the boundaries"
-    assert how_apart(False, host, torch.device("cpu")) == "joined"
+    varlen = supports_varlen(host, torch.device("cpu"))
+    assert how_apart(True, varlen) == "apart, rows cut at the boundaries"
+    assert how_apart(False, varlen) == "joined"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -274,8 +274,8 @@ def test_hosts_take_boundaries_only_where_full_layers_do(case, monkeypatch):
     ids, starts = packed_rows()
     found = teacher_outputs(case, ids, starts, way=lambda *rows: [marked(*rows)])
     same = torch.allclose(found, teacher_outputs(case, ids, starts), rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr(qwen3_5, "implementation_in_use", lambda *names: "fla.ops")
-    assert host_in(case)[1].takes_boundaries(torch.device("cuda")) == same == (case in MARKED)
+    monkeypatch.setattr(gated_delta_net, "implementation_in_use", lambda *names: "fla.ops")
+    assert supports_varlen(host_in(case)[1], torch.device("cuda")) == same == (case in MARKED)
 
 
 def delta_rule_kernel(query, key, value, g, beta, cu_seqlens, **settings):
@@ -293,6 +293,8 @@ def as_on_a_gpu(monkeypatch):
     """Makes this CPU take the path of a GPU whose kernels take boundaries."""
 
     def switch() -> None:
+        for host in HOSTS:
+            use_kernels(host.model_type)
         for module in (modelling, moe_modelling):
             rule, convolution = module.torch_chunk_gated_delta_rule, module.causal_conv1d_fn
 
@@ -306,8 +308,8 @@ def as_on_a_gpu(monkeypatch):
             delta_rule.decorated = rule.decorated  # type: ignore[attr-defined]
             monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", delta_rule)
             monkeypatch.setattr(module, "causal_conv1d_fn", convolve)
-        for host in {type(host) for host in (*HOSTS, *WINDOW_HOSTS)} - {GraniteHybridHost}:
-            monkeypatch.setattr(host, "takes_boundaries", lambda self, device: True)
+        for mixer in (FullAttention, GatedDeltaNet):
+            monkeypatch.setattr(mixer, "supports_varlen", lambda self, device: True)
 
     return switch
 

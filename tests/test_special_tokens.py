@@ -152,7 +152,7 @@ def _apart(batch):
     from flashmorph.packing import apart, cut
 
     starts, mask = batch.get("starts"), batch["loss_mask"]
-    return apart(batch["input_ids"], None, None, mask) if starts is None else cut(batch["input_ids"], starts, mask)
+    return apart(batch["input_ids"], None, False, mask) if starts is None else cut(batch["input_ids"], starts, mask)
 
 
 @pytest.mark.parametrize("texts", TEXTS)

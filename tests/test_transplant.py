@@ -200,7 +200,7 @@ def test_the_saved_host_keeps_the_tokenizer_and_the_dtype(teacher_folder, tmp_pa
 
 @pytest.mark.parametrize("spoil", ["a doubled projection", "a norm", "nothing but NaN"])
 def test_a_move_that_changes_the_logits_is_refused(monkeypatch, spoil):
-    exact = Qwen35Host.host_state
+    exact = Qwen35Host.state
 
     def spoiled(self, teacher, weights):
         state = exact(self, teacher, weights)
@@ -212,7 +212,7 @@ def test_a_move_that_changes_the_logits_is_refused(monkeypatch, spoil):
             state["model.norm.weight"] = state["model.norm.weight"] * math.nan
         return state
 
-    monkeypatch.setattr(Qwen35Host, "host_state", spoiled)
+    monkeypatch.setattr(Qwen35Host, "state", spoiled)
     with pytest.raises(UserError, match="is not exact: logits differ by"):
         transplant(random_qwen3(0))
 

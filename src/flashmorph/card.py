@@ -7,8 +7,9 @@ from transformers import PreTrainedConfig
 
 import flashmorph
 from flashmorph.evaluation import text_in_words
-from flashmorph.hosts import LINEAR, configure
+from flashmorph.hosts import configure
 from flashmorph.hosts.serving import Engine
+from flashmorph.mixers import LAYER_TYPES
 from flashmorph.plan import FULL
 from flashmorph.quoting import code, code_block, encodable, markdown, no_option, python_string, shell_command
 from flashmorph.run import Results, Run
@@ -27,11 +28,12 @@ _NAMES = {
 def model_card(run: Run, results: Results) -> str:
     """README.md of the output: what it is, what it can do, what serves it, how it was made."""
     host, config = configure(load_config(run.teacher.folder), run.recipe.host)
-    (other,) = set(host.options) - {FULL}
-    mixer, tag = host.mixers[other], "linear-attention" if other == LINEAR else "sliding-window-attention"
     plan = results.plan
-    config = host.with_layer_types(config, list(plan.assignments.values()))
-    engines = "\n".join(served_by(engine, config) for engine in host.serves)
+    used = [option for option in host.mixers if option != FULL and option in plan.assignments.values()]
+    tags = [LAYER_TYPES[option].replace("_", "-") for option in used]
+    mixers = " or ".join(host.mixers[option].name for option in used)
+    config = host.with_plan(config, list(plan.assignments.values()))
+    engines = "\n".join(served_by(engine, config) for engine in host.engines)
     kept, number = len(plan.full_groups), len(plan.assignments)
     selected = any(stage.name == "select" for stage in results.stages)
     given = [] if selected else ["--plan", "plan.json"]
@@ -45,14 +47,14 @@ def model_card(run: Run, results: Results) -> str:
 
 model = AutoModelForCausalLM.from_pretrained({python_string(run.folder.path.resolve().name)})"""
     return encodable(f"""---
-{_front_matter(run, tag)}---
+{_front_matter(run, tags)}---
 
 # Hybrid of {markdown(teacher)}
 
 Made from {code(teacher)}{revision} by flashmorph {flashmorph.__version__}. {kept} of {number} layers keep full
 attention, chosen by {code(plan.strategy)} for the budget {plan.budget}: layers {", ".join(map(str, plan.full_layers))}.
 
-`{plan.strip()}` (■ full attention, □ {mixer})
+`{plan.strip()}` (■ full attention, □ {mixers})
 
 An ordinary `{host.name}` checkpoint. Nothing of flashmorph's is needed to use it:
 
@@ -82,12 +84,12 @@ Made with the following command; `recipe.yaml`, `plan.json` and `results.json` l
 """)
 
 
-def _front_matter(run: Run, tag: str) -> str:
+def _front_matter(run: Run, mixers: list[str]) -> str:
     """What the hub reads. It links a base model that has a name there; others are named in the text."""
     values: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if run.teacher.revision:
         values |= {"base_model": run.teacher.name, "base_model_relation": "finetune"}
-    values |= {"tags": ["flashmorph", "hybrid-attention", tag]}
+    values |= {"tags": ["flashmorph", "hybrid-attention", *mixers]}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)
 
 

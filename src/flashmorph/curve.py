@@ -93,7 +93,7 @@ def budget_curve(run: Run, morphable: Morphable, questions: int, folder: Path, r
         recall = ranks.first(
             lambda plan=plan: recall_of_plan(run, morphable, plan, "validation", run.recipe.seed, questions, folder)
         )
-        config = morphable.host.with_layer_types(morphable.model.config, list(plan.assignments.values()))
+        config = morphable.host.with_plan(morphable.model.config, list(plan.assignments.values()))
         points.append(Point(plan.full_layers, plan.strip(), float(loss), recall, cache_by_context(config)))
         report(number, len(plans), recall=recall)
     return Curve(strategy, points)

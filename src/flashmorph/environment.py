@@ -6,8 +6,8 @@ import torch
 
 import flashmorph
 from flashmorph.devices import pick_device, use_bf16
-from flashmorph.hosts import HOSTS
-from flashmorph.hosts.kernels import REFERENCE, implementation_in_use
+from flashmorph.hosts import HOSTS, supports_varlen
+from flashmorph.mixers.kernels import REFERENCE, implementation_in_use
 from flashmorph.packing import how_apart
 from flashmorph.versions import version_of
 
@@ -33,9 +33,10 @@ def describe() -> dict[str, str]:
     facts["cpu threads"] = str(torch.get_num_threads())
     facts["bfloat16 products"] = "used" if use_bf16(device) else "not used (slow or missing on this device)"
     for host in HOSTS:
-        facts |= {name: _kernel(host.modelling, name, device) for name in host.kernels}
+        for kernels in (mixer.kernels for mixer in host.mixers.values() if mixer.kernels):
+            facts |= {name: _kernel(kernels.module, name, device) for name in kernels.functions}
     for host in HOSTS:
-        facts[f"{host.name}, packed documents"] = how_apart(True, host, device)
+        facts[f"{host.name}, packed documents"] = how_apart(True, supports_varlen(host, device))
     return facts
 
 

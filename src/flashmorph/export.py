@@ -78,7 +78,7 @@ def gguf_form(folder: Path, config: PreTrainedConfig) -> tuple[Gguf, tuple[str, 
         UserError: it is no host's, or llama.cpp does not run it.
     """
     host = host_of(config)
-    for engine in host.serves:
+    for engine in host.engines:
         if engine.gguf and engine.fits(config):
             return engine.gguf, tuple(options_of(host, config))
         if engine.gguf:
@@ -144,7 +144,7 @@ def lay_out(folder: Path, config: PreTrainedConfig, place: Path) -> None:
         target.write_bytes(travelling_content(path))
     values = {name: value for name, value in read_json(folder / "config.json").items() if name != "auto_map"}
     values.setdefault("rope_parameters", config.rope_parameters)
-    write_json(place / "config.json", host_of(config).written(values))
+    write_json(place / "config.json", host_of(config).serialise(values))
 
 
 def _convert(command: list[str], folder: Path, llama_cpp: Path) -> None:

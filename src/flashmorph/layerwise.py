@@ -20,7 +20,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from flashmorph.emptymodel import without_weights
-from flashmorph.hosts import Host, configure
+from flashmorph.hosts import Host, configure, use_kernels
 from flashmorph.losses import Head
 from flashmorph.move import Proof, in_float64, probe, require_finite
 from flashmorph.progress import Report, silent
@@ -102,6 +102,7 @@ def transplant_checkpoint(
     """
     config = load_config(source)
     host, own = configure(config, settings)
+    use_kernels(host.model_type)
     reader, device = ShardReader(source), device or torch.device("cpu")
     writer = ShardWriter(target, reader.largest_bytes if len(reader.files) > 1 else None)
     require_layers(config, reader.dtypes, source)
@@ -116,7 +117,7 @@ def transplant_checkpoint(
     for number, part in enumerate(parts):
         report(number, len(parts))
         _read(teacher, part, reader, source, device)
-        _fill(model, part, host.host_state(config, part.of(teacher.state_dict())))
+        _fill(model, part, host.state(config, part.of(teacher.state_dict())))
         writer.add(_stored(model, part), dtype)
         trip.pass_through(part)
     moved = trip.arrive()

@@ -1,67 +1,90 @@
 """The morphable model: a host whose attention layers hold several branches, mixed by gates.
 
-    layer output = sum over options o of gate[layer, o] * branch_o(hidden)
+    layer output = sum over options o of W_o (gate[layer, o] * heads_o(hidden)) + gate[layer, o] * b_o
 
-Every branch runs whatever its gate is, so that a gate that stands at 0 still gets a gradient. Only under `no_grad` with
-a one-hot gate does a layer run the one branch that counts.
+W_o and b_o are the branch's output projection. Every branch runs whatever its gate is, so that a gate that stands at 0
+still gets a gradient. Only under `no_grad` with a one-hot gate does a layer run the one branch that counts.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from flashmorph.hosts import Host, host_of, layer_space
+from flashmorph.hosts import host_of, layer_space, use_kernels
+from flashmorph.mixers import Mixer, gated
 from flashmorph.move import empty_model
 from flashmorph.plan import FULL, Budget, Plan, Space
 from flashmorph.recompute import recomputed, recomputes
 
 Observer = Callable[["MorphableLayer", torch.Tensor, dict[str, Any], torch.Tensor], None]
+"""Is shown a layer, its input `[batch, time, width]`, its arguments and its output `[batch, time, width]`."""
+
+
+class Branch(nn.Module):
+    """One mixer of one layer. Its forward is all that runs of it, so that it can be sharded as one unit."""
+
+    def __init__(self, mixer: Mixer, module: nn.Module):
+        super().__init__()
+        self.mixer, self.module = mixer, module
+
+    def forward(
+        self, hidden: torch.Tensor, arguments: dict[str, Any], gate: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The output `[batch, time, width]`, under a `gate` `[1]` if there is one."""
+        if gate is None:
+            return self.mixer.run(self.module, hidden, arguments)
+        return gated(self.mixer, self.module, hidden, arguments, gate)
 
 
 class MorphableLayer(nn.Module):
-    """Stands where the attention stood in one decoder layer.
+    """Stands where the attention stood in decoder layer `number`; `branches` has a branch for each option."""
 
-    `gates` `[options]` is set before each forward; an `observer` is shown the layer, its input, its arguments and its
-    output `[batch, time, width]`.
-    """
-
-    def __init__(self, host: Host, branches: dict[str, nn.Module]):
+    def __init__(self, number: int, branches: Mapping[str, Branch]):
         super().__init__()
-        self.host = host
+        self.number = number
         self.branches = nn.ModuleDict(branches)
-        self.gates: torch.Tensor | None = None
-        self.observer: Observer | None = None
 
-    def branch(self, option: str, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-        """The output of one branch, `[batch, time, width]`."""
-        return self.host.run_branch(self.branches[option], option, hidden, arguments)
+    @property
+    def others(self) -> dict[str, Branch]:
+        """All branches but `full`."""
+        return {option: branch for option, branch in self.branches.items() if option != FULL}  # type: ignore[misc]
 
-    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> tuple[torch.Tensor, None]:
-        """The gated sum of all branches.
+    @property
+    def trained(self) -> dict[str, Branch]:
+        """The branches that have weights of their own."""
+        return {option: branch for option, branch in self.others.items() if branch.mixer.trainable}
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        gates: torch.Tensor | None = None,
+        observer: Observer | None = None,
+        **arguments: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """The gated sum of all branches; `full` without `gates` `[groups, options]`.
 
         Raises:
             ValueError: a cache was handed in; `Morphable.instantiate` makes the model that generates.
         """
         if arguments.get("past_key_values") is not None:
             raise ValueError("a morphable model has no cache; build the plan first and generate with the result")
-        output = self._mix(hidden_states, arguments)
-        if self.observer:
-            self.observer(self, hidden_states, arguments, output)
+        output = self._mix(hidden_states, None if gates is None else gates[self.number], arguments)
+        if observer:
+            observer(self, hidden_states, arguments, output)
         return output, None
 
-    def _mix(self, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-        if self.gates is None:
-            return self.branch(FULL, hidden, arguments)
-        options = list(self.branches)
-        if not torch.is_grad_enabled() and set(self.gates.tolist()) == {0.0, 1.0}:
-            return self.branch(options[int(self.gates.argmax())], hidden, arguments)
-        gates = self.gates.to(hidden.dtype)
-        outputs = [gates[place] * self.branch(option, hidden, arguments) for place, option in enumerate(options)]
-        return torch.stack(outputs).sum(0)
+    def _mix(self, hidden: torch.Tensor, gates: torch.Tensor | None, arguments: dict[str, Any]) -> torch.Tensor:
+        if gates is None:
+            return self.branches[FULL](hidden, arguments)
+        branches = list(self.branches.values())
+        if not torch.is_grad_enabled() and set(gates.tolist()) == {0.0, 1.0}:
+            return branches[int(gates.argmax())](hidden, arguments)
+        pairs = zip(branches, gates.to(hidden.dtype).split(1), strict=True)
+        return torch.stack([branch(hidden, arguments, gate) for branch, gate in pairs]).sum(0)
 
 
 class Morphable(nn.Module):
@@ -71,23 +94,25 @@ class Morphable(nn.Module):
         """Give every layer of `model` (a host, all layers full) one untrained branch for each other option."""
         super().__init__()
         self.host = host_of(model.config)
-        self.options = tuple(self.host.options)
+        use_kernels(self.host.model_type)
+        self.options = tuple(self.host.mixers)
         self.model = model.requires_grad_(False).eval()
         self.model.config.use_cache = False
         for number, layer in enumerate(self.model.model.layers):
-            attention = getattr(layer, self.host.attention_name(FULL))
+            attention = getattr(layer, self.host.slot(FULL))
             weight = next(attention.parameters())
-            branches = {FULL: attention}
-            for option in self.options:
+            branches = {}
+            for option, mixer in self.host.mixers.items():
+                module = mixer.build(model.config, number, attention)
                 if option != FULL:
-                    branch = self.host.make_branch(model.config, number, option, attention)
-                    branches[option] = branch.to(weight.device, torch.float32).requires_grad_(False)
-            setattr(layer, self.host.attention_name(FULL), MorphableLayer(self.host, branches))
+                    module = module.to(weight.device, torch.float32).requires_grad_(False)
+                branches[option] = Branch(mixer, module)
+            setattr(layer, self.host.slot(FULL), MorphableLayer(number, branches))
 
     @property
     def layers(self) -> list[MorphableLayer]:
         """The morphable layers, from the first to the last."""
-        return [getattr(layer, self.host.attention_name(FULL)) for layer in self.model.model.layers]
+        return [getattr(layer, self.host.slot(FULL)) for layer in self.model.model.layers]
 
     @property
     def device(self) -> torch.device:
@@ -99,19 +124,24 @@ class Morphable(nn.Module):
         return layer_space(self.host, self.model.config, budget)
 
     def forward(
-        self, input_ids: torch.Tensor, gates: torch.Tensor | None = None, boundaries: dict[str, Any] | None = None
+        self,
+        input_ids: torch.Tensor,
+        gates: torch.Tensor | None = None,
+        boundaries: dict[str, Any] | None = None,
+        observer: Observer | None = None,
     ) -> torch.Tensor:
         """Last hidden states `[batch, time, width]` under `gates` `[groups, options]` (the teacher's without).
 
-        Rows are of equal length; padding may only be on the right, where nothing looks. `boundaries` are the arguments
-        that keep documents in a row apart (`packing.marked`).
+        Rows `[batch, time]` are of equal length; padding may only be on the right, where nothing looks. `boundaries`
+        are the arguments that keep documents in a row apart (`packing.marked`). Every layer's forward is shown to the
+        `observer`.
         """
-        for number, layer in enumerate(self.layers):
-            layer.gates = None if gates is None else gates[number]
+        # The decoder hands what it does not know itself on to its layers, and they to their mixers.
+        arguments = {"gates": gates, "observer": observer, **(boundaries or {})}
         learning = torch.is_grad_enabled() and gates is not None and gates.requires_grad
         again = learning and recomputes(self.model.config, input_ids.numel())
-        with recomputed(self.model.model.layers, self.layers) if again else nullcontext():
-            return self.model.model(input_ids=input_ids, use_cache=False, **(boundaries or {})).last_hidden_state
+        with recomputed(self.model.model.layers) if again else nullcontext():
+            return self.model.model(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state
 
     @torch.no_grad()
     def each_plan(self, input_ids: torch.Tensor, gates: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
@@ -122,12 +152,10 @@ class Morphable(nn.Module):
         depth at which plans part. The order of the results is that of the runs.
         """
         order = run_order(gates)
-        decoder, layers = self.model.model, self.layers
+        decoder = self.model.model
         every = decoder.layers
         kept: dict[int, torch.Tensor] = {}
         for turn, (place, start) in enumerate(order):
-            for number, layer in enumerate(layers):
-                layer.gates = gates[place, number]
             stops = {later for _, later in order[turn + 1 :] if later > start}
             hooks = [
                 every[stop].register_forward_pre_hook(
@@ -138,39 +166,24 @@ class Morphable(nn.Module):
             try:
                 if start:
                     decoder.layers = nn.ModuleList([_Resume(kept[start]), *every[start:]])
-                hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+                hidden = decoder(input_ids=input_ids, use_cache=False, gates=gates[place]).last_hidden_state
             finally:
                 decoder.layers = every
                 for hook in hooks:
                     hook.remove()
             yield place, hidden
 
-    @contextmanager
-    def observed(self, observer: Observer) -> Iterator[None]:
-        """Show every layer's forward to `observer`."""
-        for layer in self.layers:
-            layer.observer = observer
-        try:
-            yield
-        finally:
-            for layer in self.layers:
-                layer.observer = None
-
     def branch_parameters(self) -> list[list[nn.Parameter]]:
-        """The weights that alignment trains, one list a layer."""
-        return [
-            [weight for option, branch in layer.branches.items() if option != FULL for weight in branch.parameters()]
-            for layer in self.layers
-        ]
+        """The weights that alignment trains, one list a branch."""
+        return [[*branch.parameters()] for layer in self.layers for branch in layer.trained.values()]
 
     def branch_state(self) -> dict[str, torch.Tensor]:
         """The weights of all branches but `full`, under names like `layers.3.linear.in_proj_z.weight`."""
         return {
             f"layers.{number}.{option}.{name}": weight
             for number, layer in enumerate(self.layers)
-            for option, branch in layer.branches.items()
-            if option != FULL
-            for name, weight in branch.state_dict().items()
+            for option, branch in layer.others.items()
+            for name, weight in branch.module.state_dict().items()
         }
 
     @torch.no_grad()
@@ -192,13 +205,11 @@ class Morphable(nn.Module):
         errors = []
 
         def start(layer: MorphableLayer, hidden: torch.Tensor, arguments: dict[str, Any], output: torch.Tensor) -> None:
-            for option, branch in layer.branches.items():
-                if option != FULL:
-                    self.host.initialise(branch, layer.branches[FULL], hidden, arguments)
-                    errors.append(relative_error(layer.branch(option, hidden, arguments), output).item())
+            for branch in layer.others.values():
+                branch.mixer.initialise(branch.module, layer.branches[FULL].module, hidden, arguments)
+                errors.append(relative_error(branch(hidden, arguments), output).item())
 
-        with self.observed(start):
-            self(calibration)
+        self(calibration, observer=start)
         return errors
 
     @torch.no_grad()
@@ -215,10 +226,10 @@ class Morphable(nn.Module):
         dtype = next(iter(state.values())).dtype
         for number, (layer, option) in enumerate(zip(self.layers, chosen, strict=True)):
             # A branch without weights of its own runs on those of the attention.
-            weights = layer.branches[option].state_dict() or layer.branches[FULL].state_dict()
-            for name, weight in weights.items():
-                state[f"model.layers.{number}.{self.host.attention_name(option)}.{name}"] = weight
-        config = self.host.with_layer_types(self.model.config, chosen)
+            own = layer.trained[option] if option in layer.trained else layer.branches[FULL]
+            for name, weight in cast(Branch, own).module.state_dict().items():
+                state[f"model.layers.{number}.{self.host.slot(option)}.{name}"] = weight
+        config = self.host.with_plan(self.model.config, chosen)
         config.use_cache = True
         state = {name: weight.detach().clone().to(dtype) for name, weight in state.items()}
         model = empty_model(self.host, config, state)

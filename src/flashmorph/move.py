@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from flashmorph.emptymodel import without_weights
 from flashmorph.errors import UserError
-from flashmorph.hosts import Host, configure
+from flashmorph.hosts import Host, configure, use_kernels
 
 PROBE_TOKENS = 64
 PROBE_ROWS = 2
@@ -67,6 +67,7 @@ def empty_model(host: Host, config: PreTrainedConfig, state: dict[str, torch.Ten
         UserError: no model can be made of the configuration.
         RuntimeError: names or shapes do not match it.
     """
+    use_kernels(host.model_type)
     model = without_weights(config, host.model_class)
     if config.tie_word_embeddings:
         state = {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
@@ -90,7 +91,7 @@ def transplant(teacher: PreTrainedModel, settings: Mapping[str, Any] | None = No
         if weight.dtype != torch.float32:
             raise UserError(f"the teacher must be loaded in float32 for an exact move; {name} is in {weight.dtype}")
     require_finite(teacher.named_parameters())
-    state = host.host_state(teacher.config, teacher.state_dict())
+    state = host.state(teacher.config, teacher.state_dict())
     model = empty_model(host, config, {name: weight.clone() for name, weight in state.items()})
     model.generation_config = teacher.generation_config
     proof = prove(teacher, model)

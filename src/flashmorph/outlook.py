@@ -9,7 +9,7 @@ from flashmorph.corpus import shares_of
 from flashmorph.documents import require_template
 from flashmorph.errors import UserError
 from flashmorph.fitting import require_within_limit
-from flashmorph.hosts import configure, layer_space
+from flashmorph.hosts import configure, layer_space, with_branches_to_train
 from flashmorph.plan import Budget
 from flashmorph.recipe import Recipe
 from flashmorph.selection import FOLLOW_GRADIENTS, SEARCH_NOTHING, asks_questions
@@ -89,7 +89,7 @@ def outlook(name: str, config: PreTrainedConfig, recipe: Recipe, given: bool = F
         number = recipe.select.teacher_questions
         about = f"{number} questions a task, which the teacher must be able to answer"
         rows.append(("teacher", number * len(recipe.tasks) * longest, longest, about))
-    if host.branches_train:
+    if with_branches_to_train(host):
         rows.append(_training_row("align", recipe.align, source, 1))
     else:
         rows.append(("align", 0, 0, "nothing to train"))
@@ -115,7 +115,7 @@ def outlook(name: str, config: PreTrainedConfig, recipe: Recipe, given: bool = F
 def training_contexts(config: PreTrainedConfig, recipe: Recipe) -> dict[str, tuple[float | None, str]]:
     """The mean context of each stage that trains, in tokens, and in words; see `outlook`."""
     host, _ = configure(config, recipe.host)
-    settings: dict[str, TrainSettings] = {"align": recipe.align} if host.branches_train else {}
+    settings: dict[str, TrainSettings] = {"align": recipe.align} if with_branches_to_train(host) else {}
     settings["distill"] = recipe.distill
     if recipe.distill.teacher_logits:
         settings["logits"] = recipe.distill

@@ -1,6 +1,6 @@
 """Several documents in one row, kept apart: nothing of one reaches another, through attention, state or convolution.
 
-Where a host's kernels take the boundaries, rows go through as they are (`marked`); elsewhere they are cut at the
+Where all mixers of a host take the boundaries, rows go through as they are (`marked`); elsewhere they are cut at the
 boundaries into batches of single documents (`cut`). `apart` says which, and a stage keeps it in its record.
 """
 
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from flashmorph import ranks
-from flashmorph.hosts import Host
 
 
 @dataclass(frozen=True)
@@ -66,16 +65,17 @@ class Packed:
 
 
 def apart(
-    input_ids: torch.Tensor, starts: torch.Tensor | None, host: Host, loss_mask: torch.Tensor | None = None
+    input_ids: torch.Tensor, starts: torch.Tensor | None, varlen: bool, loss_mask: torch.Tensor | None = None
 ) -> list[Packed]:
     """The documents of `input_ids` `[batch, time]`, apart.
 
-    `starts` `[batch, time]` is True at each document's first token (None: each row is one document), `loss_mask`
-    `[batch, time]` at each token that is learnt (None: all).
+    `varlen`: whether the model's mixers keep them apart in one row (`hosts.supports_varlen`). `starts` `[batch, time]`
+    is True at each document's first token (None: each row is one document), `loss_mask` `[batch, time]` at each token
+    that is learnt (None: all).
     """
     if starts is None:
         return [Packed(input_ids, loss_mask=loss_mask)]
-    if host.takes_boundaries(input_ids.device):
+    if varlen:
         return [marked(input_ids, starts, loss_mask)]
     return cut(input_ids, starts, loss_mask)
 
@@ -93,20 +93,20 @@ def as_often_everywhere(batches: list[Packed]) -> list[Packed]:
 
 
 def token_order(
-    input_ids: torch.Tensor, starts: torch.Tensor | None, host: Host, loss_mask: torch.Tensor | None = None
+    input_ids: torch.Tensor, starts: torch.Tensor | None, varlen: bool, loss_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Where the tokens that `apart` runs, and that predict one of the mask, stand in `input_ids` `[batch, time]` end to
     end, in its order, `[tokens]`."""
     places = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)
-    packed = apart(places, starts, host, loss_mask)
+    packed = apart(places, starts, varlen, loss_mask)
     return torch.cat([each.predicting(each.tokens(each.input_ids)) for each in packed])
 
 
-def how_apart(isolated: bool, host: Host, device: torch.device) -> str:
+def how_apart(isolated: bool, varlen: bool) -> str:
     """In words, for a stage's record."""
     if not isolated:
         return "joined"
-    return "apart by kernels" if host.takes_boundaries(device) else "apart, rows cut at the boundaries"
+    return "apart by kernels" if varlen else "apart, rows cut at the boundaries"
 
 
 def marked(input_ids: torch.Tensor, starts: torch.Tensor, loss_mask: torch.Tensor | None = None) -> Packed:

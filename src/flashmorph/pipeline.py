@@ -20,7 +20,15 @@ from flashmorph.errors import UserError
 from flashmorph.evaluation import RangeLosses, Score, evaluate
 from flashmorph.files import atomic_path, write_json
 from flashmorph.given import require_fits, space_of_run
-from flashmorph.hosts import cache_by_context, host_for, host_of, host_settings, layer_space
+from flashmorph.hosts import (
+    cache_by_context,
+    host_for,
+    host_of,
+    host_settings,
+    layer_space,
+    supports_varlen,
+    with_branches_to_train,
+)
 from flashmorph.morphable import Morphable, attach, build
 from flashmorph.packing import how_apart
 from flashmorph.plan import Budget, Plan
@@ -132,7 +140,7 @@ def run_transplant(run: Run) -> Stage:
 def run_align(run: Run, host: Stage) -> Stage:
     """A linear branch beside every attention, trained to give the attention's output; windows need no training."""
     settings = run.recipe.align
-    if not host_of(load_config(host.folder / "model")).branches_train:
+    if not with_branches_to_train(host_of(load_config(host.folder / "model"))):
         return run.stage("align", "nothing: a window has no weights", {}, [host.digest], _no_branches, alone=True)
 
     def work(folder: Path, report: Report) -> dict[str, Any]:
@@ -328,7 +336,8 @@ def _no_branches(folder: Path, report: Report) -> dict[str, Any]:
 def _trained(run: Run, settings: TrainSettings, rows: Rows) -> dict[str, Any]:
     """What a stage that trains says of its data."""
     host = host_for(load_config(run.teacher.folder), run.recipe.host)
-    documents = "long" if settings.takes_long_documents else how_apart(settings.keeps_apart, host, run.device)
+    varlen = supports_varlen(host, run.device)
+    documents = "long" if settings.takes_long_documents else how_apart(settings.keeps_apart, varlen)
     return {
         "tokens": settings.tokens_run,
         "documents": documents,

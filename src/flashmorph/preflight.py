@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from flashmorph.corpus import no_text, shares_of
 from flashmorph.documents import too_small
 from flashmorph.errors import UserError
-from flashmorph.hosts import configure
+from flashmorph.hosts import configure, with_branches_to_train
 from flashmorph.recipe import Recipe
 from flashmorph.rundata import open_layout
 from flashmorph.selection import FOLLOW_GRADIENTS, NEED_TEXT, SEARCH_NOTHING
@@ -30,7 +30,7 @@ def preflight(
     Raises:
         UserError: a split has no text, a stage would repeat the text too often, or a task does not fit.
     """
-    if not configure(config, recipe.host)[0].branches_train:
+    if not with_branches_to_train(configure(config, recipe.host)[0]):
         stages = [stage for stage in stages if stage != "align"]
     check_tasks(recipe, tokenizer, stages, config.max_position_embeddings)
     check_text(recipe, tokenizer, stages)

@@ -75,7 +75,7 @@ def complete(folder: Path, config: PreTrainedConfig, origin: Path) -> None:
     whoever generates wants the cache.
     """
     values = read_json(folder / "config.json")
-    if (wanted := host_of(config).written(values)) != values:
+    if (wanted := host_of(config).serialise(values)) != values:
         write_json(folder / "config.json", wanted)
     bring(origin, folder)
     for name in (CONFIG, GENERATION):

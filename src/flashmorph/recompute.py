@@ -3,11 +3,10 @@
 What a layer has given is the same both times, to the last bit, and so is the gradient.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
@@ -25,32 +24,16 @@ def recomputes(config: PreTrainedConfig, tokens: int) -> bool:
 
 
 @contextmanager
-def recomputed(decoder_layers: Iterable[nn.Module], mixers: Iterable[Any]) -> Iterator[None]:
-    """Of each decoder layer that runs inside this context keep the input alone; the backward computes the rest again.
+def recomputed(decoder_layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Of each decoder layer that runs inside this context keep the inputs alone; the backward computes the rest again.
 
-    `mixers` are the morphable layers inside them. Around `forward`, not around the call: hooks, such as those that
-    gather a sharded layer, stay outside.
+    Around `forward`, not around the call: hooks, such as those that gather a sharded layer, stay outside.
     """
     layers = list(decoder_layers)
-    for layer, mixer in zip(layers, mixers, strict=True):
-        layer.forward = _twice(layer.forward, mixer)
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward
-
-
-def _twice(run: Callable[..., torch.Tensor], mixer: Any) -> Callable[..., torch.Tensor]:
-    """`run`, the forward of a decoder layer; both times with the gates and the observer that its mixer has now."""
-    now = mixer.gates, mixer.observer
-
-    def forward(*inputs: Any, **arguments: Any) -> torch.Tensor:
-        before = mixer.gates, mixer.observer
-        mixer.gates, mixer.observer = now
-        try:
-            return run(*inputs, **arguments)
-        finally:
-            mixer.gates, mixer.observer = before
-
-    return lambda *inputs, **arguments: checkpoint(forward, *inputs, use_reentrant=False, **arguments)

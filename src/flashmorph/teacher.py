@@ -32,7 +32,7 @@ from flashmorph.digests import template_digest, tokenizer_digest, weights_digest
 from flashmorph.emptymodel import without_weights
 from flashmorph.errors import UserError, first_line
 from flashmorph.files import read_json
-from flashmorph.hosts import host_for, takes_with_windows
+from flashmorph.hosts import host_for, takes_with_windows, use_kernels
 from flashmorph.shards import FLOATS, ShardReader
 from flashmorph.stored import require_layers, take_stock
 
@@ -173,6 +173,7 @@ def load_model(
     """
     config, generation, stored = load_config(folder), load_generation(folder), ShardReader(folder).dtypes
     require_layers(config, stored, folder)
+    use_kernels(config.model_type)
     for notice in take_stock(without_weights(config), stored, folder, allow_unused).notices:
         tell(notice)
     try:

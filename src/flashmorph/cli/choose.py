@@ -170,7 +170,7 @@ def _show_tolerance(run: Any, plan: Any) -> None:
 
     config = load_config(run.teacher.folder)
     host, full = configure(config, run.recipe.host)
-    hybrid = host.with_layer_types(full, list(plan.assignments.values()))
+    hybrid = host.with_plan(full, list(plan.assignments.values()))
     context, layers = 131_072, len(plan.assignments)
     saved = 1 - cache_bytes(hybrid, context) / cache_bytes(full, context)
     thirds = [sum(3 * layer // layers == third for layer in plan.full_layers) for third in range(3)]

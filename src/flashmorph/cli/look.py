@@ -52,8 +52,8 @@ def hosts(as_json: JsonOption = False) -> None:
         return
     for host in found["hosts"]:
         rows = [("teacher", family, about) for family, about in host["teachers"].items()]
-        full, switched = host["options"].values()
-        rows.append(("switched layer", switched, f"in the place of {full}"))
+        full, *others = host["options"].values()
+        rows += [("switched layer", mixer, f"in the place of {full}") for mixer in others]
         for name, setting in host["settings"].items():
             rows.append(("setting", f"host.{name}={setting['default']}", setting["about"]))
         for engine in host["serves"]:

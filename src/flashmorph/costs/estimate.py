@@ -161,7 +161,7 @@ def estimate(
     model = model_of(config, recipe)
     host, own, num_full = model
     sizes = count_sizes(host, config, own)
-    hybrid = host.with_layer_types(own, [FULL] * num_full + [model.switched] * (model.layers - num_full))
+    hybrid = host.with_plan(own, [FULL] * num_full + [model.switched] * (model.layers - num_full))
     bf16 = recipe.bf16 is not False
     values = _at_once(recipe, model, sizes, gpu, num_gpus, bf16)
     memory = {

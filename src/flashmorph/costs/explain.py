@@ -81,7 +81,7 @@ def explain(found: Estimate) -> Iterator[str]:
     )
     yield "\nCache of one sequence, bytes:"
     for context, (teacher, hybrid) in found.cache.items():
-        full, other = (model.host.cache_bytes(config, option, context) for option in (FULL, switched))
+        full, other = (model.host.mixers[option].cache_bytes(config, context) for option in (FULL, switched))
         yield (
             f"  at {context:,}: teacher {layers} · {full:,} = {teacher:,}; "
             f"hybrid {num_full} · {full:,} + {layers - num_full} · {other:,} = {hybrid:,}"

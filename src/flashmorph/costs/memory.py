@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from flashmorph.costs.sizes import Sizes
 from flashmorph.costs.work import Model
-from flashmorph.hosts import FEED_FORWARD
-from flashmorph.hosts.products import number_bytes
+from flashmorph.hosts import FEED_FORWARD, with_branches_to_train
 from flashmorph.losses import LOGITS_BYTES
+from flashmorph.mixers.products import number_bytes
 from flashmorph.plan import FULL
 from flashmorph.recipe import Recipe
 from flashmorph.recompute import recomputes
@@ -160,7 +160,7 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
             recipe.distill.length,
             "distill.micro_batch_tokens",
         )
-    if not model.host.branches_train:
+    if not with_branches_to_train(model.host):
         del stages["align"]
     settings = recipe.evaluate
     # In float32, in one process, which keeps the cache of all layers and one layer's inside.
@@ -180,7 +180,9 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
 
 def _cache_per_token(model: Model) -> float:
     """Bytes of cache of a full layer for each token, in float32."""
-    return model.host.cache_bytes(model.config, FULL, _CONTEXT) / _CONTEXT * _FLOAT32 / number_bytes(model.config)
+    return (
+        model.host.mixers[FULL].cache_bytes(model.config, _CONTEXT) / _CONTEXT * _FLOAT32 / number_bytes(model.config)
+    )
 
 
 def _batched(settings: TrainSettings, num_gpus: int, per_token: float, shares: list[Share]) -> Memory:

@@ -65,13 +65,14 @@ def count_sizes(host: Host, teacher: PreTrainedConfig, config: PreTrainedConfig)
     model: Any = without_weights(_of_one_layer(config), host.model_class, with_buffers=False)
     with torch.device("meta"):
         layer = model.model.layers[0]
-        attention = getattr(layer, host.attention_name(FULL))
-        branches = {option: host.make_branch(config, 0, option, attention) for option in host.options if option != FULL}
+        attention = getattr(layer, host.slot(FULL))
+        others = {option: mixer for option, mixer in host.mixers.items() if option != FULL}
+        branches = {option: mixer.build(config, 0, attention) for option, mixer in others.items()}
     chosen = getattr(config, "num_experts_per_tok", 0)
     parts = {FULL: _part(attention, chosen)}
     for option, branch in branches.items():
         # A branch without weights of its own runs on those of the attention.
-        parts[option] = _part(branch, chosen) if _parameters(branch) else parts[FULL]
+        parts[option] = _part(branch, chosen) if others[option].trainable else parts[FULL]
     whole = _part(layer, chosen)
     parts[FEED_FORWARD] = Part(*(of_all - of_mixer for of_all, of_mixer in zip(whole, parts[FULL], strict=True)))
     beside = sum(_parameters(branch) for branch in branches.values())

@@ -5,7 +5,18 @@ from typing import NamedTuple
 
 from transformers import PreTrainedConfig
 
-from flashmorph.hosts import FEED_FORWARD, HOSTS, WINDOW_HOSTS, Host, Products, configure, host_of, layer_space
+from flashmorph.hosts import (
+    FEED_FORWARD,
+    HOSTS,
+    WINDOW_HOSTS,
+    Host,
+    configure,
+    host_of,
+    layer_products,
+    layer_space,
+    with_branches_to_train,
+)
+from flashmorph.mixers import Products
 from flashmorph.outlook import num_models, race_places, search_tokens, signal_questions
 from flashmorph.plan import FULL, Budget
 from flashmorph.recipe import Recipe
@@ -63,7 +74,7 @@ class Model(NamedTuple):
     @property
     def switched(self) -> str:
         """The option of layers that are not full."""
-        return next(option for option in self.host.options if option != FULL)
+        return next(option for option in self.host.mixers if option != FULL)
 
     @property
     def head(self) -> float:
@@ -72,7 +83,7 @@ class Model(NamedTuple):
 
     def part(self, name: str, context: int) -> list[Products]:
         """One part of a layer."""
-        return self.host.flops_per_token(self.config, name, context)
+        return layer_products(self.host, self.config, name, context)
 
 
 def operations(
@@ -112,7 +123,7 @@ def model_in(config: PreTrainedConfig) -> Model:
         host, config = configure(config)
     else:
         host = host_of(config)
-        config = host.with_layer_types(config, [FULL] * config.num_hidden_layers)
+        config = host.with_plan(config, [FULL] * config.num_hidden_layers)
     return Model(host, config, config.num_hidden_layers)
 
 
@@ -121,7 +132,7 @@ def align_work(model: Model, recipe: Recipe) -> Work:
 
     Nothing where branches have no weights.
     """
-    if not model.host.branches_train:
+    if not with_branches_to_train(model.host):
         return Work(0, [])
     length, layers = recipe.align.length, model.layers
     branch = model.part(model.switched, length)
@@ -165,10 +176,14 @@ def select_work(model: Model, recipe: Recipe) -> Work | None:
     length = max(1, round(mean))
     mixers = [*model.part(FULL, length), *model.part(model.switched, length)]
     feed_forward = model.part(FEED_FORWARD, length)
+    # The first layer's mixers have nothing below them that a gradient is asked for: it ends at gates behind heads.
+    gated = [
+        mixer.products(model.config, length)[-1] for mixer in model.host.mixers.values() if mixer.separable_by_head
+    ]
     passes = [
         _times("every branch forward", model.layers, operations([*mixers, *feed_forward])),
-        # The first layer's mixers have nothing below them that a gradient is asked for.
         _times("mixers backward, no weights", model.layers - 1, operations(mixers, 0, 0, 1)),
+        _times("output projections of the first layer backward", 1, operations(gated, 0, 0, 1)),
         _times("feed-forward backward", model.layers, operations(feed_forward, 0, 0, 1)),
     ]
     if recomputes(model.config, recipe.select.search.rows_at_once * length):

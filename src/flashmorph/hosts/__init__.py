@@ -7,15 +7,18 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
+import torch
 from transformers import PreTrainedConfig
 
 from flashmorph.errors import UserError
 from flashmorph.hosts.granite_hybrid import GraniteHybridHost
-from flashmorph.hosts.host import FEED_FORWARD, LINEAR, Host, Products
+from flashmorph.hosts.host import FEED_FORWARD, Host
 from flashmorph.hosts.qwen3_5 import Qwen35Host
 from flashmorph.hosts.qwen3_5_moe import Qwen35MoeHost
 from flashmorph.hosts.refused import REFUSED
-from flashmorph.hosts.window import SLIDING, WINDOW_HOSTS
+from flashmorph.hosts.window import WINDOW_HOSTS
+from flashmorph.mixers import LAYER_TYPES, LINEAR, SLIDING, Products
+from flashmorph.mixers.kernels import dispatch_by_device
 from flashmorph.plan import Budget, Space
 from flashmorph.settings import resolve
 
@@ -48,12 +51,12 @@ def takes_with_windows(config: PreTrainedConfig) -> bool:
 
 
 def host_settings(host: Host, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The host's settings: its defaults, and what is `given` in their place, as `host_config`'s signature wants them.
+    """The host's settings: its defaults, and what is `given` in their place, as its `config`'s signature wants them.
 
     Raises:
         UserError: names a setting that the host does not have, or one that is of a wrong type or out of its range.
     """
-    return resolve(host.host_config, given or {}, ("teacher",), host.name, "host.")
+    return resolve(host.config, given or {}, ("teacher",), host.name, "host.")
 
 
 def configure(teacher: PreTrainedConfig, settings: Mapping[str, Any] | None = None) -> tuple[Host, PreTrainedConfig]:
@@ -63,7 +66,7 @@ def configure(teacher: PreTrainedConfig, settings: Mapping[str, Any] | None = No
         UserError: see `host_for` and `host_settings`; or the teacher does not fit a setting.
     """
     host = host_for(teacher, settings)
-    return host, cast(Any, host).host_config(teacher, **host_settings(host, settings))
+    return host, cast(Any, host).config(teacher, **host_settings(host, settings))
 
 
 def host_of(config: PreTrainedConfig) -> Host:
@@ -80,7 +83,7 @@ def host_of(config: PreTrainedConfig) -> Host:
 
 def options_of(host: Host, config: PreTrainedConfig) -> list[str]:
     """The option of each layer of a host's configuration."""
-    options = {word: option for option, word in host.options.items()}
+    options = {LAYER_TYPES[option]: option for option in host.mixers}
     return [options[word] for word in config.layer_types]
 
 
@@ -111,17 +114,47 @@ def cache_bytes(config: PreTrainedConfig, context: int) -> int:
 def cache_by_layer(config: PreTrainedConfig, context: int) -> list[int]:
     """`cache_bytes`, layer by layer."""
     host, config, options = _layers(config)
-    return [host.cache_bytes(config, option, context) for option in options]
+    return [host.mixers[option].cache_bytes(config, context) for option in options]
 
 
 def mixing_operations(config: PreTrainedConfig, context: int) -> int:
-    """Multiplications and additions of all mixers for one token that sees `context` tokens; see `Host`.
+    """Multiplications and additions of all mixers for one token that sees `context` tokens; see `Products.step`.
 
     Raises:
         UserError: the configuration is neither a host's nor a teacher's.
     """
     host, config, options = _layers(config)
-    return sum(host.mixing_operations(config, option, context) for option in options)
+    return sum(each.step for option in options for each in host.mixers[option].products(config, context))
+
+
+def layer_products(host: Host, config: PreTrainedConfig, part: str, context: int) -> list[Products]:
+    """What one decoder layer does for each token: the mixer of an option, or `FEED_FORWARD`."""
+    return host.feed_forward(config) if part == FEED_FORWARD else host.mixers[part].products(config, context)
+
+
+def with_branches_to_train(host: Host) -> bool:
+    """Whether any of its mixers has weights of its own, which have to be aligned."""
+    return any(mixer.trainable for mixer in host.mixers.values())
+
+
+def supports_varlen(host: Host, device: torch.device) -> bool:
+    """Whether all its mixers keep documents in one row apart on this device; where not, rows are cut at the boundaries.
+
+    The arguments that tell them where documents begin are those of `packing.marked`.
+    """
+    return all(mixer.supports_varlen(device) for mixer in host.mixers.values())
+
+
+def use_kernels(model_type: str) -> None:
+    """Make transformers' class of this type, where it is a host's, choose kernels by the device of its tensors.
+
+    It changes functions of transformers' modelling modules, once in a process, for all models of the class.
+    """
+    for host in HOSTS:
+        if host.model_type == model_type:
+            for mixer in host.mixers.values():
+                if mixer.kernels:
+                    dispatch_by_device(*mixer.kernels)
 
 
 def _layers(config: PreTrainedConfig) -> tuple[Host, PreTrainedConfig, list[str]]:
@@ -135,11 +168,11 @@ def _layers(config: PreTrainedConfig) -> tuple[Host, PreTrainedConfig, list[str]
 
 def layer_space(host: Host, config: PreTrainedConfig, budget: Budget) -> Space:
     """The space of plans for a host's configuration, its cost in the budget's resource."""
-    options = tuple(host.options)
+    options = tuple(host.mixers)
     space = Space.of_layers(config.num_hidden_layers, options)
     if budget.resource != "kv":
         return space
-    row = [float(host.cache_bytes(config, option, budget.context or 0)) for option in options]
+    row = [float(mixer.cache_bytes(config, budget.context or 0)) for mixer in host.mixers.values()]
     return Space(space.groups, space.options, np.tile(row, (len(space.groups), 1)))
 
 
@@ -163,9 +196,13 @@ __all__ = [
     "host_for",
     "host_of",
     "host_settings",
+    "layer_products",
     "layer_space",
     "mixing_operations",
     "options_of",
     "require_known",
+    "supports_varlen",
     "takes_with_windows",
+    "use_kernels",
+    "with_branches_to_train",
 ]

@@ -4,16 +4,11 @@ The teacher moves exactly, weight by weight: gate and up projection stand on top
 Granite's multipliers are 1, or the teacher's own where it is a Granite.
 """
 
-import copy
-import math
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMambaLayer
 
 from flashmorph.errors import UserError
 from flashmorph.hosts.checks import (
@@ -24,18 +19,10 @@ from flashmorph.hosts.checks import (
     refuse_two_factors,
     refuse_windows,
 )
-from flashmorph.hosts.host import FEED_FORWARD, LINEAR, Products, layer_prefixes
-from flashmorph.hosts.kernels import boundaries_in, dispatch_by_device
-from flashmorph.hosts.products import (
-    attention_cache_bytes,
-    attention_operations,
-    attention_products,
-    feed_forward_products,
-    head_dim_of,
-    number_bytes,
-)
+from flashmorph.hosts.host import Host, layer_prefixes
 from flashmorph.hosts.serving import READ, RUN, TRANSFORMERS, Engine, Gguf
-from flashmorph.hosts.start import constant_row, fit_head_scales, mean_distance
+from flashmorph.mixers import LAYER_TYPES, LINEAR, FullAttention, Mamba2, Mixer, Products
+from flashmorph.mixers.products import feed_forward_products, head_dim_of
 from flashmorph.plan import FULL
 
 _MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
@@ -45,10 +32,6 @@ _STARTING_ANEW = ("phi3",)
 """Teachers that drop the cache in `generate` where the other list of rope factors begins."""
 _OLDER_WORDS = {"full_attention": "attention", "linear_attention": "mamba"}
 _CONVOLUTION = 4
-_FLOAT32_BYTES = 4
-_TAP = 0.1
-_GATE = 2.0
-_SURPLUS_DISTANCE = 0.25
 _SQUARE = "heads × head_dim = hidden size"
 # llama.cpp takes a Granite hybrid for one without rope, and its context for boundless, unless the file says otherwise.
 _GGUF = Gguf(
@@ -60,10 +43,9 @@ _GGUF = Gguf(
 )
 
 
-class GraniteHybridHost:
+class GraniteHybridHost(Host):
     """Llama-shaped teachers in `GraniteMoeHybridForCausalLM` (`granitemoehybrid`), without experts."""
 
-    name = "GraniteMoeHybridForCausalLM"
     teachers: Mapping[str, str] = {
         "llama": "Llama and what has its shape",
         "mistral": "Mistral without a window (Nemo, Small, 7B from v0.2 on)",
@@ -74,12 +56,12 @@ class GraniteHybridHost:
         "smollm3": "SmolLM3 with RoPE in every layer",
         "phi3": "Phi-3, Phi-4 without a window, rotating whole heads, with one list of rope factors at most",
     }
-    options: Mapping[str, str] = {FULL: "full_attention", LINEAR: "linear_attention"}
-    mixers: Mapping[str, str] = {FULL: "attention", LINEAR: "Mamba2"}
+    # Its class makes the attention mask without positions: full layers would look across documents in a row.
+    mixers: Mapping[str, Mixer] = {FULL: FullAttention(varlen=False), LINEAR: Mamba2()}
     settings: Mapping[str, str] = {
         "mamba_expand": "width of Mamba2 over the hidden size, 2 or 1: smaller layers with 1, llama.cpp only with 2"
     }
-    serves: tuple[Engine, ...] = (
+    engines: tuple[Engine, ...] = (
         TRANSFORMERS,
         Engine(
             "vLLM",
@@ -101,35 +83,25 @@ class GraniteHybridHost:
         ),
     )
     model_class: type[PreTrainedModel] = GraniteMoeHybridForCausalLM
-    model_type = "granitemoehybrid"
-    modelling = "transformers.models.granitemoehybrid.modeling_granitemoehybrid"
-    branches_train = True
-    kernels: tuple[str, ...] = (
-        "causal_conv1d_fn",
-        "causal_conv1d_update",
-        "mamba2_split_conv1d_scan_combined",
-        "mamba2_selective_state_update",
-        "mamba2_chunk_scan",
-    )
 
-    def check(self, config: PreTrainedConfig) -> None:
+    def check(self, teacher: PreTrainedConfig) -> None:
         """Refuse windows, layers without RoPE, biases in the MLP, and what Granite hybrid computes otherwise.
 
         Of Phi-3 also two lists of rope factors, between which its class starts anew in `generate`.
         """
-        refuse_windows(config, self.name)
-        if 0 in (getattr(config, "no_rope_layers", None) or []):
+        refuse_windows(teacher, self.name)
+        if 0 in (getattr(teacher, "no_rope_layers", None) or []):
             raise UserError(
                 f"the teacher has layers without RoPE (no_rope_layers); {self.name} has RoPE in all layers or in none"
             )
-        refuse_rope(config, self.name, ROPE_TYPES)
-        if config.model_type in _STARTING_ANEW:
-            refuse_two_factors(config, self.name)
-        refuse_activation(config, self.name)
-        if getattr(config, "mlp_bias", False):
+        refuse_rope(teacher, self.name, ROPE_TYPES)
+        if teacher.model_type in _STARTING_ANEW:
+            refuse_two_factors(teacher, self.name)
+        refuse_activation(teacher, self.name)
+        if getattr(teacher, "mlp_bias", False):
             raise UserError(f"the teacher's MLP has biases (mlp_bias); {self.name} has none there")
 
-    def host_config(self, teacher: PreTrainedConfig, mamba_expand: Literal[1, 2] = 2) -> GraniteMoeHybridConfig:
+    def config(self, teacher: PreTrainedConfig, mamba_expand: Literal[1, 2] = 2) -> GraniteMoeHybridConfig:
         """Same shapes; Mamba heads are as wide as the attention's and fill `mamba_expand` times the hidden size.
 
         2 is Granite's own value and the only one that llama.cpp reads; 1 makes the linear layers smaller.
@@ -156,7 +128,7 @@ class GraniteHybridHost:
             shared_intermediate_size=teacher.intermediate_size,
             num_local_experts=0,
             num_experts_per_tok=0,
-            layer_types=[self.options[FULL]] * teacher.num_hidden_layers,
+            layer_types=[LAYER_TYPES[FULL]] * teacher.num_hidden_layers,
             mamba_expand=mamba_expand,
             mamba_n_heads=mamba_heads,
             # Keys and queries belong to a group of Mamba heads: the fewest groups that give each attention head one.
@@ -167,7 +139,7 @@ class GraniteHybridHost:
             dtype=teacher.dtype,
         )
 
-    def host_state(self, teacher: PreTrainedConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def state(self, teacher: PreTrainedConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The teacher's weights under the host's names, none of them changed; a bias that it lacks is zero."""
         state = dict(state)
         key_rows = teacher.num_key_value_heads * head_dim_of(teacher)
@@ -188,13 +160,7 @@ class GraniteHybridHost:
                     state.setdefault(f"{mixer}{name}_proj.bias", weight.new_zeros(len(weight)))
         return state
 
-    def with_layer_types(self, config: PreTrainedConfig, options: list[str]) -> PreTrainedConfig:
-        """A copy; any order of layers will do."""
-        config = copy.deepcopy(config)
-        config.layer_types = [self.options[option] for option in options]
-        return config
-
-    def written(self, values: dict[str, Any]) -> dict[str, Any]:
+    def serialise(self, values: dict[str, Any]) -> dict[str, Any]:
         """What Granite's own checkpoints say, and engines read: the older words for layers, and rope as it was named.
 
         transformers reads both. llama.cpp's converter takes every layer for Mamba where it finds the newer words, and
@@ -205,114 +171,13 @@ class GraniteHybridHost:
         scaling = {} if rope["rope_type"] == "default" else {"rope_scaling": rope}
         return {**values, **older, "rope_theta": rope["rope_theta"], **scaling}
 
-    def attention_name(self, option: str) -> str:
+    def slot(self, option: str) -> str:
         """Granite's decoder layer holds one of the two."""
         return {FULL: "self_attn", LINEAR: "mamba"}[option]
 
-    def make_branch(self, config: PreTrainedConfig, layer: int, option: str, attention: nn.Module) -> nn.Module:
-        """transformers' own Mamba2."""
-        config = self.with_layer_types(config, [option] * config.num_hidden_layers)
-        return GraniteMoeHybridMambaLayer(cast(Any, config), layer)
-
-    def run_branch(self, branch: Any, option: str, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-        """Attention gets everything its decoder layer passes; Mamba2 where documents begin, if anything."""
-        if option == FULL:
-            return branch(hidden_states=hidden, **arguments)[0]
-        return branch(hidden_states=hidden, **boundaries_in(arguments))
-
-    def takes_boundaries(self, device: torch.device) -> bool:
-        """Never: this class makes its attention mask without positions, so its full layers would look across.
-
-        Only variable-length flash attention is told by `cu_seq_lens_*` instead, and Mamba2's kernels by `seq_idx`.
-        """
-        return False
-
-    @torch.no_grad()
-    def initialise(self, branch: Any, attention: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
-        """Mamba2 that starts as the linear form of this attention: C from queries, B from keys, x from values.
-
-        So MambaInLlama starts it (arXiv 2408.15237, section 3). Each head of the attention leads a group of Mamba heads
-        that share its queries and keys; the surplus heads, also those of surplus groups, hold values of the same heads
-        and look back a quarter as far. Convolution, decay, the gate `z` and one scale a head are as in the Gated
-        DeltaNet branch; biases of queries, keys and values go into the convolution's.
-        """
-        heads, head_dim, groups = attention.config.num_attention_heads, attention.head_dim, branch.n_groups
-        per_group, shared = branch.num_heads // groups, attention.num_key_value_groups
-        leader = torch.arange(groups, device=hidden.device) % heads
-        source = leader.repeat_interleave(per_group)
-        number = torch.arange(branch.num_heads, device=hidden.device)
-        surplus = (number % per_group != 0) | (number >= heads * per_group)
-        parts = [
-            _heads(attention.v_proj, source // shared, head_dim),
-            _heads(attention.k_proj, leader // shared, head_dim),
-            _heads(attention.q_proj, leader, head_dim),
-        ]
-        mixed, bias = (torch.cat(each) for each in zip(*parts, strict=True))
-        spread = F.linear(hidden, mixed).flatten(0, 1).std(0).clamp_min(1e-6)
-        scale = _TAP / spread.unflatten(0, (-1, head_dim)).mean(1).repeat_interleave(head_dim)
-        gate = constant_row(hidden, _GATE).expand(branch.intermediate_size, -1)
-        steps = torch.zeros_like(branch.in_proj.weight[: branch.num_heads])
-        branch.in_proj.weight.copy_(torch.cat([gate, mixed, steps]))
-        branch.conv1d.weight.zero_()
-        branch.conv1d.weight[:, 0, -1] = scale
-        branch.conv1d.bias.copy_(bias * scale)
-        # A step of softplus(0) = ln 2 and a rate of 1 / distance: half is forgotten at that distance.
-        distance = mean_distance(attention, hidden, arguments)[source]
-        branch.dt_bias.zero_()
-        branch.A_log.copy_(-torch.where(surplus, distance * _SURPLUS_DISTANCE, distance).log())
-        branch.D.zero_()
-        branch.norm.weight.fill_(1.0)
-        branch.out_proj.weight.copy_(attention.o_proj.weight.unflatten(1, (heads, head_dim))[:, source].flatten(1))
-        target = self.run_branch(attention, FULL, hidden, arguments)
-        fit_head_scales(branch.out_proj, head_dim, lambda: branch(hidden_states=hidden), target)
-
-    def share_run(self, config: PreTrainedConfig, name: str) -> float:
-        """Every weight is run."""
-        return 1.0
-
-    def cache_bytes(self, config: PreTrainedConfig, option: str, context: int) -> int:
-        """Keys and values; or the convolution's inputs and the recurrent state, which is kept in float32."""
-        if option == FULL:
-            return attention_cache_bytes(config, context)
-        inner = config.mamba_n_heads * config.mamba_d_head
-        convolved = inner + 2 * config.mamba_n_groups * config.mamba_d_state
-        return convolved * config.mamba_d_conv * number_bytes(config) + inner * config.mamba_d_state * _FLOAT32_BYTES
-
-    def mixing_operations(self, config: PreTrainedConfig, option: str, context: int) -> int:
-        """Scores and their weighted sum; or decay, write and query of the state, and the convolution."""
-        if option == FULL:
-            return attention_operations(config, context)
-        inner = config.mamba_n_heads * config.mamba_d_head
-        convolved = inner + 2 * config.mamba_n_groups * config.mamba_d_state
-        return 5 * inner * config.mamba_d_state + 2 * convolved * config.mamba_d_conv
-
-    def flops_per_token(self, config: PreTrainedConfig, part: str, context: int) -> list[Products]:
-        """Attention; Mamba2 in chunks (arXiv 2405.21060, section 6), each head with B and C of its own; a feed-forward.
-
-        PyTorch's reference makes each chunk's first state from those of all chunks; kernels hand it on.
-        """
-        width, chunk = config.hidden_size, config.mamba_chunk_size
-        if part == FEED_FORWARD:
-            return feed_forward_products(width, config.shared_intermediate_size)
-        if part == FULL:
-            return attention_products(config, context)
-        heads, head_dim, state = config.mamba_n_heads, config.mamba_d_head, config.mamba_d_state
-        inner, chunks = heads * head_dim, math.ceil(context / chunk)
-        mixed = inner + 2 * config.mamba_n_groups * state
-        into = 2 * width * (inner + mixed + heads)
-        scan = chunks * chunk / context * heads * (chunk * (2 * state + 2 * head_dim) + 4 * state * head_dim)
-        scan_formula = f"heads · ({chunk} · (2 · state + 2 · head_dim) + 4 · state · head_dim)"
-        between, handed_on = 2 * (chunks + 1) ** 2 * inner * state / context, chunks / (chunks + 1) ** 2
-        return [
-            Products("z, x, B, C, dt", "input", "2 · hidden · (2 · inner + 2 · groups · state + heads)", into),
-            Products("convolution", "weights", "2 · kernel · (inner + 2 · groups · state)", 2 * _CONVOLUTION * mixed),
-            Products("scan", "state", scan_formula, scan),
-            Products("between chunks", "state", "2 · (chunks + 1)² · inner · state / context", between, handed_on),
-            Products("out", "weights", "2 · inner · hidden", 2 * inner * width),
-        ]
-
-
-dispatch_by_device(GraniteHybridHost.modelling, GraniteHybridHost.kernels)
+    def feed_forward(self, config: PreTrainedConfig) -> list[Products]:
+        """A gated feed-forward: the expert that all tokens share."""
+        return feed_forward_products(config.hidden_size, config.shared_intermediate_size)
 
 
 def _is_square(config: PreTrainedConfig) -> bool:
@@ -327,10 +192,3 @@ def _is_as_in_llama_cpp(config: PreTrainedConfig) -> bool:
 def _has_bias(config: PreTrainedConfig) -> bool:
     stated = (getattr(config, name, False) for name in ("attention_bias", "attention_out_bias"))
     return config.model_type in _BIASED or any(stated)
-
-
-def _heads(projection: nn.Linear, numbers: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows `[heads * head_dim, width]` and biases `[heads * head_dim]` of these heads of a projection."""
-    bias = projection.weight.new_zeros(projection.out_features) if projection.bias is None else projection.bias
-    weight, bias = (part.unflatten(0, (-1, head_dim))[numbers].flatten(0, 1) for part in (projection.weight, bias))
-    return weight, bias

@@ -13,11 +13,11 @@ def overview() -> dict[str, Any]:
             "host": host.name,
             "model_type": host.model_type,
             "teachers": dict(host.teachers),
-            "options": {option: host.mixers[option] for option in host.options},
+            "options": {option: mixer.name for option, mixer in host.mixers.items()},
             "settings": {
                 name: {"default": value, "about": host.settings[name]} for name, value in host_settings(host).items()
             },
-            "serves": [engine.to_dict() for engine in host.serves],
+            "serves": [engine.to_dict() for engine in host.engines],
         }
         for host in (*HOSTS, *WINDOW_HOSTS)
     ]

@@ -4,35 +4,18 @@ The teacher moves exactly. Qwen3.5's attention multiplies its output by sigmoid(
 a doubled output projection takes it back. Its norms multiply by 1 + w: the teacher's weights less 1.
 """
 
-import copy
-import math
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
 from flashmorph.hosts.checks import refuse_activation, refuse_rope, refuse_windows
-from flashmorph.hosts.host import FEED_FORWARD, LINEAR, Products, layer_prefixes
-from flashmorph.hosts.kernels import (
-    REFERENCE,
-    boundaries_in,
-    convolve_apart,
-    dispatch_by_device,
-    implementation_in_use,
-)
-from flashmorph.hosts.products import (
-    attention_cache_bytes,
-    attention_operations,
-    attention_products,
-    feed_forward_products,
-    number_bytes,
-)
+from flashmorph.hosts.host import Host, layer_prefixes
 from flashmorph.hosts.serving import READ, RUN, TRANSFORMERS, Engine, Gguf, full_interval
-from flashmorph.hosts.start import constant_row, fit_head_scales, mean_distance, softplus_inverse
+from flashmorph.mixers import LAYER_TYPES, LINEAR, FullAttention, GatedDeltaNet, Mixer, Products
+from flashmorph.mixers.products import feed_forward_products
 from flashmorph.plan import FULL
 
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
@@ -42,10 +25,6 @@ _SAME = (
     "attention_dropout pad_token_id bos_token_id eos_token_id"
 ).split()
 _CONVOLUTION = 4
-_CHUNK = 64
-_FLOAT32_BYTES = 4
-_TAP = 0.1
-_GATE = 2.0
 
 
 VLLM = Engine("vLLM", "0.33", READ)
@@ -56,7 +35,7 @@ SGLANG = Engine(
     needs="a full layer at regular intervals: it places them by full_attention_interval alone",
     fits=lambda config: full_interval([_OPTIONS[word] for word in config.layer_types]) > 0,
 )
-_OPTIONS = {"full_attention": FULL, "linear_attention": LINEAR}
+_OPTIONS = {word: option for option, word in LAYER_TYPES.items()}
 
 
 def _switched(fields: Mapping[str, Any]) -> list[bool]:
@@ -85,41 +64,26 @@ LLAMA_CPP = Engine(
 )
 
 
-class Qwen35Host:
+class Qwen35Host(Host):
     """Qwen3 (dense) in `Qwen3_5ForCausalLM` (`qwen3_5_text`)."""
 
-    name = "Qwen3_5ForCausalLM"
     teachers: Mapping[str, str] = {"qwen3": "Qwen3 (dense)"}
-    options: Mapping[str, str] = {FULL: "full_attention", LINEAR: "linear_attention"}
-    mixers: Mapping[str, str] = {FULL: "gated attention", LINEAR: "Gated DeltaNet"}
-    settings: Mapping[str, str] = {}
-    serves: tuple[Engine, ...] = (
-        TRANSFORMERS,
-        VLLM,
-        LLAMA_CPP,
-        SGLANG,
-    )
+    engines: tuple[Engine, ...] = (TRANSFORMERS, VLLM, LLAMA_CPP, SGLANG)
     model_class: type[PreTrainedModel] = Qwen3_5ForCausalLM
-    mixer_class: type[nn.Module] = Qwen3_5GatedDeltaNet
-    model_type = "qwen3_5_text"
-    modelling = "transformers.models.qwen3_5.modeling_qwen3_5"
-    branches_train = True
-    kernels: tuple[str, ...] = (
-        "torch_chunk_gated_delta_rule",
-        "torch_recurrent_gated_delta_rule",
-        "causal_conv1d_fn",
-        "causal_conv1d_update",
-    )
+    mixers: Mapping[str, Mixer] = {
+        FULL: FullAttention("gated attention", gated=True),
+        LINEAR: GatedDeltaNet(Qwen3_5GatedDeltaNet),
+    }
     mlp_readers: tuple[str, ...] = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
     """The weights that read the output of a layer's second norm."""
 
-    def check(self, config: PreTrainedConfig) -> None:
+    def check(self, teacher: PreTrainedConfig) -> None:
         """Refuse sliding layers, rope types that Qwen3.5 does not compute, and activations other than SiLU."""
-        refuse_windows(config, self.name)
-        refuse_rope(config, self.name, _ROPE_TYPES)
-        refuse_activation(config, self.name)
+        refuse_windows(teacher, self.name)
+        refuse_rope(teacher, self.name, _ROPE_TYPES)
+        refuse_activation(teacher, self.name)
 
-    def host_config(self, teacher: PreTrainedConfig) -> PreTrainedConfig:
+    def config(self, teacher: PreTrainedConfig) -> PreTrainedConfig:
         """Same shapes."""
         return Qwen3_5TextConfig(**self.shape(teacher), intermediate_size=teacher.intermediate_size)
 
@@ -128,7 +92,7 @@ class Qwen35Host:
         return {
             **{name: getattr(teacher, name) for name in _SAME},
             "rope_parameters": {**teacher.rope_parameters, "partial_rotary_factor": 1.0},
-            "layer_types": [self.options[FULL]] * teacher.num_hidden_layers,
+            "layer_types": [LAYER_TYPES[FULL]] * teacher.num_hidden_layers,
             "linear_num_key_heads": teacher.num_attention_heads,
             "linear_num_value_heads": teacher.num_attention_heads,
             "linear_key_head_dim": teacher.head_dim,
@@ -137,7 +101,7 @@ class Qwen35Host:
             "dtype": teacher.dtype,
         }
 
-    def host_state(self, teacher: PreTrainedConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def state(self, teacher: PreTrainedConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The teacher's weights under the host's names.
 
         In bfloat16 `w - 1` keeps all digits of w only from 0.5 on. So a smaller weight of a layer's norm is first
@@ -168,118 +132,20 @@ class Qwen35Host:
         """The teacher's weights, under names that the host has as well."""
         return dict(state)
 
-    def with_layer_types(self, config: PreTrainedConfig, options: list[str]) -> PreTrainedConfig:
+    def with_plan(self, config: PreTrainedConfig, options: Sequence[str]) -> PreTrainedConfig:
         """A copy; periodic plans also carry `full_attention_interval`, which SGLang places layers by."""
-        config = copy.deepcopy(config)
-        config.layer_types = [self.options[option] for option in options]
+        config = super().with_plan(config, options)
         if interval := full_interval(options):
             config.full_attention_interval = interval
         return config
 
-    def written(self, values: dict[str, Any]) -> dict[str, Any]:
-        """As transformers writes it."""
-        return values
-
-    def attention_name(self, option: str) -> str:
+    def slot(self, option: str) -> str:
         """Qwen3.5's decoder layer holds one of the two."""
         return {FULL: "self_attn", LINEAR: "linear_attn"}[option]
 
-    def make_branch(self, config: PreTrainedConfig, layer: int, option: str, attention: nn.Module) -> nn.Module:
-        """transformers' own Gated DeltaNet."""
-        config = self.with_layer_types(config, [option] * config.num_hidden_layers)
-        return cast(Any, self.mixer_class)(config, layer)
-
-    def run_branch(self, branch: Any, option: str, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-        """Attention gets everything its decoder layer passes; Gated DeltaNet where documents begin, if anything."""
-        if option == FULL:
-            return branch(hidden_states=hidden, **arguments)[0]
-        return branch(hidden_states=hidden, **boundaries_in(arguments))
-
-    def takes_boundaries(self, device: torch.device) -> bool:
-        """Where the delta rule's kernel runs; the convolution can do with PyTorch."""
-        return device.type == "cuda" and implementation_in_use(self.modelling, self.kernels[0]) != REFERENCE
-
-    @torch.no_grad()
-    def initialise(self, branch: Any, attention: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
-        """Gated DeltaNet that starts as the linear form of this attention.
-
-        Queries and keys carry their norm's weights; keys and values are repeated to all heads. The convolution passes
-        the current token only, scaled so that SiLU works where it is nearly linear (the scale itself is taken back by
-        the norms). A head forgets half at the mean distance it attends to (Taylor-Calibrate, arXiv 2606.16429), half
-        of a key's old value is overwritten. The gate `z` is the least-squares fit of a constant on the hidden states.
-        The norm removes each head's amplitude: one scale a head, fitted to the attention's output, goes into
-        `out_proj`.
-        """
-        heads, head_dim, groups = branch.num_v_heads, branch.head_v_dim, attention.num_key_value_groups
-        query = attention.q_proj.weight.unflatten(0, (heads, 2, head_dim))[:, 0]
-        key, value = (
-            projection.weight.unflatten(0, (-1, head_dim)).repeat_interleave(groups, 0)
-            for projection in (attention.k_proj, attention.v_proj)
-        )
-        query = query * (1 + attention.q_norm.weight)[:, None]
-        key = key * (1 + attention.k_norm.weight)[:, None]
-        mixed = torch.cat([part.flatten(0, 1) for part in (query, key, value)])
-        spread = F.linear(hidden, mixed).flatten(0, 1).std(0).clamp_min(1e-6)
-        scale = _TAP / spread.unflatten(0, (-1, head_dim)).mean(1, keepdim=True).expand(-1, head_dim).flatten()
-        branch.in_proj_qkv.weight.copy_(mixed * scale[:, None])
-        branch.conv1d.weight.zero_()
-        branch.conv1d.weight[:, 0, -1] = 1.0
-        branch.in_proj_z.weight.copy_(constant_row(hidden, _GATE).expand_as(branch.in_proj_z.weight))
-        branch.in_proj_a.weight.zero_()
-        branch.in_proj_b.weight.zero_()
-        branch.A_log.zero_()
-        branch.dt_bias.copy_(softplus_inverse(math.log(2) / mean_distance(attention, hidden, arguments)))
-        branch.norm.weight.fill_(1.0)
-        branch.out_proj.weight.copy_(attention.o_proj.weight / 2)
-        target = self.run_branch(attention, FULL, hidden, arguments)
-        fit_head_scales(branch.out_proj, head_dim, lambda: branch(hidden_states=hidden), target)
-
-    def share_run(self, config: PreTrainedConfig, name: str) -> float:
-        """Every weight is run."""
-        return 1.0
-
-    def cache_bytes(self, config: PreTrainedConfig, option: str, context: int) -> int:
-        """Keys and values; or the convolution's inputs and the recurrent state, which is kept in float32."""
-        if option == FULL:
-            return attention_cache_bytes(config, context)
-        keys = config.linear_num_key_heads * config.linear_key_head_dim
-        values = config.linear_num_value_heads * config.linear_value_head_dim
-        state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
-        return (2 * keys + values) * config.linear_conv_kernel_dim * number_bytes(config) + state * _FLOAT32_BYTES
-
-    def mixing_operations(self, config: PreTrainedConfig, option: str, context: int) -> int:
-        """Scores and their weighted sum; or decay, read, write and query of the state, and the convolution."""
-        if option == FULL:
-            return attention_operations(config, context)
-        keys = config.linear_num_key_heads * config.linear_key_head_dim
-        values = config.linear_num_value_heads * config.linear_value_head_dim
-        state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
-        return 7 * state + 2 * (2 * keys + values) * config.linear_conv_kernel_dim
-
-    def flops_per_token(self, config: PreTrainedConfig, part: str, context: int) -> list[Products]:
-        """Gated attention; Gated DeltaNet in chunks of 64 (arXiv 2412.06464, section 3.3); a gated feed-forward."""
-        if part == FEED_FORWARD:
-            return feed_forward_products(config.hidden_size, config.intermediate_size)
-        if part == FULL:
-            return attention_products(config, context, gated=True)
-        width = config.hidden_size
-        key, value, heads = config.linear_key_head_dim, config.linear_value_head_dim, config.linear_num_value_heads
-        keys, values = key * config.linear_num_key_heads, value * heads
-        mixed = 2 * keys + values
-        padded = math.ceil(context / _CHUNK) * _CHUNK / context
-        into = 2 * width * (mixed + values + 2 * heads)
-        rule = padded * heads * (6 * key * value + _CHUNK * (4 * key + 2 * value))
-        rule_formula = f"heads · (6 · key_dim · value_dim + {_CHUNK} · (4 · key_dim + 2 · value_dim))"
-        convolution = 2 * config.linear_conv_kernel_dim * mixed
-        return [
-            Products("q, k, v, z, a, b", "input", "2 · hidden · (2 · keys + 2 · values + 2 · heads)", into),
-            Products("convolution", "weights", "2 · kernel · (2 · keys + values)", convolution),
-            Products("delta rule", "state", rule_formula, rule),
-            Products("out", "weights", "2 · values · hidden", 2 * values * width),
-        ]
-
-
-dispatch_by_device(Qwen35Host.modelling, Qwen35Host.kernels, apart={"causal_conv1d_fn": convolve_apart})
+    def feed_forward(self, config: PreTrainedConfig) -> list[Products]:
+        """A gated feed-forward."""
+        return feed_forward_products(config.hidden_size, config.intermediate_size)
 
 
 def _is_as_in_llama_cpp(config: PreTrainedConfig) -> bool:

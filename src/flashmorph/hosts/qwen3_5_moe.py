@@ -6,15 +6,13 @@ Qwen3.5 adds the output of an expert that all tokens share. Its down projection 
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeGatedDeltaNet
 
 from flashmorph.errors import UserError
-from flashmorph.hosts.host import FEED_FORWARD, Products, layer_prefixes
-from flashmorph.hosts.kernels import convolve_apart, dispatch_by_device
-from flashmorph.hosts.qwen3_5 import LLAMA_CPP, SGLANG, VLLM, Qwen35Host
-from flashmorph.hosts.serving import TRANSFORMERS, Engine
+from flashmorph.hosts.host import layer_prefixes
+from flashmorph.hosts.qwen3_5 import Qwen35Host
+from flashmorph.mixers import LINEAR, GatedDeltaNet, Mixer, Products
 
 _EXPERTS = ("moe_intermediate_size", "num_experts", "num_experts_per_tok", "router_aux_loss_coef")
 _SHARED_WIDTH = 128
@@ -23,13 +21,9 @@ _SHARED_WIDTH = 128
 class Qwen35MoeHost(Qwen35Host):
     """Qwen3-MoE in `Qwen3_5MoeForCausalLM` (`qwen3_5_moe_text`)."""
 
-    name = "Qwen3_5MoeForCausalLM"
     teachers: Mapping[str, str] = {"qwen3_moe": "Qwen3-MoE, where the router normalises (norm_topk_prob)"}
-    serves: tuple[Engine, ...] = (TRANSFORMERS, VLLM, LLAMA_CPP, SGLANG)
     model_class: type[PreTrainedModel] = Qwen3_5MoeForCausalLM
-    mixer_class: type[nn.Module] = Qwen3_5MoeGatedDeltaNet
-    model_type = "qwen3_5_moe_text"
-    modelling = "transformers.models.qwen3_5_moe.modeling_qwen3_5_moe"
+    mixers: Mapping[str, Mixer] = {**Qwen35Host.mixers, LINEAR: GatedDeltaNet(Qwen3_5MoeGatedDeltaNet)}
     mlp_readers: tuple[str, ...] = (
         "mlp.gate.weight",
         "mlp.experts.gate_up_proj",
@@ -37,21 +31,21 @@ class Qwen35MoeHost(Qwen35Host):
         "mlp.shared_expert.up_proj.weight",
     )
 
-    def check(self, config: PreTrainedConfig) -> None:
+    def check(self, teacher: PreTrainedConfig) -> None:
         """Refuse also routers that do not normalise what they choose, and layers without experts."""
-        super().check(config)
-        if not config.norm_topk_prob:
+        super().check(teacher)
+        if not teacher.norm_topk_prob:
             raise UserError(
                 f"the teacher's router leaves the chosen experts' weights as they are (norm_topk_prob is false); "
                 f"{self.name} divides them by their sum, so the move would not be exact"
             )
-        if config.mlp_only_layers or config.decoder_sparse_step != 1:
+        if teacher.mlp_only_layers or teacher.decoder_sparse_step != 1:
             raise UserError(
                 f"the teacher has layers without experts (mlp_only_layers, decoder_sparse_step); {self.name} has "
                 "experts in every layer"
             )
 
-    def host_config(self, teacher: PreTrainedConfig) -> PreTrainedConfig:
+    def config(self, teacher: PreTrainedConfig) -> PreTrainedConfig:
         """Same shapes; the shared expert is narrow."""
         return Qwen3_5MoeTextConfig(
             **self.shape(teacher),
@@ -71,10 +65,8 @@ class Qwen35MoeHost(Qwen35Host):
             state[f"{prefix}shared_expert_gate.weight"] = gate.new_zeros(1, gate.shape[1])
         return state
 
-    def flops_per_token(self, config: PreTrainedConfig, part: str, context: int) -> list[Products]:
-        """The mixers as in the dense host; of the experts those that the router chooses, and the shared one."""
-        if part != FEED_FORWARD:
-            return super().flops_per_token(config, part, context)
+    def feed_forward(self, config: PreTrainedConfig) -> list[Products]:
+        """The experts that the router chooses, and the shared one."""
         width, chosen, inner = config.hidden_size, config.num_experts_per_tok, config.moe_intermediate_size
         shared = config.shared_expert_intermediate_size
         formula = "6 · hidden · moe_intermediate · experts_per_token"
@@ -85,12 +77,9 @@ class Qwen35MoeHost(Qwen35Host):
             Products("its gate", "input", "2 · hidden", 2 * width),
         ]
 
-    def share_run(self, config: PreTrainedConfig, name: str) -> float:
+    def active_share(self, config: PreTrainedConfig, name: str) -> float:
         """Some of the experts, and all else."""
         return config.num_experts_per_tok / config.num_experts if ".experts." in name else 1.0
-
-
-dispatch_by_device(Qwen35MoeHost.modelling, Qwen35MoeHost.kernels, apart={"causal_conv1d_fn": convolve_apart})
 
 
 def _shared_width(config: PreTrainedConfig) -> int:

@@ -1,6 +1,6 @@
 """What runs a host's checkpoints besides transformers: as data, for the table of hosts and for every model card."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ READ = "read in its source, not run"
 TRANSFORMERS = Engine("transformers", "5.23", RUN)
 
 
-def full_interval(options: list[str]) -> int:
+def full_interval(options: Sequence[str]) -> int:
     """n where every n-th layer is full and no other is; 0 where full layers stand otherwise."""
     interval = options.index(FULL) + 1 if FULL in options else 0
     if interval and all((option == FULL) == (place % interval == 0) for place, option in enumerate(options, 1)):

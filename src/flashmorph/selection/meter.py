@@ -21,7 +21,7 @@ class Meter:
         config = morphable.model.config
         branches = sum(weight.numel() for weights in morphable.branch_parameters() for weight in weights)
         weights = morphable.model.model.layers.named_parameters()
-        self._every = round(sum(weight.numel() * morphable.host.share_run(config, name) for name, weight in weights))
+        self._every = round(sum(weight.numel() * morphable.host.active_share(config, name) for name, weight in weights))
         self._one = self._every - branches
         self._attention_width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
 

@@ -17,7 +17,7 @@ from flashmorph import ranks
 from flashmorph.errors import UserError
 from flashmorph.heldout import HeldOut
 from flashmorph.losses import Head, label_loss, token_losses
-from flashmorph.morphable import Morphable, run_order
+from flashmorph.morphable import Morphable, MorphableLayer, run_order
 from flashmorph.plan import Plan
 from flashmorph.progress import Report, silent
 from flashmorph.selection.cache import (
@@ -299,11 +299,14 @@ class MorphableObjective:
         ids, marks = self._tensors(batch)
         places = marks.roll(-1, 1)
         outputs: list[torch.Tensor] = []
-        with self._morphable.observed(lambda layer, hidden, arguments, output: outputs.append(output[places])):
-            with torch.no_grad():
-                self._morphable(ids)
-            teacher, outputs[:] = list(outputs), []
-            self._morphable(ids, gates)
+
+        def keep(layer: MorphableLayer, hidden: torch.Tensor, arguments: dict[str, Any], output: torch.Tensor) -> None:
+            outputs.append(output[places])
+
+        with torch.no_grad():
+            self._morphable(ids, observer=keep)
+        teacher, outputs[:] = list(outputs), []
+        self._morphable(ids, gates, observer=keep)
         pairs = zip(outputs, teacher, strict=True)
         return torch.stack([(mixed.float() - full.float()).square().mean() for mixed, full in pairs]).mean()
 

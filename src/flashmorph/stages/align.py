@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
-from flashmorph.morphable import Morphable, MorphableLayer, squares
+from flashmorph.hosts import supports_varlen
+from flashmorph.morphable import Branch, Morphable, MorphableLayer, squares
 from flashmorph.packing import Packed, apart, as_often_everywhere
-from flashmorph.plan import FULL
 from flashmorph.progress import Report, silent
 from flashmorph.rows import Rows
 from flashmorph.settings import Length, Rate, Tokens, TokensAtOnce
@@ -46,12 +46,7 @@ class AlignmentLoss(nn.Module):
         super().__init__()
         self.morphable, self._is_sharded = morphable, is_sharded(morphable)
         without_dropout(morphable.model)
-        self.terms = [
-            [*branch.parameters()]
-            for layer in morphable.layers
-            for option, branch in layer.branches.items()
-            if option != FULL
-        ]
+        self.terms = [[*branch.parameters()] for layer in morphable.layers for branch in layer.trained.values()]
 
     def forward(
         self, input_ids: torch.Tensor, starts: torch.Tensor | None = None, loss_mask: torch.Tensor | None = None
@@ -62,7 +57,7 @@ class AlignmentLoss(nn.Module):
         `loss_mask` changes nothing.
         """
         found: list[torch.Tensor] = []
-        packed = apart(input_ids, starts, self.morphable.host)
+        packed = apart(input_ids, starts, supports_varlen(self.morphable.host, input_ids.device))
         if self._is_sharded:
             packed = as_often_everywhere(packed)
         for each in packed:
@@ -74,28 +69,21 @@ class AlignmentLoss(nn.Module):
                 output: torch.Tensor,
                 each: Packed = each,
             ) -> None:
-                for option in layer.branches:
-                    if option != FULL:
-                        values = (layer, option, hidden.detach(), arguments, output.detach(), each)
-                        found.append(checkpoint(_squares, *values, use_reentrant=False))
+                for branch in layer.trained.values():
+                    values = (branch, hidden.detach(), arguments, output.detach(), each)
+                    found.append(checkpoint(_squares, *values, use_reentrant=False))
 
-            with self.morphable.observed(compare):
-                self.morphable(each.input_ids, boundaries=each.boundaries)
+            self.morphable(each.input_ids, boundaries=each.boundaries, observer=compare)
         difference, size = torch.stack(found).unflatten(0, (len(packed), -1)).sum(0).unbind(1)
         errors = difference / size
         return {"loss": errors.sum(), "errors": errors.detach(), "sums": difference, "sizes": size.detach()}
 
 
 def _squares(
-    layer: MorphableLayer,
-    option: str,
-    hidden: torch.Tensor,
-    arguments: dict[str, Any],
-    target: torch.Tensor,
-    packed: Packed,
+    branch: Branch, hidden: torch.Tensor, arguments: dict[str, Any], target: torch.Tensor, packed: Packed
 ) -> torch.Tensor:
     """`|M(h) - A(h)|^2` and `|A(h)|^2` over all tokens that are none of padding."""
-    return squares(packed.tokens(layer.branch(option, hidden, arguments)), packed.tokens(target))
+    return squares(packed.tokens(branch(hidden, arguments)), packed.tokens(target))
 
 
 class _ClipEachBranch(TrainerCallback):

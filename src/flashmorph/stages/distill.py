@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flashmorph.errors import UserError
-from flashmorph.hosts import host_of
+from flashmorph.hosts import host_of, supports_varlen
 from flashmorph.losses import Head, forward_kl, top_kl
 from flashmorph.packing import apart, as_often_everywhere, token_order
 from flashmorph.progress import Report, silent
@@ -66,7 +66,7 @@ class DistillationLoss(nn.Module):
         """The loss for `input_ids` `[batch, time]`, documents apart where `starts` `[batch, time]` marks their first
         tokens; of what predicts the tokens at which `loss_mask` `[batch, time]` is True."""
         (teacher,) = self._teacher
-        packed = apart(input_ids, starts, self._host, loss_mask)
+        packed = apart(input_ids, starts, supports_varlen(self._host, input_ids.device), loss_mask)
         if self._is_sharded:
             packed = as_often_everywhere(packed)
         with torch.no_grad():
@@ -94,11 +94,11 @@ class StoredDistillationLoss(nn.Module):
         """The loss for `input_ids` `[batch, time]`, given the teacher's `values` `[batch, time, k + 1]` at `places`
         `[batch, time, k]`; documents apart where `starts` `[batch, time]` marks their first tokens; of what predicts
         the tokens at which `loss_mask` `[batch, time]` is True."""
-        packed = apart(input_ids, starts, self._host, loss_mask)
+        packed = apart(input_ids, starts, supports_varlen(self._host, input_ids.device), loss_mask)
         if self._is_sharded:
             packed = as_often_everywhere(packed)
         found = torch.cat([each.predicting(each.run(self.student.model)) for each in packed])
-        order = token_order(input_ids, starts, self._host, loss_mask)
+        order = token_order(input_ids, starts, supports_varlen(self._host, input_ids.device), loss_mask)
         values, places = (each.flatten(0, 1)[order] for each in (values, places))
         return token_mean(top_kl(found, Head.of(self.student), values, places), len(found))
 

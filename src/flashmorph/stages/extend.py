@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 
-from flashmorph.hosts import host_of
+from flashmorph.hosts import host_of, supports_varlen
 from flashmorph.losses import Head, label_loss
 from flashmorph.packing import apart, as_often_everywhere
 from flashmorph.progress import Report, silent
@@ -61,7 +61,7 @@ class NextTokenLoss(nn.Module):
         """The loss for `input_ids` `[batch, time]`, of the tokens at which `loss_mask` `[batch, time]` is True; where
         `starts` `[batch, time]` marks the first tokens of documents, they are kept apart and those tokens are not
         predicted."""
-        packed = apart(input_ids, starts, self._host, loss_mask)
+        packed = apart(input_ids, starts, supports_varlen(self._host, input_ids.device), loss_mask)
         if self._is_sharded:
             packed = as_often_everywhere(packed)
         hidden, labels = [], []

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from flashmorph.errors import UserError
 from flashmorph.files import write_json
-from flashmorph.hosts import host_of
+from flashmorph.hosts import host_of, supports_varlen
 from flashmorph.losses import Head, chunk_tokens, top_log_probabilities
 from flashmorph.packing import apart, token_order
 from flashmorph.progress import Report, silent
@@ -118,9 +118,9 @@ def _of_batch(
     teacher: PreTrainedModel, input_ids: torch.Tensor, starts: torch.Tensor | None = None, *, top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What is kept of the tokens of `input_ids` `[batch, time]`, in their places: `[batch, time, k + 1]` and `k`."""
-    host, head = host_of(teacher.config), Head.of(teacher)
-    hidden = torch.cat([each.run(teacher.model) for each in apart(input_ids, starts, host)])
-    order = token_order(input_ids, starts, host)
+    varlen, head = supports_varlen(host_of(teacher.config), input_ids.device), Head.of(teacher)
+    hidden = torch.cat([each.run(teacher.model) for each in apart(input_ids, starts, varlen)])
+    order = token_order(input_ids, starts, varlen)
     parts = [top_log_probabilities(head(part), top_k) for part in hidden.split(chunk_tokens(head.out_features))]
     kept = (torch.cat(part) for part in zip(*parts, strict=True))
     values, places = (torch.empty_like(each).index_copy_(0, order, each).unflatten(0, input_ids.shape) for each in kept)

@@ -5,7 +5,10 @@ from typing import cast
 import torch
 from transformers import PreTrainedConfig
 
-from flashmorph.hosts.host import Products
+from flashmorph.mixers.mixer import Products
+
+STATE_BYTES = 4
+"""Bytes of a number in a recurrent state, which transformers keeps in float32."""
 
 
 def head_dim_of(config: PreTrainedConfig) -> int:
@@ -21,11 +24,6 @@ def number_bytes(config: PreTrainedConfig) -> int:
 def attention_cache_bytes(config: PreTrainedConfig, tokens: int) -> int:
     """Keys and values of `tokens`, in one layer."""
     return 2 * config.num_key_value_heads * head_dim_of(config) * tokens * number_bytes(config)
-
-
-def attention_operations(config: PreTrainedConfig, tokens: int) -> int:
-    """Scores of one token with `tokens` others, and their weighted sum, in one layer."""
-    return 4 * config.num_attention_heads * head_dim_of(config) * tokens
 
 
 def attention_products(
@@ -49,7 +47,7 @@ def attention_products(
     scores, scores_formula = 4 * seen * heads * head_dim, f"4 · {of_scores} · heads · head_dim"
     return [
         Products(f"q, {gate}k, v", "input", f"2 · hidden · ({twice}heads + 2 · kv_heads) · head_dim", into),
-        Products("scores, values", "state", scores_formula, scores, 1 - seen / (2 * context)),
+        Products("scores, values", "state", scores_formula, scores, 1 - seen / (2 * context), step=scores),
         Products("out", "weights", "2 · heads · head_dim · hidden", 2 * heads * head_dim * width),
     ]
 

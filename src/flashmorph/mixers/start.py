@@ -1,4 +1,4 @@
-"""How a linear branch starts: what hosts need to read off the attention that it stands beside."""
+"""How a linear branch starts: what mixers need to read off the attention that it stands beside."""
 
 from collections.abc import Callable
 from typing import Any

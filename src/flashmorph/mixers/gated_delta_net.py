@@ -1,0 +1,119 @@
+"""Gated DeltaNet (arXiv 2412.06464), transformers' own, beside the gated attention of Qwen3.5."""
+
+import copy
+import math
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedConfig
+
+from flashmorph.mixers.kernels import REFERENCE, boundaries_in, convolve_apart, implementation_in_use
+from flashmorph.mixers.mixer import LAYER_TYPES, LINEAR, Kernels, Products
+from flashmorph.mixers.products import STATE_BYTES, number_bytes
+from flashmorph.mixers.start import constant_row, fit_head_scales, mean_distance, softplus_inverse
+
+_FUNCTIONS = (
+    "torch_chunk_gated_delta_rule",
+    "torch_recurrent_gated_delta_rule",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
+)
+_CHUNK = 64
+_TAP = 0.1
+_GATE = 2.0
+
+
+class GatedDeltaNet:
+    """`module_class` of one of transformers' models; one key and one value head for each query head."""
+
+    name = "Gated DeltaNet"
+    trainable = True
+    separable_by_head = True
+    projection = "out_proj"
+
+    def __init__(self, module_class: type[nn.Module]):
+        self._class = module_class
+        self.kernels: Kernels | None = Kernels(
+            module_class.__module__, _FUNCTIONS, {"causal_conv1d_fn": convolve_apart}
+        )
+
+    def build(self, config: PreTrainedConfig, layer: int, attention: nn.Module) -> nn.Module:
+        """transformers' own module."""
+        config = copy.deepcopy(config)
+        config.layer_types = [LAYER_TYPES[LINEAR]] * config.num_hidden_layers
+        return cast(Any, self._class)(config, layer)
+
+    def run(self, module: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+        """The output, given where documents begin, if anything."""
+        return module(hidden_states=hidden, **boundaries_in(arguments))
+
+    def supports_varlen(self, device: torch.device) -> bool:
+        """Where the delta rule's kernel runs; the convolution can do with PyTorch."""
+        assert self.kernels
+        return device.type == "cuda" and implementation_in_use(self.kernels.module, _FUNCTIONS[0]) != REFERENCE
+
+    @torch.no_grad()
+    def initialise(self, module: Any, attention: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
+        """Start as the linear form of the attention.
+
+        Queries and keys carry their norm's weights; keys and values are repeated to all heads. The convolution passes
+        the current token only, scaled so that SiLU works where it is nearly linear (the scale itself is taken back by
+        the norms). A head forgets half at the mean distance it attends to (Taylor-Calibrate, arXiv 2606.16429), half
+        of a key's old value is overwritten. The gate `z` is the least-squares fit of a constant on the hidden states.
+        The norm removes each head's amplitude: one scale a head, fitted to the attention's output, goes into
+        `out_proj`.
+        """
+        heads, head_dim, groups = module.num_v_heads, module.head_v_dim, attention.num_key_value_groups
+        query = attention.q_proj.weight.unflatten(0, (heads, 2, head_dim))[:, 0]
+        key, value = (
+            projection.weight.unflatten(0, (-1, head_dim)).repeat_interleave(groups, 0)
+            for projection in (attention.k_proj, attention.v_proj)
+        )
+        query = query * (1 + attention.q_norm.weight)[:, None]
+        key = key * (1 + attention.k_norm.weight)[:, None]
+        mixed = torch.cat([part.flatten(0, 1) for part in (query, key, value)])
+        spread = F.linear(hidden, mixed).flatten(0, 1).std(0).clamp_min(1e-6)
+        scale = _TAP / spread.unflatten(0, (-1, head_dim)).mean(1, keepdim=True).expand(-1, head_dim).flatten()
+        module.in_proj_qkv.weight.copy_(mixed * scale[:, None])
+        module.conv1d.weight.zero_()
+        module.conv1d.weight[:, 0, -1] = 1.0
+        module.in_proj_z.weight.copy_(constant_row(hidden, _GATE).expand_as(module.in_proj_z.weight))
+        module.in_proj_a.weight.zero_()
+        module.in_proj_b.weight.zero_()
+        module.A_log.zero_()
+        module.dt_bias.copy_(softplus_inverse(math.log(2) / mean_distance(attention, hidden, arguments)))
+        module.norm.weight.fill_(1.0)
+        module.out_proj.weight.copy_(attention.o_proj.weight / 2)
+        target = attention(hidden_states=hidden, **arguments)[0]
+        fit_head_scales(module.out_proj, head_dim, lambda: module(hidden_states=hidden), target)
+
+    def cache_bytes(self, config: PreTrainedConfig, context: int) -> int:
+        """The convolution's inputs, and the recurrent state in float32."""
+        mixed, _, state = _sizes(config)
+        return mixed * config.linear_conv_kernel_dim * number_bytes(config) + state * STATE_BYTES
+
+    def products(self, config: PreTrainedConfig, context: int) -> list[Products]:
+        """In chunks of 64 (arXiv 2412.06464, section 3.3); a step decays, reads, writes and queries the state."""
+        width = config.hidden_size
+        key, value, heads = config.linear_key_head_dim, config.linear_value_head_dim, config.linear_num_value_heads
+        mixed, values, state = _sizes(config)
+        padded = math.ceil(context / _CHUNK) * _CHUNK / context
+        into = 2 * width * (mixed + values + 2 * heads)
+        rule = padded * heads * (6 * key * value + _CHUNK * (4 * key + 2 * value))
+        rule_formula = f"heads · (6 · key_dim · value_dim + {_CHUNK} · (4 · key_dim + 2 · value_dim))"
+        convolution = 2 * config.linear_conv_kernel_dim * mixed
+        return [
+            Products("q, k, v, z, a, b", "input", "2 · hidden · (2 · keys + 2 · values + 2 · heads)", into),
+            Products("convolution", "weights", "2 · kernel · (2 · keys + values)", convolution, step=convolution),
+            Products("delta rule", "state", rule_formula, rule, step=7 * state),
+            Products("out", "weights", "2 · values · hidden", 2 * values * width),
+        ]
+
+
+def _sizes(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """Channels that are convolved, values, and numbers of the state, of one layer."""
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+    return 2 * keys + values, values, values * config.linear_key_head_dim

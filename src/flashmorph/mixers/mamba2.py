@@ -1,0 +1,132 @@
+"""Mamba2 (arXiv 2405.21060), transformers' own, beside the attention of Granite hybrid."""
+
+import copy
+import math
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMambaLayer
+
+from flashmorph.mixers.kernels import boundaries_in
+from flashmorph.mixers.mixer import LAYER_TYPES, LINEAR, Kernels, Products
+from flashmorph.mixers.products import STATE_BYTES, number_bytes
+from flashmorph.mixers.start import constant_row, fit_head_scales, mean_distance
+
+_FUNCTIONS = (
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
+    "mamba2_split_conv1d_scan_combined",
+    "mamba2_selective_state_update",
+    "mamba2_chunk_scan",
+)
+_TAP = 0.1
+_GATE = 2.0
+_SURPLUS_DISTANCE = 0.25
+
+
+class Mamba2:
+    """Granite's Mamba2 layer. Its gated norm spans all heads, so no head can be left out alone."""
+
+    name = "Mamba2"
+    trainable = True
+    separable_by_head = False
+    projection = "out_proj"
+    kernels: Kernels | None = Kernels(GraniteMoeHybridMambaLayer.__module__, _FUNCTIONS)
+
+    def build(self, config: PreTrainedConfig, layer: int, attention: nn.Module) -> nn.Module:
+        """transformers' own module."""
+        config = copy.deepcopy(config)
+        config.layer_types = [LAYER_TYPES[LINEAR]] * config.num_hidden_layers
+        return GraniteMoeHybridMambaLayer(cast(Any, config), layer)
+
+    def run(self, module: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+        """The output, given where documents begin, if anything."""
+        return module(hidden_states=hidden, **boundaries_in(arguments))
+
+    def supports_varlen(self, device: torch.device) -> bool:
+        """Not yet: its kernels take `seq_idx`, but the attention beside it in Granite hybrid takes nothing."""
+        return False
+
+    @torch.no_grad()
+    def initialise(self, module: Any, attention: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
+        """Start as the linear form of the attention: C from queries, B from keys, x from values.
+
+        So MambaInLlama starts it (arXiv 2408.15237, section 3). Each head of the attention leads a group of Mamba heads
+        that share its queries and keys; the surplus heads, also those of surplus groups, hold values of the same heads
+        and look back a quarter as far. Convolution, decay, the gate `z` and one scale a head are as in
+        `gated_delta_net.py`; biases of queries, keys and values go into the convolution's.
+        """
+        heads, head_dim, groups = attention.config.num_attention_heads, attention.head_dim, module.n_groups
+        per_group, shared = module.num_heads // groups, attention.num_key_value_groups
+        leader = torch.arange(groups, device=hidden.device) % heads
+        source = leader.repeat_interleave(per_group)
+        number = torch.arange(module.num_heads, device=hidden.device)
+        surplus = (number % per_group != 0) | (number >= heads * per_group)
+        parts = [
+            _heads(attention.v_proj, source // shared, head_dim),
+            _heads(attention.k_proj, leader // shared, head_dim),
+            _heads(attention.q_proj, leader, head_dim),
+        ]
+        mixed, bias = (torch.cat(each) for each in zip(*parts, strict=True))
+        spread = F.linear(hidden, mixed).flatten(0, 1).std(0).clamp_min(1e-6)
+        scale = _TAP / spread.unflatten(0, (-1, head_dim)).mean(1).repeat_interleave(head_dim)
+        gate = constant_row(hidden, _GATE).expand(module.intermediate_size, -1)
+        steps = torch.zeros_like(module.in_proj.weight[: module.num_heads])
+        module.in_proj.weight.copy_(torch.cat([gate, mixed, steps]))
+        module.conv1d.weight.zero_()
+        module.conv1d.weight[:, 0, -1] = scale
+        module.conv1d.bias.copy_(bias * scale)
+        # A step of softplus(0) = ln 2 and a rate of 1 / distance: half is forgotten at that distance.
+        distance = mean_distance(attention, hidden, arguments)[source]
+        module.dt_bias.zero_()
+        module.A_log.copy_(-torch.where(surplus, distance * _SURPLUS_DISTANCE, distance).log())
+        module.D.zero_()
+        module.norm.weight.fill_(1.0)
+        module.out_proj.weight.copy_(attention.o_proj.weight.unflatten(1, (heads, head_dim))[:, source].flatten(1))
+        target = attention(hidden_states=hidden, **arguments)[0]
+        fit_head_scales(module.out_proj, head_dim, lambda: module(hidden_states=hidden), target)
+
+    def cache_bytes(self, config: PreTrainedConfig, context: int) -> int:
+        """The convolution's inputs, and the recurrent state in float32."""
+        inner, convolved = _sizes(config)
+        return convolved * config.mamba_d_conv * number_bytes(config) + inner * config.mamba_d_state * STATE_BYTES
+
+    def products(self, config: PreTrainedConfig, context: int) -> list[Products]:
+        """In chunks (arXiv 2405.21060, section 6), each head with B and C of its own.
+
+        PyTorch's reference makes each chunk's first state from those of all chunks; kernels hand it on. A step decays,
+        writes and queries the state.
+        """
+        width, chunk = config.hidden_size, config.mamba_chunk_size
+        heads, head_dim, state = config.mamba_n_heads, config.mamba_d_head, config.mamba_d_state
+        chunks = math.ceil(context / chunk)
+        inner, convolved = _sizes(config)
+        into = 2 * width * (inner + convolved + heads)
+        convolution = 2 * config.mamba_d_conv * convolved
+        scan = chunks * chunk / context * heads * (chunk * (2 * state + 2 * head_dim) + 4 * state * head_dim)
+        scan_formula = f"heads · ({chunk} · (2 · state + 2 · head_dim) + 4 · state · head_dim)"
+        between, handed_on = 2 * (chunks + 1) ** 2 * inner * state / context, chunks / (chunks + 1) ** 2
+        kernel_formula = "2 · kernel · (inner + 2 · groups · state)"
+        return [
+            Products("z, x, B, C, dt", "input", "2 · hidden · (2 · inner + 2 · groups · state + heads)", into),
+            Products("convolution", "weights", kernel_formula, convolution, step=convolution),
+            Products("scan", "state", scan_formula, scan, step=5 * inner * state),
+            Products("between chunks", "state", "2 · (chunks + 1)² · inner · state / context", between, handed_on),
+            Products("out", "weights", "2 · inner · hidden", 2 * inner * width),
+        ]
+
+
+def _sizes(config: PreTrainedConfig) -> tuple[int, int]:
+    """Inner channels, and channels that are convolved, of one layer."""
+    inner = config.mamba_n_heads * config.mamba_d_head
+    return inner, inner + 2 * config.mamba_n_groups * config.mamba_d_state
+
+
+def _heads(projection: nn.Linear, numbers: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows `[heads * head_dim, width]` and biases `[heads * head_dim]` of these heads of a projection."""
+    bias = projection.weight.new_zeros(projection.out_features) if projection.bias is None else projection.bias
+    weight, bias = (part.unflatten(0, (-1, head_dim))[numbers].flatten(0, 1) for part in (projection.weight, bias))
+    return weight, bias
