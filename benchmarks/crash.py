@@ -35,7 +35,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from flashmorph.files import write_json
-from flashmorph.interrupts import SENTENCE
+from flashmorph.surface.interrupts import SENTENCE
 
 SMALL = {
     "align": "{tokens: 65536, length: 256, batch_tokens: 2048, retrieval_share: 0.5, learning_rate: 2.0e-3, "
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="a new folder")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/crash.json"))
     arguments = parser.parse_args()
-    PROCESSES.set_forkserver_preload(["flashmorph.pipeline"])
+    PROCESSES.set_forkserver_preload(["flashmorph.pipeline.morph"])
     command = ["flashmorph", "morph", arguments.teacher, "--recipe", str(arguments.recipe or "demo")]
     if not arguments.recipe:
         command += [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")]

@@ -3,9 +3,10 @@
     python benchmarks/gpu.py --gpu h200
 
 Random weights: speed does not depend on what they know. For align, gates and distill at the settings of the recipe
-`default`: tokens a second, share of the GPU's peak, memory at its peak and what `flashmorph plan` says of it; how many
-hours the gates' descent takes at those settings (`--search`: the whole search is run); prefill and decode of teacher
-and hybrid; and which kernels of flash-linear-attention ran, by the profiler. Writes `benchmarks/results/gpu.json`.
+`default`: tokens a second, share of the GPU's peak, memory at its peak and what `flashmorph estimate` says of it; how
+many hours the gates' descent takes at those settings (`--search`: the whole search is run); prefill and decode of
+teacher and hybrid; and which kernels of flash-linear-attention ran, by the profiler. Writes
+`benchmarks/results/gpu.json`.
 Without CUDA the same code runs at toy size on the CPU, says that it measured nothing, and writes nothing.
 """
 
@@ -29,15 +30,17 @@ from flashmorph.bench import BenchSettings, bench, kernels_of, measure_rates
 from flashmorph.bench.limit import timed
 from flashmorph.bench.memory import peak_bytes
 from flashmorph.cli.bench import show
+from flashmorph.cli.environment import describe
 from flashmorph.cli.options import numbers, quiet
-from flashmorph.costs import Estimate, Gpu, estimate, find_gpu
+from flashmorph.convert.load import load_tokenizer
+from flashmorph.convert.teacher import open_teacher
 from flashmorph.devices import pick_device, use_bf16
-from flashmorph.environment import describe
+from flashmorph.estimate import Estimate, Gpu, estimate, find_gpu
 from flashmorph.files import write_json
 from flashmorph.hosts import host_for, layer_space
-from flashmorph.morphable import Morphable, build
+from flashmorph.model.morphable import Morphable, build
 from flashmorph.plan import Budget
-from flashmorph.recipe import Recipe, load_recipe
+from flashmorph.recipe.recipe import Recipe, load_recipe
 from flashmorph.selection.objective import MorphableObjective
 from flashmorph.selection.search import own_settings, select
 from flashmorph.selection.searchdata import SearchData, step_shape
@@ -45,7 +48,6 @@ from flashmorph.selection.uniform import uniform
 from flashmorph.stages.align import AlignmentLoss
 from flashmorph.stages.distill import DistillationLoss
 from flashmorph.tasks import STYLES, Haystack, Layout
-from flashmorph.teacher import load_tokenizer, open_teacher
 
 SHAPE = {
     "vocab_size": 151_936,
@@ -93,7 +95,7 @@ class Run:
         self.found: dict[str, Any] = {}
 
     def fitting(self, recipe: Recipe) -> Recipe:
-        """With fewer tokens at once where `flashmorph plan` says that a stage does not fit into nine tenths of this
+        """With fewer tokens at once where `flashmorph estimate` says that a stage does not fit into nine tenths of this
         GPU."""
         if self.device.type != "cuda":
             return recipe
@@ -123,7 +125,7 @@ class Run:
         return torch.randint(self.config.vocab_size, (max(1, tokens // length), length), device=self.device)
 
     def plan_says(self, recipe: Recipe) -> Estimate:
-        """What `flashmorph plan` says of a recipe."""
+        """What `flashmorph estimate` says of a recipe."""
         budget = {"budget": str(self.budget)}
         return estimate("random", self.config, recipe.model_copy(update=budget), self.gpu)
 
@@ -148,8 +150,8 @@ class Run:
     def measure(self, name: str, steps: list[tuple[Callable[[], object], int]], expected: Estimate) -> dict[str, Any]:
         """Time steps, each given with its tokens, after a round that compiles kernels and shows the peak of memory.
 
-        The share of the peak (MFU) is of the operations that `flashmorph plan` counts for kernels, without those that
-        are done a second time to save memory.
+        The share of the peak (MFU) is of the operations that `flashmorph estimate` counts for kernels, without those
+        that are done a second time to save memory.
         """
         fixed = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else None
         different = {id(work): work for work, _ in steps}.values()
@@ -246,7 +248,7 @@ class Run:
 def main() -> None:
     """Measure, print and write; or run at toy size and say so."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", help="its name in `flashmorph plan`, for the share of its peak: h200, a100, ...")
+    parser.add_argument("--gpu", help="its name in `flashmorph estimate`, for the share of its peak: h200, a100, ...")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of each stage, after one that is not")
     parser.add_argument("--lengths", default="32768,65536,131072,262144")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of prefill and decode")

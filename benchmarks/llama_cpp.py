@@ -29,10 +29,10 @@ from transformers import Qwen3ForCausalLM
 
 from flashmorph.bench.growth import spread
 from flashmorph.cli.options import OUT, numbers, quiet
-from flashmorph.export import export_gguf
+from flashmorph.cli.screen import RichScreen
 from flashmorph.files import write_json
 from flashmorph.hosts import host_for
-from flashmorph.screen import RichScreen
+from flashmorph.pipeline.export import export_gguf
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from llama_tools import compiled, stand_in

@@ -20,17 +20,17 @@ from rich.table import Table
 
 import flashmorph
 from flashmorph.cli.options import quiet
-from flashmorph.corpus import Corpus
+from flashmorph.convert.teacher import open_teacher
+from flashmorph.data.corpus import Corpus
+from flashmorph.data.isolation import Packed, apart, cut, how_apart
+from flashmorph.data.rows import pack
 from flashmorph.devices import pick_device, use_bf16
 from flashmorph.files import write_json
 from flashmorph.hosts import host_of, supports_varlen
 from flashmorph.losses import Head, label_loss
-from flashmorph.packing import Packed, apart, cut, how_apart
 from flashmorph.plan import Budget
-from flashmorph.rows import pack
 from flashmorph.selection.uniform import uniform
 from flashmorph.stages import collate
-from flashmorph.teacher import open_teacher
 
 
 def padded(input_ids: torch.Tensor, starts: torch.Tensor) -> list[Packed]:

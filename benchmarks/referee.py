@@ -18,19 +18,19 @@ from rich.table import Table
 
 import flashmorph
 from flashmorph.cli.options import quiet
+from flashmorph.cli.screen import RichScreen
+from flashmorph.convert.teacher import open_teacher
 from flashmorph.devices import pick_device
 from flashmorph.evaluation import clustered_interval
 from flashmorph.files import write_json
-from flashmorph.outlook import check
-from flashmorph.recipe import load_recipe, parse_changes
+from flashmorph.recipe.outlook import check
+from flashmorph.recipe.recipe import load_recipe, parse_changes
 from flashmorph.referee import CompareSettings, compare
 from flashmorph.referee.figures import draw_regret
 from flashmorph.referee.summary import summarise
-from flashmorph.run import Run
-from flashmorph.runfolder import RunFolder
-from flashmorph.screen import RichScreen
+from flashmorph.run.folder import RunFolder
+from flashmorph.run.run import Run
 from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES
-from flashmorph.teacher import open_teacher
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / f"referee-{'.'.join(flashmorph.__version__.split('.')[:2])}"

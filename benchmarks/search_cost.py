@@ -18,13 +18,14 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import flashmorph
 from flashmorph.cli.options import quiet
-from flashmorph.corpus import Corpus
+from flashmorph.convert.load import load_tokenizer
+from flashmorph.convert.teacher import open_teacher
+from flashmorph.data.corpus import Corpus
 from flashmorph.files import write_json
 from flashmorph.selection.objective import MorphableObjective
 from flashmorph.selection.search import own_settings
 from flashmorph.selection.searchdata import SearchData, SearchSettings
 from flashmorph.tasks import STYLES, Haystack, Layout, TaskSettings
-from flashmorph.teacher import load_tokenizer, open_teacher
 
 DEPTHS, LENGTH = (28, 48), 128
 PAPER_LENGTHS = {"2K": 2048, "4K": 4096, "8K": 8192}

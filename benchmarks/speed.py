@@ -18,11 +18,11 @@ from transformers import PreTrainedModel, Qwen3Config
 from flashmorph.bench import BenchSettings, bench
 from flashmorph.cli.bench import show
 from flashmorph.cli.options import numbers, quiet
+from flashmorph.cli.screen import RichScreen
 from flashmorph.devices import pick_device
 from flashmorph.files import write_json
 from flashmorph.hosts import LINEAR, host_for
 from flashmorph.plan import FULL
-from flashmorph.screen import RichScreen
 
 
 def add_shape(parser: argparse.ArgumentParser) -> None:

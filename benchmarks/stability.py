@@ -17,21 +17,21 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from flashmorph import pipeline
 from flashmorph.cli.options import quiet
+from flashmorph.cli.screen import RichScreen
+from flashmorph.convert.teacher import open_teacher
 from flashmorph.devices import pick_device
 from flashmorph.evaluation import answers_right, paired_interval, share_interval
 from flashmorph.files import write_json
+from flashmorph.pipeline import morph as pipeline
 from flashmorph.plan import Budget, Plan, Space
 from flashmorph.progress import silent
-from flashmorph.recipe import Recipe, load_recipe
-from flashmorph.run import Run
-from flashmorph.rundata import open_questions
-from flashmorph.runfolder import RunFolder
-from flashmorph.runmodels import open_morphable, open_objective
-from flashmorph.screen import RichScreen
+from flashmorph.recipe.questions import open_questions
+from flashmorph.recipe.recipe import Recipe, load_recipe
+from flashmorph.run.folder import RunFolder
+from flashmorph.run.models import open_morphable, open_objective
+from flashmorph.run.run import Run
 from flashmorph.selection.uniform import uniform
-from flashmorph.teacher import open_teacher
 
 CHECK_SEED = 1000
 

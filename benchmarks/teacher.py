@@ -8,16 +8,32 @@ Writes `benchmarks/results/teacher.json`.
 import argparse
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from flashmorph.cli.options import quiet
+from flashmorph.convert.teacher import open_model, open_teacher
 from flashmorph.devices import pick_device
+from flashmorph.evaluation import Score, evaluate
 from flashmorph.files import write_json
-from flashmorph.judge import score_model
-from flashmorph.recipe import load_recipe
-from flashmorph.teacher import open_teacher
+from flashmorph.hosts import cache_by_context
+from flashmorph.recipe.questions import held_out, open_questions
+from flashmorph.recipe.recipe import Recipe, load_recipe
 
 QUESTIONS = 200
+
+
+def score_model(name: str, recipe: Recipe, device: torch.device) -> Score:
+    """Recall, perplexity and cache of one model by the recipe's tasks.
+
+    Raises:
+        UserError: see `open_model`; or the corpus has no text of the test split.
+    """
+    model, tokenizer = open_model(name, device)
+    corpus = recipe.data.corpus
+    text = held_out(recipe, corpus, tokenizer)
+    questions = open_questions(recipe, corpus, tokenizer)
+    return evaluate(model, tokenizer, questions, text, recipe.evaluate, cache_by_context(model.config))
 
 
 def main() -> None:

@@ -20,16 +20,16 @@ from rich.table import Table
 from transformers import Qwen3ForCausalLM
 
 from flashmorph.cli.options import quiet
-from flashmorph.corpus import Corpus
+from flashmorph.convert.teacher import open_teacher
+from flashmorph.data.corpus import Corpus
 from flashmorph.evaluation import paired_interval
 from flashmorph.evaluation.intervals import share_interval
 from flashmorph.files import write_json
 from flashmorph.losses import token_losses
-from flashmorph.recipe import load_recipe
-from flashmorph.rundata import open_layout
+from flashmorph.recipe.questions import open_layout
+from flashmorph.recipe.recipe import load_recipe
 from flashmorph.selection.searchdata import SearchData
 from flashmorph.tasks import STYLES, Example
-from flashmorph.teacher import open_teacher
 
 HERE = Path(__file__).parent
 FORMS = ("published", "stock")

@@ -19,14 +19,14 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from flashmorph.cli.options import quiet
+from flashmorph.cli.screen import RichScreen
+from flashmorph.convert.digests import weights_digest
 from flashmorph.devices import pick_device
-from flashmorph.digests import weights_digest
 from flashmorph.evaluation import GridSettings
 from flashmorph.files import write_json
+from flashmorph.pipeline.evaluate_models import Wanted, compare_models
 from flashmorph.plan import Plan
-from flashmorph.recipe import load_recipe
-from flashmorph.screen import RichScreen
-from flashmorph.sidebyside import Wanted, compare_models
+from flashmorph.recipe.recipe import load_recipe
 
 
 def main() -> None:

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 
 import flashmorph
-from flashmorph.corpus import Corpus
-from flashmorph.publish import save_model
-from flashmorph.rows import pack
+from flashmorph.convert.save import save_model
+from flashmorph.convert.teacher import open_teacher
+from flashmorph.data.corpus import Corpus
+from flashmorph.data.rows import pack
 from flashmorph.selection.objective import MorphableObjective
 from flashmorph.selection.searchdata import SearchData, SearchSettings
 from flashmorph.stages import AlignSettings
 from flashmorph.tasks import STYLES, Haystack, Layout, TaskSettings
-from flashmorph.teacher import open_teacher
 
 parser = argparse.ArgumentParser()
 parser.add_argument("folder", type=Path, help="where work and result go")

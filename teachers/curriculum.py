@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from flashmorph.corpus import Corpus
+from flashmorph.data.corpus import Corpus
 from flashmorph.tasks import STYLES, names
 from flashmorph.tasks.problem import one_word_keys, random_value, two_word_keys
 

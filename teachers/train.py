@@ -38,7 +38,7 @@ from transformers.optimization import get_wsd_schedule
 
 from bpe import train_tokenizer
 from curriculum import Curriculum, window_mask
-from flashmorph.corpus import Corpus
+from flashmorph.data.corpus import Corpus
 
 PARTS = {1: "answer", 2: "hop", 3: "link", 4: "copy"}
 

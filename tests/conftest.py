@@ -14,8 +14,8 @@ from families import SHAPE, random_teacher
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import flashmorph.assets as assets
-from flashmorph.morphable import Morphable, attach
-from flashmorph.move import transplant
+from flashmorph.convert.in_memory import transplant
+from flashmorph.model.morphable import Morphable, attach
 
 FEW_STEPS = {
     "budget": "1",

@@ -4,7 +4,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from flashmorph.export import CONVERTER
+from flashmorph.pipeline.export import CONVERTER
 
 
 def stand_in(llama_cpp: Path, place: Path) -> Path:

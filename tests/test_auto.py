@@ -7,12 +7,12 @@ import torch
 from conftest import run_command
 from families import config_of
 
-from flashmorph.costs.auto import Room, asked, choose, resolved
-from flashmorph.costs.memory import stage_memory
-from flashmorph.costs.sizes import count_sizes
-from flashmorph.costs.work import model_of
 from flashmorph.devices import _cgroup_limits, total_memory, usable_memory
-from flashmorph.recipe import load_recipe, with_settings
+from flashmorph.estimate.auto import Room, asked, choose, resolved
+from flashmorph.estimate.memory import stage_memory
+from flashmorph.estimate.sizes import count_sizes
+from flashmorph.estimate.work import model_of
+from flashmorph.recipe.recipe import load_recipe, with_settings
 
 SHAPE = {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1536, "num_attention_heads": 8,
          "head_dim": 64, "vocab_size": 8192, "max_position_embeddings": 32768}  # fmt: skip
@@ -98,8 +98,8 @@ def test_it_is_decided_once_and_kept_with_the_stage(shape, tmp_path):
 def test_a_run_keeps_its_choice_in_the_record_and_goes_on_with_it(teacher_folder, recipe_file, tmp_path, monkeypatch):
     command = ("align", teacher_folder, "--recipe", recipe_file, "--output", tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("flashmorph.run.usable_memory", lambda *_: 1.0)
-        patch.setattr("flashmorph.pipeline.align", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("flashmorph.run.run.usable_memory", lambda *_: 1.0)
+        patch.setattr("flashmorph.pipeline.morph.align", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run_command(*command) == 130
     assert run_command(*command) == 0
     (record,) = tmp_path.glob("stages/align-*/stage.json")
@@ -109,7 +109,7 @@ def test_a_run_keeps_its_choice_in_the_record_and_goes_on_with_it(teacher_folder
 
 
 def test_plan_says_what_it_would_choose_on_a_gpu(teacher_folder, capsys):
-    options = ("plan", teacher_folder, "--recipe", "default", "--gpu", "l4")
+    options = ("estimate", teacher_folder, "--recipe", "default", "--gpu", "l4")
     assert run_command(*options, "--json") == 0
     stages = {stage["stage"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}
     assert stages["distill"]["auto"].keys() == {"distill.micro_batch_tokens", "distill.activation_checkpointing"}

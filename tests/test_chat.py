@@ -8,12 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import tiny_tokenizer
 
-import flashmorph.documents
-import flashmorph.rows
-from flashmorph.chat import Unfit, encode_chat, messages_in, tools_in
-from flashmorph.corpus import Corpus, Document
+import flashmorph.data.documents
+import flashmorph.data.rows
+from flashmorph.data.chat import Unfit, encode_chat, messages_in, tools_in
+from flashmorph.data.corpus import Corpus, Document
+from flashmorph.data.rows import pack
 from flashmorph.errors import UserError
-from flashmorph.rows import pack
 from flashmorph.tasks import SPLITS
 
 BODY = "{{ message.content if message.content is string else '' }}"
@@ -284,8 +284,8 @@ def test_no_row_is_without_a_token_to_learn(tmp_path, monkeypatch):
     assert len(whole) == 40 and all(learns(whole[row]) for row in range(40))
     assert any("word" in tokenizer.decode(whole[row]["input_ids"]) for row in range(40))
 
-    monkeypatch.setattr(flashmorph.rows, "_KEEP_TOKENS", 16 * 3)
-    monkeypatch.setattr(flashmorph.documents, "_TOGETHER", 500)
+    monkeypatch.setattr(flashmorph.data.rows, "_KEEP_TOKENS", 16 * 3)
+    monkeypatch.setattr(flashmorph.data.documents, "_TOGETHER", 500)
 
     def stop(done: float, total: float) -> None:
         if done == 17:
@@ -309,7 +309,7 @@ def test_rows_without_a_token_to_learn_use_up_the_text(tmp_path):
 
 def test_a_source_that_never_has_a_row_to_learn_is_refused(tmp_path, monkeypatch):
     """Here replies always stand where nothing predicts them."""
-    monkeypatch.setattr(flashmorph.documents, "encode_chat", lambda *_: ([5] * 16, [True] + [False] * 15))
+    monkeypatch.setattr(flashmorph.data.documents, "encode_chat", lambda *_: ([5] * 16, [True] + [False] * 15))
     with pytest.raises(UserError, match="no row of 16 tokens has one to learn"):
         pack(long_talks(tmp_path), chatty(), "train", 16, 10, 0, tmp_path / "rows.npy", None)
     assert not list(tmp_path.glob("rows*"))

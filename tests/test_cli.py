@@ -14,8 +14,8 @@ from transformers import BertConfig, Gemma3TextConfig, Olmo2Config, Qwen2_5_VLCo
 from typer.main import get_command
 
 from flashmorph.cli import app
-from flashmorph.recipe import Recipe, load_recipe, parse_changes
-from flashmorph.runfolder import RunFolder
+from flashmorph.recipe.recipe import Recipe, load_recipe, parse_changes
+from flashmorph.run.folder import RunFolder
 
 
 def refused(capsys, *arguments) -> str:
@@ -142,7 +142,7 @@ def test_two_runs_at_once_in_one_folder(tmp_path, teacher_folder, recipe_file, c
 def test_trackers_that_are_not_there_are_told_before_anything_is_made(
     tmp_path, teacher_folder, recipe_file, capsys, monkeypatch
 ):
-    monkeypatch.setattr("flashmorph.outlook.find_spec", lambda name: None)
+    monkeypatch.setattr("flashmorph.recipe.outlook.find_spec", lambda name: None)
     options = ("--recipe", recipe_file, "--output", tmp_path / "out", "--set")
     assert "pip install wandb" in refused(capsys, "morph", teacher_folder, *options, "report_to=[wandb]")
     assert "tensorboard" in refused(capsys, "morph", teacher_folder, *options, "report_to=[tensorbored]")

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import tiny_tokenizer
 
-from flashmorph.corpus import Corpus, split_of
+from flashmorph.data.corpus import Corpus, split_of
+from flashmorph.data.rows import pack
 from flashmorph.errors import UserError
-from flashmorph.rows import pack
 from flashmorph.tasks import SPLITS
 
 TEXTS = [f"Document {number} says: {'word ' * (number % 7)}{number * number}.\n" for number in range(200)]

@@ -1,4 +1,4 @@
-"""What `flashmorph plan` says is what real models have and do."""
+"""What `flashmorph estimate` says is what real models have and do."""
 
 import json
 import math
@@ -10,16 +10,16 @@ from conftest import random_qwen3, run_command
 from families import config_of, random_teacher
 from torch.utils.flop_counter import FlopCounterMode
 
-import flashmorph.recompute
-from flashmorph.costs import Estimate, estimate, find_gpu
-from flashmorph.costs.memory import stage_memory
-from flashmorph.costs.work import Model, body_forward
+import flashmorph.model.recompute
+from flashmorph.convert.in_memory import transplant
 from flashmorph.errors import UserError
+from flashmorph.estimate import Estimate, estimate, find_gpu
+from flashmorph.estimate.memory import stage_memory
+from flashmorph.estimate.work import Model, body_forward
 from flashmorph.hosts import FEED_FORWARD, SLIDING, WINDOW_HOSTS, cache_bytes, configure
-from flashmorph.morphable import Morphable, attach, build
-from flashmorph.move import transplant
+from flashmorph.model.morphable import Morphable, attach, build
 from flashmorph.plan import FULL, Budget
-from flashmorph.recipe import Recipe, load_recipe
+from flashmorph.recipe.recipe import Recipe, load_recipe
 from flashmorph.selection.racing import START_QUESTIONS
 from flashmorph.stages.align import AlignmentLoss
 from flashmorph.stages.distill import DistillationLoss
@@ -176,7 +176,7 @@ def test_a_step_of_each_stage_takes_the_operations_that_are_counted(case, models
 
 
 def test_a_search_that_runs_layers_again_takes_the_operations_that_are_counted(case, models, monkeypatch):
-    monkeypatch.setattr(flashmorph.recompute, "KEPT_BYTES", 0)
+    monkeypatch.setattr(flashmorph.model.recompute, "KEPT_BYTES", 0)
     morphable, _, ids = models
     gates = torch.full((SHAPE["num_hidden_layers"], 2), 0.5, requires_grad=True)
     work = stage_of(expected(case), "select").work
@@ -329,7 +329,7 @@ QWEN3_1_7B = {
 def test_the_search_on_a_1_7b_at_8k_tokens_fits_24_gb(tmp_path, capsys):
     type(random_qwen3().config)(**QWEN3_1_7B, dtype="bfloat16").save_pretrained(tmp_path)
     at_8k = ("--set", "select.search.length=8192", "--set", "select.search.micro_batch_tokens=8192")
-    options = ("plan", tmp_path, "--budget", "7", "--gpu", "rtx4090", *at_8k)
+    options = ("estimate", tmp_path, "--budget", "7", "--gpu", "rtx4090", *at_8k)
     assert run_command(*options, "--json") == 0
     stages = {stage["stage"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}
     assert 10e9 < stages["select"]["memory_bytes"] < find_gpu("rtx4090").memory_bytes
@@ -393,14 +393,14 @@ def large(tmp_path):
 
 def test_a_70b_configuration_is_enough(large, capsys):
     started = time.process_time()
-    assert run_command("plan", large, "--budget", "25%", "--gpu", "h200", "--gpus", "8", "--json") == 0
+    assert run_command("estimate", large, "--budget", "25%", "--gpu", "h200", "--gpus", "8", "--json") == 0
     assert time.process_time() - started < 10
     found = json.loads(capsys.readouterr().out)
     assert found["full_layers"] == 20 and found["models"]["teacher"]["parameters"] == 72_703_307_776
     assert (
         found["models"]["hybrid"]["cache_bytes"]["131072"] < 0.26 * found["models"]["teacher"]["cache_bytes"]["131072"]
     )
-    assert run_command("plan", large, "--gpu", "h200", "--gpus", "8") == 0
+    assert run_command("estimate", large, "--gpu", "h200", "--gpus", "8") == 0
     printed = capsys.readouterr().out
     assert len(printed.splitlines()) < 40 and "distill does not fit" in printed
 
@@ -408,7 +408,7 @@ def test_a_70b_configuration_is_enough(large, capsys):
 @pytest.mark.parametrize("more", [(), ("--window", "16")])
 def test_plan_and_dry_run_say_the_same(teacher_folder, recipe_file, tmp_path, capsys, more):
     options = (teacher_folder, "--recipe", recipe_file, "--json", *more)
-    assert run_command("plan", *options) == 0
+    assert run_command("estimate", *options) == 0
     planned = json.loads(capsys.readouterr().out)["stages"]
     assert run_command("morph", *options, "--output", tmp_path / "out", "--dry-run") == 0
     dry = json.loads(capsys.readouterr().out)
@@ -417,7 +417,7 @@ def test_plan_and_dry_run_say_the_same(teacher_folder, recipe_file, tmp_path, ca
 
 @pytest.mark.parametrize("more", [(), ("--window", "16")])
 def test_explain_ends_in_the_figures_of_the_tables(teacher_folder, recipe_file, capsys, more):
-    options = ("plan", teacher_folder, "--recipe", recipe_file, "--gpu", "l4", "--gpus", "2", *more)
+    options = ("estimate", teacher_folder, "--recipe", recipe_file, "--gpu", "l4", "--gpus", "2", *more)
     assert run_command(*options, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert run_command(*options, "--explain") == 0
@@ -438,7 +438,7 @@ def test_explain_ends_in_the_figures_of_the_tables(teacher_folder, recipe_file, 
     ],
 )
 def test_bad_input_is_one_sentence(teacher_folder, recipe_file, capsys, options, says):
-    assert run_command("plan", teacher_folder, "--recipe", recipe_file, *options) == 2
+    assert run_command("estimate", teacher_folder, "--recipe", recipe_file, *options) == 2
     assert says in capsys.readouterr().err
 
 

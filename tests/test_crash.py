@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import FEW_STEPS
 
-from flashmorph.runfolder import RunFolder
+from flashmorph.run.folder import RunFolder
 
 CRASH = Path(__file__).parent.parent / "benchmarks" / "crash.py"
 OWN_CACHES = {".cache", ".config"}

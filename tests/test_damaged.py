@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from flashmorph.errors import UserError
-from flashmorph.readyaml import read_yaml
-from flashmorph.recipe import Recipe, load_recipe
-from flashmorph.shapes import Finite, has_broken_seal, misfit, sealed
+from flashmorph.inputs.readyaml import read_yaml
+from flashmorph.inputs.shapes import Finite, has_broken_seal, misfit, sealed
+from flashmorph.recipe.recipe import Recipe, load_recipe
 from flashmorph.stages.checkpoints import FINISHED, drop_damaged, finish, last_checkpoint
 from flashmorph.stages.training import logged
 

@@ -13,7 +13,8 @@ from scipy.stats import binomtest
 from test_cli import broken_copy, refused
 
 from flashmorph.cli.evaluate_tables import show_figures
-from flashmorph.corpus import Corpus
+from flashmorph.data.corpus import Corpus
+from flashmorph.data.heldout import HeldOut
 from flashmorph.evaluation import (
     Grid,
     GridRow,
@@ -41,7 +42,6 @@ from flashmorph.evaluation.classes import (
     repeats,
 )
 from flashmorph.evaluation.tokens import TokenClasses
-from flashmorph.heldout import HeldOut
 from flashmorph.tasks import Lines, Prompt
 
 TOKENIZER = tiny_tokenizer()

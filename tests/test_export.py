@@ -8,12 +8,12 @@ from families import config_of
 from test_cli import refused
 
 from flashmorph.cli.options import quiet
+from flashmorph.convert.load import load_config
 from flashmorph.errors import UserError
-from flashmorph.export import CONVERTER, gguf_form, lay_out, require_fields, require_layers
 from flashmorph.hosts import LINEAR, configure
+from flashmorph.pipeline.export import CONVERTER, gguf_form, lay_out, require_fields, require_layers
 from flashmorph.plan import FULL
-from flashmorph.runfolder import RunFolder
-from flashmorph.teacher import load_config
+from flashmorph.run.folder import RunFolder
 
 IRREGULAR = (FULL, LINEAR, LINEAR, FULL, LINEAR)
 PERIODIC = (LINEAR, FULL, LINEAR, FULL)

@@ -12,17 +12,17 @@ from test_morphable import close, logits
 from test_objective import objective_on
 from test_training import rows_in, settings_of
 
-from flashmorph.card import served_by
+from flashmorph.convert.in_memory import transplant
+from flashmorph.convert.load import load_model
+from flashmorph.convert.save import save_model
 from flashmorph.hosts import HOSTS, configure
 from flashmorph.losses import Head
-from flashmorph.morphable import Morphable, attach, build
-from flashmorph.move import transplant
+from flashmorph.model.morphable import Morphable, attach, build
+from flashmorph.pipeline.card import served_by
 from flashmorph.plan import Budget
-from flashmorph.publish import save_model
 from flashmorph.selection.meter import Meter
 from flashmorph.selection.search import select
 from flashmorph.stages import AlignSettings, DistillSettings, align, alignment_errors, distill
-from flashmorph.teacher import load_model
 
 VOCABULARY = 97
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from flashmorph.errors import UserError
 from flashmorph.files import atomic_path
-from flashmorph.runfolder import RunFolder
+from flashmorph.run.folder import RunFolder
 
 RECIPE = {**FEW_STEPS, "baseline": None, "tasks": {"one_key": FEW_STEPS["tasks"]["one_key"]}}
 
@@ -91,7 +91,9 @@ def test_a_run_that_dies_at_every_rename_ends_with_the_same_weights(
     stages = {what.split("/")[0] for _, what, _ in killer.seen if "/" in what}
     assert stages >= {"transplant", "align", "select", "build", "distill", "extend", "evaluate"}
     assert {what for _, what, _ in killer.seen} >= {f"{stage}/finished" for stage in stages}
-    assert {"flashmorph.files", "flashmorph.rows", "flashmorph.runfolder"} <= {caller for caller, _, _ in killer.seen}
+    assert {"flashmorph.files", "flashmorph.data.rows", "flashmorph.run.folder"} <= {
+        caller for caller, _, _ in killer.seen
+    }
     ours, theirs = load_file(folder / "model.safetensors"), load_file(whole / "model.safetensors")
     assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
     assert not list(folder.rglob("*.part*")) and not list(folder.rglob("checkpoints"))
@@ -101,7 +103,7 @@ def test_a_stage_that_had_saved_its_model_trains_no_more(finished, teacher_folde
     (stage,) = finished.glob("stages/extend-*")
     stage.rename(stage.with_name(stage.name + ".partial"))
     (stage.with_name(stage.name + ".partial") / "stage.json").unlink()
-    import flashmorph.pipeline as pipeline
+    import flashmorph.pipeline.morph as pipeline
 
     monkeypatch.setattr(pipeline, "extend", lambda *arguments: pytest.fail("it trains again"))
     assert run_command("morph", teacher_folder, "--recipe", recipe, "--output", finished) == 0

@@ -9,10 +9,10 @@ from conftest import run_command
 from test_layerwise import assert_same_checkpoint, saved
 from test_packing import CASES, hybrid, morphable_model, moved, packed_rows, planted, run_apart
 
-from flashmorph.environment import describe
+from flashmorph.cli.environment import describe
+from flashmorph.convert.streamed import transplant_checkpoint
+from flashmorph.data.isolation import cut, marked
 from flashmorph.hosts import supports_varlen
-from flashmorph.layerwise import transplant_checkpoint
-from flashmorph.packing import cut, marked
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,13 +8,14 @@ from conftest import random_qwen3, tiny_tokenizer
 from test_cli import broken_copy
 from transformers import GenerationConfig
 
+from flashmorph.convert.load import load_model
+from flashmorph.convert.save import save_model, write_host
+from flashmorph.convert.teacher import open_teacher
 from flashmorph.evaluation import answer_scores, greedy
-from flashmorph.judge import continue_prompt
+from flashmorph.pipeline.prompt import continue_prompt
 from flashmorph.progress import silent
-from flashmorph.publish import save_model, write_host
-from flashmorph.special_tokens import end_tokens
 from flashmorph.tasks import Prompt
-from flashmorph.teacher import load_model, open_teacher
+from flashmorph.tokens.special_tokens import end_tokens
 
 TOKENIZER = tiny_tokenizer()
 NEW = 12

@@ -11,11 +11,11 @@ import yaml
 from conftest import run_command
 from test_cli import refused
 
-from flashmorph.corpus import Corpus
+from flashmorph.convert.teacher import open_model
+from flashmorph.data.corpus import Corpus
+from flashmorph.data.heldout import HeldOut
 from flashmorph.evaluation import answers_right, text_losses
 from flashmorph.evaluation.harness import Harness, HarnessFigure
-from flashmorph.heldout import HeldOut
-from flashmorph.judge import open_model
 from flashmorph.tasks import STYLES, Haystack, Layout, TaskSettings, make_example
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import small_morphable
 from families import ONE_FOR_EACH_HOST
 
-from flashmorph.environment import describe
+from flashmorph.cli.environment import describe
 from flashmorph.hosts import HOSTS, use_kernels
 from flashmorph.mixers import Kernels, Mamba2
 from flashmorph.mixers.kernels import implementation_in_use
@@ -186,7 +186,7 @@ for call in (
 from conftest import small_morphable
 from families import ONE_FOR_EACH_HOST
 
-from flashmorph.environment import describe
+from flashmorph.cli.environment import describe
 from flashmorph.hosts import HOSTS
 from flashmorph.mixers.kernels import implementation_in_use
 from flashmorph.plan import Budget

@@ -14,13 +14,13 @@ from families import TEACHERS, random_teacher
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import flashmorph.shards as shards
+import flashmorph.convert.shards as shards
+from flashmorph.convert.in_memory import transplant
+from flashmorph.convert.load import load_model
+from flashmorph.convert.save import complete, save_model
+from flashmorph.convert.streamed import transplant_checkpoint
 from flashmorph.errors import UserError
 from flashmorph.hosts.qwen3_5 import Qwen35Host
-from flashmorph.layerwise import transplant_checkpoint
-from flashmorph.move import transplant
-from flashmorph.publish import complete, save_model
-from flashmorph.teacher import load_model
 
 SHARD = "8KB"
 """Small enough that every layer of a tiny teacher lies in several files."""
@@ -217,7 +217,7 @@ from pathlib import Path
 import torch
 
 from flashmorph.bench.memory import peak_bytes
-from flashmorph.layerwise import transplant_checkpoint
+from flashmorph.convert.streamed import transplant_checkpoint
 
 small, source, target = map(Path, sys.argv[1:4])
 torch.set_num_threads(1)

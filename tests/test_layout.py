@@ -7,15 +7,15 @@ import statistics
 import pytest
 from teacher_tokenizers import AROUND, CHAT, KINDS, TEXT, SlowTokenizer, teacher_tokenizer
 
-from flashmorph.continuation import continuation
 from flashmorph.errors import UserError
-from flashmorph.outlook import check
-from flashmorph.recipe import load_recipe
-from flashmorph.special_tokens import before_text, end_tokens
+from flashmorph.recipe.outlook import check
+from flashmorph.recipe.recipe import load_recipe
 from flashmorph.tasks import STYLES, Haystack, Layout, Lines, Ruler, TaskSettings, make_example, names
 from flashmorph.tasks.many_keys import many_keys
 from flashmorph.tasks.ruler import FORMS
 from flashmorph.tasks.ruler.written import Material
+from flashmorph.tokens.continuation import continuation
+from flashmorph.tokens.special_tokens import before_text, end_tokens
 
 ONE = TaskSettings.model_validate({"task": "many_keys", "num_keys": 1})
 SEVERAL = TaskSettings.model_validate({"task": "many_keys", "num_keys": 3, "num_asked": 2})
@@ -225,7 +225,7 @@ def test_a_template_that_cannot_ask_is_refused_in_one_sentence(template):
 
 @pytest.mark.parametrize("setting", ["evaluate.chat_template", "chat_template"])
 def test_a_recipe_that_asks_through_a_template_needs_one(teacher_folder, recipe_file, setting):
-    from flashmorph.teacher import open_teacher
+    from flashmorph.convert.teacher import open_teacher
 
     with pytest.raises(UserError, match="its tokenizer has none"):
         check(open_teacher(str(teacher_folder)), load_recipe(recipe_file, {setting: True}))

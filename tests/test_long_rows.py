@@ -9,11 +9,11 @@ from test_cli import refused
 from test_corpus import write_jsonl
 from tokenizers_of_all_kinds import make_tokenizer
 
-import flashmorph.rows
-from flashmorph.corpus import Corpus, Mixture
+import flashmorph.data.rows
+from flashmorph.data.corpus import Corpus, Mixture
+from flashmorph.data.rows import Rows, pack
 from flashmorph.errors import UserError
-from flashmorph.recipe import load_recipe
-from flashmorph.rows import Rows, pack
+from flashmorph.recipe.recipe import load_recipe
 from flashmorph.stages import ExtendSettings
 
 LENGTH = 32
@@ -45,7 +45,7 @@ def test_long_documents_give_as_many_whole_rows_as_they_fill(tmp_path, corpus, t
 
 
 def test_long_rows_of_a_mixture_keep_its_shares_and_go_on_after_a_kill(tmp_path, corpus, monkeypatch):
-    monkeypatch.setattr(flashmorph.rows, "_KEEP_TOKENS", 3 * LENGTH)
+    monkeypatch.setattr(flashmorph.data.rows, "_KEEP_TOKENS", 3 * LENGTH)
     tokenizer = make_tokenizer("byte-level", "before")
     other = Corpus(str(write_jsonl(tmp_path / "other.jsonl", [f"other {text}" for text in LONG])))
     mixture, rows = Mixture((corpus, other), (0.5, 0.5)), 40
@@ -84,7 +84,7 @@ def test_the_mean_context_is_that_of_every_token(tmp_path, corpus, monkeypatch):
             seen.append(place - begun)
     assert 0 < rows.mean_context(True) < rows.mean_context(False) == (LENGTH - 1) / 2
     assert rows.mean_context(True) == pytest.approx(np.mean(seen))
-    monkeypatch.setattr(flashmorph.rows, "_KEEP_TOKENS", 7 * LENGTH)
+    monkeypatch.setattr(flashmorph.data.rows, "_KEEP_TOKENS", 7 * LENGTH)
     assert rows.mean_context(True) == pytest.approx(np.mean(seen))
 
 

@@ -7,9 +7,9 @@ from test_morphable import some_tokens
 from torch.autograd.graph import saved_tensors_hooks
 
 import flashmorph.losses as losses
-import flashmorph.recompute
-from flashmorph.corpus import Corpus
-from flashmorph.morphable import Morphable
+import flashmorph.model.recompute
+from flashmorph.data.corpus import Corpus
+from flashmorph.model.morphable import Morphable
 from flashmorph.selection.objective import MorphableObjective
 from flashmorph.selection.searchdata import SearchData, SearchSettings
 from flashmorph.tasks import STYLES, Haystack, Layout, TaskSettings
@@ -21,7 +21,7 @@ FAMILIES = ["qwen3: grouped", "qwen3_moe: grouped", "llama: grouped"]
 @pytest.fixture
 def again(monkeypatch):
     """Layers run again in the backward, however small they are."""
-    monkeypatch.setattr(flashmorph.recompute, "KEPT_BYTES", 0)
+    monkeypatch.setattr(flashmorph.model.recompute, "KEPT_BYTES", 0)
 
 
 def half_gates(morphable: Morphable) -> torch.Tensor:
@@ -79,7 +79,7 @@ def test_loss_and_gradient_are_the_same_to_the_last_bit(monkeypatch, tmp_path, t
     morphable = small_morphable(0, teacher, vocab_size=len(tiny_tokenizer()))
     objective, gates = objective_on(morphable, tmp_path), half_gates(morphable).detach()
     expected = objective.gradient(gates, 0, loss, data)
-    monkeypatch.setattr(flashmorph.recompute, "KEPT_BYTES", 0)
+    monkeypatch.setattr(flashmorph.model.recompute, "KEPT_BYTES", 0)
     found = objective.gradient(gates, 0, loss, data)
     assert found[0] == expected[0] and expected[1].abs().min() > 0
     assert torch.equal(found[1], expected[1])

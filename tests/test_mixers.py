@@ -7,10 +7,10 @@ import torch
 from families import ONE_OF_EACH_FAMILY, random_teacher
 from test_morphable import close, logits
 
+from flashmorph.convert.in_memory import transplant
 from flashmorph.hosts import HOSTS, WINDOW_HOSTS, Host
 from flashmorph.mixers import FullAttention, Mixer, SlidingWindow, gated
-from flashmorph.morphable import Morphable, attach
-from flashmorph.move import transplant
+from flashmorph.model.morphable import Morphable, attach
 from flashmorph.plan import FULL, Budget
 
 WINDOWS = [f"{name}, windows" for name in ("llama: grouped", "qwen2: grouped", "qwen3: grouped")]

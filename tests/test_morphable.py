@@ -8,13 +8,13 @@ from conftest import random_qwen3, small_morphable
 from families import random_teacher
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from flashmorph.convert.in_memory import transplant
+from flashmorph.convert.load import load_model
+from flashmorph.convert.save import save_model
 from flashmorph.errors import UserError
-from flashmorph.morphable import Morphable, attach, relative_error
-from flashmorph.move import transplant
+from flashmorph.model.morphable import Morphable, attach, relative_error
 from flashmorph.plan import FULL, Budget, Plan
-from flashmorph.publish import save_model
 from flashmorph.stages import alignment_errors
-from flashmorph.teacher import load_model
 
 LAYERS = 3
 TEACHERS = {

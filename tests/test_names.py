@@ -19,16 +19,25 @@ from names import for_folders, nasty_names
 from rich.table import Table
 from test_cli import refused
 
+from flashmorph.cli.screen import RichScreen
 from flashmorph.plan import Budget, Plan
-from flashmorph.quoting import code, code_block, encodable, markdown, no_option, one_line, python_string, shell_command
 from flashmorph.report.charts import Chart, Dots, Heat, Series
 from flashmorph.report.interactive import spec
 from flashmorph.report.looks import Look
 from flashmorph.report.page import Section, page
 from flashmorph.report.still import draw
-from flashmorph.runfolder import Stage
-from flashmorph.screen import RichScreen
-from flashmorph.terminal import Terminal, bold, harmless, stand_in_for_what_cannot_be_shown
+from flashmorph.run.folder import Stage
+from flashmorph.surface.quoting import (
+    code,
+    code_block,
+    encodable,
+    markdown,
+    no_option,
+    one_line,
+    python_string,
+    shell_command,
+)
+from flashmorph.surface.terminal import Terminal, bold, harmless, stand_in_for_what_cannot_be_shown
 
 NAMES = nasty_names(300)
 OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2028\u2029\u202e\ufeff]")
@@ -66,10 +75,10 @@ def test_a_bar_shows_names():
 def test_errors_about_names_are_one_line(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for some in range(0, len(NAMES), 100):
-        sentence = refused(capsys, "plan", "--", "./no folder" + "".join(NAMES[some : some + 20]))
+        sentence = refused(capsys, "estimate", "--", "./no folder" + "".join(NAMES[some : some + 20]))
         assert "./no folder" in sentence and not OBEYED.search(sentence)
-    assert "[/]" in refused(capsys, "plan", "./[/]")
-    assert len(refused(capsys, "plan", "./" + "n" * 4000)) < 400
+    assert "[/]" in refused(capsys, "estimate", "./[/]")
+    assert len(refused(capsys, "estimate", "./" + "n" * 4000)) < 400
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8"])
@@ -184,11 +193,11 @@ def test_a_run_among_names_that_are_hard_to_quote(tmp_path, teacher_folder, reci
 def test_every_folder_name_can_be_a_teachers(capsys, tmp_path, teacher_folder, recipe_file):
     for name in for_folders(NAMES)[:: len(NAMES) // 10]:
         (tmp_path / name).symlink_to(teacher_folder)
-        assert run_command("plan", tmp_path / name, "--recipe", recipe_file) == 0
+        assert run_command("estimate", tmp_path / name, "--recipe", recipe_file) == 0
         printed = capsys.readouterr().out
         assert not OBEYED.search(printed)
 
 
 def test_names_in_no_encoding_are_refused(capsys, tmp_path):
-    sentence = refused(capsys, "plan", f"{tmp_path}/\udcff\udcfe")
+    sentence = refused(capsys, "estimate", f"{tmp_path}/\udcff\udcfe")
     assert "\\udcff\\udcfe" in sentence and "encoding" in sentence

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from conftest import random_qwen3, tiny_tokenizer
 from test_selection import BUDGETED, DESCENDING
 
+from flashmorph.convert.in_memory import transplant
+from flashmorph.data.heldout import HeldOut
+from flashmorph.data.rows import Rows
 from flashmorph.errors import UserError
-from flashmorph.heldout import HeldOut
-from flashmorph.morphable import Morphable, build
-from flashmorph.move import transplant
+from flashmorph.model.morphable import Morphable, build
 from flashmorph.plan import Budget
-from flashmorph.rows import Rows
 from flashmorph.selection import STRATEGIES
 from flashmorph.selection.distilling import Distiller
 from flashmorph.selection.objective import MorphableObjective

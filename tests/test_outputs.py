@@ -14,8 +14,8 @@ from test_cli import broken_copy, refused
 
 from flashmorph.errors import UserError
 from flashmorph.files import atomic_path, write_json
-from flashmorph.outputs import PAGE, PICTURE, claim_folder, claim_output, json_of, made_by, save_picture
-from flashmorph.runfolder import RunFolder
+from flashmorph.run.folder import RunFolder
+from flashmorph.surface.outputs import PAGE, PICTURE, claim_folder, claim_output, json_of, made_by, save_picture
 
 OURS = ".flashmorph-0123456789abcdef0123456789abcdef.part"
 KINDS = {"plan": json_of("select"), "curve": json_of("select --curve"), "page": PAGE, "picture": PICTURE}
@@ -218,7 +218,7 @@ def test_plans_and_curves_are_known_again(capsys, tmp_path, teacher_folder, reci
     picture = curve.with_suffix(".png").read_bytes()
     capsys.readouterr()
     # Refused before any work.
-    monkeypatch.setattr("flashmorph.cli.choose.open_run", lambda options: pytest.fail("worked before it asked"))
+    monkeypatch.setattr("flashmorph.cli.select.open_run", lambda options: pytest.fail("worked before it asked"))
     weights = teacher_folder / "model.safetensors"
     for path, *more in ((weights,), (curve,), (plan, *asked), (aligned / "flashmorph.json",), ("/dev/null", "--force")):
         before = state(Path(path))

@@ -11,15 +11,15 @@ import transformers.models.qwen3_5_moe.modeling_qwen3_5_moe as moe_modelling
 from families import random_teacher
 
 import flashmorph.mixers.gated_delta_net as gated_delta_net
+from flashmorph.convert.in_memory import transplant
+from flashmorph.data.isolation import Packed, apart, cut, how_apart, marked
 from flashmorph.hosts import HOSTS, WINDOW_HOSTS, Host, configure, supports_varlen, use_kernels
 from flashmorph.losses import Head, forward_kl, label_loss, top_log_probabilities
 from flashmorph.mixers import FullAttention, GatedDeltaNet
 from flashmorph.mixers.kernels import convolve_apart, in_one_row
-from flashmorph.morphable import Morphable, attach
-from flashmorph.move import transplant
-from flashmorph.packing import Packed, apart, cut, how_apart, marked
+from flashmorph.model.morphable import Morphable, attach
 from flashmorph.plan import Budget
-from flashmorph.recipe import load_recipe
+from flashmorph.recipe.recipe import load_recipe
 from flashmorph.stages import AlignSettings, collate
 from flashmorph.stages.align import AlignmentLoss
 from flashmorph.stages.distill import DistillationLoss, StoredDistillationLoss

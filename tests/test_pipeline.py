@@ -70,7 +70,7 @@ except ImportError:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "no flashmorph here" in done.stdout
     ids, logits, generated = torch.load(tmp_path / "there.pt")
-    from flashmorph.teacher import load_model
+    from flashmorph.convert.load import load_model
 
     model = load_model(finished, torch.float32)
     with torch.no_grad():

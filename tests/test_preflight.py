@@ -11,12 +11,12 @@ import pytest
 import yaml
 from conftest import FEW_STEPS, random_qwen3, run_command, tiny_tokenizer
 
-from flashmorph.corpus import Corpus, split_of
+from flashmorph.data.corpus import Corpus, split_of
+from flashmorph.data.supply import measure
 from flashmorph.errors import UserError
-from flashmorph.fitting import fit
-from flashmorph.preflight import check_tasks, check_text
-from flashmorph.recipe import load_recipe
-from flashmorph.supply import measure
+from flashmorph.recipe.fitting import fit
+from flashmorph.recipe.preflight import check_tasks, check_text
+from flashmorph.recipe.recipe import load_recipe
 
 EVERY = ("align", "select", "distill", "extend", "evaluate")
 SPLITS = {"train", "validation", "test", "referee"}
@@ -83,7 +83,7 @@ def test_what_a_sample_says_is_at_least_what_there_is(tmp_path, monkeypatch, suf
     exact = sum(len(tokenizer(text).input_ids) for text in corpus.documents("train", 0))
     whole = measure(corpus, tokenizer, float("inf"), SPLITS)
     assert whole.whole and exact <= whole.tokens <= 1.1 * exact
-    monkeypatch.setattr("flashmorph.supply._TOKENISED", 10_000)
+    monkeypatch.setattr("flashmorph.data.supply._TOKENISED", 10_000)
     sampled = measure(corpus, tokenizer, float("inf"), set())
     assert not sampled.whole and exact <= sampled.tokens <= 4 * exact
 
@@ -125,7 +125,7 @@ def test_what_nobody_asked_for_ends_at_the_teachers_limit():
     assert shorter.select.search.length == (256, 256) and shorter.align.length == 256 and shorter.extend is None
 
 
-@pytest.mark.parametrize("command", [("plan",), ("morph", "--dry-run", "--output", "out")])
+@pytest.mark.parametrize("command", [("estimate",), ("morph", "--dry-run", "--output", "out")])
 def test_the_default_recipe_fits_a_short_teacher_and_what_was_asked_for_is_refused(
     teacher_folder, tmp_path, capsys, command, monkeypatch
 ):

@@ -14,13 +14,13 @@ import pytest
 from conftest import run_command, tiny_tokenizer
 from test_corpus import write_jsonl
 
-import flashmorph.corpus
-import flashmorph.documents
-import flashmorph.rows
-from flashmorph.corpus import Corpus, Mixture, Place
+import flashmorph.data.corpus
+import flashmorph.data.documents
+import flashmorph.data.rows
+from flashmorph.data.corpus import Corpus, Mixture, Place
+from flashmorph.data.rows import Rows, pack
 from flashmorph.errors import UserError
-from flashmorph.recipe import DataSettings
-from flashmorph.rows import Rows, pack
+from flashmorph.recipe.recipe import DataSettings
 
 LENGTH, ROWS = 16, 120
 TEMPLATE = (
@@ -54,9 +54,9 @@ def chatty():
 @pytest.fixture
 def in_small_steps(monkeypatch):
     """Blocks, batches and positions that are small enough for several of each."""
-    monkeypatch.setattr(flashmorph.corpus, "_BLOCK", 30)
-    monkeypatch.setattr(flashmorph.documents, "_TOGETHER", 100)
-    monkeypatch.setattr(flashmorph.rows, "_KEEP_TOKENS", 3 * LENGTH)
+    monkeypatch.setattr(flashmorph.data.corpus, "_BLOCK", 30)
+    monkeypatch.setattr(flashmorph.data.documents, "_TOGETHER", 100)
+    monkeypatch.setattr(flashmorph.data.rows, "_KEEP_TOKENS", 3 * LENGTH)
 
 
 def texts(number: int, word: str = "word") -> list[str]:
@@ -234,7 +234,9 @@ def test_share_gpts_rows_are_conversations(tmp_path, chatty):
     row = {"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good day"}]}
     (tmp_path / "talks.jsonl").write_text((json.dumps(row) + "\n") * 40)
     corpus = Corpus(str(tmp_path / "talks.jsonl"))
-    rows = pack(corpus, chatty, flashmorph.corpus.split_of("hello\n\ngood day"), 32, 4, 0, tmp_path / "rows.npy", None)
+    rows = pack(
+        corpus, chatty, flashmorph.data.corpus.split_of("hello\n\ngood day"), 32, 4, 0, tmp_path / "rows.npy", None
+    )
     end = chatty.eos_token
     assert chatty.decode(rows[0]["input_ids"]).startswith(f"<user>hello{end}<assistant>good day{end}")
 

@@ -12,15 +12,16 @@ import yaml
 from conftest import FEW_STEPS
 from safetensors.torch import load_file, save_file
 
-from flashmorph.curve import run_curve
-from flashmorph.files import content_digest
+from flashmorph.convert.load import load_config
+from flashmorph.convert.teacher import open_teacher
+from flashmorph.files import content_digest, digest_of
 from flashmorph.hosts import configure
-from flashmorph.pipeline import finish, run_align, run_evaluate, run_select, run_transplant
+from flashmorph.pipeline.curve import run_curve
+from flashmorph.pipeline.morph import finish, run_align, run_evaluate, run_select, run_transplant
 from flashmorph.plan import Budget, Space
-from flashmorph.recipe import load_recipe
-from flashmorph.run import Run
-from flashmorph.runfolder import Stage, digest_of
-from flashmorph.teacher import load_config, open_teacher
+from flashmorph.recipe.recipe import load_recipe
+from flashmorph.run.folder import Stage
+from flashmorph.run.run import Run
 
 TRAINED = {"distill", "extend", "evaluate distill", "evaluate extend"}
 JUDGED = {"curve", "evaluate build", "evaluate distill", "evaluate extend"}
@@ -63,7 +64,7 @@ def digests(tmp_path, teacher, monkeypatch):
 
     On a machine without fast bfloat16, wherever this runs: `bf16: auto` is false there.
     """
-    monkeypatch.setattr("flashmorph.run.use_bf16", lambda device: False)
+    monkeypatch.setattr("flashmorph.run.run.use_bf16", lambda device: False)
 
     def find(changes: dict) -> dict[str, str]:
         folder, recipe = tmp_path / "stage", tmp_path / "recipe.yaml"

@@ -13,11 +13,12 @@ from llama_tools import compiled, stand_in
 from test_cli import refused
 from transformers import AutoModelForCausalLM
 
-from flashmorph.morphable import attach, build
-from flashmorph.move import transplant
+from flashmorph.convert.in_memory import transplant
+from flashmorph.convert.load import load_model
+from flashmorph.convert.save import save_model
+from flashmorph.convert.teacher import locate
+from flashmorph.model.morphable import attach, build
 from flashmorph.plan import Budget
-from flashmorph.publish import save_model
-from flashmorph.teacher import load_model, locate
 
 pytestmark = [
     pytest.mark.serving,

@@ -11,14 +11,14 @@ import yaml
 from conftest import FEW_STEPS, random_qwen3, run_command, tiny_tokenizer
 
 import flashmorph.assets as assets
-from flashmorph.outlook import LEAST_QUESTIONS, goes_by_answers
-from flashmorph.pipeline import worse_than_silent
+from flashmorph.convert.load import load_model
+from flashmorph.pipeline.morph import worse_than_silent
+from flashmorph.pipeline.signal import ask_teacher, measure_signal
 from flashmorph.plan import Space
-from flashmorph.recipe import load_recipe
+from flashmorph.recipe.outlook import LEAST_QUESTIONS, goes_by_answers
+from flashmorph.recipe.recipe import load_recipe
 from flashmorph.selection import STRATEGIES, asks_questions
-from flashmorph.signal import ask_teacher, measure_signal
 from flashmorph.tasks import STYLES, Haystack, Layout, TaskSettings, make_example
-from flashmorph.teacher import load_model
 
 TINY = Path(assets.__path__[0]) / "tiny"
 
@@ -156,7 +156,7 @@ def test_what_is_left_out_is_another_search(tmp_path, capsys, monkeypatch):
         found = measure_signal(tasks, space, objective)
         return {name: {**each, **({"interval": [-0.1, 0.1]} if name in VALUES else {})} for name, each in found.items()}
 
-    monkeypatch.setattr("flashmorph.signal.measure_signal", measured)
+    monkeypatch.setattr("flashmorph.pipeline.signal.measure_signal", measured)
     assert run_command("align", "tiny", "--recipe", one, "--output", run) == 0
     capsys.readouterr()
     select = ("select", "tiny", "--from", run, "--output", tmp_path / "plan.json", "--recipe")

@@ -11,12 +11,12 @@ import pytest
 from conftest import run_command, tiny_tokenizer
 from safetensors.torch import load_file
 
-from flashmorph import screen
-from flashmorph.chat import encode_chat
+from flashmorph.cli import screen
+from flashmorph.cli.screen import RichScreen
+from flashmorph.data.chat import encode_chat
 from flashmorph.errors import UserError
-from flashmorph.interrupts import SENTENCE, Interrupted, listening, time_limit
-from flashmorph.screen import RichScreen
-from flashmorph.terminal import Terminal
+from flashmorph.surface.interrupts import SENTENCE, Interrupted, listening, time_limit
+from flashmorph.surface.terminal import Terminal
 
 SOURCE = str(Path(__file__).parent.parent / "src")
 INTERRUPTS = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -34,8 +34,8 @@ runpy.run_module("flashmorph", run_name="__main__", alter_sys=True)
 """
 WORKING = """
 import hashlib, sys, time
-from flashmorph import interrupts
-from flashmorph.interrupts import leave, listening
+from flashmorph.surface import interrupts
+from flashmorph.surface.interrupts import leave, listening
 interrupts._PATIENCE_SECONDS = {patience}
 def endless():
     print("at work", flush=True)
@@ -54,7 +54,7 @@ CLEANING = """
 import sys, time
 from pathlib import Path
 from flashmorph.files import atomic_path
-from flashmorph.interrupts import listening
+from flashmorph.surface.interrupts import listening
 with listening(), atomic_path(Path(sys.argv[1])) as temporary:
     temporary.mkdir()
     print("begun", flush=True)
@@ -190,7 +190,7 @@ def test_an_interrupt_that_a_library_raises_itself(capsys, monkeypatch):
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("flashmorph.cli.look.quiet", interrupted)
+    monkeypatch.setattr("flashmorph.cli.hosts.quiet", interrupted)
     assert run_command("hosts") == 130
     assert capsys.readouterr().err == f"{SENTENCE}\n"
 
@@ -248,6 +248,6 @@ def test_a_panic_in_rust_is_one_sentence(capsys, monkeypatch):
     def fail() -> None:
         raise panic("Onig: retry-limit-in-match over")
 
-    monkeypatch.setattr("flashmorph.cli.look.quiet", fail)
+    monkeypatch.setattr("flashmorph.cli.hosts.quiet", fail)
     assert run_command("hosts") == 2
     assert "retry-limit" in capsys.readouterr().err

@@ -10,11 +10,11 @@ from test_corpus import write_jsonl
 from test_rows import TEMPLATE, talk
 from tokenizers_of_all_kinds import BEFORE, KINDS, make_tokenizer
 
-from flashmorph.corpus import Corpus, Mixture, split_of
+from flashmorph.data.corpus import Corpus, Mixture, split_of
+from flashmorph.data.heldout import HeldOut, hold_out
+from flashmorph.data.rows import pack
 from flashmorph.errors import UserError
-from flashmorph.heldout import HeldOut, hold_out
 from flashmorph.losses import Head
-from flashmorph.rows import pack
 from flashmorph.stages import collate
 from flashmorph.stages.distill import DistillationLoss
 from flashmorph.stages.extend import NextTokenLoss
@@ -149,7 +149,7 @@ def test_special_tokens_are_no_targets(tmp_path, isolate):
 
 
 def _apart(batch):
-    from flashmorph.packing import apart, cut
+    from flashmorph.data.isolation import apart, cut
 
     starts, mask = batch.get("starts"), batch["loss_mask"]
     return apart(batch["input_ids"], None, False, mask) if starts is None else cut(batch["input_ids"], starts, mask)

@@ -13,12 +13,12 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback
 
+from flashmorph.convert.in_memory import transplant
+from flashmorph.convert.save import save_model
 from flashmorph.losses import top_log_probabilities
-from flashmorph.move import transplant
+from flashmorph.model.sharding import shard_loss, shard_morphable, shard_student, whole
 from flashmorph.plan import Budget
 from flashmorph.progress import silent
-from flashmorph.publish import save_model
-from flashmorph.sharding import shard_loss, shard_morphable, shard_student, whole
 from flashmorph.stages import collate, distill, extend
 from flashmorph.stages.align import AlignmentLoss
 from flashmorph.stages.distill import DistillationLoss, StoredDistillationLoss

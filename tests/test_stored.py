@@ -10,11 +10,11 @@ from families import random_teacher
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from flashmorph.convert.in_memory import transplant
+from flashmorph.convert.load import load_config, load_model
+from flashmorph.convert.save import save_model
+from flashmorph.convert.streamed import transplant_checkpoint
 from flashmorph.errors import UserError
-from flashmorph.layerwise import transplant_checkpoint
-from flashmorph.move import transplant
-from flashmorph.publish import save_model
-from flashmorph.teacher import load_config, load_model
 
 LAYER, PROJECTION = "model.layers.1.", "model.layers.1.self_attn.q_proj.weight"
 

@@ -10,10 +10,10 @@ from conftest import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from flashmorph.corpus import Corpus
+from flashmorph.data.corpus import Corpus
 from flashmorph.errors import UserError
-from flashmorph.recipe import load_recipe
-from flashmorph.rundata import open_questions
+from flashmorph.recipe.questions import open_questions
+from flashmorph.recipe.recipe import load_recipe
 from flashmorph.tasks import SPLITS, STYLES, TASKS, Haystack, Layout, TaskSettings, make_example, names
 from flashmorph.tasks.haystack import REPEATED
 

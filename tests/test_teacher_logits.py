@@ -10,13 +10,13 @@ from conftest import FEW_STEPS, random_qwen3, run_command
 
 import flashmorph.losses as losses
 import flashmorph.stages.teacher_logits as teacher_logits
+from flashmorph.convert.in_memory import transplant
+from flashmorph.convert.load import load_model
+from flashmorph.data.rows import Rows
 from flashmorph.errors import UserError
-from flashmorph.move import transplant
-from flashmorph.recipe import load_recipe
-from flashmorph.rows import Rows
+from flashmorph.recipe.recipe import load_recipe
 from flashmorph.stages import DistillSettings, RowsWithLogits, collate, distill, write_logits
 from flashmorph.stages.distill import DistillationLoss, StoredDistillationLoss
-from flashmorph.teacher import load_model
 
 VOCABULARY, LENGTH, NUMBER = 97, 24, 8
 SETTINGS = DistillSettings(

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from test_corpus import TEXTS, read_all, write_jsonl
 
-import flashmorph.corpus
-from flashmorph.corpus import Corpus, Mixture, Place, files_of
+import flashmorph.data.corpus
+from flashmorph.data.corpus import Corpus, Mixture, Place, files_of
 from flashmorph.errors import UserError
 from flashmorph.tasks import SPLITS
 
@@ -258,7 +258,7 @@ def test_empty_lines_are_where_a_text_is_cut_before_all_others(tmp_path):
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet", "txt"])
 def test_a_reader_of_several_files_goes_on_from_any_place(tmp_path, ending, monkeypatch):
-    monkeypatch.setattr(flashmorph.corpus, "_BLOCK", 7)
+    monkeypatch.setattr(flashmorph.data.corpus, "_BLOCK", 7)
     for number in range(4):
         texts = [f"{number}: {text}" for text in TEXTS[:30]]
         write_rows(tmp_path / f"{number}.{ending}", [{"text": text, "n": number or "0"} for text in texts])
@@ -273,7 +273,7 @@ def test_a_reader_of_several_files_goes_on_from_any_place(tmp_path, ending, monk
 
 
 def test_files_are_read_in_an_order_that_the_seed_shuffles(tmp_path, monkeypatch):
-    monkeypatch.setattr(flashmorph.corpus, "_BLOCK", 1)
+    monkeypatch.setattr(flashmorph.data.corpus, "_BLOCK", 1)
     for number in range(9):
         write_jsonl(tmp_path / f"{number}.jsonl", [f"{number}: {text}" for text in TEXTS[:9]])
     orders = [[text[0] for text in Corpus(str(tmp_path)).documents("train", seed)] for seed in (0, 0, 1)]

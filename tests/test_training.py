@@ -22,12 +22,12 @@ from conftest import random_qwen3, small_morphable
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from flashmorph.convert.in_memory import transplant
+from flashmorph.data.rows import Rows
 from flashmorph.errors import UserError
 from flashmorph.losses import forward_kl
-from flashmorph.move import transplant
 from flashmorph.plan import Budget
 from flashmorph.progress import Report, silent
-from flashmorph.rows import Rows
 from flashmorph.stages import AlignSettings, DistillSettings, ExtendSettings, align, alignment_errors, distill, extend
 from flashmorph.stages.checkpoints import FINISHED, last_checkpoint
 from flashmorph.stages.training import TrainSettings, train

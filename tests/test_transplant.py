@@ -9,12 +9,13 @@ from conftest import random_qwen3, run_command
 from families import DEFAULT, LONG, SHAPES, TEACHERS, config_of, random_teacher
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Qwen3Config, Qwen3ForCausalLM
 
+from flashmorph.convert.in_memory import transplant
+from flashmorph.convert.load import load_model
+from flashmorph.convert.save import save_model
+from flashmorph.convert.teacher import open_teacher
 from flashmorph.errors import UserError
 from flashmorph.hosts import host_for
 from flashmorph.hosts.qwen3_5 import Qwen35Host
-from flashmorph.move import transplant
-from flashmorph.publish import save_model
-from flashmorph.teacher import load_model, open_teacher
 
 CHANGED = [name for name in TEACHERS if name.startswith("qwen3")]
 """Teachers some of whose weights are stored otherwise in their host; those of all others are copied."""

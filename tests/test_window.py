@@ -8,12 +8,12 @@ from conftest import run_command, small_morphable
 from families import random_teacher
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from flashmorph.convert.in_memory import transplant
+from flashmorph.convert.save import save_model
 from flashmorph.errors import UserError
 from flashmorph.hosts import SLIDING, cache_bytes, configure
-from flashmorph.morphable import Morphable, build
-from flashmorph.move import transplant
+from flashmorph.model.morphable import Morphable, build
 from flashmorph.plan import FULL, Budget, Plan
-from flashmorph.publish import save_model
 
 WINDOW, TOKENS = 8, 40
 FAMILIES = ["qwen3", "qwen2", "smollm3", "llama", "mistral", "ministral"]

@@ -13,12 +13,13 @@ from test_step import KINDS, step_of
 from test_training import SETTINGS, rows_in, settings_of, student_and_teacher
 from torch.distributed.tensor import DTensor
 
-from flashmorph import ranks, recompute
+from flashmorph import distributed
+from flashmorph.convert.in_memory import transplant
 from flashmorph.errors import UserError
-from flashmorph.morphable import Morphable, attach
-from flashmorph.move import transplant
+from flashmorph.model import recompute
+from flashmorph.model.morphable import Morphable, attach
+from flashmorph.model.sharding import in_turn, is_sharded, shard_morphable, shard_student, shard_teacher, whole
 from flashmorph.plan import Budget
-from flashmorph.sharding import in_turn, is_sharded, shard_morphable, shard_student, shard_teacher, whole
 from flashmorph.stages import align, alignment_errors, distill, extend
 
 CPU = torch.device("cpu")
@@ -33,7 +34,7 @@ def morphable_of(seed: int = 0) -> Morphable:
 def trained(kind: str, folder: Path, sharded: bool, bf16: bool = False, **changes) -> dict[str, torch.Tensor]:
     """The weights that five steps of a stage end with, whole; empty in all processes but the first."""
     settings = settings_of(SETTINGS[kind], **{"steps": 5, "checkpoint_steps": 3, **changes})
-    rows = rows_in(folder / str(ranks.rank()), settings.rows)
+    rows = rows_in(folder / str(distributed.rank()), settings.rows)
     if kind == "align":
         morphable = in_turn(lambda: shard_morphable(morphable_of(), CPU, bf16)) if sharded else morphable_of()
         assert is_sharded(morphable) == sharded
@@ -79,37 +80,37 @@ def searched(folder: Path, sharded: bool, again: bool = False) -> dict[str, list
 
 def main(folder: Path) -> None:
     torch.manual_seed(0)
-    assert ranks.join(CPU) == CPU and dist.get_world_size() == ranks.count() == 2
-    assert ranks.gather(ranks.rank()) == [0, 1]
-    assert ranks.first(lambda: (ranks.rank(), ranks.count())) == (0, 1)
-    assert ranks.rounds("abc") == [[("a", True), ("b", True)], [("c", True), ("c", False)]]
+    assert distributed.join(CPU) == CPU and dist.get_world_size() == distributed.count() == 2
+    assert distributed.gather(distributed.rank()) == [0, 1]
+    assert distributed.first(lambda: (distributed.rank(), distributed.count())) == (0, 1)
+    assert distributed.rounds("abc") == [[("a", True), ("b", True)], [("c", True), ("c", False)]]
     try:
-        ranks.first(lambda: (_ for _ in ()).throw(UserError("no room")))
+        distributed.first(lambda: (_ for _ in ()).throw(UserError("no room")))
     except UserError as error:
         assert str(error) == "no room"
     else:
         raise AssertionError("both should have been told")
     for kind in SETTINGS:
         weights = trained(kind, folder / f"{kind}-sharded", True)
-        if ranks.is_first():
+        if distributed.is_first():
             save_file(weights, folder / f"{kind}-sharded.safetensors")
         for sharded in (False, True):
             trained(kind, folder / f"{kind}-bf16-{sharded}", sharded, bf16=True)
     weights = trained("extend", folder / "extend-again", True, activation_checkpointing=True, micro_batch_tokens=24)
-    if ranks.is_first():
+    if distributed.is_first():
         save_file(weights, folder / "extend-again.safetensors")
     for kind in KINDS:
         for micro_rows, sharded in ((1, False), (None, False), (2, True)):
             name = f"{kind}-step-{micro_rows}"
             gradients, loss = step_of(kind, folder / name, micro_rows, sharded)
-            if ranks.is_first():
+            if distributed.is_first():
                 save_file(gradients, folder / f"{name}.safetensors", {"loss": str(loss)})
     kinds = {"whole": (False, False), "divided": (True, False), "divided-again": (True, True)}
-    every = [ranks.gather(searched(folder / name, *kind)) for name, kind in kinds.items()]
+    every = [distributed.gather(searched(folder / name, *kind)) for name, kind in kinds.items()]
     assert all(one == other for one, other in every), "both must be told the same"
-    if ranks.is_first():
+    if distributed.is_first():
         (folder / "searched.json").write_text(json.dumps([one for one, _ in every]))
-    ranks.leave()
+    distributed.leave()
 
 
 if __name__ == "__main__":

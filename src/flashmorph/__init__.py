@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
+    from flashmorph.convert.in_memory import transplant
     from flashmorph.errors import UserError
-    from flashmorph.morphable import attach, build
-    from flashmorph.move import transplant
-    from flashmorph.pipeline import morph
+    from flashmorph.model.morphable import attach, build
+    from flashmorph.pipeline.morph import morph
     from flashmorph.plan import Budget, Plan, Space
     from flashmorph.selection.search import select
     from flashmorph.stages import align, distill, extend
 
 _HOMES = {
+    "__version__": "versions",
     "Budget": "plan",
     "Plan": "plan",
     "Space": "plan",
@@ -55,18 +56,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is asked for: the command line answers `--help` without loading torch."""
-    if name == "__version__":
-        return _version()
     if name in _HOMES:
-        return getattr(import_module(f"flashmorph.{_HOMES[name]}"), name)
+        found = getattr(import_module(f"flashmorph.{_HOMES[name]}"), "own_version" if name == "__version__" else name)
+        return found() if name == "__version__" else found
     raise AttributeError(f"module 'flashmorph' has no attribute {name!r}")
-
-
-def _version() -> str:
-    """The version that is installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("flashmorph")
-    except PackageNotFoundError:
-        return "0+source"

@@ -1,6 +1,6 @@
 """`flashmorph`, and the same as `python -m flashmorph`."""
 
-from flashmorph.interrupts import Interrupted, leave, listening
+from flashmorph.surface.interrupts import Interrupted, leave, listening
 
 
 def main() -> None:

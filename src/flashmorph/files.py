@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
+
 from flashmorph.errors import UserError, quoted
 
 _TEMPORARY = re.compile(r"\.flashmorph-[0-9a-f]{32}\.part")
@@ -153,3 +155,19 @@ def short_names(names: Sequence[str], most: int = 20) -> dict[str, str]:
         text = "/".join(own[-size:])
         found[name] = text if len(text) <= most else "…" + text[1 - most :]
     return found
+
+
+def digest_of(value: Any) -> str:
+    """Twelve digits that stand for a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def is_whole_array(path: Path, shape: tuple[int, ...] | None = None, dtype: Any = None) -> bool:
+    """Whether a file holds the array that its first bytes announce, of this shape and dtype where they are given."""
+    try:
+        found = np.load(path, mmap_mode="r")
+    except Exception:  # The header is read as Python is, and fails in as many ways.
+        return False
+    if not isinstance(found, np.ndarray):
+        return False
+    return (shape is None or found.shape == shape) and (dtype is None or found.dtype == dtype)

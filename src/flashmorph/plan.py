@@ -17,7 +17,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from flashmorph.errors import UserError, quoted
 from flashmorph.files import read_json, write_json
-from flashmorph.shapes import Count, Finite, Shape, misfit
+from flashmorph.inputs.shapes import Count, Finite, Shape, misfit
 
 FULL = "full"
 PLAN_VERSION = 1

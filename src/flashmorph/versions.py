@@ -3,9 +3,15 @@
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import flashmorph
-
 _COMPUTE = ("torch", "transformers", "tokenizers", "datasets")
+
+
+def own_version() -> str:
+    """The version of flashmorph that is installed."""
+    try:
+        return version("flashmorph")
+    except PackageNotFoundError:
+        return "0+source"
 
 
 def version_of(package: str) -> str:
@@ -18,7 +24,7 @@ def version_of(package: str) -> str:
 
 def versions() -> dict[str, str]:
     """By package, of all that a stage's result may depend on."""
-    return {"flashmorph": flashmorph.__version__, **{name: version_of(name) for name in _COMPUTE}}
+    return {"flashmorph": own_version(), **{name: version_of(name) for name in _COMPUTE}}
 
 
 def made_with(record: dict[str, Any]) -> str:

@@ -217,7 +217,7 @@ def _case(
 def _command(chance: random.Random, folder: Path) -> list[str]:
     """Mostly the cheap one, which reads config.json alone."""
     if chance.random() < 0.7:
-        return ["plan", str(folder / "t")]
+        return ["estimate", str(folder / "t")]
     return ["transplant", str(folder / "t"), "--output", str(folder / OUTPUT)]
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 from conftest import FEW_STEPS
 
-from flashmorph.given import given_plan
+from flashmorph.convert.load import load_config
 from flashmorph.plan import FULL, Budget, Plan
-from flashmorph.recipe import Recipe
-from flashmorph.teacher import load_config
+from flashmorph.recipe.given import given_plan
+from flashmorph.recipe.recipe import Recipe
 from hostile.damage import changed, damage, odd
 from hostile.harness import Case
 from hostile.seeds import in_turn

@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 from conftest import FEW_STEPS
 
-from flashmorph.outlook import check_recipe, outlook
-from flashmorph.recipe import Recipe, load_recipe, parse_changes
+from flashmorph.convert.load import load_config
+from flashmorph.recipe.outlook import check_recipe, outlook
+from flashmorph.recipe.recipe import Recipe, load_recipe, parse_changes
 from flashmorph.selection import STRATEGIES
-from flashmorph.teacher import load_config
 from hostile.damage import ODD, changed, odd, places_in, spoiled
 from hostile.harness import Case
 from hostile.seeds import in_turn

@@ -17,17 +17,17 @@ import yaml
 from conftest import FEW_STEPS, run_command
 from safetensors.torch import save_file
 
-from flashmorph.corpus import Corpus
-from flashmorph.costs.auto import chosen
-from flashmorph.heldout import HeldOut
+from flashmorph.data.corpus import Corpus
+from flashmorph.data.heldout import HeldOut
+from flashmorph.data.rows import pack
+from flashmorph.estimate.auto import chosen
 from flashmorph.plan import FULL, Budget, Plan
 from flashmorph.report import write_report
 from flashmorph.report.charts import Chart
 from flashmorph.report.interactive import spec
 from flashmorph.report.source import read_run
 from flashmorph.report.write import _sections
-from flashmorph.rows import pack
-from flashmorph.runfolder import RunFolder
+from flashmorph.run.folder import RunFolder
 from flashmorph.selection.cache import SearchState, keep_losses, kept, kept_losses, tensors_of
 from flashmorph.stages.checkpoints import drop_damaged, finish, last_checkpoint
 from flashmorph.stages.training import logged

@@ -9,11 +9,12 @@ import torch
 from conftest import run_command
 from transformers import AutoTokenizer, Qwen3Config
 
-from flashmorph.checkpoint import travelling_files
-from flashmorph.emptymodel import without_weights
+from flashmorph.convert.checkpoint import travelling_files
+from flashmorph.convert.load import load_config, load_model, load_tokenizer
+from flashmorph.convert.save import bring, replace_checkpoint
+from flashmorph.convert.teacher import open_teacher
 from flashmorph.errors import UserError
-from flashmorph.publish import bring, replace_checkpoint
-from flashmorph.teacher import load_config, load_model, load_tokenizer, open_teacher
+from flashmorph.hosts.build import without_weights
 from hostile.teachers import copy_of
 
 CODE = "open({!r}, 'w').close()\nclass T: pass\n"

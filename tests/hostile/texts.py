@@ -14,7 +14,7 @@ import pyarrow.parquet
 import yaml
 from conftest import FEW_STEPS
 
-from flashmorph.corpus import Corpus
+from flashmorph.data.corpus import Corpus
 from hostile.damage import odd, spoiled
 from hostile.harness import Case
 from hostile.seeds import in_turn

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from flashmorph.teacher import open_teacher
+from flashmorph.convert.teacher import open_teacher
 from hostile.config_files import DAMAGES, judge
 from hostile.harness import OUTPUT, Case
 from hostile.seeds import in_turn

@@ -1,4 +1,4 @@
-"""The commands. Each calls the same functions as the library; see `pipeline.py` for the path itself.
+"""The commands. Each calls the same functions as the library; see `pipeline/morph.py` for the path itself.
 
 What is slow to import is imported inside the commands: `--help` answers at once.
 """
@@ -10,16 +10,18 @@ from contextlib import contextmanager
 
 from rich.text import Text
 
-from flashmorph.cli import path  # noqa: F401
-
-# isort: split
 # `--help` lists commands in the order in which they are registered.
-from flashmorph.cli import bench, choose, costs, evaluate, export, look, referee  # noqa: F401
+# isort: off
+from flashmorph.cli import morph, transplant, align, select, build  # noqa: F401
+from flashmorph.cli import evaluate, report, generate, bench, export  # noqa: F401
+from flashmorph.cli import estimate, compare, hosts, env  # noqa: F401
+
+# isort: on
 from flashmorph.cli.app import app
 from flashmorph.cli.options import ERR
 from flashmorph.errors import OutOfMemory, UserError
-from flashmorph.interrupts import SENTENCE, Interrupted, listening
-from flashmorph.terminal import harmless, stand_in_for_what_cannot_be_shown
+from flashmorph.surface.interrupts import SENTENCE, Interrupted, listening
+from flashmorph.surface.terminal import harmless, stand_in_for_what_cannot_be_shown
 
 _SHARED = ("morph", "align", "select", "build", "distill", "extend")
 """Commands that several processes run together."""

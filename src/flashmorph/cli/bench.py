@@ -11,7 +11,7 @@ from flashmorph.cli.evaluate_tables import new_table
 from flashmorph.cli.options import ERR, OUT, DeviceOption, JsonOption, UnusedOption, numbers, quiet
 from flashmorph.errors import UserError
 from flashmorph.files import short_names
-from flashmorph.terminal import bold
+from flashmorph.surface.terminal import bold
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _MS = 1e3
@@ -45,10 +45,11 @@ def bench(
 
     from flashmorph.bench import BenchSettings
     from flashmorph.bench import bench as measure
+    from flashmorph.cli.screen import RichScreen
+    from flashmorph.convert.load import load_model
+    from flashmorph.convert.teacher import locate
     from flashmorph.devices import pick_device
-    from flashmorph.screen import RichScreen
-    from flashmorph.sidebyside import check
-    from flashmorph.teacher import load_model, locate
+    from flashmorph.pipeline.evaluate_models import check
 
     quiet()
     if dtype not in _DTYPES:

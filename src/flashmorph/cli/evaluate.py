@@ -26,7 +26,7 @@ from flashmorph.cli.options import (
     recipe_of,
 )
 from flashmorph.errors import UserError
-from flashmorph.outputs import PAGE, claim_output
+from flashmorph.surface.outputs import PAGE, claim_output
 
 _STYLES = ("lines", "ruler")
 
@@ -96,12 +96,12 @@ def evaluate(
 
     Example: `flashmorph evaluate tiny runs/demo --lengths 256,512 --report runs/demo`
     """
+    from flashmorph.cli.screen import RichScreen
+    from flashmorph.convert.teacher import EMBEDDED, locate
     from flashmorph.devices import pick_device
     from flashmorph.evaluation.harness import Harness
+    from flashmorph.pipeline.evaluate_models import Wanted, compare_models, fit_to_models, homes
     from flashmorph.report import PAGE_NAME, claim_kept, keep, write_report
-    from flashmorph.screen import RichScreen
-    from flashmorph.sidebyside import Wanted, compare_models, fit_to_models, homes
-    from flashmorph.teacher import EMBEDDED, locate
 
     quiet()
     if report:

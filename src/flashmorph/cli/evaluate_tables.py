@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flashmorph.files import short_names
-from flashmorph.terminal import bold
+from flashmorph.surface.terminal import bold
 
 Figures = dict[str, Any]
 

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from flashmorph.cli.app import app
 from flashmorph.cli.options import ERR, OUT, quiet
-from flashmorph.terminal import harmless
+from flashmorph.surface.terminal import harmless
 
 
 @app.command()
@@ -31,7 +31,7 @@ def export(
 
     Example: `flashmorph export runs/demo --gguf demo.gguf --llama-cpp ~/llama.cpp`
     """
-    from flashmorph.export import export_gguf
+    from flashmorph.pipeline.export import export_gguf
     from flashmorph.plan import FULL
 
     quiet()

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from flashmorph.errors import UserError, quoted
-from flashmorph.terminal import Terminal
+from flashmorph.surface.terminal import Terminal
 
 OUT, ERR = Terminal(), Terminal(stderr=True)
 _DIGITS = 15
@@ -84,7 +84,7 @@ class Options:
     @property
     def kept_recipe(self) -> Path | None:
         """The recipe of the first of `recipe_of` that has one; None where there is none, or a recipe is given."""
-        from flashmorph.runfolder import RECIPE
+        from flashmorph.run.folder import RECIPE
 
         places = (place / RECIPE for place in self.recipe_of if not self.recipe)
         return next((path for path in places if path.is_file()), None)
@@ -105,8 +105,8 @@ def quiet() -> None:
 
 def recipe_of(options: Options) -> Any:
     """The recipe that a command's options make."""
-    from flashmorph.recipe import load_recipe, parse_changes
-    from flashmorph.teacher import EMBEDDED
+    from flashmorph.convert.teacher import EMBEDDED
+    from flashmorph.recipe.recipe import load_recipe, parse_changes
 
     changes: dict[str, Any] = {}
     if options.data:
@@ -127,7 +127,7 @@ def recipe_of(options: Options) -> Any:
 
 def fitted(recipe: Any, config: Any, say: Callable[[str], None]) -> Any:
     """The recipe with its contexts within the teacher's; what that changes is told in one line."""
-    from flashmorph.fitting import fit
+    from flashmorph.recipe.fitting import fit
 
     recipe, told = fit(recipe, config)
     if told:
@@ -143,34 +143,35 @@ def open_run(options: Options, stages: Collection[str] = EVERY_STAGE, keep_recip
     """
     import atexit
 
-    from flashmorph import ranks
+    from flashmorph import distributed
+    from flashmorph.cli.screen import RichScreen
+    from flashmorph.convert.load import load_config
+    from flashmorph.convert.teacher import open_teacher
     from flashmorph.devices import pick_device
-    from flashmorph.given import given_plan
-    from flashmorph.outlook import check
-    from flashmorph.preflight import preflight
-    from flashmorph.run import Run
-    from flashmorph.runfolder import RunFolder
-    from flashmorph.screen import RichScreen
-    from flashmorph.teacher import load_config, open_teacher
+    from flashmorph.recipe.given import given_plan
+    from flashmorph.recipe.outlook import check
+    from flashmorph.recipe.preflight import preflight
+    from flashmorph.run.folder import RunFolder
+    from flashmorph.run.run import Run
 
     quiet()
-    device = ranks.join(pick_device(options.device))
-    screen = RichScreen(ERR if options.json and ranks.is_first() else OUT)
+    device = distributed.join(pick_device(options.device))
+    screen = RichScreen(ERR if options.json and distributed.is_first() else OUT)
     recipe = recipe_of(options)
-    teacher = ranks.first(lambda: open_teacher(options.teacher))
+    teacher = distributed.first(lambda: open_teacher(options.teacher))
     if teacher.note:
         screen.say(teacher.note)
     config = load_config(teacher.folder)
     recipe = fitted(recipe, config, screen.say)
-    check(teacher, recipe, ranks.count())
+    check(teacher, recipe, distributed.count())
     given = given_plan(teacher.name, config, recipe, options.plan, options.layers)
     if tokenizer := teacher.tokenizer():
-        ranks.first(lambda: preflight(recipe, tokenizer, config, stages))
-    if recipe.shard and not ranks.are_several():
+        distributed.first(lambda: preflight(recipe, tokenizer, config, stages))
+    if recipe.shard and not distributed.are_several():
         raise UserError("shard=true divides weights among processes, and there is one: start it with torchrun")
-    if ranks.are_several():
-        atexit.register(ranks.leave)
-        screen.say(f"{ranks.count()} processes share the work, this one on {device}")
+    if distributed.are_several():
+        atexit.register(distributed.leave)
+        screen.say(f"{distributed.count()} processes share the work, this one on {device}")
     if options.kept_recipe:
         screen.say(f"recipe: {options.kept_recipe} (--recipe takes another)")
     folder = RunFolder(options.output, tuple(options.others or []))

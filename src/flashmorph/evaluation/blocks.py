@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from flashmorph.data.heldout import HeldOut
 from flashmorph.evaluation.intervals import ratio_interval
-from flashmorph.heldout import HeldOut
 
 FEWEST_DOCUMENTS = 20
 """Fewer make a bootstrap too narrow: then blocks of tokens are drawn."""

@@ -8,12 +8,12 @@ import numpy as np
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flashmorph.data.heldout import HeldOut
 from flashmorph.evaluation.intervals import paired_interval, share_interval
 from flashmorph.evaluation.perplexity import RangeLosses, text_losses
 from flashmorph.evaluation.recall import answers_right
-from flashmorph.heldout import HeldOut
+from flashmorph.inputs.settings import Length, Many, Settings, Tokens, TokensAtOnce
 from flashmorph.progress import Report, silent
-from flashmorph.settings import Length, Many, Settings, Tokens, TokensAtOnce
 from flashmorph.tasks import Example
 
 _USUAL_TOKENS = 32_768
@@ -34,7 +34,7 @@ class EvaluateSettings(Settings):
 
     @property
     def tokens_at_once(self) -> int:
-        """Tokens run at once; a usual number while `auto` is not resolved (`costs/auto.py`)."""
+        """Tokens run at once; a usual number while `auto` is not resolved (`estimate/auto.py`)."""
         return _USUAL_TOKENS if self.batch_tokens == "auto" else self.batch_tokens
 
 

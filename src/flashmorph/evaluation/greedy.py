@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from flashmorph.special_tokens import end_tokens
+from flashmorph.tokens.special_tokens import end_tokens
 
 
 @contextmanager

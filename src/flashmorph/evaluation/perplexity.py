@@ -11,11 +11,11 @@ import torch
 from pydantic import model_validator
 from transformers import PreTrainedModel
 
+from flashmorph.data.heldout import HeldOut
 from flashmorph.evaluation.blocks import Blocks, mean_of_blocks
-from flashmorph.heldout import HeldOut
+from flashmorph.inputs.shapes import Count, Finite, Shape, read_as
 from flashmorph.losses import Head
 from flashmorph.progress import Report, silent
-from flashmorph.shapes import Count, Finite, Shape, read_as
 
 
 class _Stored(Shape):

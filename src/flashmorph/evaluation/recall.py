@@ -12,10 +12,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from flashmorph.continuation import continuation
 from flashmorph.evaluation.greedy import greedy
 from flashmorph.progress import Report, silent
 from flashmorph.tasks import Example, Prompt
+from flashmorph.tokens.continuation import continuation
 
 
 def answers_right(

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from flashmorph.data.heldout import HeldOut
 from flashmorph.evaluation.blocks import Blocks, mean_of_blocks
 from flashmorph.evaluation.classes import CONTENT, KINDS, kinds, pieces_of, repeats
-from flashmorph.heldout import HeldOut
 
 SAMPLE_TOKENS = 512
 _RUNS = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, None))

@@ -17,10 +17,10 @@ from flashmorph.hosts.qwen3_5 import Qwen35Host
 from flashmorph.hosts.qwen3_5_moe import Qwen35MoeHost
 from flashmorph.hosts.refused import REFUSED
 from flashmorph.hosts.window import WINDOW_HOSTS
+from flashmorph.inputs.settings import resolve
 from flashmorph.mixers import LAYER_TYPES, LINEAR, SLIDING, Products
 from flashmorph.mixers.kernels import dispatch_by_device
 from flashmorph.plan import Budget, Space
-from flashmorph.settings import resolve
 
 HOSTS: tuple[Host, ...] = (Qwen35Host(), Qwen35MoeHost(), GraniteHybridHost())
 CACHE_CONTEXTS = (512, 8192, 131072)

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flashmorph.morphable import Morphable
+from flashmorph.model.morphable import Morphable
 from flashmorph.plan import Plan
 from flashmorph.referee.cells import Cell
 from flashmorph.referee.truth import Truth
-from flashmorph.run import Run
-from flashmorph.runmodels import open_objective
+from flashmorph.run.models import open_objective
+from flashmorph.run.run import Run
 from flashmorph.selection import Needs
 from flashmorph.selection.searchdata import SearchSettings
 

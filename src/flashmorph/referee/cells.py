@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmorph.errors import UserError
-from flashmorph.files import atomic_path
-from flashmorph.runfolder import digest_of
+from flashmorph.files import atomic_path, digest_of
 
 
 @dataclass(frozen=True)

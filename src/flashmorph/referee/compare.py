@@ -7,24 +7,24 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from flashmorph.costs.auto import COMPARE
+from flashmorph.convert.load import load_config
 from flashmorph.errors import UserError, unknown
+from flashmorph.estimate.auto import COMPARE
+from flashmorph.files import digest_of
 from flashmorph.hosts import configure, layer_space
-from flashmorph.judge import recall_of_plan
-from flashmorph.pipeline import run_align, run_transplant
+from flashmorph.pipeline.morph import run_align, run_transplant
+from flashmorph.pipeline.signal import with_signal
 from flashmorph.plan import Budget
-from flashmorph.recipe import parse_changes
+from flashmorph.recipe.recipe import parse_changes
 from flashmorph.referee.after import after_distillation
 from flashmorph.referee.cells import Cell, CellFile
 from flashmorph.referee.truth import Truth, find_truths
-from flashmorph.run import Run
-from flashmorph.rundigests import ends, task_settings, text_settings
-from flashmorph.runfolder import digest_of
-from flashmorph.runmodels import open_morphable, open_objective
+from flashmorph.run.digests import ends, task_settings, text_settings
+from flashmorph.run.models import open_morphable, open_objective
+from flashmorph.run.recall import recall_of_plan
+from flashmorph.run.run import Run
 from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES, Selection, needs_of
 from flashmorph.selection.search import check_search, own_settings, searches_alike, select, serves_every_budget
-from flashmorph.signal import with_signal
-from flashmorph.teacher import load_config
 
 REFEREE_SEED = 1_000_003
 FIXED = ("first", "last", "middle", "uniform")

@@ -5,8 +5,8 @@ from typing import Any
 
 import matplotlib
 
-from flashmorph.outputs import save_picture
 from flashmorph.selection import DEFAULT_STRATEGY
+from flashmorph.surface.outputs import save_picture
 
 matplotlib.use("Agg")
 

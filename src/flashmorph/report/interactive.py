@@ -9,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from flashmorph.report.charts import Dots, Heat, Lines, Panel, Series
-from flashmorph.terminal import harmless
+from flashmorph.surface.terminal import harmless
 
 _ROW = 30
 _HEIGHT = 330

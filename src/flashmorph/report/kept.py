@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flashmorph.digests import tokenizer_digest, weights_digest
+from flashmorph.convert.digests import tokenizer_digest, weights_digest
 from flashmorph.errors import UserError
 from flashmorph.files import read_json, short_names, write_json
-from flashmorph.outputs import claim_output, json_of, made_by
+from flashmorph.inputs.shapes import misfit
 from flashmorph.plan import Plan
-from flashmorph.runfolder import MARKER, last_stages
-from flashmorph.shapes import misfit
+from flashmorph.run.folder import MARKER, last_stages
+from flashmorph.surface.outputs import claim_output, json_of, made_by
 
 HYBRID = "hybrid"
 

@@ -7,9 +7,9 @@ from importlib.resources import files
 
 from plotly.offline import get_plotlyjs
 
-from flashmorph.outputs import signature
 from flashmorph.report.charts import Chart, Series
 from flashmorph.report.interactive import spec
+from flashmorph.surface.outputs import signature
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from flashmorph.shapes import Count, Finite, Shape
+from flashmorph.inputs.shapes import Count, Finite, Shape
 
 Ends = Annotated[list[Finite], Field(min_length=2, max_length=2)]
 _Some = Field(min_length=1)

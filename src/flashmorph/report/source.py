@@ -9,12 +9,12 @@ from typing import Any
 
 from flashmorph.errors import UserError
 from flashmorph.files import read_text
+from flashmorph.inputs.readyaml import read_yaml
+from flashmorph.inputs.shapes import misfit, read_as, require_shape
 from flashmorph.plan import Plan
-from flashmorph.readyaml import read_yaml
 from flashmorph.report import shapes
 from flashmorph.report.kept import kept, read_kept, require_finished
-from flashmorph.runfolder import RECIPE, last_stages
-from flashmorph.shapes import misfit, read_as, require_shape
+from flashmorph.run.folder import RECIPE, last_stages
 
 Figures = dict[str, Any]
 

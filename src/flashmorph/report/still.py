@@ -6,9 +6,9 @@ from typing import Any
 
 import matplotlib
 
-from flashmorph.outputs import save_picture
 from flashmorph.report.charts import Chart, Dots, Heat, Lines, Panel, Series
-from flashmorph.terminal import harmless
+from flashmorph.surface.outputs import save_picture
+from flashmorph.surface.terminal import harmless
 
 matplotlib.use("Agg")
 

@@ -3,12 +3,9 @@
 from html import escape
 from pathlib import Path
 
-import flashmorph
 from flashmorph.evaluation import text_in_words
 from flashmorph.files import atomic_path
-from flashmorph.outputs import PAGE, PICTURE, claim_output
 from flashmorph.plan import FULL, Plan
-from flashmorph.quoting import encodable, no_option, shell_command
 from flashmorph.report import choice, costs, recall, text
 from flashmorph.report.charts import Chart
 from flashmorph.report.looks import label
@@ -16,6 +13,9 @@ from flashmorph.report.markup import listing, paragraph, percent, size, span, st
 from flashmorph.report.page import Section, page
 from flashmorph.report.source import Source, read_run
 from flashmorph.report.still import draw
+from flashmorph.surface.outputs import PAGE, PICTURE, claim_output
+from flashmorph.surface.quoting import encodable, no_option, shell_command
+from flashmorph.versions import own_version
 
 FIGURES = "figures"
 PAGE_NAME = "report.html"
@@ -59,7 +59,7 @@ def _head(name: str, source: Source) -> str:
         about = f"points of recall over the uniform layout ({span(worth['interval'], '{:.1f}', 100)})"
         tiles.append(tile("what the choice is worth", f"{100 * worth['difference']:+.1f}", about))
     kept, number = len(plan.full_groups), len(plan.assignments)
-    about = f"{kept} of {number} layers keep full attention. Made by flashmorph {flashmorph.__version__}."
+    about = f"{kept} of {number} layers keep full attention. Made by flashmorph {own_version()}."
     return f"<h1>{escape(name)}</h1><p class='note'>{escape(about)}</p><div class='tiles'>{''.join(tiles)}</div>"
 
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from flashmorph.inputs.settings import FinalRate, Rate
 from flashmorph.plan import FULL, Budget, Space
 from flashmorph.selection.descend import Schedule, descend
 from flashmorph.selection.racing import improve_by_swaps
 from flashmorph.selection.strategy import Objective, Selection, Steps, group_scores
-from flashmorph.settings import FinalRate, Rate
 
 Noise = Annotated[float, Field(ge=0, le=1_000)]
 """The scale of the Gumbel noise on the logits."""

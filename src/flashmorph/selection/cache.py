@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import torch
 from pydantic import StringConstraints, model_validator
 
-from flashmorph import ranks
+from flashmorph import distributed
 from flashmorph.errors import UserError
 from flashmorph.files import write_json
+from flashmorph.inputs.shapes import Count, Finite, Shape, read_as
 from flashmorph.plan import Plan
 from flashmorph.selection.strategy import Cost
-from flashmorph.shapes import Count, Finite, Shape, read_as
 
 
 def key_of(about: Any) -> str:
@@ -86,12 +86,12 @@ def tensors_of(state: dict[str, Any], shape: torch.Size) -> dict[str, torch.Tens
 def kept(path: Path, say: Callable[[str], None], shape: Any) -> Any:
     """What an earlier search wrote, of this `shape` (`read_as`); None if it is not there, or is damaged and has to be
     made again, which is said."""
-    return ranks.first(lambda: _read(path, say, shape))
+    return distributed.first(lambda: _read(path, say, shape))
 
 
 def keep(path: Path, value: Any) -> None:
     """Write it."""
-    if ranks.is_first():
+    if distributed.is_first():
         write_json(path, value)
 
 
@@ -102,7 +102,7 @@ def kept_losses(folder: Path, plans: Sequence[Plan], say: Callable[[str], None])
         found = _read(folder / f"{key_of(plan.assignments)}.json", say, _Losses)
         return {int(number): loss for number, loss in found["losses"].items()} if found else {}
 
-    return ranks.first(lambda: [read(plan) for plan in plans])
+    return distributed.first(lambda: [read(plan) for plan in plans])
 
 
 def keep_losses(folder: Path, plan: Plan, losses: dict[int, float]) -> None:

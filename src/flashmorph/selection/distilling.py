@@ -11,14 +11,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from flashmorph import ranks
+from flashmorph import distributed
+from flashmorph.data.rows import Rows
 from flashmorph.errors import UserError
-from flashmorph.files import atomic_path, write_json
-from flashmorph.morphable import Morphable
+from flashmorph.files import atomic_path, digest_of, write_json
+from flashmorph.inputs.shapes import Finite, read_as
+from flashmorph.model.morphable import Morphable
 from flashmorph.plan import FULL, Budget, Plan
-from flashmorph.rows import Rows
-from flashmorph.runfolder import digest_of
-from flashmorph.shapes import Finite, read_as
 from flashmorph.stages import DistillSettings, distill, logged
 from flashmorph.stages.trainer import trainable_state
 
@@ -67,7 +66,7 @@ class Distiller:
         """The last plan's model after the whole path, and its KL: the mean of the last quarter of its steps."""
         weights = self._place(path, steps)
         kept = weights / "model.safetensors"
-        if (known := ranks.first(lambda: _finished(kept))) is not None:
+        if (known := distributed.first(lambda: _finished(kept))) is not None:
             model = self._morphable.instantiate(path[-1])
             model.load_state_dict(load_file(kept), strict=False)
             return model.eval(), known
@@ -88,7 +87,7 @@ class Distiller:
                     shutil.rmtree(other)
             return kl
 
-        return model, ranks.first(keep)
+        return model, distributed.first(keep)
 
     def _start(self, path: Sequence[Plan], steps: int) -> PreTrainedModel:
         """The last plan with the weights that the path before it left, where a layer still has the same mixer."""

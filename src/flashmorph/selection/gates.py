@@ -12,11 +12,11 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
+from flashmorph.inputs.settings import FinalRate, Rate
 from flashmorph.plan import Budget, Space
 from flashmorph.selection.descend import Schedule, descend
 from flashmorph.selection.measure import check_two_options
 from flashmorph.selection.strategy import Objective, Selection, Steps, group_scores
-from flashmorph.settings import FinalRate, Rate
 
 Data = Literal["questions", "text"]
 

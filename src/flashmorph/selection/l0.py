@@ -15,11 +15,11 @@ import math
 import numpy as np
 import torch
 
+from flashmorph.inputs.settings import FinalRate, Rate
 from flashmorph.plan import Budget, Space
 from flashmorph.selection.descend import Schedule, descend
 from flashmorph.selection.measure import count_layers
 from flashmorph.selection.strategy import Objective, Selection, Steps, group_scores
-from flashmorph.settings import FinalRate, Rate
 
 _BETA, _GAMMA, _ZETA = 2 / 3, -0.1, 1.1
 _OPEN_AT_START = 0.9

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from flashmorph.morphable import Morphable
+from flashmorph.model.morphable import Morphable
 from flashmorph.selection.strategy import Cost
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from flashmorph import ranks
+from flashmorph import distributed
+from flashmorph.data.heldout import HeldOut
 from flashmorph.errors import UserError
-from flashmorph.heldout import HeldOut
 from flashmorph.losses import Head, label_loss, token_losses
-from flashmorph.morphable import Morphable, MorphableLayer, run_order
+from flashmorph.model.morphable import Morphable, MorphableLayer, run_order
 from flashmorph.plan import Plan
 from flashmorph.progress import Report, silent
 from flashmorph.selection.cache import (
@@ -92,15 +92,15 @@ class MorphableObjective:
         for part in parts:
             self._count_gradient(part, loss)
         value = 0.0
-        for together in ranks.rounds(parts):
-            part, counts = together[ranks.rank()]
+        for together in distributed.rounds(parts):
+            part, counts = together[distributed.rank()]
             with self._autocast():
                 share = run(gates, part) * (counts * size(part) / size(batch))
             share.backward()
             value += share.item()
         assert gates.grad is not None
-        gradient = ranks.total(gates.grad.cpu())
-        return ranks.total(torch.tensor(value, dtype=torch.float64)).item(), gradient
+        gradient = distributed.total(gates.grad.cpu())
+        return distributed.total(torch.tensor(value, dtype=torch.float64)).item(), gradient
 
     def evaluate(
         self,
@@ -118,7 +118,7 @@ class MorphableObjective:
         wanted = list(range(self.num_questions) if questions is None else questions)
         keys = [key_of(plan.assignments) for plan in plans]
         known = kept_losses(self._evaluations, plans, self._say)
-        rounds = ranks.rounds(self._data.micro_batches(wanted))
+        rounds = distributed.rounds(self._data.micro_batches(wanted))
         unwritten: set[int] = set()
         written_at = time.perf_counter()
         try:
@@ -129,10 +129,10 @@ class MorphableObjective:
                 asked = {question for part, _ in together for question in part}
                 missing = [place for place in range(len(plans)) if not known[place].keys() >= asked]
                 if missing:
-                    own, _ = together[ranks.rank()]
+                    own, _ = together[distributed.rank()]
                     rows = [self._data.questions()[question] for question in own]
                     for place, losses in self._run_plans([plans[place] for place in missing], rows):
-                        for found in ranks.gather(dict(zip(own, losses.tolist(), strict=True))):
+                        for found in distributed.gather(dict(zip(own, losses.tolist(), strict=True))):
                             known[missing[place]].update(found)
                     unwritten.update(missing)
                 if report:
@@ -313,12 +313,12 @@ class MorphableObjective:
     def _mean_text_loss(self, run: Callable[[torch.Tensor], torch.Tensor], head: Head) -> float:
         """Mean next-token loss on the text of what `run(ids)` gives as last hidden states."""
         text, found = self._text_to_weigh(), 0.0
-        for together in ranks.rounds(text.in_batches(self._data.settings.tokens_at_once)):
-            numbers, counts = together[ranks.rank()]
+        for together in distributed.rounds(text.in_batches(self._data.settings.tokens_at_once)):
+            numbers, counts = together[distributed.rank()]
             with self._autocast():
                 losses = text.batch(numbers, self._morphable.device).losses(run, head)
             found += losses.double().sum().item() * counts
-        return ranks.total(torch.tensor(found, dtype=torch.float64)).item() / int(text.offsets[-1])
+        return distributed.total(torch.tensor(found, dtype=torch.float64)).item() / int(text.offsets[-1])
 
     def _tensors(self, batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and answer marks, `[rows, length]`."""

@@ -4,11 +4,11 @@ from dataclasses import replace
 from typing import Any, cast
 
 from flashmorph.errors import UserError, unknown
-from flashmorph.morphable import Morphable
+from flashmorph.inputs.settings import resolve
+from flashmorph.model.morphable import Morphable
 from flashmorph.plan import Budget, Space
 from flashmorph.selection import SERVE_EVERY_BUDGET, STRATEGIES
 from flashmorph.selection.strategy import Objective, Selection
-from flashmorph.settings import resolve
 
 _GIVEN = ("space", "budget", "objective", "seed")
 

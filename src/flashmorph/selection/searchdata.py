@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from flashmorph.settings import Length, Many, Settings, TokensAtOnce
+from flashmorph.inputs.settings import Length, Many, Settings, TokensAtOnce
 from flashmorph.tasks import Example, Layout, Style, TaskSettings, make_example
 
 _USUAL_TOKENS = 16_384
@@ -41,7 +41,7 @@ class SearchSettings(Settings):
 
     @property
     def tokens_at_once(self) -> int:
-        """Tokens that are run at once on one device; a usual number while `auto` is not resolved (`costs/auto.py`)."""
+        """Tokens run at once on one device; a usual number while `auto` is not resolved (`estimate/auto.py`)."""
         return _USUAL_TOKENS if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
 
     @property

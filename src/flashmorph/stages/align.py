@@ -14,13 +14,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
+from flashmorph.data.isolation import Packed, apart, as_often_everywhere
+from flashmorph.data.rows import Rows
 from flashmorph.hosts import supports_varlen
-from flashmorph.morphable import Branch, Morphable, MorphableLayer, squares
-from flashmorph.packing import Packed, apart, as_often_everywhere
+from flashmorph.inputs.settings import Length, Rate, Tokens, TokensAtOnce
+from flashmorph.model.morphable import Branch, Morphable, MorphableLayer, squares
+from flashmorph.model.sharding import is_sharded
 from flashmorph.progress import Report, silent
-from flashmorph.rows import Rows
-from flashmorph.settings import Length, Rate, Tokens, TokensAtOnce
-from flashmorph.sharding import is_sharded
 from flashmorph.stages.dropout import without_dropout
 from flashmorph.stages.training import IsolatedTrainSettings, train
 

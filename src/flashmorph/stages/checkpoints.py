@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_pt_utils import safe_globals
 
 from flashmorph.files import write_json
-from flashmorph.shapes import Count, require_shape
+from flashmorph.inputs.shapes import Count, require_shape
 
 FINISHED = "finished"
 _NAME = re.compile(r"checkpoint-(\d{1,18})")

@@ -12,14 +12,14 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import nn
 from transformers import PreTrainedModel
 
+from flashmorph.data.isolation import apart, as_often_everywhere, token_order
+from flashmorph.data.rows import Rows
 from flashmorph.errors import UserError
 from flashmorph.hosts import host_of, supports_varlen
+from flashmorph.inputs.settings import Length, Rate, Tokens, TokensAtOnce
 from flashmorph.losses import Head, forward_kl, top_kl
-from flashmorph.packing import apart, as_often_everywhere, token_order
+from flashmorph.model.sharding import is_sharded, shard_loss
 from flashmorph.progress import Report, silent
-from flashmorph.rows import Rows
-from flashmorph.settings import Length, Rate, Tokens, TokensAtOnce
-from flashmorph.sharding import is_sharded, shard_loss
 from flashmorph.stages.dropout import without_dropout
 from flashmorph.stages.step import token_mean
 from flashmorph.stages.teacher_logits import LogitSettings, RowsWithLogits

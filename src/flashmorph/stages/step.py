@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from flashmorph import ranks
+from flashmorph import distributed
 
 
 def token_mean(loss: torch.Tensor, tokens: int) -> dict[str, torch.Tensor]:
@@ -44,11 +44,11 @@ class StepMean:
 
         A term of which there is nothing in the whole step counts 0.
         """
-        sums, sizes = ranks.total(torch.stack(self._parts).cpu().double().sum(0))
+        sums, sizes = distributed.total(torch.stack(self._parts).cpu().double().sum(0))
         self._parts = []
         for weights, size in zip(self._terms, sizes.tolist(), strict=True):
             # Processes average their gradients, whole or divided.
-            factor = ranks.count() / size if size else 0.0
+            factor = distributed.count() / size if size else 0.0
             for weight in weights:
                 if weight.grad is not None:
                     weight.grad.mul_(factor)

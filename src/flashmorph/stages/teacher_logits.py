@@ -13,17 +13,16 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from flashmorph.data.isolation import apart, token_order
+from flashmorph.data.rows import Rows
 from flashmorph.errors import UserError
-from flashmorph.files import write_json
+from flashmorph.files import is_whole_array, write_json
 from flashmorph.hosts import host_of, supports_varlen
+from flashmorph.inputs.settings import Many, Settings
+from flashmorph.inputs.shapes import Count, read_as
 from flashmorph.losses import Head, chunk_tokens, top_log_probabilities
-from flashmorph.packing import apart, token_order
 from flashmorph.progress import Report, silent
-from flashmorph.rows import Rows
-from flashmorph.settings import Many, Settings
-from flashmorph.shapes import Count, read_as
 from flashmorph.stages.training import TrainSettings, collate
-from flashmorph.wholeness import is_whole_array
 
 _VALUES, _PLACES, _WRITTEN = "log_probabilities.npy", "places.npy", "rows_written.json"
 _WRITE_SECONDS = 20

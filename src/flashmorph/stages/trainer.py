@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import Trainer, TrainingArguments
 
-from flashmorph import ranks
+from flashmorph import distributed
 from flashmorph.errors import UserError
-from flashmorph.sharding import is_sharded
+from flashmorph.model.sharding import is_sharded
 from flashmorph.stages.step import StepMean
 from flashmorph.stages.watch import Watch
 
@@ -35,7 +35,7 @@ class StageTrainer(Trainer):
     """Trainer that saves what it trains, and nothing else.
 
     The model is a wrapper whose forward returns the loss; frozen weights and tied ones stay out of its checkpoints.
-    Weights that are divided (`sharding.py`) are saved as they lie, with the optimiser's moments, and can be read by any
+    Sharded weights (`model/sharding.py`) are saved as they lie, with the optimiser's moments, and can be read by any
     number of processes, also by one that holds them whole. The gradient of a step is that of its mean over all
     micro-batches and processes (`StepMean`). A step whose loss or gradient is not finite never reaches the weights.
     """
@@ -72,16 +72,16 @@ class StageTrainer(Trainer):
         whole = self.accelerator.sync_gradients
         loss = torch.full_like(part, self._step.finish() if whole else 0.0)
         self._problem = self._problem or self._look_at(part, kept) or (self._look_at_step(loss) if whole else "")
-        if whole or ranks.count() == 1:
+        if whole or distributed.count() == 1:
             # What one process finds stops all of them, in words.
-            if told := [problem for problem in ranks.gather(self._problem) if problem]:
+            if told := [problem for problem in distributed.gather(self._problem) if problem]:
                 raise UserError(told[0])
         return loss
 
     def _look_at(self, part: torch.Tensor, inputs: dict[str, Any]) -> str:
         """What is wrong with a part of a step, or nothing."""
         # Where processes share a model, a forward needs all of them.
-        again = (lambda: self._forward(inputs)) if ranks.count() == 1 else None
+        again = (lambda: self._forward(inputs)) if distributed.count() == 1 else None
         return _told(lambda: self._watch.check_loss(part, self.state.global_step + 1, again))
 
     def _look_at_step(self, loss: torch.Tensor) -> str:

@@ -16,12 +16,12 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
-from flashmorph import ranks
+from flashmorph import distributed
 from flashmorph.errors import UserError
 from flashmorph.files import atomic_path
+from flashmorph.inputs.settings import FinalRate, Length, Rate, Settings, Tokens, TokensAtOnce
+from flashmorph.inputs.shapes import Count, Finite, Shape, require_shape
 from flashmorph.progress import Report
-from flashmorph.settings import FinalRate, Length, Rate, Settings, Tokens, TokensAtOnce
-from flashmorph.shapes import Count, Finite, Shape, require_shape
 from flashmorph.stages.checkpoints import drop_damaged, finish, last_checkpoint
 from flashmorph.stages.trainer import StageTrainer
 from flashmorph.stages.watch import Watch
@@ -103,7 +103,7 @@ class TrainSettings(Settings):
 
     def division(self, processes: int) -> Division:
         """The step divided among so many processes, with the same micro-batches as in one: `micro_batch_tokens`, or
-        the whole batch (also for `auto`, as long as `costs/auto.py` has not said what that is). Only where there are
+        the whole batch (also for `auto`, as long as `estimate/auto.py` has not said what that is). Only where there are
         fewer of them than processes do several processes hold one together.
 
         Raises:
@@ -174,10 +174,10 @@ def train(
         UserError: a loss or gradient is not finite, the loss has exploded, a checkpoint cannot be written, or the
             processes cannot share a step evenly.
     """
-    ranks.first(lambda: drop_damaged(folder))
+    distributed.first(lambda: drop_damaged(folder))
     watch = Watch(model)
     device = next(model.parameters()).device
-    division = settings.division(ranks.count())
+    division = settings.division(distributed.count())
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=settings.steps,
@@ -208,8 +208,8 @@ def train(
     )
     # One process, one device: DataParallel over all that it sees would multiply the batch.
     arguments._n_gpu = min(1, arguments.n_gpu)
-    if arguments.world_size != ranks.count():
-        raise ValueError(f"{ranks.count()} processes share the work and Trainer sees {arguments.world_size}")
+    if arguments.world_size != distributed.count():
+        raise ValueError(f"{distributed.count()} processes share the work and Trainer sees {arguments.world_size}")
     with _reports_in(folder):
         trainer = StageTrainer(
             model=model,
@@ -220,7 +220,7 @@ def train(
             callbacks=[*callbacks, _Keeper(folder, report, watch)],
         )
         trainer.remove_callback(PrinterCallback)
-        checkpoint = ranks.first(lambda: last_checkpoint(folder))
+        checkpoint = distributed.first(lambda: last_checkpoint(folder))
         if checkpoint and int(checkpoint.rsplit("-", 1)[1]) >= settings.steps:
             trainer._load_from_checkpoint(checkpoint)
             return
@@ -296,7 +296,7 @@ class _Keeper(TrainerCallback):
         self._folder, self._log, self._report, self._watch = folder, folder / _LOG, report, watch
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        first = ranks.first(lambda: self._cut_log(state.global_step))
+        first = distributed.first(lambda: self._cut_log(state.global_step))
         if first is not None:
             self._watch.check_growth(first, 1)
 
@@ -308,8 +308,8 @@ class _Keeper(TrainerCallback):
         return kept[0]["loss"] if kept else None
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        ranks.wait()  # Each process writes its own random state.
-        if ranks.is_first():
+        distributed.wait()  # Each process writes its own random state.
+        if distributed.is_first():
             finish(Path(args.output_dir or "") / f"checkpoint-{state.global_step}")
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -322,7 +322,7 @@ class _Keeper(TrainerCallback):
             )
         self._watch.check_growth(logs["loss"], state.global_step)
         entry = {"step": state.global_step, **{name: logs[name] for name in ("loss", "grad_norm", "learning_rate")}}
-        if ranks.is_first():
+        if distributed.is_first():
             with self._log.open("a") as stream:
                 stream.write(json.dumps(entry) + "\n")
         self._report(state.global_step, state.max_steps, loss=logs["loss"])

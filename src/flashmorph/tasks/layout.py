@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from flashmorph.continuation import continuation
 from flashmorph.errors import UserError
-from flashmorph.special_tokens import before_text
 from flashmorph.tasks.encoded import EncodedText, encode
 from flashmorph.tasks.hay import Hay, LineSizes, Piece, hide
 from flashmorph.tasks.haystack import Haystack
@@ -16,6 +14,8 @@ from flashmorph.tasks.problem import Problem
 from flashmorph.tasks.prompt import Prompt
 from flashmorph.tasks.style import Style
 from flashmorph.tasks.turns import plain_words, template_words
+from flashmorph.tokens.continuation import continuation
+from flashmorph.tokens.special_tokens import before_text
 
 _MARGIN_TOKENS = 2
 _TRIES = 16

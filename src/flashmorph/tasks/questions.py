@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, model_validator
 
 from flashmorph.errors import quoted
-from flashmorph.settings import Settings
+from flashmorph.inputs.settings import Settings
 from flashmorph.tasks.hops import hops
 from flashmorph.tasks.layout import Example, Layout
 from flashmorph.tasks.many_keys import many_keys

@@ -3,7 +3,7 @@
 from transformers import PreTrainedTokenizerBase
 
 from flashmorph.errors import UserError
-from flashmorph.interrupts import template_limit
+from flashmorph.surface.interrupts import template_limit
 from flashmorph.tasks.style import Style
 
 _ROLES = ("user", "assistant")

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from flashmorph.errors import UserError
-from flashmorph.special_tokens import before_text
 from flashmorph.tasks.encoded import encode
 from flashmorph.tasks.prompt import Prompt
 from flashmorph.tasks.ruler.forms import FORMS
 from flashmorph.tasks.ruler.written import Material, Written
 from flashmorph.tasks.turns import template_words
+from flashmorph.tokens.special_tokens import before_text
 
 _FIRST_TRY = 32
 _CLOSE = 64

@@ -1,0 +1,55 @@
+"""`flashmorph align`: the linear branches, which serve every plan."""
+
+from flashmorph.cli.app import app
+from flashmorph.cli.options import (
+    DataOption,
+    DeviceOption,
+    FromOption,
+    Options,
+    OutputOption,
+    RecipeOption,
+    RepeatOption,
+    SetOption,
+    TeacherArgument,
+    UnusedOption,
+    WindowOption,
+    open_run,
+)
+
+
+@app.command()
+def align(
+    teacher: TeacherArgument,
+    output: OutputOption,
+    recipe: RecipeOption = None,
+    window: WindowOption = None,
+    data: DataOption = None,
+    allow_repeat: RepeatOption = False,
+    allow_unused: UnusedOption = False,
+    others: FromOption = None,
+    changes: SetOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train a linear branch beside every attention (after `transplant`); it serves every plan.
+
+    Example: `flashmorph align tiny --output runs/tiny`
+    """
+    from flashmorph.pipeline import morph as pipeline
+
+    options = Options(
+        teacher,
+        output,
+        recipe,
+        None,
+        changes,
+        data,
+        others,
+        allow_repeat,
+        device=device,
+        window=window,
+        allow_unused=allow_unused,
+    )
+    run = open_run(options, ["align"])
+    host = pipeline.run_transplant(run)
+    pipeline.run_teacher(run, host)
+    pipeline.run_align(run, host)

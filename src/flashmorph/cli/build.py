@@ -1,0 +1,92 @@
+"""`flashmorph build`, `distill` and `extend`: the same options, another last stage."""
+
+from flashmorph.cli.app import app
+from flashmorph.cli.options import (
+    OUT,
+    BudgetOption,
+    DataOption,
+    DeviceOption,
+    FromOption,
+    LayersOption,
+    Options,
+    OutputOption,
+    PlanOption,
+    RecipeOption,
+    RepeatOption,
+    SetOption,
+    StrategyOption,
+    TeacherArgument,
+    UnusedOption,
+    WindowOption,
+    open_run,
+)
+
+
+def _finish_until(last: str, options: Options) -> None:
+    """The path up to `build`, `distill` or `extend` for a plan that is given, or selected first."""
+    from flashmorph import distributed
+    from flashmorph.convert.save import bring
+    from flashmorph.pipeline import morph as pipeline
+
+    stages = ["align", *([] if options.plan or options.layers else ["select"])]
+    run = open_run(options, [*stages, *{"build": [], "distill": ["distill"]}.get(last, ["distill", "extend"])])
+    host = pipeline.run_transplant(run)
+    if not run.given:
+        pipeline.run_teacher(run, host)
+    branches = pipeline.run_align(run, host)
+    chosen = run.given or pipeline.run_select(run, host, branches)
+    stage = pipeline.run_build(run, host, branches, chosen, "")
+    if last != "build":
+        stage = pipeline.run_distill(run, host, stage, "")
+    if last == "extend" and run.recipe.extend:
+        stage = pipeline.run_extend(run, stage, "")
+    if stage.folder.is_relative_to(run.folder.path):
+        # Tokenizer and templates may have been edited since: they are no part of what the stage computed.
+        distributed.first(lambda: bring(run.teacher.folder, stage.folder / "model"))
+    OUT.print(f"checkpoint: {stage.folder / 'model'}", highlight=False, soft_wrap=True)
+
+
+def _stage_command(last: str, text: str) -> None:
+    """Register `build`, `distill` or `extend`: the same options, another last stage."""
+
+    def command(
+        teacher: TeacherArgument,
+        output: OutputOption,
+        recipe: RecipeOption = None,
+        budget: BudgetOption = None,
+        strategy: StrategyOption = None,
+        plan: PlanOption = None,
+        layers: LayersOption = None,
+        window: WindowOption = None,
+        data: DataOption = None,
+        allow_repeat: RepeatOption = False,
+        allow_unused: UnusedOption = False,
+        others: FromOption = None,
+        changes: SetOption = None,
+        device: DeviceOption = "auto",
+    ) -> None:
+        options = Options(
+            teacher,
+            output,
+            recipe,
+            budget,
+            changes,
+            data,
+            others,
+            allow_repeat,
+            strategy,
+            device=device,
+            window=window,
+            plan=plan,
+            layers=layers,
+            allow_unused=allow_unused,
+        )
+        _finish_until(last, options)
+
+    command.__doc__ = f"{text}\n\nExample: `flashmorph {last} tiny --output runs/tiny --layers 2,5`"
+    app.command(last)(command)
+
+
+_stage_command("build", "Write a plan as a plain checkpoint, before any distillation.")
+_stage_command("distill", "Build a plan and train it towards the teacher's distribution.")
+_stage_command("extend", "Build a plan, distil it and train it at a longer context.")

@@ -1,0 +1,177 @@
+"""The command that judges strategies."""
+
+import json
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from flashmorph.cli.app import app
+from flashmorph.cli.options import (
+    OUT,
+    DataOption,
+    DeviceOption,
+    ForceOption,
+    FromOption,
+    JsonOption,
+    Options,
+    OutputOption,
+    RecipeOption,
+    SetOption,
+    TeacherArgument,
+    UnusedOption,
+    open_run,
+)
+from flashmorph.errors import UserError, quoted
+from flashmorph.surface.outputs import PICTURE, claim_output, json_of, made_by
+
+_MOST_SPENT = 1_000
+
+
+@app.command()
+def compare(
+    teacher: TeacherArgument,
+    output: OutputOption,
+    budgets: Annotated[str, typer.Option(help="Numbers of full layers, with commas.")] = "1,2,3",
+    strategies: Annotated[str, typer.Option(help="`all`, or names with commas: `gates,race+confidence=0.8`.")] = "all",
+    seeds: Annotated[int, typer.Option(min=1, max=10_000, help="Seeds of every search.")] = 5,
+    spends: Annotated[str, typer.Option(help="Shares of a strategy's own steps or questions, with commas.")] = "1",
+    questions: Annotated[
+        int, typer.Option(min=2, max=1_000_000, help="Questions of the referee's split, over all tasks.")
+    ] = 256,
+    recall_questions: Annotated[
+        int, typer.Option(min=0, max=1_000_000, help="Generated answers a task for each plan found.")
+    ] = 25,
+    distill_steps: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=100_000,
+            help="Also compare the default's, halo's, uniform's and the best plan after so many steps.",
+        ),
+    ] = 0,
+    distill_budget: Annotated[str, typer.Option(help="The budget for which that is done.")] = "2",
+    max_plans: Annotated[
+        int, typer.Option(min=1, max=1_000_000_000, help="The most plans that are enumerated.")
+    ] = 2_000,
+    kept: Annotated[bool, typer.Option("--kept", help="Show every finished cell; search for no other.")] = False,
+    recipe: RecipeOption = None,
+    data: DataOption = None,
+    others: FromOption = None,
+    changes: SetOption = None,
+    allow_unused: UnusedOption = False,
+    force: ForceOption = False,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Judge strategies by the truth: every plan of every budget, on questions that no search has seen.
+
+    For every strategy, budget and seed: the plan, its rank among all plans (1: cannot be told from the best), its
+    regret (mean loss minus the best plan's, before distillation), recall, and what the search cost. Finished cells are
+    kept, so the same command again goes on. Small teachers only: all plans are run. Without --recipe the recipe is that
+    of the first run in --from that has one.
+
+    Example: `flashmorph compare tiny --output runs/referee --from runs/demo --budgets 1,2,3 --seeds 5`
+    """
+    from flashmorph.files import write_json
+    from flashmorph.referee import CompareSettings
+    from flashmorph.referee.compare import compare as judge
+    from flashmorph.referee.figures import draw_regret
+    from flashmorph.referee.summary import summarise
+
+    folder = output / "compare"
+    file, picture = folder / "compare.json", folder / "regret.png"
+    claim_output(file, json_of("compare"), force)
+    claim_output(picture, PICTURE, force)
+    places = tuple(others or ())
+    options = Options(
+        teacher,
+        output,
+        recipe,
+        None,
+        changes,
+        data,
+        others,
+        device=device,
+        json=as_json,
+        recipe_of=places,
+        allow_unused=allow_unused,
+    )
+    run = open_run(options, ["align", "select", "compare"], keep_recipe=False)
+    try:
+        shares = tuple(float(share) for share in spends.split(","))
+        if not all(0 < share <= _MOST_SPENT for share in shares):
+            raise ValueError
+    except ValueError as error:
+        about = f"numbers above 0 and at most {_MOST_SPENT:,} with commas, for example 0.25,1"
+        raise UserError(f"--spends {quoted(spends)} must be {about}") from error
+    settings = CompareSettings(
+        budgets=tuple(name.strip() for name in budgets.split(",")),
+        seeds=seeds,
+        spends=shares,
+        questions=questions,
+        recall_questions=recall_questions,
+        distill_steps=distill_steps,
+        distill_budget=distill_budget,
+        max_plans=max_plans,
+        only_kept=kept,
+    )
+    if strategies != "all":
+        settings = settings.model_copy(update={"strategies": tuple(name.strip() for name in strategies.split(","))})
+    summary = summarise(judge(run, settings, folder))
+    write_json(file, {**made_by("compare"), **summary})
+    draw_regret(summary, picture)
+    if as_json:
+        print(json.dumps(summary, indent=2))
+        return
+    for table in tables(summary):
+        OUT.print(table)
+    OUT.print(f"written: {file} and {picture.name}", highlight=False, soft_wrap=True)
+
+
+def tables(summary: dict) -> list[Table]:
+    """One table a budget, the best strategies first. Figures are means over seeds; `agree` is how much of two seeds'
+    plans is the same (intersection over union)."""
+    made = []
+    for budget in dict.fromkeys(row["budget"] for row in summary["rows"]):
+        truth = summary["truths"].get(budget)
+        title = f"budget {budget}"
+        if truth:
+            title += (
+                f": {truth['plans']} plans, best {truth['best']} at {truth['best_loss']:.3f} nats "
+                f"(median {truth['median_loss']:.2f})"
+            )
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for column in ("strategy", "rank", "first", "regret", "recall", "agree", "FLOPs", "plans"):
+            left = column in ("strategy", "plans")
+            table.add_column(column, justify="left" if left else "right", no_wrap=column != "plans")
+        rows = [row for row in summary["rows"] if row["budget"] == budget]
+        for row in sorted(rows, key=lambda row: (row["regret"] is None, row["regret"])):
+            spend = "" if row["spend"] == 1 else f" x {row['spend']:g}"
+            spread = f" ± {row['regret_spread']:.3f}" if row["regret_spread"] else ""
+            table.add_row(
+                row["strategy"] + spend,
+                _figure(row["rank"], "{:.1f}"),
+                _figure(row["first"], "{:.0%}"),
+                _figure(row["regret"], "{:.3f}") + spread,
+                _figure(row["recall"], "{:.0%}"),
+                _figure(row["agreement"], "{:.2f}"),
+                f"{row['flops']:.1e}",
+                " ".join(",".join(map(str, plan)) for plan in row["plans"]),
+            )
+        made.append(table)
+    if summary["after_distillation"]:
+        steps = summary["after_distillation"][0]["steps"]
+        table = Table(title=f"after {steps} steps of distillation", title_justify="left", box=SIMPLE_HEAD)
+        for column in ("strategy", "full", "loss before", "loss", "regret", "text loss"):
+            table.add_column(column, justify="left" if column == "strategy" else "right")
+        for row in summary["after_distillation"]:
+            figures = [f"{row[name]:.3f}" for name in ("loss_before", "loss", "regret", "text_loss")]
+            table.add_row(row["strategy"], ",".join(map(str, row["full"])), *figures)
+        made.append(table)
+    return made
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)

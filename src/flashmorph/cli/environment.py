@@ -1,0 +1,46 @@
+"""Versions, devices and kernels, for `flashmorph env` and bug reports."""
+
+import platform
+
+import torch
+
+from flashmorph.data.isolation import how_apart
+from flashmorph.devices import pick_device, use_bf16
+from flashmorph.hosts import HOSTS, supports_varlen
+from flashmorph.mixers.kernels import REFERENCE, implementation_in_use
+from flashmorph.versions import own_version, version_of
+
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "flash-linear-attention",
+    "mamba-ssm",
+    "causal-conv1d",
+    "triton",
+)
+
+
+def describe() -> dict[str, str]:
+    """Facts by name; a kernel's line says what runs on this device and why."""
+    device = pick_device("auto")
+    facts = {"flashmorph": own_version(), "python": platform.python_version()}
+    facts |= {name: version_of(name) for name in _PACKAGES}
+    facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    facts["cpu threads"] = str(torch.get_num_threads())
+    facts["bfloat16 products"] = "used" if use_bf16(device) else "not used (slow or missing on this device)"
+    for host in HOSTS:
+        for kernels in (mixer.kernels for mixer in host.mixers.values() if mixer.kernels):
+            facts |= {name: _kernel(kernels.module, name, device) for name in kernels.functions}
+    for host in HOSTS:
+        facts[f"{host.name}, packed documents"] = how_apart(True, supports_varlen(host, device))
+    return facts
+
+
+def _kernel(modelling: str, name: str, device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"PyTorch reference (tensors are on {device.type}; the fast kernels need CUDA)"
+    used = implementation_in_use(modelling, name)
+    return used if used != REFERENCE else "PyTorch reference (no kernel package; see the extra `gpu`)"

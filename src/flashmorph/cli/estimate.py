@@ -1,0 +1,134 @@
+"""`flashmorph estimate`: what a run will take."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flashmorph.cli.app import app
+from flashmorph.cli.options import (
+    ERR,
+    OUT,
+    BudgetOption,
+    DataOption,
+    JsonOption,
+    Options,
+    RecipeOption,
+    SetOption,
+    StrategyOption,
+    WindowOption,
+    fitted,
+    numbers,
+    quiet,
+    recipe_of,
+)
+
+
+@app.command()
+@app.command("plan", hidden=True)  # What it was called in 0.1.
+def estimate(
+    teacher: Annotated[
+        str, typer.Argument(help="`tiny`, a folder with config.json, or a model on the hub.", metavar="TEACHER")
+    ],
+    recipe: RecipeOption = None,
+    budget: BudgetOption = None,
+    strategy: StrategyOption = None,
+    baseline: Annotated[str | None, typer.Option(help="`uniform`: train the uniform layout as well.")] = None,
+    data: DataOption = None,
+    window: WindowOption = None,
+    changes: SetOption = None,
+    gpu: Annotated[str | None, typer.Option(help="`h200`, `a100`, `l40s`, ...: gives hours and what fits.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that a batch is divided among.")] = 1,
+    utilisation: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Share of the peak that hours assume; yours, if you know it.")
+    ] = 0.3,
+    contexts: Annotated[str, typer.Option(help="Context lengths of the cache, with commas.")] = "8192,32768,131072",
+    explain: Annotated[bool, typer.Option("--explain", help="Every figure with its formula.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """What a run will take before anything is paid: parameters, cache, operations, memory, hours.
+
+    Reads config.json alone: no weights, no tokenizer, no GPU. Parameters and cache are exact, memory and hours are
+    estimates. `morph --dry-run` shows the data of each stage.
+
+    Example: `flashmorph estimate Qwen/Qwen3-8B --budget 25% --gpu h200 --gpus 8`
+    """
+    from flashmorph.cli.screen import RichScreen
+    from flashmorph.convert.teacher import open_config
+    from flashmorph.estimate import estimate as estimated
+    from flashmorph.estimate import find_gpu
+
+    quiet()
+    found_gpu = find_gpu(gpu) if gpu else None
+    options = Options(
+        teacher, Path(), recipe, budget, changes, data, strategy=strategy, baseline=baseline, window=window
+    )
+    settings = recipe_of(options)
+    config = open_config(teacher)
+    settings = fitted(settings, config, RichScreen(ERR if as_json else OUT).say)
+    found = estimated(teacher, config, settings, found_gpu, gpus, utilisation, numbers("--contexts", contexts))
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return
+    _show(found)
+    if explain:
+        from flashmorph.estimate.explain import explain as formulas
+
+        for line in formulas(found):
+            OUT.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _show(found: Any) -> None:
+    """Two tables and what they assume."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from flashmorph.estimate.explain import amount, byte_size, notes
+
+    model = found.model
+    OUT.print(
+        f"{found.teacher} -> {model.host.name}: {model.num_full} of {model.layers} layers stay full "
+        f"(budget {found.budget})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("", "teacher", "hybrid", *(["least ms a token"] if found.gpu else [])):
+        table.add_column(column, justify="right" if column else "left")
+    both = (found.sizes.teacher, found.hybrid_parameters)
+    table.add_row("parameters", *map(amount, both))
+    table.add_row("weights", *(byte_size(found.weight_bytes(parameters)) for parameters in both))
+    for context, cache in found.cache.items():
+        seconds = [found.seconds_per_token(*pair) for pair in zip(both, cache, strict=True)]
+        times = [f"{1000 * least:.2f}" for least in seconds if least is not None]
+        table.add_row(f"cache at {context:,}", *map(byte_size, cache), *([" -> ".join(times)] if times else []))
+    OUT.print(table)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    sharded = found.num_gpus > 1
+    columns = ["stage", "tokens", "length", "FLOPs", *(["hours"] if found.gpu else []), "memory of a GPU"]
+    for column in [*columns, *(["sharded"] if sharded else [])]:
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for stage in found.stages:
+        hours = found.hours(stage)
+        tokens = "as it goes" if stage.tokens is None else amount(stage.tokens) if stage.tokens else ""
+        cells = [stage.name, tokens, f"{stage.length:,}" if stage.length else ""]
+        cells.append(amount(stage.work.flops) if stage.work and stage.work.flops else "")
+        if found.gpu:
+            cells.append("" if hours is None else f"{hours:,.1f}" if hours >= 0.05 else "< 0.1")
+        cells.append(_memory(found, stage, 1))
+        table.add_row(*cells, *([_memory(found, stage, found.num_gpus)] if sharded else []))
+    OUT.print(table)
+    for line in notes(found):
+        OUT.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _memory(found: Any, stage: Any, gpus: int) -> str:
+    from flashmorph.estimate.explain import byte_size
+
+    if not stage.memory:
+        return ""
+    if gpus > 1 and stage.memory.alone:
+        return "CPU"
+    needed = stage.memory.bytes(gpus)
+    return byte_size(needed) + (" !" if found.gpu and needed > found.gpu.memory_bytes else "")

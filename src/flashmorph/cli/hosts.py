@@ -1,0 +1,48 @@
+"""`flashmorph hosts`: which teachers have an exact host."""
+
+import json
+from collections.abc import Sequence
+
+from flashmorph.cli.app import app
+from flashmorph.cli.options import OUT, JsonOption, quiet
+
+
+@app.command()
+def hosts(as_json: JsonOption = False) -> None:
+    """Which teachers have an exact host, with which settings, and what serves the result.
+
+    Settings go into a run with `--set host.NAME=VALUE`.
+
+    Example: `flashmorph hosts`
+    """
+    from flashmorph.hosts.overview import overview
+
+    quiet()
+    found = overview()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for host in found["hosts"]:
+        rows = [("teacher", family, about) for family, about in host["teachers"].items()]
+        full, *others = host["options"].values()
+        rows += [("switched layer", mixer, f"in the place of {full}") for mixer in others]
+        for name, setting in host["settings"].items():
+            rows.append(("setting", f"host.{name}={setting['default']}", setting["about"]))
+        for engine in host["serves"]:
+            needs = f"needs {engine['needs']}" if engine["needs"] else ""
+            about = "; ".join(part for part in (engine["known"], engine["takes"], needs) if part)
+            about += f". {engine['otherwise']}" if engine["otherwise"] else ""
+            rows.append(("served by", f"{engine['name']} {engine['version']}", about))
+        _print_table(host["host"] + (", with --window" if "window" in host["settings"] else ""), rows)
+    _print_table("no exact host", list(found["refused"].items()))
+
+
+def _print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
+    for _ in rows[0]:
+        table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    OUT.print(table)

@@ -1,0 +1,137 @@
+"""`flashmorph morph`: the whole path, and what it would be (`--dry-run`)."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from flashmorph.cli.app import app
+from flashmorph.cli.options import (
+    ERR,
+    EVERY_STAGE,
+    OUT,
+    BudgetOption,
+    DataOption,
+    DeviceOption,
+    FromOption,
+    JsonOption,
+    LayersOption,
+    Options,
+    OutputOption,
+    PlanOption,
+    RecipeOption,
+    RepeatOption,
+    SetOption,
+    StrategyOption,
+    TeacherArgument,
+    UnusedOption,
+    WindowOption,
+    fitted,
+    open_run,
+    quiet,
+    recipe_of,
+)
+
+
+@app.command()
+def morph(
+    teacher: TeacherArgument,
+    output: OutputOption,
+    recipe: RecipeOption = None,
+    budget: BudgetOption = None,
+    strategy: StrategyOption = None,
+    plan: PlanOption = None,
+    layers: LayersOption = None,
+    window: WindowOption = None,
+    baseline: Annotated[str | None, typer.Option(help="`uniform`: train the uniform layout as well.")] = None,
+    data: DataOption = None,
+    allow_repeat: RepeatOption = False,
+    allow_unused: UnusedOption = False,
+    others: FromOption = None,
+    changes: SetOption = None,
+    device: DeviceOption = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print stages, tokens and data; spend nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """From a teacher to a hybrid checkpoint with its evidence: every stage, one after the other.
+
+    The same command again continues where it stopped. Nothing that is finished is run again or overwritten.
+
+    Example: `flashmorph morph Qwen/Qwen3-1.7B --budget 7 --output qwen3-1.7b-hybrid`
+    """
+    options = Options(
+        teacher,
+        output,
+        recipe,
+        budget,
+        changes,
+        data,
+        others,
+        allow_repeat,
+        strategy,
+        baseline,
+        device,
+        as_json,
+        window,
+        plan,
+        layers,
+        allow_unused=allow_unused,
+    )
+    stages = [stage for stage in EVERY_STAGE if stage != "select" or not (plan or layers)]
+    if dry_run:
+        _dry_run(options, stages)
+        return
+    from flashmorph.pipeline import morph as pipeline
+
+    run = open_run(options, stages)
+    results = pipeline.morph(run)
+    if as_json:
+        print(json.dumps(results.to_dict(), indent=2))
+        return
+    run.screen.show(results)
+    for name in ("recall_hybrid_undistilled_minus_uniform", "recall_hybrid_minus_uniform"):
+        if difference := results.to_dict().get(name):
+            low, high = difference["interval"]
+            about = "before distillation" if "undistilled" in name else "after"
+            OUT.print(
+                f"recall minus uniform's {about}: {100 * difference['difference']:+.1f} points "
+                f"({100 * low:+.1f} to {100 * high:+.1f})",
+                highlight=False,
+            )
+    OUT.print(f"written: {output} (open it with AutoModelForCausalLM.from_pretrained)", highlight=False, soft_wrap=True)
+    OUT.print(f"what it kept, lost and won: {output / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _dry_run(options: Options, stages: list[str]) -> None:
+    """Stages, tokens and data of a run that is not started."""
+    from rich.table import Table
+
+    from flashmorph.cli.screen import RichScreen
+    from flashmorph.convert.load import load_config
+    from flashmorph.convert.teacher import open_teacher
+    from flashmorph.recipe.given import given_plan
+    from flashmorph.recipe.outlook import check, outlook, training_contexts
+    from flashmorph.recipe.preflight import preflight
+
+    quiet()
+    recipe = recipe_of(options)
+    teacher = open_teacher(options.teacher)
+    config = load_config(teacher.folder)
+    recipe = fitted(recipe, config, RichScreen(ERR if options.json else OUT).say)
+    check(teacher, recipe)
+    plan = given_plan(teacher.name, config, recipe, options.plan, options.layers)
+    if tokenizer := teacher.tokenizer():
+        preflight(recipe, tokenizer, config, stages)
+    rows = outlook(teacher.name, config, recipe, given=plan is not None)
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table(title=f"{options.teacher} -> {options.output}", title_justify="left")
+    contexts = training_contexts(config, recipe)
+    for column in ("stage", "tokens", "length", "mean context", "data"):
+        table.add_column(column, justify="left" if column in ("stage", "data") else "right")
+    for row in rows:
+        tokens = "as it goes" if row["tokens"] is None else f"{row['tokens']:,}" if row["tokens"] else ""
+        _, context = contexts.get(row["stage"], (None, ""))
+        table.add_row(row["stage"], tokens, str(row["length"] or ""), context, row["data"])
+    OUT.print(table)

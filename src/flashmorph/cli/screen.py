@@ -1,0 +1,111 @@
+"""What a person sees: a line a stage, a progress bar with loss and time left, one table and the plan at the end."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from flashmorph.evaluation import shortage
+from flashmorph.plan import FULL
+from flashmorph.progress import Report
+from flashmorph.run.folder import Stage
+from flashmorph.run.run import Results
+from flashmorph.surface.terminal import harmless
+from flashmorph.versions import made_with
+
+_SILENT_SECONDS = 60.0
+"""After how long without news a stage says that it is still at work; each time it waits twice as long."""
+
+
+class RichScreen:
+    """Draws on a terminal; in a pipe only the finished lines remain."""
+
+    def __init__(self, console: Console):
+        self.console = console
+
+    @contextmanager
+    def stage(self, name: str, about: str) -> Iterator[Report]:
+        """A bar that disappears when the stage ends, and a line where it stands still."""
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}", markup=False),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
+            bar = progress.add_task(harmless(f"{name:<10} {about}"), total=None, figures="")
+
+            news = [time.monotonic()]
+
+            def report(done: float, total: float, **figures: float) -> None:
+                news[0] = time.monotonic()
+                shown = " ".join(f"{label} {value:.3f}" for label, value in figures.items())
+                progress.update(bar, completed=done, total=total, figures=shown)
+
+            with self._telling_of_silence(name, news):
+                yield report
+
+    @contextmanager
+    def _telling_of_silence(self, name: str, news: list[float]) -> Iterator[None]:
+        """What a stage runs may be a stranger's (a tokenizer, a chat template), and take as long as it likes."""
+        over = threading.Event()
+
+        def watch() -> None:
+            patience = _SILENT_SECONDS
+            while not over.wait(max(0.0, news[0] + patience - time.monotonic())):
+                if (silent := time.monotonic() - news[0]) >= patience:
+                    self.say(f"{name}: still at work, without news for {silent:,.0f} s; Ctrl-C ends it")
+                    patience *= 2
+
+        threading.Thread(target=watch, daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
+
+    def done(self, stage: Stage, about: str, figures: str) -> None:
+        """One line: what, how it came out, how long it took, or with which other versions it was done before."""
+        time = f"{stage.record['seconds']:.0f} s"
+        if stage.reused:
+            time = " with ".join(filter(None, ("done before", made_with(stage.record))))
+        line = Text.assemble((f"{stage.name:<10}", "bold"), harmless(f" {about} · {figures} · {time}"))
+        self.console.print(line, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """A line."""
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def show(self, results: Results) -> None:
+        """The closing table and the strip of layers."""
+        overview = Table(title="recall: greedy generation, exact match of the whole answer", title_justify="left")
+        for name in ("model", "recall", "95 %", "perplexity", "cache at 128K"):
+            overview.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+        first = next(iter(results.scores.values()))
+        by_task = Table(title="recall by task", title_justify="left")
+        for name in ("model", *first.right):
+            by_task.add_column(name, justify="left" if name == "model" else "right")
+        for name, score in results.scores.items():
+            figures = score.to_dict()
+            low, high = figures["recall_interval"]
+            cache = f"{score.cache_bytes['131072'] / 2**20:,.1f} MiB"
+            label = name.replace("_", " ")
+            interval = f"{100 * low:.1f}-{100 * high:.1f}"
+            overview.add_row(label, f"{100 * score.recall:.1f} %", interval, f"{score.perplexity:.3f}", cache)
+            tasks = figures["recall_by_task"].values()
+            by_task.add_row(label, *(f"{100 * task['recall']:.0f} %" for task in tasks))
+        self.console.print(overview)
+        self.console.print(by_task)
+        if note := shortage(first.to_dict()):
+            self.say(note)
+        kept = ", ".join(map(str, results.plan.full_layers))
+        other = ", ".join(sorted(set(results.plan.assignments.values()) - {FULL})) or "other"
+        self.say(
+            f"\n{results.plan.strip()}   ■ full □ {other}: layers {kept} of {len(results.plan.assignments)} stay full"
+        )

@@ -1,0 +1,183 @@
+"""The commands that choose layers."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from flashmorph.cli.app import app
+from flashmorph.cli.options import (
+    OUT,
+    BudgetOption,
+    DeviceOption,
+    ForceOption,
+    JsonOption,
+    Options,
+    RecipeOption,
+    SetOption,
+    StrategyOption,
+    TeacherArgument,
+    UnusedOption,
+    open_run,
+)
+from flashmorph.errors import UserError, quoted
+from flashmorph.files import write_json
+from flashmorph.surface.outputs import PICTURE, claim_output, json_of, made_by
+
+_CURVE = "select --curve"
+
+
+class _ListsStrategies(TyperCommand):
+    """A command whose help ends with every strategy; only then are they imported."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        import inspect
+
+        from flashmorph.selection import STRATEGIES
+
+        modules = {name: inspect.getmodule(strategy) for name, strategy in STRATEGIES.items()}
+        lines = {name: (module.__doc__ or "").split("\n\n")[0] for name, module in modules.items() if module}
+        self.epilog = "Strategies:\n\n" + "\n\n".join(
+            f"- `{name}`: {' '.join(line.split())}" for name, line in lines.items()
+        )
+        super().format_help(ctx, formatter)
+
+
+@app.command(cls=_ListsStrategies)
+def select(
+    teacher: TeacherArgument,
+    source: Annotated[Path, typer.Option("--from", help="The run whose alignment is used; the search is kept there.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The plan (or the curve), a JSON file.")],
+    recipe: RecipeOption = None,
+    budget: BudgetOption = None,
+    strategy: StrategyOption = None,
+    curve: Annotated[bool, typer.Option("--curve", help="Plan, loss and recall for every budget.")] = False,
+    within: Annotated[str, typer.Option(help="With --curve: how much of the teacher's recall may be lost.")] = "5%",
+    recall_questions: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="With --curve: generated answers a task.")
+    ] = 50,
+    max_plans: Annotated[int | None, typer.Option(help="With `exhaustive`: how many plans may be run.")] = None,
+    changes: SetOption = None,
+    allow_unused: UnusedOption = False,
+    force: ForceOption = False,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Choose the layers that stay full, on a run that is aligned; or see with --curve what each budget would give.
+
+    The run's own recipe is taken unless --recipe is given; what else is given changes it.
+
+    Example: `flashmorph select tiny --from runs/demo --budget 3 --strategy greedy-forward --output plan.json`
+
+    Example: `flashmorph select tiny --from runs/demo --curve --within 5% --output curve.json`
+    """
+    from flashmorph import distributed
+    from flashmorph.pipeline import morph as pipeline
+
+    share = _share(within)
+    _claim(output, curve, force)
+    if max_plans is not None:
+        changes = [*(changes or []), f"select.settings.max_plans={max_plans}"]
+    options = Options(
+        teacher,
+        source,
+        recipe,
+        budget,
+        changes,
+        strategy=strategy,
+        device=device,
+        json=as_json,
+        recipe_of=(source,),
+        allow_unused=allow_unused,
+    )
+    if not (source / "stages").is_dir():
+        raise UserError(f"{source} is no run of flashmorph's: run `flashmorph align {teacher} --output {source}` first")
+    run = open_run(options, ["align", "select"], keep_recipe=False)
+    host = pipeline.run_transplant(run)
+    branches = pipeline.run_align(run, host)
+    if curve:
+        _show_curve(run, host, branches, recall_questions, share, output, as_json)
+        return
+    plan = pipeline.run_select(run, host, branches)
+    if distributed.is_first():
+        write_json(output, {**made_by("select"), **plan.to_dict()})
+    if as_json:
+        print(json.dumps(plan.to_dict(), indent=2))
+        return
+    OUT.print(
+        f"{plan.strip()}  layers {', '.join(map(str, plan.full_layers))} stay full; written: {output}", soft_wrap=True
+    )
+    if plan.strategy == "tolerance":
+        _show_tolerance(run, plan)
+
+
+def _claim(output: Path, curve: bool, force: bool) -> None:
+    """Refuse files that are not ours to replace, the curve's picture as well."""
+    claim_output(output, json_of(_CURVE if curve else "select"), force)
+    if not curve:
+        return
+    if output.suffix == ".png":
+        raise UserError(f"{output} would be the curve's picture; give the name of a JSON file, the picture lies beside")
+    claim_output(output.with_suffix(".png"), PICTURE, force)
+
+
+def _share(text: str) -> float:
+    """`5%` as a share."""
+    try:
+        share = float(text.removesuffix("%")) / 100
+    except ValueError:
+        share = -1.0
+    if not text.endswith("%") or not 0 <= share < 1:
+        raise UserError(f"--within {quoted(text)} must be a percentage from 0% to below 100%, for example 5%")
+    return share
+
+
+def _show_curve(run: Any, host: Any, branches: Any, questions: int, share: float, output: Path, as_json: bool) -> None:
+    """A line a budget, the smallest one within `share` of the teacher's recall marked."""
+    from rich.table import Table
+
+    from flashmorph import distributed
+    from flashmorph.pipeline.curve import draw_curve, run_curve
+
+    curve = run_curve(run, host, branches, questions)
+    enough = curve.smallest_within(share)
+    values = {**curve.to_dict(), "within": share, "smallest_within": len(enough.full)}
+    picture = output.with_suffix(".png")
+    if distributed.is_first():
+        write_json(output, {**made_by(_CURVE), **values})
+        draw_curve(curve, share, picture)
+    if as_json:
+        print(json.dumps(values, indent=2))
+        return
+    context = max(enough.cache_bytes, key=int)
+    table = Table(title=f"{curve.strategy}, before distillation", title_justify="left")
+    for column in ("full", "plan", "loss", "recall", f"cache at {int(context):,}", ""):
+        table.add_column(column, justify="left" if column in ("plan", "") else "right", no_wrap=True)
+    for point in curve.points:
+        cache = f"{point.cache_bytes[context] / 2**20:,.1f} MiB"
+        note = f"<- smallest within {share:.0%}" if point is enough else ""
+        figures = (f"{point.loss:.3f}", f"{point.recall:.0%}", cache, note)
+        table.add_row(str(len(point.full)), point.strip, *figures)
+    OUT.print(table)
+    OUT.print(f"written: {output} and {picture}", highlight=False, soft_wrap=True)
+
+
+def _show_tolerance(run: Any, plan: Any) -> None:
+    """Cache saved against perplexity added, and where the full layers stand."""
+    from flashmorph.convert.load import load_config
+    from flashmorph.hosts import cache_bytes, configure
+
+    config = load_config(run.teacher.folder)
+    host, full = configure(config, run.recipe.host)
+    hybrid = host.with_plan(full, list(plan.assignments.values()))
+    context, layers = 131_072, len(plan.assignments)
+    saved = 1 - cache_bytes(hybrid, context) / cache_bytes(full, context)
+    thirds = [sum(3 * layer // layers == third for layer in plan.full_layers) for third in range(3)]
+    OUT.print(
+        f"{plan.budget} of perplexity was allowed: {saved:.0%} of the cache at {context:,} tokens is saved; "
+        f"full layers: {thirds[0]} early, {thirds[1]} middle, {thirds[2]} late",
+        highlight=False,
+        soft_wrap=True,
+    )

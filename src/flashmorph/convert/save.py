@@ -1,0 +1,171 @@
+"""Checkpoints on disk: models with the teacher's tokenizer beside them, and the run's final result."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from flashmorph import distributed
+from flashmorph.convert.checkpoint import (
+    CONFIG,
+    GENERATION,
+    TOKENIZER_SETTINGS,
+    checkpoint_files,
+    travelling_content,
+    travelling_files,
+)
+from flashmorph.convert.load import load_config
+from flashmorph.convert.streamed import transplant_checkpoint
+from flashmorph.convert.teacher import Teacher
+from flashmorph.files import atomic_path, read_json, write_json
+from flashmorph.hosts import host_of
+from flashmorph.model.sharding import is_sharded, whole
+from flashmorph.progress import Report
+
+
+def save_model(model: PreTrainedModel, folder: Path, origin: Path) -> None:
+    """Save `model` in the dtype of the checkpoint in `origin`, with its tokenizer, template and generation settings.
+
+    A folder that an interrupted save left is replaced. Of several processes the first writes; if the model's weights
+    are divided, all must be here.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    dtype = load_config(origin).dtype or torch.float32
+    state = None
+    if is_sharded(model):
+        tied = model.all_tied_weights_keys or {}
+        single = {name: weight for name, weight in model.state_dict().items() if name not in tied}
+        state = {name: weight.to(dtype) for name, weight in whole(single).items()}
+    else:
+        nn.Module.to(model, dtype)
+    if not distributed.is_first():
+        return
+    with atomic_path(folder, over_folder=True) as temporary, _plain_generation(model):
+        model.save_pretrained(temporary, state_dict=state)
+        complete(temporary, model.config, origin)
+
+
+@contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """What a model's configuration alone says of generation, in place of the file that it was opened with.
+
+    That file is copied as it is; transformers does not save all that it reads.
+    """
+    kept, model.generation_config = model.generation_config, GenerationConfig.from_model_config(model.config)
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+
+
+def complete(folder: Path, config: PreTrainedConfig, origin: Path) -> None:
+    """Make what transformers has saved in `folder`, with this configuration, what we publish.
+
+    Its config.json says what engines read, not only what transformers does (`Host.written`); tokenizer, template and
+    generation settings come from `origin`. None of them says `use_cache: false`, as a teacher's may from its training:
+    whoever generates wants the cache.
+    """
+    values = read_json(folder / "config.json")
+    if (wanted := host_of(config).serialise(values)) != values:
+        write_json(folder / "config.json", wanted)
+    bring(origin, folder)
+    for name in (CONFIG, GENERATION):
+        if (folder / name).is_file():
+            _use_cache(folder / name)
+
+
+def _use_cache(path: Path) -> None:
+    """Say nowhere in a file of settings that generation is to go without a cache."""
+    if (values := read_json(path)).get("use_cache") is False:
+        write_json(path, {**values, "use_cache": True})
+
+
+def _copy(path: Path, target: Path) -> None:
+    """Copy one file of a checkpoint as we publish it."""
+    shutil.copy2(path, target)
+    if path.name == GENERATION:
+        _use_cache(target)
+    if path.name == TOKENIZER_SETTINGS:
+        target.write_bytes(travelling_content(path))
+
+
+def bring(origin: Path, folder: Path) -> None:
+    """Make what travels with the weights in `folder` what it is in `origin`, each file whole.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    brought = {path.relative_to(origin): path for path in travelling_files(origin)}
+    for name, path in brought.items():
+        content = travelling_content(path)
+        if not (folder / name).is_file() or (folder / name).read_bytes() != content:
+            with atomic_path(folder / name) as temporary:
+                _copy(path, temporary)
+    for path in travelling_files(folder):
+        # Without the teacher's, that which transformers writes says what config.json says.
+        if path.relative_to(folder) not in brought and path.name != GENERATION:
+            path.unlink()
+
+
+def write_host(
+    teacher: Teacher,
+    folder: Path,
+    settings: Mapping[str, Any],
+    device: torch.device,
+    report: Report,
+    allow_unused: bool = False,
+    over_folder: bool = False,
+) -> dict[str, Any]:
+    """Write the host in the teacher's own dtype into `folder`; what the move was proven by, and a `summary`.
+
+    `settings` are the host's own. `notices` in the result are about weights that are stored and were left out. With
+    `over_folder` it replaces what an interrupted move left.
+
+    Raises:
+        UserError: see `flashmorph.convert.streamed.transplant_checkpoint`; or `folder` cannot be written.
+    """
+    with atomic_path(folder, over_folder) as temporary:
+        temporary.mkdir()
+        config, moved = transplant_checkpoint(teacher.folder, temporary, settings, device, report, allow_unused)
+        complete(temporary, config, teacher.folder)
+    proof, parts = moved.proof, {name: part.to_dict() for name, part in moved.parts.items()}
+    record: dict[str, Any] = {"proof": proof.to_dict(), "proof_of_parts": parts, "notices": list(moved.notices)}
+    summary = f"logits differ by at most {proof.difference:.1e} (allowed: {proof.tolerance:.1e})"
+    if moved.rounding is not None:
+        record["rounding"] = moved.rounding
+        dtype = str(config.dtype).removeprefix("torch.")
+        summary += f"; in {dtype} {moved.rounding:.2f} x the teacher's own rounding noise"
+    return {**record, "summary": summary}
+
+
+def replace_checkpoint(folder: Path, source: Path, teacher: Path) -> None:
+    """Make the checkpoint in `folder` that in `source`: its files, and no others that would be opened with them.
+
+    What travels with the weights is the `teacher`'s as it is now: it may have been edited since `source` was written.
+    Everything is copied before anything changes. Then files take their places, weights first; what is left of an
+    earlier checkpoint goes, such as a single file that would be opened instead of several; and at last config.json is
+    replaced, so that until all of the new one is there the old one is opened. Files of other kinds are not touched.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    brought = {path.relative_to(teacher): path for path in travelling_files(teacher)}
+    kept = {path for path in travelling_files(source) if path.name != GENERATION}
+    files = {path.relative_to(source): path for path in checkpoint_files(source) if path not in kept}
+    files |= brought
+    weights_last = sorted(files.keys() - {Path(CONFIG)}, key=lambda name: name.suffix == ".safetensors")
+    with atomic_path(folder / CONFIG) as config:
+        shutil.copy2(files[Path(CONFIG)], config)
+        with ExitStack() as stack:  # Left in reverse order.
+            for name in weights_last:
+                _copy(files[name], stack.enter_context(atomic_path(folder / name)))
+        for path in checkpoint_files(folder):
+            if path.relative_to(folder) not in files:
+                path.unlink()

@@ -1,0 +1,154 @@
+"""Open a teacher: an embedded one, a local folder or a model of the hub. Refuse what cannot be a teacher."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from flashmorph.convert.checkpoint import weight_files
+from flashmorph.convert.digests import template_digest, tokenizer_digest, weights_digest
+from flashmorph.convert.load import load_config, load_model, load_tokenizer, read_generation
+from flashmorph.errors import UserError, first_line
+from flashmorph.hosts import host_for, takes_with_windows
+
+EMBEDDED = ("tiny",)
+_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
+_OTHER_FORMS = ("consolidated*", "original/*", "onnx/*", "adapter_model*")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A checkpoint on disk; `revision` is the hub's commit, if any.
+
+    `digest` covers its configuration and weights, `tokenizer_digest` what makes tokens of a text, `template_digest`
+    what makes a text of a conversation.
+    """
+
+    name: str
+    folder: Path
+    digest: str
+    revision: str
+    note: str = ""
+    tokenizer_digest: str = ""
+    template_digest: str = ""
+
+    def load(self, dtype: torch.dtype | str, device: torch.device | None = None) -> PreTrainedModel:
+        """The model, in `dtype` on `device`.
+
+        Raises:
+            UserError: a checkpoint that is damaged, incomplete or not of a supported kind.
+        """
+        return load_model(self.folder, dtype, device)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, or None where the folder has none.
+
+        Raises:
+            UserError: it has more tokens than the model has embeddings.
+        """
+        return load_tokenizer(self.folder)
+
+    def generation(self) -> dict[str, Any]:
+        """What generation_config.json says, however transformers judges it; nothing where there is none.
+
+        Raises:
+            UserError: it is no JSON.
+        """
+        return read_generation(self.folder)
+
+
+def open_teacher(name: str) -> Teacher:
+    """Find a teacher by name and check that it has an exact host, before any weight is read.
+
+    Raises:
+        UserError: nothing there, no weights, or no exact host.
+    """
+    folder, revision, note = locate(name)
+    _require_host(load_config(folder))
+    weight_files(folder)
+    read_generation(folder)
+    of_tokens, of_template = tokenizer_digest(folder), template_digest(folder)
+    return Teacher(name, folder, weights_digest(folder), revision, note, of_tokens, of_template)
+
+
+def locate(name: str) -> tuple[Path, str, str]:
+    """Folder, revision and a note for the user: a local folder, an embedded teacher or a model of the hub.
+
+    Raises:
+        UserError: there is nothing of that name.
+    """
+    path = Path(name)
+    if path.is_dir():
+        embedded = f"{name!r} is a folder here: it is used instead of the embedded teacher of that name"
+        return path, "", embedded if name in EMBEDDED else ""
+    if name in EMBEDDED:
+        return Path(str(files("flashmorph") / "assets" / name)), "", ""
+    if path.exists() or path.is_symlink() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"there is no folder {name!r}: give a folder with config.json and safetensors, or a hub name")
+    folder = _download(name)
+    return folder, folder.name, ""
+
+
+def open_config(name: str):
+    """The configuration of a teacher that has an exact host, without its weights: of a model of the hub, config.json
+    alone is fetched, and a local folder needs no more.
+
+    Raises:
+        UserError: nothing there, not readable, or no exact host.
+    """
+    local = name in EMBEDDED or Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    config = load_config(locate(name)[0] if local else _fetch_config(name))
+    _require_host(config)
+    return config
+
+
+def open_model(
+    name: str, device: torch.device, tell: Callable[[str], None] = lambda notice: None, allow_unused: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer, by folder or name; in float32 on a CPU, else in its own dtype.
+
+    What is stored and not used goes to `tell`; see `load_model`.
+
+    Raises:
+        UserError: nothing there, damaged, or without a tokenizer.
+    """
+    folder, _, _ = locate(name)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise UserError(f"{name} has no tokenizer")
+    dtype = torch.float32 if device.type == "cpu" else "auto"
+    return load_model(folder, dtype, device, tell, allow_unused), tokenizer
+
+
+def _require_host(config: PreTrainedConfig) -> None:
+    """Refuse a teacher that no host takes; one that takes it with windows only is left to the recipe's settings."""
+    if not takes_with_windows(config):
+        host_for(config)
+
+
+def _download(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_FILES), ignore_patterns=list(_OTHER_FORMS)))
+    except Exception as error:
+        raise _not_on_the_hub(name, error) from error
+
+
+def _fetch_config(name: str) -> Path:
+    """The folder of config.json, fetched alone."""
+    try:
+        return Path(hf_hub_download(name, "config.json")).parent
+    except Exception as error:
+        raise _not_on_the_hub(name, error) from error
+
+
+def _not_on_the_hub(name: str, error: Exception) -> UserError:
+    embedded = ", ".join(EMBEDDED)
+    return UserError(
+        f"there is no teacher {name!r}: it is no folder here, not embedded ({embedded}), and the hub says: "
+        f"{first_line(error)}"
+    )

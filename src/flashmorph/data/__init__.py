@@ -1,0 +1,1 @@
+"""Text: files, splits, conversations, documents as tokens, rows on disk, and how documents in a row stay apart."""

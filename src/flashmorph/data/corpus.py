@@ -1,0 +1,228 @@
+"""Text: where it comes from, its four disjoint splits, and where a reader of it stands."""
+
+import hashlib
+import json
+import reprlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from flashmorph.data.chat import CHAT_COLUMNS, TOOLS_COLUMN, Message, messages_in, spoken, tools_in
+from flashmorph.data.textfiles import ENDINGS, data_files, no_column, stream_of
+from flashmorph.errors import UserError
+from flashmorph.tasks.words import SPLITS
+
+DEMO = "demo"
+_HELD_OUT_SHARES = {"validation": 0.05, "referee": 0.05, "test": 0.05}
+_BLOCK = 1_000
+_POOL_CHARACTERS = 8_000_000
+
+
+def split_of(text: str) -> str:
+    """The split that a document belongs to, from the digest of its text alone: no order or seed can move it."""
+    place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
+    for split, share in _HELD_OUT_SHARES.items():
+        if place < share:
+            return split
+        place -= share
+    return "train"
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, or a conversation: then `text` is what is said in it, and `tools` what it may call."""
+
+    text: str
+    messages: list[Message] | None = None
+    tools: Any = None
+
+    @property
+    def split(self) -> str:
+        """The split that it belongs to."""
+        return split_of(self.text + (json.dumps(self.tools, sort_keys=True) if self.tools else ""))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a pass over a corpus stands, as JSON values.
+
+    `reader` is the state of the stream in front of a block of rows, `blocks` the number of blocks before it, `given`
+    the number of documents that it has given.
+    """
+
+    reader: dict[str, Any] | None = None
+    blocks: int = 0
+    given: int = 0
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents from the shipped demo text, local files or a dataset of the Hugging Face hub.
+
+    `source` is `demo`, a file, a folder of files (txt, md, jsonl, json, parquet, each also compressed as xz, gz or
+    zst) or the name of a dataset, which is streamed; `config` and `column` belong to the latter two, `split` to a
+    dataset. A txt or md file is one document, unless it is long: then it is cut, so that one big file has all splits
+    too (`textfiles.py`). A row is a conversation where `column` holds one, or where that holds nothing but one of
+    `CHAT_COLUMNS` does; `TOOLS_COLUMN` holds what it may call. `replies_only`: of conversations, only the assistant's
+    words are learnt.
+    """
+
+    source: str = DEMO
+    config: str | None = None
+    column: str = "text"
+    split: str = "train"
+    replies_only: bool = False
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether its settings alone say that it has conversations."""
+        return self.replies_only or self.column in CHAT_COLUMNS
+
+    def documents(self, split: str, seed: int) -> Iterator[str]:
+        """The text of one pass over the documents of `split`; see `read`."""
+        return (document.text for document, _ in self.read(split, seed) if document.text)
+
+    def read(self, split: str, seed: int, place: Place | None = None) -> Iterator[tuple[Document, Place]]:
+        """One pass over the documents of `split`, from `place` on, each with the place behind it.
+
+        The files of a source are read in turns, in an order that `seed` shuffles, and each `_BLOCK` rows are shuffled
+        among themselves. So a place needs no more than the stream's own state: `datasets` shuffles through a buffer
+        whose content is lost when a stream goes on from its state.
+
+        Raises:
+            ValueError: `split` is unknown.
+            UserError: nothing readable at `source`, or it has no column of that name.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
+        for block, at in self._blocks(seed, place or Place()):
+            found = (self._document_in(row, where) for where, row in block)
+            wanted = (document for document in found if document and document.split == split)
+            for number, document in enumerate(islice(wanted, at.given, None), at.given + 1):
+                yield document, Place(at.reader, at.blocks, number)
+
+    def every(self) -> Iterator[Document]:
+        """One pass over the documents of all splits; see `read`."""
+        for block, _ in self._blocks(0, Place()):
+            yield from (document for where, row in block if (document := self._document_in(row, where)))
+
+    def _blocks(self, seed: int, place: Place) -> Iterator[tuple[list[tuple[str, dict[str, Any]]], Place]]:
+        """Shuffled blocks of rows, each row with the file or dataset that it is from, each block with its place;
+        whatever a reader stumbles over becomes one sentence."""
+        order = np.random.default_rng(seed)
+        for _ in range(place.blocks):
+            order.permutation(_BLOCK)
+        try:
+            paths = self.paths()
+            stream = self._from_hub() if paths is None else stream_of(paths, self._columns, (TOOLS_COLUMN,))
+            stream = stream.shuffle(seed=seed, buffer_size=1)
+            if place.reader:
+                stream.load_state_dict(place.reader)
+            rows = ((self.source, row) if paths is None else (row["file"], row["row"]) for row in stream)
+            while block := list(islice(rows, _BLOCK)):
+                yield [block[number] for number in order.permutation(len(block))], place
+                place = Place(stream.state_dict(), place.blocks + 1)
+        except UserError:
+            raise
+        except StopIteration as error:
+            raise UserError(f"{self.source} is empty") from error
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{self.source} cannot be read: {reason}") from error
+
+    def _document_in(self, row: dict[str, Any], where: str) -> Document | None:
+        if not any(name in row for name in self._columns):
+            raise no_column(where, self.column, list(row))
+        column = next((name for name in self._columns if row.get(name) is not None), None)
+        if column is None or row[column] == "":
+            return None
+        value = row[column]
+        messages = messages_in(value, in_json=column in CHAT_COLUMNS)
+        if messages is not None:
+            return Document(spoken(messages), messages, tools_in(row.get(TOOLS_COLUMN)))
+        if not isinstance(value, str):
+            raise UserError(
+                f"{where}: column {column!r} holds {reprlib.repr(value)}, which is neither text nor conversation"
+            )
+        return Document(value)
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        """Where text or a conversation is looked for, in this order."""
+        return tuple(dict.fromkeys((self.column, *CHAT_COLUMNS)))
+
+    def pool(self, split: str, seed: int, characters: int = _POOL_CHARACTERS) -> list[str]:
+        """Documents of `split` up to about `characters` characters: what haystacks are made of.
+
+        Raises:
+            UserError: the corpus has no document in this split.
+        """
+        pool, size = [], 0
+        for document in self.documents(split, seed):
+            pool.append(document)
+            size += len(document)
+            if size >= characters:
+                break
+        if not pool:
+            raise no_text(self, split)
+        return pool
+
+    def paths(self) -> list[Path] | None:
+        """The local files that are read; None for a dataset of the hub.
+
+        Raises:
+            UserError: see `data_files`; or there is nothing of text at `source`.
+        """
+        if self.source == DEMO:
+            return [Path(str(files("flashmorph") / "assets" / "demo_text.jsonl.xz"))]
+        path = Path(self.source)
+        if not path.exists():
+            return None
+        if not (paths := data_files(path, self._columns)):
+            raise UserError(f"{path} holds no text: give files that end in {', '.join(ENDINGS)}")
+        return paths
+
+    def _from_hub(self) -> datasets.IterableDataset:
+        try:
+            return datasets.load_dataset(self.source, self.config, split=self.split, streaming=True)
+        except Exception as error:
+            raise UserError(
+                f"no text at {self.source!r}: it is no local file or folder, and the hub says: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several corpora, each with its share of the tokens."""
+
+    parts: tuple[Corpus, ...]
+    shares: tuple[float, ...]
+
+    def pool(self, split: str, seed: int, characters: int = _POOL_CHARACTERS) -> list[str]:
+        """Documents of `split`, of each corpus its share of `characters`; see `Corpus.pool`."""
+        sizes = [round(share * characters) for share in self.shares]
+        pools = [part.pool(split, seed, size) for part, size in zip(self.parts, sizes, strict=True)]
+        return [document for pool in pools for document in pool]
+
+
+def shares_of(corpus: Corpus | Mixture) -> Sequence[tuple[Corpus, float]]:
+    """Each corpus with its share of the tokens."""
+    return list(zip(corpus.parts, corpus.shares, strict=True)) if isinstance(corpus, Mixture) else [(corpus, 1.0)]
+
+
+def files_of(corpus: Corpus | Mixture) -> list[Path]:
+    """The user's own files that a corpus is read from; none for the demo text or the hub."""
+    parts = [part for part, _ in shares_of(corpus) if part.source != DEMO]
+    return [file for part in parts for file in part.paths() or []]
+
+
+def no_text(corpus: Corpus, split: str) -> UserError:
+    """What to say of a corpus without a document in `split`."""
+    return UserError(f"{corpus.source} has no text for the split {split!r}: it needs more documents")

@@ -1,0 +1,231 @@
+"""Documents as tokens: one corpus, pass after pass, with marks for where a document begins and what is not learnt."""
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from flashmorph.data.chat import NO_REPLY, Unfit, encode_chat
+from flashmorph.data.corpus import Corpus, Document, Place, no_text
+from flashmorph.errors import UserError
+from flashmorph.tokens.special_tokens import before_text, count_before
+
+FIRST, IGNORED = np.uint32(1 << 31), np.uint32(1 << 30)
+"""The bits of an id that mark the first token of a document, and a token that is read but not learnt."""
+_TOGETHER, _AT_LEAST = 200_000, 200
+_ENOUGH_UNFIT = 1_000
+_REASONS = 3
+_LOG = logging.getLogger(__name__)
+
+
+class TooLittle(UserError):
+    """The text would have to be repeated too often: what is packed already is of no use."""
+
+
+class Part:
+    """One corpus, pass after pass: `made` of about `needed` tokens so far.
+
+    The tokenizer's special tokens stand before each text and the end-of-text token behind it; a conversation has the
+    tokens of its chat template. With `whole_rows`, the length of a row, only documents are given that fill rows on
+    their own, each as far as it fills them.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        share: float,
+        tokenizer: PreTrainedTokenizerBase,
+        split: str,
+        seed: int,
+        max_passes: int | None = 1,
+        needed: int = 0,
+        whole_rows: int | None = None,
+    ):
+        self.share, self.made, self.needed, self.passes = share, 0, needed, 0
+        self._corpus, self._tokenizer, self._split, self._seed = corpus, tokenizer, split, seed
+        self._max_passes, self._whole_rows = max_passes, whole_rows
+        self._before = before_text(tokenizer)
+        self._end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        self._made_before = 0
+        self._unfit: Counter[str] = Counter()
+        self._place = Place()
+        self._documents: Iterator[tuple[np.ndarray, Place]] | None = None
+
+    @property
+    def source(self) -> str:
+        """Where its text comes from."""
+        return self._corpus.source
+
+    def once(self) -> Iterator[list[int]]:
+        """The tokens of each document of one pass, no text twice.
+
+        Raises:
+            UserError: there is none, or the corpus cannot be read.
+        """
+        for tokens, _ in self._encoded(_once_each(self._corpus.read(self._split, self._seed))):
+            self.made += len(tokens)
+            yield (tokens & ~(FIRST | IGNORED)).tolist()
+        if not self.made:
+            raise self._no_text()
+
+    def next(self) -> np.ndarray:
+        """The tokens of the next document, marked."""
+        while True:
+            if self._documents is None:
+                self._begin_pass()
+            assert self._documents is not None
+            found = next(self._documents, None)
+            if found is not None:
+                tokens, self._place = found
+                self.made += len(tokens)
+                return tokens
+            if self.made == self._made_before:
+                raise self._none_so_long() if self._whole_rows and not self._unfit else self._no_text()
+            self.passes, self._made_before = self.passes + 1, self.made
+            self._place, self._documents = Place(), None
+
+    def state(self) -> dict[str, Any]:
+        """Where it stands, as JSON values."""
+        return {
+            "made": self.made,
+            "made_before": self._made_before,
+            "needed": self.needed,
+            "passes": self.passes,
+            "unfit": dict(self._unfit),
+            "place": asdict(self._place),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self.made, self._made_before, self.passes = state["made"], state["made_before"], state["passes"]
+        self.needed, self._unfit = state["needed"], Counter(state["unfit"])
+        self._place = Place(**state["place"])
+
+    def tell(self) -> None:
+        """Say how many conversations were left out, if any, and why."""
+        if number := self._unfit.total():
+            _LOG.warning("%s: %s conversations were left out: %s", self.source, f"{number:,}", self._reasons())
+
+    def _begin_pass(self) -> None:
+        if self.passes == self._max_passes:
+            there, most = self.made // self.passes, self._max_passes
+            raise TooLittle(too_small(self._corpus, self._split, there, self.needed, most, self._whole_rows))
+        documents = self._corpus.read(self._split, self._seed + self.passes, self._place)
+        self._documents = self._encoded(documents)
+
+    def _encoded(self, documents: Iterator[tuple[Document, Place]]) -> Iterator[tuple[np.ndarray, Place]]:
+        """Marked tokens of each document, texts tokenised many together, since that is faster."""
+        while together := _some(documents):
+            texts = [document.text for document, _ in together if document.messages is None]
+            if texts and self._corpus.replies_only:
+                raise UserError(f"{self._corpus.source} has text, and `loss_on: replies` is for conversations")
+            encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
+            of_texts = iter(encoded)
+            for document, place in together:
+                if document.messages is None:
+                    ids, learnt = [*self._before, *next(of_texts), *self._end], None
+                else:
+                    ids, learnt = self._encode_chat(document)
+                if ids and (size := self._taken_of(len(ids))):
+                    yield marked(ids, learnt, self._before)[:size], place
+
+    def _taken_of(self, tokens: int) -> int:
+        """How many of a document's tokens are given. In each row but the first, special tokens stand before them."""
+        if not self._whole_rows:
+            return tokens
+        room = self._whole_rows - len(self._before)
+        return self._whole_rows + (tokens - self._whole_rows) // room * room if tokens >= self._whole_rows else 0
+
+    def _encode_chat(self, document: Document) -> tuple[list[int], list[bool] | None]:
+        """The tokens of a conversation; none if it is not fit, which the first pass counts."""
+        require_template(self._tokenizer, self._corpus)
+        assert document.messages is not None
+        try:
+            return encode_chat(self._tokenizer, document.messages, self._corpus.replies_only, document.tools)
+        except Unfit as error:
+            if not self.passes:
+                self._unfit[str(error)] += 1
+            if self._unfit.total() >= _ENOUGH_UNFIT and not self.made:
+                raise self._no_text() from error
+            return [], None
+
+    def _none_so_long(self) -> UserError:
+        return UserError(
+            f"{self._corpus.source} has no document of {self._whole_rows:,} tokens or more in the split "
+            f"{self._split!r}: give longer documents, a shorter length, or `documents: joined`"
+        )
+
+    def _no_text(self) -> UserError:
+        if not self._unfit:
+            return no_text(self._corpus, self._split)
+        number = self._unfit.total()
+        if all(reason.startswith(NO_REPLY) for reason in self._unfit):
+            says = f"none of the {number:,} conversations that were tried has a reply to learn"
+        else:
+            says = f"the teacher's chat template takes none of the {number:,} conversations that were tried"
+        way_out = "; `loss_on: all` needs no replies to be found" if self._corpus.replies_only else ""
+        return UserError(f"{self.source}: {says}: {self._reasons()}{way_out}")
+
+    def _reasons(self) -> str:
+        """Why conversations were left out: the commonest reasons, with their numbers where there are several."""
+        if len(self._unfit) == 1:
+            return next(iter(self._unfit))
+        return "; ".join(f"{number:,} since {reason}" for reason, number in self._unfit.most_common(_REASONS))
+
+
+def too_small(
+    corpus: Corpus, split: str, there: int, needed: int, max_passes: int | None, whole_rows: int | None = None
+) -> str:
+    """What to say of a corpus that would have to be repeated too often; `there` and `needed` are tokens."""
+    long = f" in documents of at least {whole_rows:,}" if whole_rows else ""
+    return (
+        f"{corpus.source} is too small: it has about {there:,} tokens{long} for the split {split!r} and {needed:,} are "
+        f"needed, more than {max_passes} times that; give more --data, fewer tokens, or --allow-repeat"
+    )
+
+
+def require_template(tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> None:
+    """Refuse conversations for a teacher that has no words for them.
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{corpus.source} has conversations and the teacher's tokenizer has no chat template: give text, or an "
+            "instruction-tuned teacher"
+        )
+
+
+def _some(documents: Iterator[tuple[Document, Place]]) -> list[tuple[Document, Place]]:
+    """The next documents, of `_TOGETHER` characters or a little more."""
+    some, size = [], 0
+    while size < _TOGETHER and (found := next(documents, None)):
+        some.append(found)
+        size += max(_AT_LEAST, len(found[0].text))
+    return some
+
+
+def _once_each(documents: Iterator[tuple[Document, Place]]) -> Iterator[tuple[Document, Place]]:
+    """Each document once, however often the corpus has it."""
+    seen: set[bytes] = set()
+    for document, place in documents:
+        digest = hashlib.sha256(repr(document).encode(errors="replace")).digest()
+        if digest not in seen:
+            seen.add(digest)
+            yield document, place
+
+
+def marked(ids: list[int], learnt: list[bool] | None, before: list[int]) -> np.ndarray:
+    """The tokens of a document with their marks; what stands before the text is read, not learnt."""
+    tokens = np.array(ids, np.uint32)
+    tokens[0] |= FIRST
+    if learnt is not None:
+        tokens[~np.array(learnt)] |= IGNORED
+    tokens[: count_before(ids, before)] |= IGNORED
+    return tokens

@@ -1,0 +1,60 @@
+"""What the text of a run is known by, so that other text is another result and the same text elsewhere is not."""
+
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from flashmorph.data.corpus import DEMO, Corpus, Mixture, shares_of
+from flashmorph.data.textfiles import TEXT, kind_of
+from flashmorph.files import content_digest
+
+_FIRST_DOCUMENTS = 100
+_DIGESTED, _LEAST_DIGESTED = 1 << 28, 1 << 20
+"""Bytes that are read to know local text again: of all files together, and of each at least."""
+
+
+def identity_of(corpus: Corpus | Mixture) -> list[dict[str, Any]]:
+    """What the text of a corpus depends on, as JSON values, part by part.
+
+    Local text is known by what is in its files and by their names, wherever they lie; a dataset by what names it.
+    """
+    return [{"share": share, **_identity(part)} for part, share in shares_of(corpus)]
+
+
+def has_conversations(corpus: Corpus | Mixture) -> bool:
+    """Whether text is worded by the teacher's chat template: as the settings say, or the first documents of local
+    files."""
+    return any(part.is_chat or _starts_with_chat(part, str(_identity(part))) for part, _ in shares_of(corpus))
+
+
+def _identity(part: Corpus) -> dict[str, Any]:
+    about: dict[str, Any] = {"source": part.source, "replies_only": part.replies_only}
+    if part.source == DEMO:
+        return about
+    if (paths := part.paths()) is None:
+        return {**about, "config": part.config, "column": part.column, "split": part.split}
+    column = {} if all(kind_of(path) == TEXT for path in paths) else {"column": part.column}
+    return {**about, "source": "files", "files": _contents(Path(part.source), paths), **column}
+
+
+def _contents(source: Path, paths: list[Path]) -> list[tuple[str, int, str]]:
+    """Name, size and digest of every file of a local source."""
+    most = max(_LEAST_DIGESTED, _DIGESTED // max(1, len(paths)))
+    contents = []
+    for path in paths:
+        stat = path.stat()
+        name = path.relative_to(source).as_posix() if source.is_dir() else path.name
+        contents.append((name, stat.st_size, content_digest(path, stat.st_size, stat.st_mtime_ns, most)))
+    return contents
+
+
+@cache
+def _starts_with_chat(part: Corpus, identity: str) -> bool:
+    """Whether local files that are what `identity` says begin with conversations."""
+    if part.source == DEMO or part.paths() is None:
+        return False
+    try:
+        return any(document.messages is not None for document in islice(part.every(), _FIRST_DOCUMENTS))
+    except Exception:
+        return False  # Whoever reads the text says why it cannot be read.

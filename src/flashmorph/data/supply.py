@@ -1,0 +1,129 @@
+"""How much local text there is, before any of it is packed: which splits have some, and at most how many tokens.
+
+Read is no more than it takes to know that there is enough, or a sample; then sizes of files tell the most that there
+can be. Nothing is fetched.
+"""
+
+import gzip
+import lzma
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet
+from transformers import PreTrainedTokenizerBase
+
+from flashmorph.data.corpus import Corpus, Document, files_of
+
+_TOKENISED = 2_000_000
+"""Characters of the split `train` that are tokenised, if there are so many."""
+_READ = 16_000_000
+"""Characters that are read in search of a document of each split."""
+_TOGETHER = 100_000
+_SAMPLE = 1 << 22
+_MARGIN = 1.5
+"""How much more than a sample says there may be: nothing is refused that could be enough."""
+_AROUND = 32
+"""Tokens that a chat template puts around each message, at most."""
+_OPEN: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".xz": lzma.open}
+_MOST_COMPRESSED = 20
+"""How many times longer text may be than its file where it cannot be looked into (zst)."""
+
+
+class Supply(NamedTuple):
+    """`splits` that a document was seen of; `tokens` of the split `train` in one pass, at most.
+
+    `whole`: all text was read, so what was not seen is not there.
+    """
+
+    splits: set[str]
+    tokens: float
+    whole: bool
+
+
+def measure(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, enough: float, splits: set[str]) -> Supply:
+    """What a local corpus has, read until there are `enough` tokens and each of `splits` has a document.
+
+    Raises:
+        UserError: the text cannot be read.
+    """
+    seen: set[str] = set()
+    sample = _Sample(tokenizer)
+    read = size = rows = of_train = 0
+    for document in corpus.every():
+        split, characters = document.split, len(document.text)
+        seen.add(split)
+        rows, read, size = rows + 1, read + characters, size + len(document.text.encode())
+        if split == "train":
+            of_train += characters
+            sample.add(document)
+        if (sample.tokens >= enough or sample.is_full) and (seen >= splits or read >= _READ):
+            if sample.tokens >= enough:
+                return Supply(seen, sample.tokens, False)
+            return Supply(seen, _at_most(corpus, sample.share(of_train), rows, size), False)
+    return Supply(seen, sample.share(of_train), True)
+
+
+class _Sample:
+    """The first documents that it is given, and their tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokens, self._characters = 0, 0
+        self._tokenizer, self._waiting = tokenizer, []
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it takes no more."""
+        return self._characters >= _TOKENISED
+
+    def add(self, document: Document) -> None:
+        """Take one more; they are tokenised many together, since that is faster."""
+        if self.is_full:
+            return
+        self._characters += len(document.text)
+        self.tokens += _AROUND * (1 + len(document.messages)) if document.messages else 2
+        self._waiting.append(document.text)
+        if self.is_full or sum(map(len, self._waiting)) >= _TOGETHER:
+            self._count()
+
+    def share(self, characters: int) -> float:
+        """Tokens of so many characters of which these are the first: all counted, or at most."""
+        self._count()
+        if characters <= self._characters:
+            return self.tokens
+        return _MARGIN * self.tokens / self._characters * characters
+
+    def _count(self) -> None:
+        if self._waiting:
+            found: Any = self._tokenizer(self._waiting, add_special_tokens=False, verbose=False).input_ids
+            self.tokens += sum(map(len, found))
+        self._waiting = []
+
+
+def _at_most(corpus: Corpus, tokens: float, rows: int, size: int) -> float:
+    """The most tokens that all files can have, where `rows` documents of `size` bytes have so many."""
+    files = files_of(corpus)
+    if not files:
+        return float("inf")  # Of the demo text a sample is all that is needed.
+    if any(".parquet" in file.suffixes for file in files):
+        return _MARGIN * tokens / rows * sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
+    return _MARGIN * tokens / size * sum(map(_plain_bytes, files))
+
+
+def _plain_bytes(file: Path) -> float:
+    """Bytes of a file without compression, by a sample of it."""
+    size = file.stat().st_size
+    if file.suffix == ".zst":
+        return _MOST_COMPRESSED * size
+    if file.suffix not in _OPEN:
+        return size
+    with file.open("rb") as raw, _OPEN[file.suffix](raw) as plain:
+        read = sum(map(len, _blocks(plain)))
+        return size * read / max(1, raw.tell())
+
+
+def _blocks(stream: Any) -> Iterator[bytes]:
+    left = _SAMPLE
+    while left > 0 and (block := stream.read(1 << 16)):
+        left -= len(block)
+        yield block

@@ -1,0 +1,10 @@
+"""What a run will take, from configuration and recipe alone: parameters, cache, operations, memory, hours.
+
+Parameters and cache are exact; operations are counted as `torch.utils.flop_counter.FlopCounterMode` counts them;
+memory and hours are estimates whose formulas `Estimate.explain` prints.
+"""
+
+from flashmorph.estimate.estimate import Estimate, estimate
+from flashmorph.estimate.gpus import GPUS, Gpu, find_gpu
+
+__all__ = ["GPUS", "Estimate", "Gpu", "estimate", "find_gpu"]

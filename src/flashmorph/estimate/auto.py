@@ -1,0 +1,172 @@
+"""The value `auto`: how many tokens run at once, and whether layers run again, from a device's memory.
+
+By the formulas of `flashmorph estimate` (`memory.py`), from the memory that the device has in all, so that the
+choice does not depend on what else runs there. No result depends on it, so it is in no digest.
+"""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
+
+from flashmorph.errors import UserError
+from flashmorph.estimate.memory import Memory, stage_memory
+from flashmorph.estimate.sizes import Sizes
+from flashmorph.estimate.work import Model
+from flashmorph.files import write_json
+from flashmorph.inputs.shapes import read_as
+from flashmorph.recipe.recipe import Recipe, setting, with_settings
+from flashmorph.selection import NEED_TRAINING
+
+AUTO = "auto"
+COMPARE = "compare"
+"""`flashmorph compare` searches and distils, whatever the recipe's strategy."""
+_FILE = "auto.json"
+_LOG = logging.getLogger(__name__)
+_ENOUGH_TOKENS = 4_096
+"""Layers run again where fewer tokens than these would run at once without it: a GPU needs so many to be busy."""
+_SEARCHES = ("select", "curve", "signal", COMPARE)
+
+
+class Room(NamedTuple):
+    """What one process may fill: `bytes` on its device, as one of so many `processes` that may divide the weights."""
+
+    bytes: float
+    processes: int = 1
+    shard: bool = False
+    bf16: bool = True
+
+    @property
+    def sharing(self) -> int:
+        """Processes that hold the weights together."""
+        return self.processes if self.shard else 1
+
+
+class Choice(NamedTuple):
+    """What `auto` comes to: the value by the name of its setting; `too_large` are the sections that no row fits of."""
+
+    values: dict[str, Any]
+    too_large: list[str]
+
+
+def asked(recipe: Recipe, stage: str) -> list[str]:
+    """The settings of a stage that are `auto`."""
+    return [key for key in _settings_of(recipe, stage) if setting(recipe, key) == AUTO]
+
+
+def choose(stage: str, recipe: Recipe, model: Model, sizes: Sizes, room: Room) -> Choice:
+    """Numbers for the settings of a stage that are `auto`: as many rows as fit, one where none does."""
+    found = Choice({}, [])
+    taken = 0.0
+    for section in _sections(recipe, stage):
+        name = stage if section == "distill" and stage == "logits" else section
+        name = "select" if section == "select.search" else name
+        if name not in stage_memory(model, sizes, recipe, room.processes, room.bf16):
+            continue
+        left = room._replace(bytes=room.bytes - taken)
+        if section == "select.search":
+            values, fits, memory = _of_search(recipe, model, sizes, left)
+            taken = memory._replace(tokens=0).bytes(room.sharing)
+        elif section == "evaluate":
+            values, fits = _of_evaluation(recipe, model, sizes, left)
+        else:
+            values, fits = _of_training(name, section, recipe, model, sizes, left)
+        wanted = asked(recipe, stage)
+        found.values.update({key: value for key, value in values.items() if key in wanted})
+        if not fits and any(key.startswith(section) for key in found.values):
+            found.too_large.append(section)
+    return found
+
+
+def resolved(
+    stage: str, recipe: Recipe, folder: Path, model: Model, sizes: Sizes, room: Room
+) -> tuple[Recipe, list[str]]:
+    """The recipe with numbers in place of a stage's `auto`, and the sections that no row fits of.
+
+    Chosen once and kept in the stage's `folder`: it goes on with the same numbers on any machine.
+    """
+    kept = chosen(folder)
+    too_large: list[str] = []
+    if missing := [key for key in asked(recipe, stage) if key not in kept]:
+        found = choose(stage, recipe, model, sizes, room)
+        kept |= {key: found.values[key] for key in missing if key in found.values}
+        too_large = found.too_large
+        write_json(folder / _FILE, kept)
+    return with_settings(recipe, {key: kept[key] for key in asked(recipe, stage) if key in kept}), too_large
+
+
+def chosen(folder: Path) -> dict[str, Any]:
+    """What was chosen for the stage in `folder`, by the names of the settings."""
+    if not (folder / _FILE).exists():
+        return {}
+    try:
+        return read_as(folder / _FILE, dict[str, bool | Annotated[int, Field(ge=1, le=10**12)]])
+    except UserError as error:
+        _LOG.warning("%s; choosing again", error)
+        return {}
+
+
+def _sections(recipe: Recipe, stage: str) -> list[str]:
+    if stage in _SEARCHES:
+        trains = stage == COMPARE or stage != "signal" and recipe.select.strategy in NEED_TRAINING
+        return ["select.search", *(["distill"] if trains else [])]
+    if stage in ("align", "distill", "extend", "evaluate"):
+        return [stage]
+    return {"logits": ["distill"], "teacher": ["evaluate"]}.get(stage, [])
+
+
+def _settings_of(recipe: Recipe, stage: str) -> Iterator[str]:
+    for section in _sections(recipe, stage):
+        if section == "evaluate":
+            yield "evaluate.batch_tokens"
+            continue
+        yield f"{section}.micro_batch_tokens"
+        if section in ("distill", "extend") and stage != "logits":
+            yield f"{section}.activation_checkpointing"
+
+
+def _of_training(
+    name: str, section: str, recipe: Recipe, model: Model, sizes: Sizes, room: Room
+) -> tuple[dict[str, Any], bool]:
+    """The values of one stage that trains, and whether a row of it fits."""
+    settings = getattr(recipe, section)
+    length, number = settings.length, settings.micro_batch_tokens
+    micro, again = f"{section}.micro_batch_tokens", f"{section}.activation_checkpointing"
+    values: dict[str, Any] = {}
+
+    def within() -> int:
+        memory = stage_memory(model, sizes, with_settings(recipe, values), room.processes, room.bf16)[name]
+        return memory.tokens_within(room.bytes, room.sharing)
+
+    if setting(recipe, again) == AUTO and name != "logits":
+        step = max(1, settings.batch_rows // room.processes) * length
+        enough = step if number is None else min(step, _ENOUGH_TOKENS if number == AUTO else number)
+        values[again] = False
+        values[again] = within() < max(length, enough // length * length)
+    most = within()
+    if number == AUTO:
+        values[micro] = max(length, min(most, settings.batch_rows * length))
+    return values, most >= length
+
+
+def _of_search(recipe: Recipe, model: Model, sizes: Sizes, room: Room) -> tuple[dict[str, Any], bool, Memory]:
+    """As many rows as fit, at most those of a step of the longest; a search that would keep much runs layers again."""
+    search, key = recipe.select.search, "select.search.micro_batch_tokens"
+    if search.micro_batch_tokens != AUTO:
+        return {}, True, stage_memory(model, sizes, recipe, room.processes, room.bf16)["select"]
+    for rows in range(max(1, search.batch_tokens // search.longest), 0, -1):
+        values = {key: rows * search.longest}
+        memory = stage_memory(model, sizes, with_settings(recipe, values), room.processes, room.bf16)["select"]
+        if memory.bytes(room.sharing) <= room.bytes:
+            return values, True, memory
+    return {key: search.longest}, False, memory
+
+
+def _of_evaluation(recipe: Recipe, model: Model, sizes: Sizes, room: Room) -> tuple[dict[str, Any], bool]:
+    """As many questions as fit, at most all of a task, or the text."""
+    settings = recipe.evaluate
+    most = stage_memory(model, sizes, recipe, 1, room.bf16)["evaluate"].tokens_within(room.bytes)
+    needed = max(settings.questions * settings.length, settings.perplexity_tokens)
+    return {"evaluate.batch_tokens": max(settings.length, min(most, needed))}, most >= settings.length

@@ -1,0 +1,122 @@
+"""An estimate in words: what it assumes, what does not fit, and the formula behind each figure."""
+
+from collections.abc import Iterator
+
+from flashmorph.estimate.estimate import Estimate, Stage
+from flashmorph.hosts import FEED_FORWARD
+from flashmorph.plan import FULL
+
+_POWERS = (("", 1e0), ("K", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12), ("P", 1e15), ("E", 1e18), ("Z", 1e21))
+_BYTES = (("B", 1), ("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30), ("TiB", 2**40))
+
+
+def amount(value: float) -> str:
+    """Three digits and a letter for the power of ten: `1.72G`."""
+    letter, power = next(pair for pair in reversed(_POWERS) if value >= 0.9995 * pair[1] or pair[1] == 1)
+    return f"{value / power:.3g}{letter}"
+
+
+def byte_size(value: float) -> str:
+    """Bytes in the largest unit that leaves at least 1."""
+    unit, size = next(pair for pair in reversed(_BYTES) if value >= pair[1] or pair[1] == 1)
+    return f"{value / size:,.1f} {unit}"
+
+
+def notes(found: Estimate) -> Iterator[str]:
+    """What the tables assume, and what to change where a stage does not fit."""
+    gpu = found.gpu
+    if not gpu:
+        yield "Hours and what fits: name a GPU, for example --gpu h200. Formulas: --explain."
+        if any(stage.auto for stage in found.stages):
+            yield "memory of a GPU: of what is `auto` one row at once, the least; on a named GPU what it would choose."
+        return
+    yield (
+        f"Hours assume {found.utilisation:.0%} of the peak of {found.num_gpus} x {gpu.name} ({amount(gpu.flops)}FLOP/s "
+        "in bfloat16; --utilisation), and text that is read fast enough; milliseconds: weights and cache read once."
+    )
+    yield "transplant and evaluate run in float32 and have no hours here. Every formula: --explain."
+    if found.num_gpus > 1:
+        yield (
+            "memory of a GPU: each holds all weights; sharded (--set shard=true): decoder layers and what trains are "
+            "divided among them, and build runs on the CPU."
+        )
+    if values := {key: value for stage in found.stages for key, value in stage.auto.items()}:
+        told = ", ".join(f"{key} {_value(value)}" for key, value in values.items())
+        yield f"auto on this GPU, in four fifths of its memory: {told}."
+    for stage in found.stages:
+        if stage.memory and stage.memory.bytes() > gpu.memory_bytes:
+            yield _does_not_fit(found, stage)
+
+
+def _value(value: int | bool) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:,}"
+
+
+def _does_not_fit(found: Estimate, stage: Stage) -> str:
+    assert stage.memory and found.gpu
+    memory, gpu = stage.memory, found.gpu
+    whole, shared = memory.tokens_within(gpu.memory_bytes), memory.tokens_within(gpu.memory_bytes, found.num_gpus)
+    if whole:
+        return f"! {stage.name} does not fit; it does with --set {memory.setting}={whole}"
+    if memory.bytes(found.num_gpus) <= gpu.memory_bytes and found.num_gpus > 1:
+        return f"! {stage.name} fits only with --set shard=true"
+    if shared:
+        return f"! {stage.name} fits only with --set shard=true --set {memory.setting}={shared}"
+    least = f", not even one row of {memory.length:,} tokens" if memory.tokens else ""
+    if memory.keeps_layers:
+        return f"! {stage.name} does not fit{least}: try --set {stage.name}.activation_checkpointing=true"
+    return f"! {stage.name} does not fit{least}: more memory, or more GPUs that share the weights"
+
+
+def explain(found: Estimate) -> Iterator[str]:
+    """Every figure with its formula, a line each."""
+    model, sizes = found.model, found.sizes
+    config, layers, num_full, switched = model.config, model.layers, model.num_full, model.switched
+    yield "\nParameters, counted on models without memory:"
+    yield f"  teacher {sizes.teacher:,}; host, every layer full {sizes.host:,}"
+    yield (
+        f"  hybrid = host + {switched} layers · ({switched} mixer - attention) = {sizes.host:,} + "
+        f"{layers - num_full} · ({sizes.parts[switched].parameters:,} - {sizes.parts[FULL].parameters:,}) = "
+        f"{found.hybrid_parameters:,}"
+    )
+    yield "\nCache of one sequence, bytes:"
+    for context, (teacher, hybrid) in found.cache.items():
+        full, other = (model.host.mixers[option].cache_bytes(config, context) for option in (FULL, switched))
+        yield (
+            f"  at {context:,}: teacher {layers} · {full:,} = {teacher:,}; "
+            f"hybrid {num_full} · {full:,} + {layers - num_full} · {other:,} = {hybrid:,}"
+        )
+    length = max(stage.length for stage in found.stages if stage.memory)
+    yield f"\nFLOPs of one layer for each token, forward, at a context of {length:,} (a multiply-add counts as two):"
+    for part in (FULL, switched, FEED_FORWARD):
+        for product in model.part(part, length):
+            kernels = f"; kernels {product.flops * product.causal:,.0f}" if product.causal < 1 else ""
+            yield f"  {part:<12} {product.name:<20} {product.formula} = {product.flops:,.0f}{kernels}"
+    yield f"  {'head':<12} {'logits':<20} 2 · hidden · vocabulary = {model.head:,.0f}"
+    yield "  Counted as on eager attention, with all scores (of a window, those inside); hours take what kernels do."
+    yield "  A row counts as one document. Linear mixers work in whole chunks."
+    yield "\nFLOPs of each stage = tokens · sum (what kernels do in brackets):"
+    for stage in found.stages:
+        if stage.work and stage.work.tokens:
+            yield f"  {stage.name}: {stage.work.tokens:,} · ("
+            for each in stage.work.passes:
+                yield f"      {each.name}: {amount(each.flops)} ({amount(each.causal)})"
+            yield f"    ) = {amount(stage.work.flops)} ({amount(stage.work.causal)})"
+        elif stage.tokens is None:
+            yield f"  {stage.name}: known only as the search goes"
+    if found.gpu:
+        yield (
+            f"\nHours = FLOPs that kernels do / ({found.num_gpus} GPUs · {amount(found.gpu.flops)}FLOP/s · "
+            f"{found.utilisation}) / 3600. The share of the peak is an assumption."
+        )
+        yield (
+            "Least time of a generated token = (weights in the teacher's dtype, of experts the chosen ones, + cache) / "
+            f"{amount(found.gpu.bandwidth)}B/s."
+        )
+    yield "\nMemory of a GPU, bytes (tokens at once: an estimate; `sharded` divides decoder layers and what trains):"
+    for stage in found.stages:
+        if stage.memory:
+            parts = [f"{share.name} {share.formula} = {share.bytes:,.0f}" for share in stage.memory.shares]
+            if stage.memory.tokens:
+                parts.append(f"{stage.memory.tokens:,} tokens at once · {stage.memory.per_token:,.0f} kept for each")
+            yield f"  {stage.name}: " + "; ".join(parts) + f"; in all {stage.memory.bytes():,.0f}"

@@ -1,0 +1,108 @@
+"""Parameters of a teacher, its host and its hybrids, counted on models without memory: nothing is loaded."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from flashmorph.hosts import FEED_FORWARD, Host
+from flashmorph.hosts.build import without_weights
+from flashmorph.plan import FULL
+
+
+class Part(NamedTuple):
+    """One part of a decoder layer: its parameters, and the inputs and outputs of its linear maps in numbers a token.
+
+    `expert_widths` are those of the experts that a token goes through, counted apart; `idle` are parameters of experts
+    that it does not go through.
+    """
+
+    parameters: int
+    widths: int
+    expert_widths: int = 0
+    idle: int = 0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of the teacher, of its host with every layer full, of one layer's parts (each option's mixer and what
+    is beside them), and of what stands beside one attention as its branches."""
+
+    teacher: int
+    host: int
+    layers: int
+    parts: Mapping[str, Part]
+    beside: int
+
+    def hybrid(self, option: str, num_full: int) -> int:
+        """Parameters of the model with `num_full` full layers, all others `option`."""
+        return self.host + (self.layers - num_full) * (self.parts[option].parameters - self.parts[FULL].parameters)
+
+    @property
+    def branches(self) -> int:
+        """Parameters of the branches of all layers."""
+        return self.layers * self.beside
+
+    @property
+    def idle(self) -> int:
+        """Parameters that a token does not go through."""
+        return self.layers * self.parts[FEED_FORWARD].idle
+
+
+def count_sizes(host: Host, teacher: PreTrainedConfig, config: PreTrainedConfig) -> Sizes:
+    """Sizes for a teacher's configuration and its host's, every layer full.
+
+    Counted on models of one layer: a teacher that has a host has layers that are alike.
+
+    Raises:
+        UserError: no model can be made of the configuration.
+    """
+    own: Any = without_weights(_of_one_layer(teacher), with_buffers=False)
+    model: Any = without_weights(_of_one_layer(config), host.model_class, with_buffers=False)
+    with torch.device("meta"):
+        layer = model.model.layers[0]
+        attention = getattr(layer, host.slot(FULL))
+        others = {option: mixer for option, mixer in host.mixers.items() if option != FULL}
+        branches = {option: mixer.build(config, 0, attention) for option, mixer in others.items()}
+    chosen = getattr(config, "num_experts_per_tok", 0)
+    parts = {FULL: _part(attention, chosen)}
+    for option, branch in branches.items():
+        # A branch without weights of its own runs on those of the attention.
+        parts[option] = _part(branch, chosen) if others[option].trainable else parts[FULL]
+    whole = _part(layer, chosen)
+    parts[FEED_FORWARD] = Part(*(of_all - of_mixer for of_all, of_mixer in zip(whole, parts[FULL], strict=True)))
+    beside = sum(_parameters(branch) for branch in branches.values())
+    layers = config.num_hidden_layers
+    teachers, hosts = (_parameters(each) + (layers - 1) * _parameters(each.model.layers[0]) for each in (own, model))
+    return Sizes(teachers, hosts, layers, parts, beside)
+
+
+def _of_one_layer(config: PreTrainedConfig) -> PreTrainedConfig:
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = 1
+    if types := getattr(config, "layer_types", None):
+        config.layer_types = types[:1]
+    return config
+
+
+def _parameters(module: nn.Module) -> int:
+    """Parameters, shared ones once."""
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def _part(module: nn.Module, chosen: int) -> Part:
+    """A matrix is a linear map; three dimensions are experts, of which a token goes through `chosen`."""
+    layers = [each for each in module.modules() if not isinstance(each, nn.Conv1d)]
+    weights = [weight for each in layers for weight in each.parameters(recurse=False)]
+    experts = [weight for weight in weights if weight.ndim == 3]
+    widths = sum(sum(weight.shape) for weight in weights if weight.ndim == 2)
+    through = sum(sum(weight.shape[1:]) for weight in experts)
+    if experts:
+        # A gated activation narrows what goes on from the first product to the last, and keeps both of its factors.
+        through += experts[0].shape[1] - experts[-1].shape[2]
+    idle = sum(weight[0].numel() * (len(weight) - chosen) for weight in experts)
+    return Part(_parameters(module), widths, chosen * through, idle)

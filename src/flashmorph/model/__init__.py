@@ -1,0 +1,1 @@
+"""The morphable model: layers with several branches, their recomputation and their sharding."""

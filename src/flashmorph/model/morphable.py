@@ -1,0 +1,290 @@
+"""The morphable model: a host whose attention layers hold several branches, mixed by gates.
+
+    layer output = sum over options o of W_o (gate[layer, o] * heads_o(hidden)) + gate[layer, o] * b_o
+
+W_o and b_o are the branch's output projection. Every branch runs whatever its gate is, so that a gate that stands at 0
+still gets a gradient. Only under `no_grad` with a one-hot gate does a layer run the one branch that counts.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from flashmorph.hosts import host_of, layer_space, use_kernels
+from flashmorph.hosts.build import empty_model
+from flashmorph.mixers import Mixer, gated
+from flashmorph.model.recompute import recomputed, recomputes
+from flashmorph.plan import FULL, Budget, Plan, Space
+
+Observer = Callable[["MorphableLayer", torch.Tensor, dict[str, Any], torch.Tensor], None]
+"""Is shown a layer, its input `[batch, time, width]`, its arguments and its output `[batch, time, width]`."""
+
+
+class Branch(nn.Module):
+    """One mixer of one layer. Its forward is all that runs of it, so that it can be sharded as one unit."""
+
+    def __init__(self, mixer: Mixer, module: nn.Module):
+        super().__init__()
+        self.mixer, self.module = mixer, module
+
+    def forward(
+        self, hidden: torch.Tensor, arguments: dict[str, Any], gate: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The output `[batch, time, width]`, under a `gate` `[1]` if there is one."""
+        if gate is None:
+            return self.mixer.run(self.module, hidden, arguments)
+        return gated(self.mixer, self.module, hidden, arguments, gate)
+
+
+class MorphableLayer(nn.Module):
+    """Stands where the attention stood in decoder layer `number`; `branches` has a branch for each option."""
+
+    def __init__(self, number: int, branches: Mapping[str, Branch]):
+        super().__init__()
+        self.number = number
+        self.branches = nn.ModuleDict(branches)
+
+    @property
+    def others(self) -> dict[str, Branch]:
+        """All branches but `full`."""
+        return {option: branch for option, branch in self.branches.items() if option != FULL}  # type: ignore[misc]
+
+    @property
+    def trained(self) -> dict[str, Branch]:
+        """The branches that have weights of their own."""
+        return {option: branch for option, branch in self.others.items() if branch.mixer.trainable}
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        gates: torch.Tensor | None = None,
+        observer: Observer | None = None,
+        **arguments: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """The gated sum of all branches; `full` without `gates` `[groups, options]`.
+
+        Raises:
+            ValueError: a cache was handed in; `Morphable.instantiate` makes the model that generates.
+        """
+        if arguments.get("past_key_values") is not None:
+            raise ValueError("a morphable model has no cache; build the plan first and generate with the result")
+        output = self._mix(hidden_states, None if gates is None else gates[self.number], arguments)
+        if observer:
+            observer(self, hidden_states, arguments, output)
+        return output, None
+
+    def _mix(self, hidden: torch.Tensor, gates: torch.Tensor | None, arguments: dict[str, Any]) -> torch.Tensor:
+        if gates is None:
+            return self.branches[FULL](hidden, arguments)
+        branches = list(self.branches.values())
+        if not torch.is_grad_enabled() and set(gates.tolist()) == {0.0, 1.0}:
+            return branches[int(gates.argmax())](hidden, arguments)
+        pairs = zip(branches, gates.to(hidden.dtype).split(1), strict=True)
+        return torch.stack([branch(hidden, arguments, gate) for branch, gate in pairs]).sum(0)
+
+
+class Morphable(nn.Module):
+    """A host with all its branches. The host's weights are frozen; only branches other than `full` can train."""
+
+    def __init__(self, model: PreTrainedModel):
+        """Give every layer of `model` (a host, all layers full) one untrained branch for each other option."""
+        super().__init__()
+        self.host = host_of(model.config)
+        use_kernels(self.host.model_type)
+        self.options = tuple(self.host.mixers)
+        self.model = model.requires_grad_(False).eval()
+        self.model.config.use_cache = False
+        for number, layer in enumerate(self.model.model.layers):
+            attention = getattr(layer, self.host.slot(FULL))
+            weight = next(attention.parameters())
+            branches = {}
+            for option, mixer in self.host.mixers.items():
+                module = mixer.build(model.config, number, attention)
+                if option != FULL:
+                    module = module.to(weight.device, torch.float32).requires_grad_(False)
+                branches[option] = Branch(mixer, module)
+            setattr(layer, self.host.slot(FULL), MorphableLayer(number, branches))
+
+    @property
+    def layers(self) -> list[MorphableLayer]:
+        """The morphable layers, from the first to the last."""
+        return [getattr(layer, self.host.slot(FULL)) for layer in self.model.model.layers]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    def space(self, budget: Budget) -> Space:
+        """The space of plans, its cost in the budget's resource."""
+        return layer_space(self.host, self.model.config, budget)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        gates: torch.Tensor | None = None,
+        boundaries: dict[str, Any] | None = None,
+        observer: Observer | None = None,
+    ) -> torch.Tensor:
+        """Last hidden states `[batch, time, width]` under `gates` `[groups, options]` (the teacher's without).
+
+        Rows `[batch, time]` are of equal length; padding may only be on the right, where nothing looks. `boundaries`
+        are the arguments that keep documents in a row apart (`packing.marked`). Every layer's forward is shown to the
+        `observer`.
+        """
+        # The decoder hands what it does not know itself on to its layers, and they to their mixers.
+        arguments = {"gates": gates, "observer": observer, **(boundaries or {})}
+        learning = torch.is_grad_enabled() and gates is not None and gates.requires_grad
+        again = learning and recomputes(self.model.config, input_ids.numel())
+        with recomputed(self.model.model.layers) if again else nullcontext():
+            return self.model.model(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state
+
+    @torch.no_grad()
+    def each_plan(self, input_ids: torch.Tensor, gates: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """For every plan in `gates` `[plans, groups, options]`, hard ones: its place and its last hidden states.
+
+        What two plans have in common from the first layer up is computed once: plans are run in the order of their
+        assignments, each from the first layer on that differs from the plan before. One hidden state is kept for each
+        depth at which plans part. The order of the results is that of the runs.
+        """
+        order = run_order(gates)
+        decoder = self.model.model
+        every = decoder.layers
+        kept: dict[int, torch.Tensor] = {}
+        for turn, (place, start) in enumerate(order):
+            stops = {later for _, later in order[turn + 1 :] if later > start}
+            hooks = [
+                every[stop].register_forward_pre_hook(
+                    lambda module, inputs, stop=stop: kept.__setitem__(stop, inputs[0])
+                )
+                for stop in stops
+            ]
+            try:
+                if start:
+                    decoder.layers = nn.ModuleList([_Resume(kept[start]), *every[start:]])
+                hidden = decoder(input_ids=input_ids, use_cache=False, gates=gates[place]).last_hidden_state
+            finally:
+                decoder.layers = every
+                for hook in hooks:
+                    hook.remove()
+            yield place, hidden
+
+    def branch_parameters(self) -> list[list[nn.Parameter]]:
+        """The weights that alignment trains, one list a branch."""
+        return [[*branch.parameters()] for layer in self.layers for branch in layer.trained.values()]
+
+    def branch_state(self) -> dict[str, torch.Tensor]:
+        """The weights of all branches but `full`, under names like `layers.3.linear.in_proj_z.weight`."""
+        return {
+            f"layers.{number}.{option}.{name}": weight
+            for number, layer in enumerate(self.layers)
+            for option, branch in layer.others.items()
+            for name, weight in branch.module.state_dict().items()
+        }
+
+    @torch.no_grad()
+    def load_branch_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Set the branches' weights.
+
+        Raises:
+            KeyError: a weight is missing.
+        """
+        for name, weight in self.branch_state().items():
+            weight.copy_(state[name])
+
+    @torch.no_grad()
+    def initialise(self, calibration: torch.Tensor) -> list[float]:
+        """Start every branch from its attention, on `calibration` `[batch, time]` tokens of text.
+
+        Returns the relative error of each layer's branch, `|M(h) - A(h)|^2 / |A(h)|^2`, right afterwards.
+        """
+        errors = []
+
+        def start(layer: MorphableLayer, hidden: torch.Tensor, arguments: dict[str, Any], output: torch.Tensor) -> None:
+            for branch in layer.others.values():
+                branch.mixer.initialise(branch.module, layer.branches[FULL].module, hidden, arguments)
+                errors.append(relative_error(branch(hidden, arguments), output).item())
+
+        self(calibration, observer=start)
+        return errors
+
+    @torch.no_grad()
+    def instantiate(self, plan: Plan) -> PreTrainedModel:
+        """The plan as a plain model of the host's class, with weights of its own.
+
+        Raises:
+            UserError: the plan is about another model, or an option that this host cannot hold.
+        """
+        space = self.space(Budget("layers", 1))
+        space.one_hot(plan)
+        chosen = [plan.assignments[group] for group in space.groups]
+        state = {name: weight for name, weight in self.model.state_dict().items() if ".branches." not in name}
+        dtype = next(iter(state.values())).dtype
+        for number, (layer, option) in enumerate(zip(self.layers, chosen, strict=True)):
+            # A branch without weights of its own runs on those of the attention.
+            own = layer.trained[option] if option in layer.trained else layer.branches[FULL]
+            for name, weight in cast(Branch, own).module.state_dict().items():
+                state[f"model.layers.{number}.{self.host.slot(option)}.{name}"] = weight
+        config = self.host.with_plan(self.model.config, chosen)
+        config.use_cache = True
+        state = {name: weight.detach().clone().to(dtype) for name, weight in state.items()}
+        model = empty_model(self.host, config, state)
+        model.generation_config = self.model.generation_config
+        return model.requires_grad_(True)
+
+
+class _Resume(nn.Module):
+    """Stands for the layers below one that a run starts with: gives what they gave before."""
+
+    def __init__(self, hidden: torch.Tensor):
+        super().__init__()
+        self._hidden = hidden
+
+    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        return self._hidden
+
+
+def run_order(gates: torch.Tensor) -> list[tuple[int, int]]:
+    """(place, first layer to run) of each hard plan in `gates` `[plans, groups, options]`, neighbours together.
+
+    A plan that equals the one before starts with the last layer, so that something is run.
+    """
+    chosen = [tuple(row) for row in gates.argmax(-1).tolist()]
+    order: list[tuple[int, int]] = []
+    before: tuple[int, ...] | None = None
+    for place in sorted(range(len(chosen)), key=chosen.__getitem__):
+        plan = chosen[place]
+        start = 0
+        if before is not None:
+            differing = [layer for layer in range(len(plan)) if plan[layer] != before[layer]]
+            start = differing[0] if differing else len(plan) - 1
+        order.append((place, start))
+        before = plan
+    return order
+
+
+def attach(model: PreTrainedModel, calibration: torch.Tensor) -> tuple[Morphable, list[float]]:
+    """A morphable model around a host, its branches started from the attention weights; and their relative errors."""
+    morphable = Morphable(model)
+    return morphable, morphable.initialise(calibration.to(morphable.device))
+
+
+def relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """`|output - target|^2 / |target|^2`, in float32: 1 is what a silent branch would have."""
+    difference, size = squares(output, target)
+    return difference / size
+
+
+def squares(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """`|output - target|^2` and `|target|^2`, in float32, `[2]`."""
+    target = target.float()
+    return torch.stack([(output.float() - target).square().sum(), target.square().sum()])
+
+
+def build(morphable: Morphable, plan: Plan) -> PreTrainedModel:
+    """The plan as a plain model of the host's class; see `Morphable.instantiate`."""
+    return morphable.instantiate(plan)

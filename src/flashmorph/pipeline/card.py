@@ -1,0 +1,120 @@
+"""The model card of a finished run."""
+
+from typing import Any
+
+import yaml
+from transformers import PreTrainedConfig
+
+from flashmorph.convert.load import load_config
+from flashmorph.evaluation import text_in_words
+from flashmorph.hosts import configure
+from flashmorph.hosts.serving import Engine
+from flashmorph.mixers import LAYER_TYPES
+from flashmorph.plan import FULL
+from flashmorph.run.run import Results, Run
+from flashmorph.surface.quoting import code, code_block, encodable, markdown, no_option, python_string, shell_command
+from flashmorph.versions import own_version
+
+_NAMES = {
+    "teacher": "teacher",
+    "hybrid": "**this hybrid**",
+    "hybrid_before_extend": "this hybrid, before extension",
+    "hybrid_undistilled": "this hybrid, before distillation",
+    "uniform": "uniform layout, same budget and training",
+    "uniform_undistilled": "uniform layout, before distillation",
+}
+
+
+def model_card(run: Run, results: Results) -> str:
+    """README.md of the output: what it is, what it can do, what serves it, how it was made."""
+    host, config = configure(load_config(run.teacher.folder), run.recipe.host)
+    plan = results.plan
+    used = [option for option in host.mixers if option != FULL and option in plan.assignments.values()]
+    tags = [LAYER_TYPES[option].replace("_", "-") for option in used]
+    mixers = " or ".join(host.mixers[option].name for option in used)
+    config = host.with_plan(config, list(plan.assignments.values()))
+    engines = "\n".join(served_by(engine, config) for engine in host.engines)
+    kept, number = len(plan.full_groups), len(plan.assignments)
+    selected = any(stage.name == "select" for stage in results.stages)
+    given = [] if selected else ["--plan", "plan.json"]
+    teacher = run.teacher.name
+    words = ["flashmorph", "morph", no_option(teacher), "--recipe", "recipe.yaml", *given, "--output", "FOLDER"]
+    revision = f" at revision {code(run.teacher.revision)}" if run.teacher.revision else ""
+    rows = "\n".join(_row(name, score) for name, score in results.scores.items())
+    tasks = ", ".join(map(code, run.recipe.tasks))
+    text = text_in_words(results.scores["hybrid"].to_dict())
+    snippet = f"""from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({python_string(run.folder.path.resolve().name)})"""
+    return encodable(f"""---
+{_front_matter(run, tags)}---
+
+# Hybrid of {markdown(teacher)}
+
+Made from {code(teacher)}{revision} by flashmorph {own_version()}. {kept} of {number} layers keep full
+attention, chosen by {code(plan.strategy)} for the budget {plan.budget}: layers {", ".join(map(str, plan.full_layers))}.
+
+`{plan.strip()}` (■ full attention, □ {mixers})
+
+An ordinary `{host.name}` checkpoint. Nothing of flashmorph's is needed to use it:
+
+{code_block(snippet, "python")}
+
+| model | recall | 95 % interval | perplexity | cache at 128K tokens |
+|---|---|---|---|---|
+{rows}
+
+Recall: greedy generation, exact match of the whole answer, mean over {tasks}; {run.recipe.evaluate.questions} questions
+each at {run.recipe.evaluate.length:,} tokens. Perplexity: {text}.
+Cache: one sequence of 131,072 tokens.
+{_worth(results)}
+[report.html](report.html) shows the choice, recall by task, perplexity by position, the cache and what each stage
+took, on one page; its figures lie in `figures/`.
+
+| served by | from version |
+|---|---|
+{engines}
+
+On a machine without a GPU, leave flash-linear-attention and mamba-ssm uninstalled (or Triton): transformers picks its
+kernels where they can be imported, and they do not run there.
+
+Made with the following command; `recipe.yaml`, `plan.json` and `results.json` lie beside this file.
+
+{code_block(shell_command(words), "sh")}
+""")
+
+
+def _front_matter(run: Run, mixers: list[str]) -> str:
+    """What the hub reads. It links a base model that has a name there; others are named in the text."""
+    values: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if run.teacher.revision:
+        values |= {"base_model": run.teacher.name, "base_model_relation": "finetune"}
+    values |= {"tags": ["flashmorph", "hybrid-attention", *mixers]}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)
+
+
+def served_by(engine: Engine, config: PreTrainedConfig) -> str:
+    """One line of the table of engines, about this very checkpoint."""
+    if not engine.fits(config):
+        return f"| {engine.name} | no: it needs {engine.needs}. {engine.otherwise}".rstrip() + " |"
+    takes = f"; {engine.takes}" if engine.takes else ""
+    return f"| {engine.name} | {engine.version} ({engine.known}){takes} |"
+
+
+def _worth(results: Results) -> str:
+    """What the choice of layers is worth, where the uniform layout was trained as well."""
+    found = results.to_dict().get("recall_hybrid_minus_uniform")
+    if not found:
+        return ""
+    worth, low, high = (100 * value for value in (found["difference"], *found["interval"]))
+    return (
+        f"\nThe choice of layers is worth {worth:.1f} points of recall ({low:.1f} to {high:.1f}, paired) over\n"
+        "the uniform layout of the same budget and training.\n"
+    )
+
+
+def _row(name: str, score) -> str:
+    low, high = score.to_dict()["recall_interval"]
+    cache = score.cache_bytes["131072"] / 2**20
+    figures = f"{100 * score.recall:.1f} % | {100 * low:.1f}-{100 * high:.1f} % | {score.perplexity:.3f}"
+    return f"| {_NAMES[name]} | {figures} | {cache:,.1f} MiB |"

@@ -1,0 +1,174 @@
+"""The budget curve: the plan for every number of full layers, and what each can do before distillation."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
+
+from flashmorph import distributed
+from flashmorph.errors import UserError
+from flashmorph.files import write_json
+from flashmorph.hosts import cache_by_context
+from flashmorph.inputs.shapes import Count, Finite, Shape, read_as
+from flashmorph.model.morphable import Morphable
+from flashmorph.pipeline.signal import with_signal
+from flashmorph.plan import Budget, Plan, Space
+from flashmorph.progress import Report
+from flashmorph.run.digests import ends, select_settings, task_settings
+from flashmorph.run.folder import Stage
+from flashmorph.run.models import open_morphable, open_objective
+from flashmorph.run.recall import recall_of_plan
+from flashmorph.run.run import Run
+from flashmorph.selection import Selection, needs_of
+from flashmorph.selection.search import searches_alike, select, serves_every_budget
+from flashmorph.surface.outputs import save_picture
+
+_NESTED = ("greedy-backward", "greedy-forward", "race")
+"""Strategies whose order of choice holds the plans for all budgets."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One budget: the plan, its mean answer loss in nats on validation questions, recall, and bytes of cache."""
+
+    full: list[int]
+    strip: str
+    loss: float
+    recall: float
+    cache_bytes: dict[str, int]
+
+
+class _Point(Shape):
+    """`Point` as JSON."""
+
+    model_config = ConfigDict(extra="forbid")
+    full: list[Count]
+    strip: str
+    loss: Finite
+    recall: Finite
+    cache_bytes: Annotated[dict[str, Count], Field(min_length=1)]
+
+
+class _Curve(Shape):
+    """`Curve` as JSON."""
+
+    strategy: str
+    points: Annotated[list[_Point], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """`points[k]` keeps k + 1 layers full; the last one is the teacher."""
+
+    strategy: str
+    points: list[Point]
+
+    def smallest_within(self, share: float) -> Point:
+        """The point with the fewest full layers whose recall is at least `1 - share` of the teacher's."""
+        least = (1 - share) * self.points[-1].recall
+        return next(point for point in self.points if point.recall >= least)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return asdict(self)
+
+
+def budget_curve(run: Run, morphable: Morphable, questions: int, folder: Path, report: Report) -> Curve:
+    """Plans of the recipe's strategy for every count of full layers; `questions` generated answers a task for each.
+
+    One search serves all counts where the strategy's scores allow it, else there is one search for each.
+
+    Raises:
+        UserError: the strategy cannot spend a count of layers.
+    """
+    strategy = run.recipe.select.strategy
+    space = morphable.space(Budget("layers", 1))
+    plans = [*find_plans(run, morphable, space, folder, report), space.plan(space.groups, Budget("layers", 1))]
+    objective = open_objective(run, morphable, folder / "curve", report, evaluations=folder / "evaluations")
+    losses = objective.evaluate(plans).mean(1)
+    points = []
+    for number, (plan, loss) in enumerate(zip(plans, losses, strict=True), 1):
+        recall = distributed.first(
+            lambda plan=plan: recall_of_plan(run, morphable, plan, "validation", run.recipe.seed, questions, folder)
+        )
+        config = morphable.host.with_plan(morphable.model.config, list(plan.assignments.values()))
+        points.append(Point(plan.full_layers, plan.strip(), float(loss), recall, cache_by_context(config)))
+        report(number, len(plans), recall=recall)
+    return Curve(strategy, points)
+
+
+def find_plans(run: Run, morphable: Morphable, space: Space, folder: Path, report: Report) -> Sequence[Plan]:
+    """The plan for each count of full layers from one to all but one."""
+    recipe, strategy = run.recipe, run.recipe.select.strategy
+    budgets = [Budget("layers", kept) for kept in range(1, len(space.groups))]
+    settings = dict(recipe.select.settings)
+    one_search = strategy in _NESTED or serves_every_budget(strategy, settings)
+    if strategy == "race":
+        settings["swaps"] = False
+
+    def search(budget: Budget) -> Selection:
+        place = folder / (strategy if searches_alike(strategy, settings) else f"{strategy}-{budget}")
+        objective = open_objective(
+            run, morphable, place, report, evaluations=folder / "evaluations", needs=needs_of(strategy)
+        )
+        return select(morphable, budget, strategy, objective, recipe.seed, **settings)
+
+    if not one_search:
+        return [search(budget).plan for budget in budgets]
+    # What adds layer after layer must add them all to have an order for all.
+    scores = search(budgets[-1 if strategy in ("greedy-forward", "race") else 0]).scores
+    return [replace(space.best(scores, budget), strategy=strategy, seed=recipe.seed) for budget in budgets]
+
+
+def run_curve(run: Run, host: Stage, branches: Stage, questions: int) -> Curve:
+    """The budget curve of an aligned run, as a stage of its own.
+
+    Raises:
+        UserError: the strategy cannot spend a count of layers, or weights are divided; or see `with_signal`.
+    """
+    if run.shards:
+        raise UserError("a curve asks whole models for answers: go on with --set shard=false")
+    run = with_signal(run, host, branches)
+    recipe = run.recipe
+
+    def work(folder: Path, report: Report) -> dict[str, Any]:
+        fitted = replace(run, recipe=run.at_once("curve", folder))
+        curve = budget_curve(fitted, open_morphable(run, host, branches), questions, folder, report)
+        if distributed.is_first():
+            write_json(folder / "curve.json", curve.to_dict())
+        return {"left_out": list(run.left_out), "summary": f"{len(curve.points)} budgets"}
+
+    asked = [recipe.select.search.longest, recipe.select.search.questions, task_settings(run)]
+    wanted = {"questions": questions, "asked": asked, **ends(run), **select_settings(run)}
+    stage = run.stage("curve", f"{recipe.select.strategy}, every budget", wanted, [branches.digest], work)
+    values = read_as(stage.folder / "curve.json", _Curve)
+    return Curve(values["strategy"], [Point(**point) for point in values["points"]])
+
+
+def draw_curve(curve: Curve, within: float, path: Path) -> None:
+    """Recall and loss before distillation, and cache, against the number of full layers; a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kept = [len(point.full) for point in curve.points]
+    teacher = curve.points[-1]
+    context = max(teacher.cache_bytes, key=int)
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=(3, 2))
+    top.plot(kept, [100 * point.recall for point in curve.points], "o-", label="recall before distillation")
+    top.axhline(100 * (1 - within) * teacher.recall, linestyle=":", color="grey", label=f"teacher's less {within:.0%}")
+    share = [100 * point.cache_bytes[context] / teacher.cache_bytes[context] for point in curve.points]
+    top.plot(kept, share, "s--", color="tab:green", label=f"cache at {int(context):,} tokens, of the teacher's")
+    top.axvline(len(curve.smallest_within(within).full), linestyle=":", color="tab:red", label="smallest within it")
+    top.set(ylabel="%", ylim=(0, 105))
+    top.legend(fontsize=8)
+    bottom.plot(kept, [point.loss for point in curve.points], "o-", color="tab:orange")
+    bottom.set(xlabel="full layers", ylabel="answer loss, nats", yscale="log")
+    for panel in (top, bottom):
+        panel.grid(alpha=0.3)
+    figure.tight_layout()
+    save_picture(figure, path, dpi=150)
+    plt.close(figure)

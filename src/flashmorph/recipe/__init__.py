@@ -1,0 +1,1 @@
+"""The settings of a run, and what can be known of it before anything is spent."""

@@ -1,0 +1,127 @@
+"""Before any stage: whether the text is enough for all of them, and whether every task fits where it is asked."""
+
+from collections.abc import Collection, Iterator
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from flashmorph.data.corpus import no_text, shares_of
+from flashmorph.data.documents import too_small
+from flashmorph.data.supply import measure
+from flashmorph.errors import UserError
+from flashmorph.hosts import configure, with_branches_to_train
+from flashmorph.recipe.questions import open_layout
+from flashmorph.recipe.recipe import Recipe
+from flashmorph.selection import FOLLOW_GRADIENTS, NEED_TEXT, SEARCH_NOTHING
+from flashmorph.stages import TrainSettings
+from flashmorph.tasks import STYLES, make_example
+
+COMPARE = "compare"
+_DRAWS = 4
+_CHEAP_TOKENS = 1_024
+
+
+def preflight(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, stages: Collection[str]
+) -> None:
+    """Refuse what a later one of these stages would find out; `config` is the teacher's.
+
+    Text is looked at where it is on this machine; what is streamed is not counted.
+
+    Raises:
+        UserError: a split has no text, a stage would repeat the text too often, or a task does not fit.
+    """
+    if not with_branches_to_train(configure(config, recipe.host)[0]):
+        stages = [stage for stage in stages if stage != "align"]
+    check_tasks(recipe, tokenizer, stages, config.max_position_embeddings)
+    check_text(recipe, tokenizer, stages)
+
+
+def check_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stages: Collection[str]) -> None:
+    """Refuse too little text.
+
+    Raises:
+        UserError: names the stage, or the split.
+    """
+    passes, splits = recipe.data.max_passes, _splits(recipe, stages)
+    for part, share in shares_of(recipe.data.corpus):
+        if not part.paths() is not None:
+            continue
+        needed = {settings.stage: round(share * _text_tokens(settings)) for settings in _trained(recipe, stages)}
+        enough = max(needed.values(), default=0) / passes if passes else 0
+        found = measure(part, tokenizer, enough, splits)
+        if found.whole and (missing := [split for split in sorted(splits) if split not in found.splits]):
+            raise no_text(part, missing[0])
+        for stage, tokens in needed.items():
+            if passes and found.tokens * passes < tokens:
+                raise UserError(f"{stage}: {too_small(part, 'train', int(found.tokens), tokens, passes)}")
+
+
+def check_tasks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stages: Collection[str], limit: int) -> None:
+    """Make a few questions of every task in the shortest context of each split, in a haystack that costs nothing.
+
+    Raises:
+        UserError: names the task, the setting and what is needed.
+    """
+    shortest: dict[str, tuple[int, str]] = {}
+    for split, setting, length in _contexts(recipe, stages):
+        shortest[split] = min(shortest.get(split, (length, setting)), (length, setting))
+    data = recipe.data.model_copy(update={"haystack": "repeated"})
+    cheap = recipe.model_copy(update={"data": data})
+    for split, (length, setting) in shortest.items():
+        layout = open_layout(cheap, data.corpus, tokenizer, split)
+        for name, task in recipe.tasks.items():
+            try:
+                for number in range(_DRAWS):
+                    # What fits into less fits into all; only what does not is worth a long haystack.
+                    for tokens in sorted({min(length, _CHEAP_TOKENS), length}):
+                        try:
+                            make_example(task, layout, STYLES[recipe.style], split, tokens, recipe.seed, number)
+                            break
+                        except UserError:
+                            if tokens == length:
+                                raise
+            except UserError as error:
+                why = ", the teacher's limit" if length == limit else ""
+                raise UserError(f"task {name!r} in the split {split!r} ({setting}={length}{why}): {error}") from error
+
+
+def _trained(recipe: Recipe, stages: Collection[str]) -> list[TrainSettings]:
+    """The settings of the stages that train on rows of text."""
+    return [
+        settings for settings in (recipe.align, recipe.distill, recipe.extend) if settings and settings.stage in stages
+    ]
+
+
+def _text_tokens(settings: TrainSettings) -> int:
+    return (settings.rows - settings.questions) * settings.length
+
+
+def _searches(recipe: Recipe, stages: Collection[str]) -> bool:
+    return COMPARE in stages or "select" in stages and recipe.select.strategy not in SEARCH_NOTHING
+
+
+def _splits(recipe: Recipe, stages: Collection[str]) -> set[str]:
+    """The splits of the text that are read."""
+    hidden = recipe.data.haystack == "text"
+    found = {"train"} if _trained(recipe, stages) or hidden else set()
+    if _searches(recipe, stages) and (hidden or recipe.select.strategy in NEED_TEXT):
+        found.add("validation")
+    if "evaluate" in stages:
+        found.add("test")
+    return found | ({"referee"} if COMPARE in stages else set())
+
+
+def _contexts(recipe: Recipe, stages: Collection[str]) -> Iterator[tuple[str, str, int]]:
+    """(split, setting, length) of every context that a task is asked in."""
+    search = recipe.select.search
+    if _searches(recipe, stages):
+        if COMPARE in stages or recipe.select.strategy in FOLLOW_GRADIENTS:
+            yield "train", "select.search.length", search.shortest
+        yield "validation", "select.search.length", search.longest
+    for settings in _trained(recipe, stages):
+        if settings.questions:
+            yield "train", f"{settings.stage}.length", settings.length
+    if "evaluate" in stages:
+        yield "test", "evaluate.length", recipe.evaluate.length
+    if COMPARE in stages:
+        yield "referee", "select.search.length", search.longest

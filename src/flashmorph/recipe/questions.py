@@ -1,0 +1,60 @@
+"""The retrieval questions of a recipe, by split."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from flashmorph.data.corpus import Corpus, Mixture
+from flashmorph.data.heldout import HeldOut, hold_out
+from flashmorph.recipe.recipe import Recipe
+from flashmorph.tasks import STYLES, Example, Haystack, Layout, make_example
+
+
+def open_layout(
+    recipe: Recipe,
+    corpus: Corpus | Mixture,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    chat_template: bool | None = None,
+) -> Layout:
+    """What lays problems out in the recipe's text of one split; through the chat template as for a search unless told.
+
+    Raises:
+        UserError: the corpus has no text in this split, or the tokenizer no template.
+    """
+    templated = recipe.chat_template if chat_template is None else chat_template
+    repeated = recipe.data.haystack == "repeated"
+    haystack = Haystack.repeated() if repeated else Haystack(corpus.pool(split, recipe.seed))
+    return Layout(tokenizer, STYLES[recipe.style], haystack, templated)
+
+
+def open_questions(
+    recipe: Recipe,
+    corpus: Corpus | Mixture,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str = "test",
+    number: int | None = None,
+    length: int | None = None,
+    chat_template: bool | None = None,
+) -> dict[str, Sequence[Example]]:
+    """The recipe's questions of one split, by task; as many, as long and asked as its evaluation's unless told."""
+    style, settings = STYLES[recipe.style], recipe.evaluate
+    templated = settings.chat_template if chat_template is None else chat_template
+    layout, length = open_layout(recipe, corpus, tokenizer, split, templated), length or settings.length
+    return {
+        name: [
+            make_example(task, layout, style, split, length, recipe.seed, question)
+            for question in range(number or settings.questions)
+        ]
+        for name, task in recipe.tasks.items()
+    }
+
+
+def held_out(recipe: Recipe, corpus: Corpus | Mixture, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
+    """The text that perplexity is measured on.
+
+    Raises:
+        UserError: the corpus has no text of the test split.
+    """
+    settings = recipe.evaluate
+    return hold_out(corpus, tokenizer, "test", settings.length, settings.perplexity_tokens, recipe.seed)

@@ -1,0 +1,264 @@
+"""Everything that a run can be told, in one validated file. `demo`, `default` and `chat` are shipped."""
+
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from flashmorph.data.corpus import DEMO, Corpus, Mixture, shares_of
+from flashmorph.errors import UserError, quoted, unknown
+from flashmorph.evaluation import EvaluateSettings
+from flashmorph.files import read_text
+from flashmorph.inputs.readyaml import read_yaml, sentence
+from flashmorph.inputs.settings import Many, Name, Settings
+from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES
+from flashmorph.selection.searchdata import SearchSettings
+from flashmorph.stages import AlignSettings, DistillSettings, ExtendSettings
+from flashmorph.tasks import STYLES, TaskSettings
+
+_LEAST_SHARE = 1e-9
+SHIPPED = ("demo", "default", "chat")
+_REPLACED = {
+    "extend.isolate_documents": "say `extend.documents: joined` (documents in a row see each other) or `long` (only "
+    "documents that fill rows on their own)",
+}
+"""Settings of earlier versions, and what to say in their place."""
+
+
+class SourceSettings(Settings):
+    """Where text comes from: `demo`, a file, a folder, or the name of a dataset, which is streamed.
+
+    A row with `messages` or `conversations` in place of `column` is a conversation; `tools` is what it may call.
+    """
+
+    source: Name
+    config: Name | None = None
+    column: Name = "text"
+    split: Name = Field(default="train", description="which split of a dataset is read; ours are taken from it")
+    loss_on: Literal["all", "replies"] = Field(default="all", description="which tokens of conversations are learnt")
+
+    @property
+    def single(self) -> Corpus:
+        """The text of this source alone."""
+        return Corpus(self.source, self.config, self.column, self.split, self.loss_on == "replies")
+
+    @model_serializer(mode="wrap")
+    def _in_short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A mixture has no source of its own. What was added later is left out where it is not used, so that a stage
+        keeps the digest that it had before."""
+        values = handler(self)
+        if values.get("mixture"):
+            return {name: value for name, value in values.items() if name not in SourceSettings.model_fields}
+        later = {"split": "train", "loss_on": "all", "mixture": None}
+        return {name: value for name, value in values.items() if name not in later or value != later[name]}
+
+
+class PartSettings(SourceSettings):
+    """One source of several. `weight` is its share of the tokens, as a part of the sum of all weights."""
+
+    weight: float = Field(gt=0, le=1e9)
+
+
+class DataSettings(SourceSettings):
+    """The text of a run: one source, or several in `mixture`.
+
+    `haystack` is what facts are hidden in: that text, or one sentence over and over (RULER's NIAH-S1).
+    """
+
+    source: Name = DEMO
+    mixture: tuple[PartSettings, ...] | None = Field(default=None, min_length=1)
+    haystack: Literal["text", "repeated"] = "text"
+    max_passes: int | None = Field(default=4, gt=0, le=10**9, description="how often a stage may repeat the text")
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> "DataSettings":
+        own = {name: DataSettings.model_fields[name].default for name in SourceSettings.model_fields}
+        if self.mixture and any(getattr(self, name) != default for name, default in own.items()):
+            raise ValueError("give either one source or a mixture of several, each with its own settings")
+        weights = [each.weight for each in self.mixture or ()]
+        if weights and min(weights) < _LEAST_SHARE * sum(weights):
+            raise ValueError(f"a weight is less than {_LEAST_SHARE:g} of all: leave that source out")
+        return self
+
+    @property
+    def corpus(self) -> Corpus | Mixture:
+        """The text itself."""
+        if not self.mixture:
+            return self.single
+        total = sum(each.weight for each in self.mixture)
+        return Mixture(tuple(each.single for each in self.mixture), tuple(each.weight / total for each in self.mixture))
+
+    @property
+    def about(self) -> str:
+        """The sources in words."""
+        if not self.mixture:
+            return self.source
+        return ", ".join(f"{share:.0%} {part.source}" for part, share in shares_of(self.corpus))
+
+
+class SelectSettings(Settings):
+    """How layers are chosen. `settings` are the strategy's own (`flashmorph select --help`).
+
+    With `require_signal` (`pipeline/signal.py`) tasks that the teacher cannot do are left out of the search.
+    """
+
+    strategy: str = DEFAULT_STRATEGY
+    settings: dict[str, Any] = Field(default_factory=dict)
+    search: SearchSettings = SearchSettings()
+    require_signal: bool = Field(default=True, description="a task counts only where full attention answers better")
+    teacher_questions: Many = Field(default=16, description="questions a task for the teacher, before align")
+
+
+def _as_text(value: Any) -> str:
+    """`budget: 2` is `budget: "2"`; what is no budget at all is told so by `Budget.parse`."""
+    return value if isinstance(value, str) else quoted(value)
+
+
+class Recipe(Settings):
+    """One run of `flashmorph morph`."""
+
+    budget: Annotated[str, BeforeValidator(_as_text)] = "25%"
+    seed: int = Field(default=0, ge=0, lt=2**32, strict=True)
+    bf16: Literal["auto"] | bool = "auto"
+    shard: bool = Field(default=False, description="divide weights among processes (`model/sharding.py`)")
+    baseline: Literal["uniform"] | None = None
+    style: Literal["lines", "prose"] = "prose"
+    chat_template: bool = Field(
+        default=False, description="ask a search's questions, and those in training rows, through the chat template"
+    )
+    tasks: dict[Name, TaskSettings]
+    data: DataSettings = DataSettings()
+    host: dict[str, Any] = Field(default_factory=dict, description="the host's own settings (`flashmorph hosts`)")
+    calibration_rows: Many = Field(default=8, description="rows that branches are started from")
+    align: AlignSettings = AlignSettings()
+    select: SelectSettings = SelectSettings()
+    distill: DistillSettings = DistillSettings()
+    extend: ExtendSettings | None = ExtendSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    report_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
+        default=(), description="where the log of training goes besides log.jsonl"
+    )
+
+    _given: frozenset[str] = PrivateAttr(default=frozenset())
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The settings that the user has set, by their names: in a file of their own, or one by one."""
+        return self._given
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_recipe(source: str | Path, changes: dict[str, Any] | None = None) -> Recipe:
+    """Read a shipped recipe by name or a YAML file, then apply `changes` (`{"align.tokens": 1000}`).
+
+    Raises:
+        UserError: no such recipe, not UTF-8, no YAML, an unknown key (the nearest known one is named) or a bad value.
+    """
+    if str(source) in SHIPPED:
+        text, name = (files("flashmorph") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8"), str(source)
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise UserError(f"there is no recipe {quoted(str(source))}: give {', '.join(SHIPPED)}, or a YAML file")
+        text, name = read_text(path, f"recipe {path}"), str(path)
+    values = read_yaml(text, f"recipe {name}")
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {name} must be a mapping of settings, such as `budget: 25%`")
+    changes = changes or {}
+    if _changes_strategy(values, changes):
+        # Settings of one strategy mean nothing to another.
+        values["select"]["settings"] = {}
+    for key, value in changes.items():
+        _set(values, key, value)
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"recipe {name}: {sentence(error, Recipe, _REPLACED)}") from error
+    if recipe.select.strategy not in STRATEGIES:
+        raise UserError(unknown("strategy", recipe.select.strategy, STRATEGIES))
+    if not recipe.tasks:
+        raise UserError(f"recipe {name} needs at least one task")
+    assert recipe.style in STYLES
+    recipe._given = frozenset(_names(_nested(changes) if str(source) in SHIPPED else values))
+    return recipe
+
+
+def setting(recipe: BaseModel, key: str) -> Any:
+    """The value of a setting by its name, such as `align.tokens`; None inside of a group that is left out."""
+    value: Any = recipe
+    for name in key.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def with_settings(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+    """The recipe with other values, by the names of their settings."""
+    for key, value in values.items():
+        recipe = _with(recipe, key, value)
+    return recipe
+
+
+def parse_changes(settings: list[str]) -> dict[str, Any]:
+    """Read `key=value` pairs; values are YAML.
+
+    Raises:
+        UserError: one has no `=`, or its value is no YAML.
+    """
+    changes = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {quoted(setting)} must be key=value, for example --set align.tokens=1000000")
+        changes[key.strip()] = read_yaml(value, f"--set {key}")
+    return changes
+
+
+def _changes_strategy(values: dict[str, Any], changes: dict[str, Any]) -> bool:
+    chosen = values.get("select")
+    if not isinstance(chosen, dict) or "select.strategy" not in changes:
+        return False
+    return chosen.get("strategy", DEFAULT_STRATEGY) != changes["select.strategy"]
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set {quoted(key)}: {quoted(parent)} is not a group of settings")
+    values[last] = value
+
+
+def _with(settings: Any, key: str, value: Any) -> Any:
+    name, _, rest = key.partition(".")
+    return settings.model_copy(update={name: _with(getattr(settings, name), rest, value) if rest else value})
+
+
+def _nested(changes: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in changes.items():
+        _set(values, key, value)
+    return values
+
+
+def _names(values: dict[str, Any], before: str = "") -> Iterator[str]:
+    """The names of all values in nested groups."""
+    for name, value in values.items():
+        yield f"{before}{name}"
+        if isinstance(value, dict):
+            yield from _names(value, f"{before}{name}.")

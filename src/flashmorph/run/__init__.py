@@ -1,0 +1,1 @@
+"""One run: its folder and records, what each result depends on, its data and its models."""

@@ -1,0 +1,115 @@
+"""What the result of each stage depends on, as JSON values: what its folder is named by (`folder.py`).
+
+Both ways: what changes a result stands here, and nothing else. How many tokens run at once, when checkpoints are
+written, what is shown and how often text may be repeated do not.
+"""
+
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
+
+from flashmorph.convert.load import load_config
+from flashmorph.data.identity import has_conversations, identity_of
+from flashmorph.plan import Budget
+from flashmorph.run.run import Run
+from flashmorph.selection import FOLLOW_GRADIENTS, NEED_TEXT, NEED_TRAINING, SEARCH_NOTHING
+from flashmorph.selection.search import own_settings
+from flashmorph.selection.searchdata import SearchSettings
+from flashmorph.stages import TrainSettings
+from flashmorph.tasks import TaskSettings
+from flashmorph.tokens.special_tokens import end_tokens
+
+
+def text_settings(run: Run) -> dict[str, Any]:
+    """What rows of text depend on: the text, its order, its tokens, and of conversations their wording."""
+    template = {"template": run.teacher.template_digest} if has_conversations(run.corpus) else {}
+    return {**_read(run), "tokenizer": run.teacher.tokenizer_digest, **template}
+
+
+def task_settings(run: Run, chat_template: bool | None = None) -> dict[str, Any]:
+    """What questions depend on: the tasks, what their facts are hidden in, and the words around them.
+
+    With `chat_template` these are the teacher's template's; None: as for a search.
+    """
+    recipe = run.recipe
+    templated = recipe.chat_template if chat_template is None else chat_template
+    repeated = recipe.data.haystack == "repeated"
+    hidden_in = {"haystack": "repeated", "seed": recipe.seed} if repeated else _read(run)
+    tasks = {"tasks": plain(recipe.tasks.values()), "style": recipe.style}
+    worded = {"template": run.teacher.template_digest} if templated else {}
+    return {**tasks, **hidden_in, "tokenizer": run.teacher.tokenizer_digest, "chat_template": worded}
+
+
+def row_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
+    """What the rows of a stage that trains depend on."""
+    questions = settings.questions
+    asked = {"questions": [questions, task_settings(run)]} if questions else {}
+    long = {"documents": "long"} if settings.takes_long_documents else {}
+    return {"rows": [settings.length, settings.rows], **long, **text_settings(run), **asked}
+
+
+def training_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
+    """What the result of a stage that trains depends on."""
+    return {"train": settings.what_counts(), "bf16": run.bf16, **row_settings(run, settings)}
+
+
+def logit_settings(run: Run, settings: TrainSettings, top_k: int) -> dict[str, Any]:
+    """What the teacher's logits on the rows of a stage that trains depend on."""
+    return {"top_k": top_k, "isolate_documents": settings.keeps_apart, "bf16": run.bf16, **row_settings(run, settings)}
+
+
+def select_settings(run: Run) -> dict[str, Any]:
+    """What a search depends on, the strategy's defaults written out; what it does not ask for is left out."""
+    recipe = run.recipe
+    chosen = recipe.select
+    own = own_settings(chosen.strategy, chosen.settings)
+    wanted: dict[str, Any] = {"strategy": chosen.strategy, "settings": own, "seed": recipe.seed}
+    if chosen.strategy in SEARCH_NOTHING:
+        return wanted
+    if run.left_out:
+        wanted["left_out"] = list(run.left_out)
+    wanted |= {"search": search_settings(chosen.search, chosen.strategy), "bf16": run.bf16, **task_settings(run)}
+    if chosen.strategy in NEED_TEXT:
+        wanted["text"] = text_settings(run)
+    if chosen.strategy in NEED_TRAINING:
+        trained = recipe.distill.what_counts(tokens=False)
+        asked = {"questions": task_settings(run)} if recipe.distill.retrieval_share else {}
+        wanted["distill"] = {"train": trained, **text_settings(run), **asked}
+    return wanted
+
+
+def search_settings(search: SearchSettings, strategy: str) -> dict[str, Any]:
+    """What the data of a search depends on: steps are of the strategies that follow gradients."""
+    judged = {"longest": search.longest, "questions": search.questions}
+    if strategy not in FOLLOW_GRADIENTS:
+        return judged
+    return {**judged, "shortest": search.shortest, "batch_tokens": search.batch_tokens}
+
+
+def evaluate_settings(run: Run) -> dict[str, Any]:
+    """What scores depend on; answers are kept by the name of their task."""
+    settings = run.recipe.evaluate.model_dump(mode="json", exclude={"batch_tokens"})
+    names = {name: task.model_dump(mode="json") for name, task in run.recipe.tasks.items()}
+    asked = task_settings(run, run.recipe.evaluate.chat_template)
+    return {"evaluate": settings, **asked, "tasks": names, "text": text_settings(run), **ends(run)}
+
+
+def ends(run: Run) -> dict[str, Any]:
+    """What generated answers depend on besides the model: the tokens that end them."""
+    configs = load_config(run.teacher.folder), SimpleNamespace(**run.teacher.generation())
+    return {"end_tokens": end_tokens(run.tokenizer, *configs)}
+
+
+def budget_settings(run: Run) -> str:
+    """The budget, however it was written."""
+    return str(Budget.parse(run.recipe.budget))
+
+
+def plain(tasks: Iterable[TaskSettings]) -> list[dict[str, Any]]:
+    """Tasks as JSON values."""
+    return [task.model_dump(mode="json") for task in tasks]
+
+
+def _read(run: Run) -> dict[str, Any]:
+    """The text, and what its order and all draws from it depend on."""
+    return {"text": identity_of(run.corpus), "seed": run.recipe.seed}

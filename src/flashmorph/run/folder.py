@@ -1,0 +1,269 @@
+"""The folder of a run: one folder a stage, named by the digest of its settings and inputs, never changed once done.
+
+A stage works in `stages/<name>-<digest>.partial` and is renamed when it is finished, so a folder without that ending
+was whole once; its record lists its files, and each use compares them. The same digest means the same result: such a
+stage is not run again, also if it stands in another run's folder.
+Of several processes the first holds the lock and writes; the others learn from it what there is.
+"""
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from filelock import FileLock, Timeout
+from pydantic import StringConstraints
+
+from flashmorph import distributed
+from flashmorph.errors import UserError
+from flashmorph.files import atomic_path, digest_of, is_temporary, read_json, write_json
+from flashmorph.inputs.shapes import Finite, Shape, read_as
+from flashmorph.run.wholeness import CHECKPOINTS, damage, listing
+from flashmorph.versions import own_version, versions
+
+MARKER = "flashmorph.json"
+RECIPE = "recipe.yaml"
+"""What the folder's stages were told: of what is published there, or else of the last command that made some."""
+STAGES = "stages"
+_WRITTEN = (STAGES, "data", "compare", "figures")
+"""The folders in a run's folder that runs write into."""
+_PARTIAL = ".partial"
+_RECORD, _SPENT = "stage.json", "spent.json"
+_LOG = logging.getLogger(__name__)
+
+
+class _Marker(Shape):
+    """What the file holds that marks a folder as a run: by what the last run called its stages, their folders."""
+
+    last: dict[str, Annotated[str, StringConstraints(pattern=r"^[a-z_]+-[0-9a-f]{12}$")]]
+
+
+def last_stages(run: Path) -> dict[str, str]:
+    """The folders that the last run in `run` used, by what it called its stages.
+
+    Raises:
+        UserError: the file that says so is missing or damaged.
+    """
+    return read_as(run / MARKER, _Marker)["last"]
+
+
+def _holds_anything(folder: Path) -> bool:
+    """Whether there is more in a folder than what a run leaves that was killed in its first moments."""
+    return any(not is_temporary(path) for path in folder.iterdir())
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    """What a killed run was writing: by the exact form of its name, and only where runs write."""
+    below = [path for name in _WRITTEN for path in (folder / name).rglob("*")]
+    return [path for path in (*folder.iterdir(), *below) if is_temporary(path)]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage's result: its folder, digest and record (settings, inputs, versions, seconds, figures)."""
+
+    name: str
+    digest: str
+    folder: Path
+    record: dict[str, Any] = field(default_factory=dict)
+    reused: bool = False
+
+
+class RunFolder:
+    """`path`, with earlier runs in `others` whose finished stages may be used."""
+
+    def __init__(self, path: Path, others: tuple[Path, ...] = ()):
+        """Claim the folder.
+
+        Raises:
+            UserError: it holds something else, cannot be written, another run is at work in it, or one of `others` is
+                no run.
+        """
+        self.path = path
+        self._places = [place / STAGES for place in (path, *others)]
+        distributed.first(self._claim)
+
+    def _claim(self) -> None:
+        path = self.path
+        for other in self._places[1:]:
+            if not other.is_dir():
+                raise UserError(f"{other.parent} is no run of flashmorph's: it has no folder {STAGES!r}")
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file; give a folder that is new, empty or a run of flashmorph's")
+        if path.is_dir() and _holds_anything(path) and not (path / MARKER).is_file():
+            raise UserError(f"{path} holds something else; give a folder that is new, empty or a run of flashmorph's")
+        self._mark()
+        try:
+            (path / STAGES).mkdir(exist_ok=True)
+            (path / "data").mkdir(exist_ok=True)
+            self._lock = FileLock(path / ".lock", timeout=0)
+            self._lock.acquire()
+            for finished in (path / STAGES).glob(f"*/{_RECORD}"):
+                if finished.parent.suffix != _PARTIAL:
+                    shutil.rmtree(finished.parent / CHECKPOINTS, ignore_errors=True)
+            # Of a run that was killed while it wrote; what it can go on from has other names.
+            for leftover in _leftovers(path):
+                if leftover.is_dir() and not leftover.is_symlink():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
+        except Timeout as error:
+            raise UserError(f"another run is at work in {path}: wait for it, or give another --output") from error
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+    def _mark(self) -> None:
+        """Mark the folder as a run, also where its mark was damaged: only what the last run used is lost with it."""
+        try:
+            last_stages(self.path)
+        except UserError as error:
+            if (self.path / MARKER).exists():
+                _LOG.warning("%s; making it again", error)
+            write_json(self.path / MARKER, {"made_by": "flashmorph", "version": own_version(), "last": {}})
+
+    def release(self) -> None:
+        """Let go of the folder; a run that ends does so too."""
+        if distributed.is_first():
+            self._lock.release()
+
+    @property
+    def data(self) -> Path:
+        """Where tokenised rows are kept."""
+        return self.path / "data"
+
+    def keep_recipe(self, text: str) -> None:
+        """Write the recipe of what is made here; what is published already keeps its own until it is published anew."""
+
+        def write() -> None:
+            if not (self.path / "results.json").is_file():
+                with atomic_path(self.path / RECIPE) as temporary:
+                    temporary.write_text(text, encoding="utf-8")
+
+        distributed.first(write)
+
+    def find(self, name: str, settings: Any, inputs: list[str]) -> Stage | None:
+        """The finished stage with these settings and inputs, here or in another run.
+
+        Raises:
+            UserError: it is there and is not what it was when it was finished.
+        """
+        digest = digest_of([name, settings, inputs])
+
+        def look() -> Stage | None:
+            for place in self._places:
+                folder = place / f"{name}-{digest}"
+                if folder.is_dir():
+                    return Stage(name, digest, folder, self._whole_record(folder, digest), reused=True)
+            return None
+
+        return distributed.first(look)
+
+    def _whole_record(self, folder: Path, digest: str) -> dict[str, Any]:
+        """The record of a finished stage whose files are all as they were."""
+        try:
+            record = read_json(folder / _RECORD)
+            problem = damage(folder, record, digest)
+        except UserError as error:
+            record, problem = {}, str(error)
+        if problem:
+            own = folder.parent == self._places[0]
+            way_out = "" if own else f", or leave out --from {folder.parent.parent}"
+            raise UserError(f"{folder} is damaged: {problem}; remove that folder, and the stage runs again{way_out}")
+        return record
+
+    def last(self, label: str) -> str | None:
+        """The folder that the last run used for what it called `label`."""
+        return distributed.first(lambda: last_stages(self.path).get(label))
+
+    def remember(self, label: str, stage: Stage) -> None:
+        """Note which folder this run uses for `label`."""
+
+        def note() -> None:
+            marker = read_json(self.path / MARKER)
+            marker["last"][label] = stage.folder.name
+            write_json(self.path / MARKER, marker)
+
+        distributed.first(note)
+
+    def run(self, name: str, settings: Any, inputs: list[str], work: Callable[[Path], dict[str, Any] | None]) -> Stage:
+        """Do `work(folder)` unless it is done already, and keep what it returns in the stage's record.
+
+        Every process does it. Interrupted work finds its own files in `folder` again.
+        """
+        if done := self.find(name, settings, inputs):
+            return done
+        digest = digest_of([name, settings, inputs])
+        final = self._places[0] / f"{name}-{digest}"
+        partial = final.with_name(final.name + _PARTIAL)
+
+        def begin() -> float:
+            with _writing(partial):
+                partial.mkdir(parents=True, exist_ok=True)
+                (partial / _RECORD).unlink(missing_ok=True)
+            return _seconds_before(partial)
+
+        def finish() -> Stage:
+            record = {"stage": name, "digest": digest, "settings": settings, "inputs": inputs, "seconds": seconds}
+            record |= {"versions": versions(), **figures}
+            with _writing(partial):
+                write_json(partial / _RECORD, {**record, "files": listing(partial)})
+                return arrive()
+
+        def arrive() -> Stage:
+            # Only what is renamed is finished: until then a killed stage goes on from its checkpoints.
+            os.replace(partial, final)
+            for leftover in (CHECKPOINTS, _SPENT):
+                _remove(final / leftover)
+            return Stage(name, digest, final, read_json(final / _RECORD))
+
+        if distributed.first(lambda: _is_finished(partial)):
+            with _writing(partial):
+                return distributed.first(arrive)
+        started, spent = time.perf_counter(), distributed.first(begin)
+        try:
+            with _writing(partial):
+                figures = {"processes": distributed.count(), **(work(partial) or {})}
+        finally:
+            seconds = spent + time.perf_counter() - started
+            if distributed.is_first():
+                write_json(partial / _SPENT, seconds)
+        return distributed.first(finish)
+
+
+def _is_finished(partial: Path) -> bool:
+    """Whether a stage was killed between its record and its rename."""
+    try:
+        record = read_json(partial / _RECORD)
+    except UserError:
+        return False
+    return isinstance(record, dict) and "files" in record and not damage(partial, record)
+
+
+def _seconds_before(partial: Path) -> float:
+    """What interrupted work has taken so far; 0 where it did not come to say."""
+    try:
+        seconds = read_as(partial / _SPENT, Finite)
+    except UserError:
+        return 0.0
+    return max(0.0, seconds)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """One sentence where the disk does not take it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error

@@ -1,0 +1,76 @@
+"""The models of a run, opened: whole or divided among processes, with branches, and as a search asks them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from flashmorph.convert.load import load_model
+from flashmorph.data.rows import Rows
+from flashmorph.model.morphable import Morphable
+from flashmorph.model.sharding import Model, in_turn, is_sharded
+from flashmorph.progress import Report, silent
+from flashmorph.run.data import held_out_text, search_data, training_rows
+from flashmorph.run.folder import Stage
+from flashmorph.run.run import Run
+from flashmorph.selection import NOTHING, Needs
+from flashmorph.selection.distilling import Distiller
+from flashmorph.selection.objective import MorphableObjective
+from flashmorph.selection.searchdata import SearchSettings
+from flashmorph.stages import DistillSettings
+
+SEARCH_TEXT_TOKENS = 16_384
+
+
+def open_stage(run: Run, stage: Stage) -> PreTrainedModel:
+    """The model that a stage saved, in float32: training keeps its master weights in it and casts by itself."""
+    return load_model(stage.folder / "model", torch.float32, run.loads_on)
+
+
+def divided(run: Run, make: Callable[[], Model], shard: Callable[[Model, torch.device, bool], Model]) -> Model:
+    """What `make` returns; where the recipe says so, its weights divided among the processes."""
+    if not run.shards:
+        return make()
+    model = in_turn(lambda: shard(make(), run.device, run.bf16))
+    if not is_sharded(model):
+        raise ValueError(f"{type(model).__name__} has no weights that are divided")
+    return model
+
+
+def open_morphable(run: Run, host: Stage, branches: Stage) -> Morphable:
+    """The host with its aligned branches."""
+    morphable = Morphable(open_stage(run, host))
+    morphable.load_branch_state(load_file(branches.folder / "branches.safetensors"))
+    return morphable
+
+
+def open_objective(
+    run: Run,
+    morphable: Morphable,
+    folder: Path,
+    report: Report,
+    search: SearchSettings | None = None,
+    judging: str = "validation",
+    evaluations: Path | None = None,
+    needs: Needs = NOTHING,
+) -> MorphableObjective:
+    """What a search asks of the model, with the loss on text and short distillations where it needs them.
+
+    Its state is kept in `folder`, evaluated plans in `evaluations`; `judging` is the split whose questions it sees.
+    """
+    recipe, search = run.recipe, search or run.recipe.select.search
+    text, distiller = None, None
+    if needs.text:
+        text = held_out_text(run, judging, search.longest, max(SEARCH_TEXT_TOKENS, search.longest))
+        if text.tokens < text.wanted:
+            run.screen.say(f"select: the text loss is on all {text.tokens:,} tokens of the split {judging!r}")
+    if needs.training:
+
+        def make_rows(settings: DistillSettings) -> Rows:
+            return training_rows(run, settings, "distill", silent)
+
+        distiller = Distiller(morphable, make_rows, recipe.distill, folder / "distilled", recipe.seed, run.bf16)
+    data = search_data(run, judging, search)
+    return MorphableObjective(morphable, data, folder, run.bf16, report, text, distiller, evaluations, run.screen.say)

@@ -1,0 +1,55 @@
+"""Where a device's memory is not enough: one sentence that says what to lower."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from flashmorph import distributed
+from flashmorph.errors import OutOfMemory
+from flashmorph.recipe.recipe import Recipe
+
+
+@contextmanager
+def within_memory(stage: str, recipe: Recipe) -> Iterator[None]:
+    """Tell what to lower if `stage` needs more memory than the device has.
+
+    Raises:
+        OutOfMemory: it does; whatever checkpoint there is stays.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        where = f" in process {distributed.rank()}" if distributed.count() > 1 else ""
+        remedy = _remedy(stage, recipe)
+        raise OutOfMemory(f"{stage} ran out of memory{where}: {remedy}; what is done is kept") from error
+
+
+def _remedy(stage: str, recipe: Recipe) -> str:
+    asked = _tokens_at_once(stage, recipe)
+    if asked is None:
+        return "the model must fit as a whole, run this stage with --device cpu"
+    setting, tokens, row = asked
+    if tokens > row:
+        return f"lower {setting}, now {tokens}: --set {setting}={max(row, tokens // 2 // row * row)}"
+    keeps = stage in ("distill", "extend") and getattr(recipe, stage).activation_checkpointing is not True
+    others = [f"--set {stage}.activation_checkpointing=true"] if keeps else []
+    if stage not in ("teacher", "evaluate") and distributed.count() > 1 and not recipe.shard:
+        others.append("--set shard=true")
+    return f"{setting} is one row already, {row:,} tokens: {' or '.join([*others, 'shorter rows'])}"
+
+
+def _tokens_at_once(stage: str, recipe: Recipe) -> tuple[str, int, int] | None:
+    """The setting, how many tokens run at once on one device by it, and the fewest that can."""
+    trained = {"align": recipe.align, "logits": recipe.distill, "distill": recipe.distill, "extend": recipe.extend}
+    if settings := trained.get(stage):
+        rows = settings.division(distributed.count()).rows
+        return f"{settings.stage}.micro_batch_tokens", rows * settings.length, settings.length
+    if stage in ("signal", "select", "curve"):
+        search = recipe.select.search
+        return "select.search.micro_batch_tokens", search.rows_at_once * search.longest, search.longest
+    if stage in ("teacher", "evaluate"):
+        row = recipe.evaluate.length if stage == "evaluate" else recipe.select.search.longest
+        tokens = recipe.evaluate.tokens_at_once
+        return "evaluate.batch_tokens", max(tokens, row), row
+    return None

@@ -1,0 +1,109 @@
+"""Whether what a stage left in its folder is still there and whole."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+
+from flashmorph.convert.checkpoint import travelling_files
+from flashmorph.convert.shards import require_whole
+from flashmorph.errors import UserError, quoted
+from flashmorph.files import is_whole_array, read_json
+from flashmorph.inputs.shapes import Finite, Shape, misfit
+from flashmorph.plan import Plan
+
+CHECKPOINTS = "checkpoints"
+_SMALL_BYTES = 1 << 20
+_NOT_KEPT = ("stage.json", "spent.json")
+
+Listing = dict[str, dict[str, Any]]
+
+
+class _Record(Shape):
+    """What is read of a stage's record, whatever the stage."""
+
+    stage: str
+    digest: str
+    seconds: Finite
+    tokens: Finite | None = None
+    summary: str = ""
+    notices: list[str] = []
+    left_out: list[str] = []
+    errors: list[float] = []
+    files: dict[str, dict[str, Annotated[int, Field(ge=0)] | str]] | None = None
+
+
+def listing(folder: Path) -> Listing:
+    """Every file in `folder` with its size in bytes, and the digest of one below a MiB; each is on the disk then.
+
+    Checkpoints of training are left out, which go when the stage is finished, and what travels with a model's weights,
+    which may be renewed.
+    """
+    files: Listing = {}
+    renewed = set(travelling_files(folder / "model"))
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder)
+        if name.parts[0] == CHECKPOINTS or str(name) in _NOT_KEPT or path in renewed:
+            continue
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+        files[name.as_posix()] = _looks(path)
+    return files
+
+
+def damage(folder: Path, record: Any, digest: str | None = None) -> str:
+    """What is wrong with a finished stage, given what its stage.json holds; nothing if it is whole.
+
+    `digest` is the stage's, where that is known.
+    """
+    if problem := misfit(record, _Record):
+        return f"stage.json: {problem}"
+    if digest and record["digest"] != digest:
+        return f"stage.json is of the stage {quoted(record['digest'])}"
+    files = record.get("files")
+    if files is None:
+        return _damage_by_opening(folder)
+    return next(filter(None, (_difference(folder / name, name, kept) for name, kept in files.items())), "")
+
+
+def _difference(path: Path, name: str, kept: dict[str, Any]) -> str:
+    """How a file is not what it was; nothing if it is."""
+    try:
+        size = path.stat().st_size if path.is_file() else None
+    except OSError:  # A name that no file can have.
+        size = None
+    if size is None:
+        return f"{quoted(name)[1:-1]} is not there"
+    if size != kept.get("bytes"):
+        return f"{name} has {size:,} bytes, and had {kept.get('bytes')}"
+    return f"{name} has another content than it had" if "sha256" in kept and _looks(path) != kept else ""
+
+
+def _looks(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    if size >= _SMALL_BYTES:
+        return {"bytes": size}
+    return {"bytes": size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
+
+
+def _damage_by_opening(folder: Path) -> str:
+    """The same for a stage of a version that listed no files."""
+    try:
+        if (folder / "model").is_dir():
+            require_whole(folder / "model")
+        for path in folder.iterdir():
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.name == "plan.json":
+                Plan.load(path)
+            elif path.suffix == ".json":
+                read_json(path)
+            elif path.suffix == ".npy" and not is_whole_array(path):
+                return f"{path.name} cannot be read"
+    except (OSError, UserError, SafetensorError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return ""

@@ -1,0 +1,1 @@
+"""Special tokens before and behind a text, and the text that new tokens add to a prompt."""
