@@ -22,7 +22,7 @@ from rich.table import Table
 from flashmorph.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
-Plans = dict[tuple[str, str], dict[int, set[int]]]
+Plans = dict[tuple[str, str], dict[int, set[str]]]
 """The plan of every strategy and budget, by seed."""
 
 
@@ -63,21 +63,23 @@ def plans_of(case: str) -> Plans:
     for line in (RESULTS / "referee" / case / "cells.jsonl").read_text().splitlines():
         cell = json.loads(line)
         if cell["spend"] == 1:
-            plans.setdefault((cell["strategy"], cell["budget"]), {})[cell["seed"]] = set(cell["full"])
+            plans.setdefault((cell["strategy"], cell["budget"]), {})[cell["seed"]] = {
+                group for group, option in cell["assignments"].items() if option == "full"
+            }
     return plans
 
 
-def between_seeds(plans: dict[int, set[int]]) -> float | None:
+def between_seeds(plans: dict[int, set[str]]) -> float | None:
     """The mean overlap of two seeds' plans."""
     return mean([overlap(one, other) for one, other in combinations(plans.values(), 2)])
 
 
-def seed_by_seed(plans: dict[int, set[int]], others: dict[int, set[int]]) -> float | None:
+def seed_by_seed(plans: dict[int, set[str]], others: dict[int, set[str]]) -> float | None:
     """The mean overlap of the plans that both cases have of a seed."""
     return mean([overlap(plans[seed], others[seed]) for seed in plans.keys() & others.keys()])
 
 
-def overlap(one: set[int], other: set[int]) -> float:
+def overlap(one: set[str], other: set[str]) -> float:
     """Intersection over union."""
     return len(one & other) / len(one | other)
 

@@ -431,7 +431,7 @@ def test_explain_ends_in_the_figures_of_the_tables(teacher_folder, recipe_file, 
 @pytest.mark.parametrize(
     "options, says",
     [
-        (["--budget", "loss=1%", "--strategy", "tolerance"], "plan with 7, 25% or kv="),
+        (["--strategy", "tolerance"], "finds the number of full layers only as it trains: estimate with another one"),
         (["--budget", "2"], "everything full"),
         (["--gpu", "h2000"], "did you mean 'h200'"),
         (["--contexts", "8k"], "must be whole numbers"),

@@ -141,7 +141,7 @@ def test_evaluations_are_run_once_then_read_from_disk_and_counted_by_every_searc
 
 def test_a_strategy_that_weighs_text_asks_for_it(morphable, tmp_path):
     with pytest.raises(UserError, match="this strategy weighs text too: give the objective validation text, `text`"):
-        STRATEGIES["halo"](
+        STRATEGIES["halo"].run(
             morphable.space(Budget("layers", 1)), Budget("layers", 1), objective_on(morphable, tmp_path), 0
         )
 
@@ -193,7 +193,7 @@ def test_a_search_that_cannot_train_says_so(morphable, tmp_path):
     )
     space, budget = morphable.space(Budget("layers", 1)), Budget("layers", 1)
     with pytest.raises(UserError, match="give the objective a distiller"):
-        STRATEGIES["kl"](space, budget, MorphableObjective(morphable, data, tmp_path, text=as_text(rows)), 0)
+        STRATEGIES["kl"].run(space, budget, MorphableObjective(morphable, data, tmp_path, text=as_text(rows)), 0)
 
 
 def test_a_loss_that_is_not_finite_is_told_with_its_plan(tmp_path):
@@ -208,7 +208,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_plan(tmp_path):
         with pytest.raises(UserError, match="loss of the plan ■□ is not finite"):
             ask()
     with pytest.raises(UserError, match="is not finite at step 0"):
-        STRATEGIES["budgeted-gates"](space, budget, objective, 0)
+        STRATEGIES["budgeted-gates"].run(space, budget, objective, 0)
 
 
 def test_gates_on_text_see_every_token(morphable, tmp_path):
@@ -227,7 +227,7 @@ def test_every_strategy_runs_on_a_model(morphable, tmp_path):
     rows = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(1))
     space, budget = morphable.space(Budget("layers", 1)), Budget("layers", 1)
     for name in BUDGETED:
-        strategy = STRATEGIES[name]
+        strategy = STRATEGIES[name].run
         settings = {"steps": 2} if name in (*DESCENDING, "kl") else {}
         objective = objective_on(morphable, tmp_path / (name if name in DESCENDING else "plans"), rows)
         selection = strategy(space, budget, objective, 0, **settings)

@@ -50,8 +50,6 @@ def bytes_space(rng: np.random.Generator, groups: int, options: tuple[str, ...],
         ("kv=1.5GB@4096", Budget("kv", 1.5e9, 4096)),
         ("kv=100KB@64", Budget("kv", 1e5, 64)),
         ("kv=3000B@64", Budget("kv", 3000, 64)),
-        ("loss=1%", Budget("loss", 0.01)),
-        ("loss=0.5%", Budget("loss", 0.005)),
     ],
 )
 def test_every_form_of_a_budget_is_read(text, expected):
@@ -60,7 +58,7 @@ def test_every_form_of_a_budget_is_read(text, expected):
 
 @pytest.mark.parametrize(
     "text",
-    "7 25% 12.5% 33.33333333% kv=64MiB@32768 kv=1.5GB@4096 kv=123456789B@8192 kv=3000B@64 loss=1% loss=0.5%".split(),
+    "7 25% 12.5% 33.33333333% kv=64MiB@32768 kv=1.5GB@4096 kv=123456789B@8192 kv=3000B@64".split(),
 )
 def test_a_budget_can_be_read_from_its_own_text(text):
     budget = Budget.parse(text)
@@ -72,7 +70,7 @@ def test_a_budget_can_be_read_from_its_own_text(text):
 BAD_BUDGETS = ("", "all", "-1", "0", "0%", "7.5", "25 %", "%", "kv=64MiB", "kv=64TiB@100", "kv=@100", "kv=0MiB@100")
 
 
-@pytest.mark.parametrize("text", [*BAD_BUDGETS, "loss=1", "loss=0%", "7\n8", "1e3", "kv=1MiB@", "layers=7", "0.25"])
+@pytest.mark.parametrize("text", [*BAD_BUDGETS, "7\n8", "1e3", "kv=1MiB@", "layers=7", "0.25"])
 def test_a_bad_budget_is_refused_in_one_sentence_that_shows_it(text):
     with pytest.raises(UserError, match="is none of|keeps nothing"):
         Budget.parse("9" * 5000 + text)
@@ -106,9 +104,10 @@ def test_a_budget_in_bytes_must_buy_one_full_layer_and_not_all():
     assert space.limit(Budget.parse("kv=169B@64")) == 169
 
 
-def test_a_loss_budget_has_no_limit_of_cost():
-    with pytest.raises(UserError, match="tolerance"):
-        Space.of_layers(4).best(np.zeros((4, 2)), Budget.parse("loss=1%"))
+@pytest.mark.parametrize("text", ["loss=1%", "loss=0.5%", "loss="])
+def test_a_tolerated_loss_is_no_budget_but_a_setting(text):
+    with pytest.raises(UserError, match="a setting of the strategy `tolerance`, .*select.settings.tolerance=1%"):
+        Budget.parse(text)
 
 
 def test_a_space_whose_cost_has_another_shape_is_refused():
@@ -281,7 +280,7 @@ def test_a_plan_as_gates_is_one_hot_by_name_and_not_by_place():
     [
         ({f"layers.{layer}": FULL for layer in range(5)}, ["5 groups", "model 4"]),
         ({f"layers.{layer}": FULL for layer in range(3)}, ["3 groups", "model 4"]),
-        ({f"blocks.{layer}": FULL for layer in range(4)}, ["blocks.0", "layers.0"]),
+        ({f"layers.{layer + 1}": FULL for layer in range(4)}, ["layers.1, layers.2", "layers.0, layers.1"]),
         ({f"layers.{layer}": "mamba" for layer in range(4)}, ["layers.0", "mamba", "full, linear"]),
     ],
 )

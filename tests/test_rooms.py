@@ -127,3 +127,7 @@ def test_the_command_line_is_what_it_was():
     }
     assert found == OPTIONS
     assert [name for name, command in commands.commands.items() if command.hidden] == HIDDEN
+
+
+def test_everything_at_top_level_is_there():
+    assert all(getattr(flashmorph, name) is not None for name in flashmorph.__all__)

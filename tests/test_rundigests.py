@@ -30,7 +30,7 @@ FROM_ALIGN = {"align", "build", "evaluate build", *SEARCHED, *TRAINED}
 EVERYTHING = {"transplant", *FROM_ALIGN}
 ASKING = {f"{stage}.retrieval_share": 0.5 for stage in ("align", "distill", "extend")}
 LOSSES = {"starts": [1], "length": 2, "tokens": 1, "wanted": 1, "documents": [0], "ranges": [0], "counts": [1]}
-POINT = {"full": [0], "strip": "", "loss": 0.0, "recall": 0.0, "cache_bytes": {"1": 1}}
+POINT = {"assignments": {"layers.0": "full"}, "strip": "", "loss": 0.0, "recall": 0.0, "cache_bytes": {"1": 1}}
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 

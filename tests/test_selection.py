@@ -11,14 +11,14 @@ import torch
 from flashmorph.errors import UserError
 from flashmorph.plan import Budget, Plan, Space
 from flashmorph.selection import STRATEGIES, Cost, Selection
-from flashmorph.selection.halo import halo_scores
-from flashmorph.selection.l0 import hard_concrete, open_probability
 from flashmorph.selection.search import check_search, own_settings
 from flashmorph.selection.shared_adam import SharedAdam
+from flashmorph.selection.strategies.halo import halo_scores
+from flashmorph.selection.strategies.l0 import hard_concrete, open_probability
 from flashmorph.selection.strategy import Distilled, group_scores
 
 LAYERS = 8
-BUDGETED = [name for name in STRATEGIES if name != "tolerance"]
+BUDGETED = [name for name, strategy in STRATEGIES.items() if not strategy.finds_budget]
 WEIGHTS = (0.2, 3.0, 0.1, 2.0, 0.05, 1.0, 0.4, 0.3)
 
 
@@ -119,15 +119,18 @@ class Surface:
 
 
 def search(strategy: str, objective: Surface, kept: int, seed: int = 0, layers: int = LAYERS, **settings) -> Selection:
-    return STRATEGIES[strategy](Space.of_layers(layers), Budget("layers", kept), objective, seed, **settings)
+    return STRATEGIES[strategy].run(Space.of_layers(layers), Budget("layers", kept), objective, seed, **settings)
+
+
+def full_in(entry: dict) -> list[str]:
+    return [group for group, option in entry["assignments"].items() if option == "full"]
 
 
 def layers_of(strategy: str, help: Callable, kept: int, **settings) -> list[int]:
     return search(strategy, Surface(help), kept, **settings).plan.full_layers
 
 
-COUNTING = ["exhaustive", "greedy-backward", "greedy-forward", "l0", "race"]
-DESCENDING = ["budgeted-gates", "gates", "l0"]
+DESCENDING = [name for name, strategy in STRATEGIES.items() if strategy.gradient_loss]
 EVALUATING = ["add-one", "drop-one", "exhaustive", "greedy-backward", "greedy-forward", "nll", "race"]
 
 
@@ -208,7 +211,7 @@ def test_swaps_mend_a_search_that_was_cut_short(seed):
 def test_a_chain_is_invisible_from_the_empty_side(strategy):
     selection = search(strategy, Surface(chain_of_three), 3)
     assert selection.plan.full_layers == [0, 5, 7]
-    losses = {tuple(entry["full"]): entry["loss"] for entry in selection.trace if len(entry["full"]) == 1}
+    losses = {tuple(full_in(entry)): entry["loss"] for entry in selection.trace if len(full_in(entry)) == 1}
     assert losses["layers.1",] == losses["layers.3",] == losses["layers.6",] > losses["layers.5",]
 
 
@@ -217,9 +220,9 @@ def test_a_chain_is_invisible_from_the_empty_side(strategy):
     [("first", [0, 1, 2]), ("last", [5, 6, 7]), ("middle", [2, 3, 4]), ("uniform", [2, 4, 7])],
 )
 def test_fixed_layouts(strategy, layers):
-    assert STRATEGIES[strategy](Space.of_layers(LAYERS), Budget("layers", 3), None, 0).plan.full_layers == layers
+    assert STRATEGIES[strategy].run(Space.of_layers(LAYERS), Budget("layers", 3), None, 0).plan.full_layers == layers
     cache = Space(Space.of_layers(LAYERS).groups, ("full", "linear"), np.tile([100.0, 10.0], (LAYERS, 1)))
-    plan = STRATEGIES[strategy](cache, Budget("kv", 380, 1024), None, 0).plan
+    plan = STRATEGIES[strategy].run(cache, Budget("kv", 380, 1024), None, 0).plan
     assert plan.full_layers == layers
 
 
@@ -291,8 +294,8 @@ def test_halo_keeps_what_recall_needs_and_text_does_not():
     assert values[4] == 0
     assert 0 < values[1] < 50
     assert (np.delete(values, [1, 4]) == 50).all()
-    assert {"full", "text_loss"} == set(selection.trace[0])
-    assert {"full", "loss"} == set(selection.trace[-1])
+    assert {"assignments", "text_loss"} == set(selection.trace[0])
+    assert {"assignments", "loss"} == set(selection.trace[-1])
 
 
 def test_halo_always_keeps_the_layer_that_text_can_best_spare():
@@ -306,37 +309,11 @@ RACE_WEIGHTS = torch.tensor(3 * 0.7 ** np.random.default_rng(0).permutation(12),
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("settings", [{}, {"first_by_gradient": True}])
-def test_race_finds_greedy_forwards_plan_with_a_fifth_of_its_questions(seed, settings):
+def test_race_finds_greedy_forwards_plan_with_a_fifth_of_its_questions(seed):
     greedy, racing = (Surface(lambda full: full @ RACE_WEIGHTS, 12, 200, 0.5, seed) for _ in range(2))
     plan = search("greedy-forward", greedy, 3, layers=12).plan
-    assert search("race", racing, 3, layers=12, **settings).plan == plan
+    assert search("race", racing, 3, layers=12).plan == plan
     assert racing.asked <= greedy.asked / 5
-
-
-def test_race_can_ask_the_hardest_questions_first():
-    surface = Surface(additive)
-    asked: list[list[int]] = []
-    evaluate = surface.evaluate
-
-    def watch(plans, questions=None, report=None):
-        asked.append(list(questions))
-        return evaluate(plans, questions, report)
-
-    surface.evaluate = watch
-    assert search("race", surface, 1, swaps=False, hard_first=True).plan.full_layers == [1]
-    nothing = Space.of_layers(LAYERS).plan([], Budget("layers", 1))
-    (losses,) = evaluate([nothing])
-    assert asked[0] == list(range(40)) and asked[1] == list(np.argsort(-losses)[:8])
-
-
-def test_race_asks_least_where_candidates_enter_by_their_gradient():
-    asked = []
-    for by_gradient in (False, True):
-        surface = Surface(additive)
-        search("race", surface, 2, swaps=False, first_by_gradient=by_gradient)
-        asked.append(surface.asked)
-    assert asked[1] < asked[0]
 
 
 def test_race_decides_on_all_questions_where_nothing_tells_candidates_apart():
@@ -362,7 +339,7 @@ def test_race_works_with_a_single_question():
 
 def test_exhaustive_evaluates_every_plan_and_takes_the_best():
     selection = search("exhaustive", Surface(redundant_pair), 2)
-    losses = {tuple(entry["full"]): entry["loss"] for entry in selection.trace}
+    losses = {tuple(full_in(entry)): entry["loss"] for entry in selection.trace}
     assert len(losses) == math.comb(LAYERS, 2)
     assert losses[tuple(selection.plan.full_groups)] == min(losses.values())
 
@@ -370,7 +347,7 @@ def test_exhaustive_evaluates_every_plan_and_takes_the_best():
 def test_exhaustive_tells_how_many_plans_there_are():
     with pytest.raises(UserError) as error:
         search("exhaustive", Surface(additive, layers=28), 7, layers=28)
-    assert "1,184,040 plans (7 of 28 layers)" in str(error.value)
+    assert "1,184,040 plans of 28 groups" in str(error.value)
     assert "give max_plans 1184040" in str(error.value)
     assert layers_of("exhaustive", additive, 2, max_plans=28) == [1, 3]
 
@@ -416,26 +393,19 @@ def test_bytes_of_cache_buy_as_many_layers_as_they_pay_for(strategy):
     """300 bytes are 80 for eight linear layers and 2 x 90 for two full ones; 40 are left over."""
     cache = Space(Space.of_layers(LAYERS).groups, ("full", "linear"), np.tile([100.0, 10.0], (LAYERS, 1)))
     settings = {"steps": 30} if strategy in DESCENDING else {}
-    bytes_ = STRATEGIES[strategy](cache, Budget("kv", 300, 1024), Surface(additive), 0, **settings)
+    bytes_ = STRATEGIES[strategy].run(cache, Budget("kv", 300, 1024), Surface(additive), 0, **settings)
     assert len(bytes_.plan.full_layers) == 2 and bytes_.plan.budget.resource == "kv"
     if strategy not in ("budgeted-gates", "gates"):
         assert bytes_.plan.full_layers == search(strategy, Surface(additive), 2, **settings).plan.full_layers
 
 
-@pytest.mark.parametrize("strategy", COUNTING)
-def test_strategies_that_count_layers_refuse_bytes_where_layers_cost_differently(strategy):
+@pytest.mark.parametrize("strategy", ["greedy-forward", "greedy-backward", "race"])
+def test_where_layers_cost_differently_what_a_byte_gains_counts(strategy):
     cost = np.tile([100.0, 10.0], (LAYERS, 1))
-    cost[3, 0] = 150
+    cost[1, 0] = 1_000
     space = Space(Space.of_layers(LAYERS).groups, ("full", "linear"), cost)
-    with pytest.raises(UserError, match=rf"strategy {strategy} counts layers; budget kv=.* does not, and .* differ"):
-        STRATEGIES[strategy](space, Budget("kv", 300, 1024), Surface(additive), 0)
-
-
-@pytest.mark.parametrize("strategy", [*COUNTING, "add-one", "drop-one", "gates", "halo", "nll"])
-def test_strategies_of_two_options_refuse_a_third(strategy):
-    space = Space.of_layers(LAYERS, ("full", "linear", "sliding"))
-    with pytest.raises(UserError, match=f"strategy {strategy} chooses between two options; .* full, linear, sliding"):
-        STRATEGIES[strategy](space, Budget("layers", 2), Surface(additive), 0)
+    plan = STRATEGIES[strategy].run(space, Budget("kv", 300, 1024), Surface(additive), 0).plan
+    assert plan.full_layers == [3, 5]
 
 
 @pytest.mark.parametrize("strategy", BUDGETED)
@@ -488,10 +458,11 @@ def test_settings_are_what_the_signature_wants_and_defaults_are_among_them():
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_can_be_held_against_its_budget_before_it_asks(strategy):
     space = Space.of_layers(LAYERS)
-    fits, too_much = ("loss=1%", "2") if strategy == "tolerance" else ("2", "8")
-    check_search(strategy, space, Budget.parse(fits), 4, {})
-    with pytest.raises(UserError, match="keeps everything full|give loss=1%"):
-        check_search(strategy, space, Budget.parse(too_much), 4, {})
+    check_search(strategy, space, Budget.parse("2"), 4, {})
+    if STRATEGIES[strategy].finds_budget:
+        return
+    with pytest.raises(UserError, match="keeps everything full"):
+        check_search(strategy, space, Budget.parse("8"), 4, {})
 
 
 def test_what_only_space_and_budget_tell_is_told_before_a_question_is_asked():
@@ -500,8 +471,6 @@ def test_what_only_space_and_budget_tell_is_told_before_a_question_is_asked():
         check_search("uniform", space, Budget("share", 0.25), 4, {"offset": 9})
     with pytest.raises(UserError, match="would evaluate 1,184,040 plans"):
         check_search("exhaustive", space, Budget("layers", 7), 4, {})
-    with pytest.raises(UserError, match="only the strategy `tolerance`"):
-        check_search("race", space, Budget.parse("loss=1%"), 4, {})
 
 
 THREE = ("full", "linear", "sliding")
@@ -515,7 +484,7 @@ def test_fixed_layouts_give_everything_else_one_option(strategy, costs, rest):
     if costs:
         space = Space(space.groups, THREE, np.tile(np.array(costs, dtype=float), (LAYERS, 1)))
         budget = Budget("kv", 3 * 100 + 5 * 10 + 80, 1024)
-    plan = STRATEGIES[strategy](space, budget, None, 0).plan
+    plan = STRATEGIES[strategy].run(space, budget, None, 0).plan
     assert len(plan.full_layers) == 3
     assert {option for option in plan.assignments.values() if option != "full"} == {rest}
     assert plan.assignments == space.plan(plan.full_groups, budget).assignments
@@ -531,18 +500,29 @@ def test_kl_ranks_by_what_is_left_after_the_steps():
 
 def test_tolerance_switches_until_the_loss_is_spent():
     space = Space.of_layers(LAYERS)
-    budgets = [Budget.parse("loss=6%"), Budget.parse("loss=9%")]
-    few, many = (STRATEGIES["tolerance"](space, budget, Surface(additive, noise=0), 0) for budget in budgets)
+    few, many = (
+        STRATEGIES["tolerance"].run(space, Budget("layers", 1), Surface(additive, noise=0), 0, tolerance=share)
+        for share in (0.06, 0.09)
+    )
     assert (few.plan.full_layers, many.plan.full_layers) == ([1, 5, 7], [1])
-    assert str(few.plan.budget) == "loss=6%"
+    assert str(few.plan.budget) == "3"
     kept = [entry["layer"] for entry in few.trace if entry["kept"]]
     assert len(kept) == LAYERS - len(few.plan.full_layers)
     assert all(entry["perplexity_ratio"] <= 1.06 for entry in few.trace if entry["kept"])
     assert all(entry["perplexity_ratio"] > 1.06 for entry in few.trace if not entry["kept"])
-    with pytest.raises(UserError, match="no layer can be switched within it; the mildest switch gave"):
-        STRATEGIES["tolerance"](space, Budget.parse("loss=0.01%"), Surface(additive), 0)
-    with pytest.raises(UserError, match="give loss=1%, not 2"):
-        search("tolerance", Surface(additive), 2)
+    with pytest.raises(UserError, match="tolerance 0.01%: no layer can be switched within it; the mildest switch gave"):
+        search("tolerance", Surface(additive), 2, tolerance=0.0001)
+
+
+@pytest.mark.parametrize(("given", "share"), [("1%", 0.01), ("0.5 %", 0.005), (0.02, 0.02)])
+def test_a_tolerance_is_a_share_or_a_percentage(given, share):
+    assert own_settings("tolerance", {"tolerance": given})["tolerance"] == pytest.approx(share)
+
+
+@pytest.mark.parametrize("given", ["x%", "0%", -1, 0, "%", True])
+def test_what_is_no_share_is_no_tolerance(given):
+    with pytest.raises(UserError, match="strategy tolerance: tolerance must be a number above 0"):
+        own_settings("tolerance", {"tolerance": given})
 
 
 def test_group_scores_fill_one_option():

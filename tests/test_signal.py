@@ -17,7 +17,8 @@ from flashmorph.pipeline.signal import ask_teacher, measure_signal
 from flashmorph.plan import Space
 from flashmorph.recipe.outlook import LEAST_QUESTIONS, goes_by_answers
 from flashmorph.recipe.recipe import load_recipe
-from flashmorph.selection import STRATEGIES, asks_questions
+from flashmorph.selection import STRATEGIES
+from flashmorph.selection.search import asks_questions
 from flashmorph.tasks import STYLES, Haystack, Layout, TaskSettings, make_example
 
 TINY = Path(assets.__path__[0]) / "tiny"

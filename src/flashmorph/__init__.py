@@ -29,13 +29,13 @@ _HOMES = {
     "Space": "plan",
     "UserError": "errors",
     "align": "stages.align",
-    "attach": "morphable",
-    "build": "morphable",
+    "attach": "model.morphable",
+    "build": "model.morphable",
     "distill": "stages.distill",
     "extend": "stages.extend",
-    "morph": "pipeline",
+    "morph": "pipeline.morph",
     "select": "selection.search",
-    "transplant": "move",
+    "transplant": "convert.in_memory",
 }
 __all__ = [
     "Budget",

@@ -139,7 +139,7 @@ def tables(summary: dict) -> list[Table]:
         title = f"budget {budget}"
         if truth:
             title += (
-                f": {truth['plans']} plans, best {truth['best']} at {truth['best_loss']:.3f} nats "
+                f": {truth['plans']} plans, best {_short(truth['best'])} at {truth['best_loss']:.3f} nats "
                 f"(median {truth['median_loss']:.2f})"
             )
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
@@ -158,7 +158,7 @@ def tables(summary: dict) -> list[Table]:
                 _figure(row["recall"], "{:.0%}"),
                 _figure(row["agreement"], "{:.2f}"),
                 f"{row['flops']:.1e}",
-                " ".join(",".join(map(str, plan)) for plan in row["plans"]),
+                "  ".join(map(_short, row["plans"])),
             )
         made.append(table)
     if summary["after_distillation"]:
@@ -168,9 +168,15 @@ def tables(summary: dict) -> list[Table]:
             table.add_column(column, justify="left" if column == "strategy" else "right")
         for row in summary["after_distillation"]:
             figures = [f"{row[name]:.3f}" for name in ("loss_before", "loss", "regret", "text_loss")]
-            table.add_row(row["strategy"], ",".join(map(str, row["full"])), *figures)
+            table.add_row(row["strategy"], _short(row["assignments"]), *figures)
         made.append(table)
     return made
+
+
+def _short(assignments: dict[str, str]) -> str:
+    from flashmorph.plan import Budget, Plan
+
+    return Plan.of(assignments, Budget("layers", 1)).in_short().replace(", ", ",")
 
 
 def _figure(value: float | None, form: str) -> str:

@@ -104,8 +104,6 @@ class RichScreen:
         self.console.print(by_task)
         if note := shortage(first.to_dict()):
             self.say(note)
-        kept = ", ".join(map(str, results.plan.full_layers))
-        other = ", ".join(sorted(set(results.plan.assignments.values()) - {FULL})) or "other"
-        self.say(
-            f"\n{results.plan.strip()}   ■ full □ {other}: layers {kept} of {len(results.plan.assignments)} stay full"
-        )
+        plan = results.plan
+        other = ", ".join(sorted(set(plan.assignments.values()) - {FULL})) or "other"
+        self.say(f"\n{plan.strip()}   ■ full □ {other}: layers {plan.in_short()} of {len(plan.assignments)} stay full")

@@ -37,8 +37,7 @@ class _ListsStrategies(TyperCommand):
 
         from flashmorph.selection import STRATEGIES
 
-        modules = {name: inspect.getmodule(strategy) for name, strategy in STRATEGIES.items()}
-        lines = {name: (module.__doc__ or "").split("\n\n")[0] for name, module in modules.items() if module}
+        lines = {name: (inspect.getdoc(strategy.run) or "").split("\n\n")[0] for name, strategy in STRATEGIES.items()}
         self.epilog = "Strategies:\n\n" + "\n\n".join(
             f"- `{name}`: {' '.join(line.split())}" for name, line in lines.items()
         )
@@ -75,6 +74,7 @@ def select(
     """
     from flashmorph import distributed
     from flashmorph.pipeline import morph as pipeline
+    from flashmorph.selection import STRATEGIES
 
     share = _share(within)
     _claim(output, curve, force)
@@ -106,11 +106,9 @@ def select(
     if as_json:
         print(json.dumps(plan.to_dict(), indent=2))
         return
-    OUT.print(
-        f"{plan.strip()}  layers {', '.join(map(str, plan.full_layers))} stay full; written: {output}", soft_wrap=True
-    )
-    if plan.strategy == "tolerance":
-        _show_tolerance(run, plan)
+    OUT.print(f"{plan.strip()}  layers {plan.in_short()} stay full; written: {output}", soft_wrap=True)
+    if STRATEGIES[plan.strategy].finds_budget:
+        _show_what_it_found(run, plan)
 
 
 def _claim(output: Path, curve: bool, force: bool) -> None:
@@ -143,7 +141,7 @@ def _show_curve(run: Any, host: Any, branches: Any, questions: int, share: float
 
     curve = run_curve(run, host, branches, questions)
     enough = curve.smallest_within(share)
-    values = {**curve.to_dict(), "within": share, "smallest_within": len(enough.full)}
+    values = {**curve.to_dict(), "within": share, "smallest_within": enough.num_full}
     picture = output.with_suffix(".png")
     if distributed.is_first():
         write_json(output, {**made_by(_CURVE), **values})
@@ -159,12 +157,12 @@ def _show_curve(run: Any, host: Any, branches: Any, questions: int, share: float
         cache = f"{point.cache_bytes[context] / 2**20:,.1f} MiB"
         note = f"<- smallest within {share:.0%}" if point is enough else ""
         figures = (f"{point.loss:.3f}", f"{point.recall:.0%}", cache, note)
-        table.add_row(str(len(point.full)), point.strip, *figures)
+        table.add_row(str(point.num_full), point.strip, *figures)
     OUT.print(table)
     OUT.print(f"written: {output} and {picture}", highlight=False, soft_wrap=True)
 
 
-def _show_tolerance(run: Any, plan: Any) -> None:
+def _show_what_it_found(run: Any, plan: Any) -> None:
     """Cache saved against perplexity added, and where the full layers stand."""
     from flashmorph.convert.load import load_config
     from flashmorph.hosts import cache_bytes, configure
@@ -176,7 +174,7 @@ def _show_tolerance(run: Any, plan: Any) -> None:
     saved = 1 - cache_bytes(hybrid, context) / cache_bytes(full, context)
     thirds = [sum(3 * layer // layers == third for layer in plan.full_layers) for third in range(3)]
     OUT.print(
-        f"{plan.budget} of perplexity was allowed: {saved:.0%} of the cache at {context:,} tokens is saved; "
+        f"{len(plan.full_groups)} of {layers} stay full: {saved:.0%} of the cache at {context:,} tokens is saved; "
         f"full layers: {thirds[0]} early, {thirds[1]} middle, {thirds[2]} late",
         highlight=False,
         soft_wrap=True,

@@ -18,7 +18,7 @@ from flashmorph.estimate.work import Model
 from flashmorph.files import write_json
 from flashmorph.inputs.shapes import read_as
 from flashmorph.recipe.recipe import Recipe, setting, with_settings
-from flashmorph.selection import NEED_TRAINING
+from flashmorph.selection import STRATEGIES
 
 AUTO = "auto"
 COMPARE = "compare"
@@ -110,7 +110,7 @@ def chosen(folder: Path) -> dict[str, Any]:
 
 def _sections(recipe: Recipe, stage: str) -> list[str]:
     if stage in _SEARCHES:
-        trains = stage == COMPARE or stage != "signal" and recipe.select.strategy in NEED_TRAINING
+        trains = stage == COMPARE or stage != "signal" and STRATEGIES[recipe.select.strategy].needs_training
         return ["select.search", *(["distill"] if trains else [])]
     if stage in ("align", "distill", "extend", "evaluate"):
         return [stage]

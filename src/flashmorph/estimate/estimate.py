@@ -30,6 +30,7 @@ from flashmorph.hosts import cache_bytes
 from flashmorph.plan import FULL, Budget
 from flashmorph.recipe.outlook import check_recipe, outlook
 from flashmorph.recipe.recipe import Recipe, with_settings
+from flashmorph.selection import STRATEGIES
 
 UTILISATION = 0.3
 """Share of a GPU's peak that hours assume unless told otherwise. An assumption: nothing here has measured it."""
@@ -156,8 +157,11 @@ def estimate(
     """
     check_recipe(config, recipe)
     budget = Budget.parse(recipe.budget)
-    if budget.resource == "loss":
-        raise UserError(f"budget {budget} finds the number of full layers only as it trains: plan with 7, 25% or kv=")
+    if STRATEGIES[recipe.select.strategy].finds_budget:
+        raise UserError(
+            f"strategy {recipe.select.strategy} finds the number of full layers only as it trains: estimate with "
+            "another one, and the budget that you expect"
+        )
     model = model_of(config, recipe)
     host, own, num_full = model
     sizes = count_sizes(host, config, own)

@@ -21,9 +21,9 @@ from flashmorph.model.recompute import recomputes
 from flashmorph.plan import FULL, Budget
 from flashmorph.recipe.outlook import num_models, race_places, search_tokens, signal_questions
 from flashmorph.recipe.recipe import Recipe
-from flashmorph.selection import FOLLOW_GRADIENTS
+from flashmorph.selection import STRATEGIES
 from flashmorph.selection.racing import START_QUESTIONS
-from flashmorph.selection.uniform import uniform
+from flashmorph.selection.strategies.uniform import uniform
 from flashmorph.stages import DistillSettings, ExtendSettings
 
 
@@ -103,11 +103,11 @@ def operations(
 def model_of(config: PreTrainedConfig, recipe: Recipe) -> Model:
     """The host of a teacher's configuration, with as many full layers as the budget has at regular intervals.
 
-    A budget that finds their number itself counts as one: linear mixers keep more.
+    A strategy that finds their number itself counts as one: linear mixers keep more.
     """
     budget = Budget.parse(recipe.budget)
     host, own = configure(config, recipe.host)
-    if budget.resource == "loss":
+    if STRATEGIES[recipe.select.strategy].finds_budget:
         return Model(host, own, 1)
     space = layer_space(host, own, budget)
     return Model(host, own, len(uniform(space, budget, None, recipe.seed).plan.full_groups))
@@ -190,7 +190,7 @@ def select_work(model: Model, recipe: Recipe) -> Work | None:
         # All but a layer's last product, whose result the backward does not need.
         again = operations([*mixers, *feed_forward[:-1]])
         passes.append(_times("every branch again, in the backward", model.layers, again, again[1]))
-    if FOLLOW_GRADIENTS[recipe.select.strategy] == "hidden":
+    if STRATEGIES[recipe.select.strategy].gradient_loss == "hidden":
         teacher = [*model.part(FULL, length), *model.part(FEED_FORWARD, length)]
         passes.append(_times("teacher forward", model.layers, operations(teacher)))
     if race_places(recipe):

@@ -6,7 +6,7 @@ W_o and b_o are the branch's output projection. Every branch runs whatever its g
 still gets a gradient. Only under `no_grad` with a one-hot gate does a layer run the one branch that counts.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -34,18 +34,21 @@ class Branch(nn.Module):
     def forward(
         self, hidden: torch.Tensor, arguments: dict[str, Any], gate: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The output `[batch, time, width]`, under a `gate` `[1]` if there is one."""
+        """The output `[batch, time, width]`, under a `gate` `[1]` or `[kv_heads]` if there is one."""
         if gate is None:
             return self.mixer.run(self.module, hidden, arguments)
         return gated(self.mixer, self.module, hidden, arguments, gate)
 
 
 class MorphableLayer(nn.Module):
-    """Stands where the attention stood in decoder layer `number`; `branches` has a branch for each option."""
+    """Stands where the attention stood in a decoder layer; `branches` has a branch for each option.
 
-    def __init__(self, number: int, branches: Mapping[str, Branch]):
+    `rows` are its groups: one, or one for each key-value head.
+    """
+
+    def __init__(self, rows: Sequence[int], branches: Mapping[str, Branch]):
         super().__init__()
-        self.number = number
+        self.rows = list(rows)
         self.branches = nn.ModuleDict(branches)
 
     @property
@@ -72,7 +75,7 @@ class MorphableLayer(nn.Module):
         """
         if arguments.get("past_key_values") is not None:
             raise ValueError("a morphable model has no cache; build the plan first and generate with the result")
-        output = self._mix(hidden_states, None if gates is None else gates[self.number], arguments)
+        output = self._mix(hidden_states, None if gates is None else gates[self.rows], arguments)
         if observer:
             observer(self, hidden_states, arguments, output)
         return output, None
@@ -81,9 +84,9 @@ class MorphableLayer(nn.Module):
         if gates is None:
             return self.branches[FULL](hidden, arguments)
         branches = list(self.branches.values())
-        if not torch.is_grad_enabled() and set(gates.tolist()) == {0.0, 1.0}:
-            return branches[int(gates.argmax())](hidden, arguments)
-        pairs = zip(branches, gates.to(hidden.dtype).split(1), strict=True)
+        if not torch.is_grad_enabled() and len(chosen := gates.unique(dim=0)) == 1 and _is_one_hot(chosen[0]):
+            return branches[int(chosen[0].argmax())](hidden, arguments)
+        pairs = zip(branches, gates.to(hidden.dtype).unbind(1), strict=True)
         return torch.stack([branch(hidden, arguments, gate) for branch, gate in pairs]).sum(0)
 
 
@@ -107,7 +110,7 @@ class Morphable(nn.Module):
                 if option != FULL:
                     module = module.to(weight.device, torch.float32).requires_grad_(False)
                 branches[option] = Branch(mixer, module)
-            setattr(layer, self.host.slot(FULL), MorphableLayer(number, branches))
+            setattr(layer, self.host.slot(FULL), MorphableLayer([number], branches))
 
     @property
     def layers(self) -> list[MorphableLayer]:
@@ -151,7 +154,7 @@ class Morphable(nn.Module):
         assignments, each from the first layer on that differs from the plan before. One hidden state is kept for each
         depth at which plans part. The order of the results is that of the runs.
         """
-        order = run_order(gates)
+        order = run_order(gates, [layer.rows for layer in self.layers])
         decoder = self.model.model
         every = decoder.layers
         kept: dict[int, torch.Tensor] = {}
@@ -248,14 +251,19 @@ class _Resume(nn.Module):
         return self._hidden
 
 
-def run_order(gates: torch.Tensor) -> list[tuple[int, int]]:
+def _is_one_hot(gates: torch.Tensor) -> bool:
+    return set(gates.tolist()) == {0.0, 1.0}
+
+
+def run_order(gates: torch.Tensor, layers: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
     """(place, first layer to run) of each hard plan in `gates` `[plans, groups, options]`, neighbours together.
 
-    A plan that equals the one before starts with the last layer, so that something is run.
+    `layers` are the rows of each layer among the groups (`Space.layers`). A plan that equals the one before starts with
+    the last layer, so that something is run.
     """
-    chosen = [tuple(row) for row in gates.argmax(-1).tolist()]
+    chosen = [tuple(tuple(plan[row] for row in rows) for rows in layers) for plan in gates.argmax(-1).tolist()]
     order: list[tuple[int, int]] = []
-    before: tuple[int, ...] | None = None
+    before: tuple[tuple[int, ...], ...] | None = None
     for place in sorted(range(len(chosen)), key=chosen.__getitem__):
         plan = chosen[place]
         start = 0

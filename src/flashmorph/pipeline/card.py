@@ -52,7 +52,7 @@ model = AutoModelForCausalLM.from_pretrained({python_string(run.folder.path.reso
 # Hybrid of {markdown(teacher)}
 
 Made from {code(teacher)}{revision} by flashmorph {own_version()}. {kept} of {number} layers keep full
-attention, chosen by {code(plan.strategy)} for the budget {plan.budget}: layers {", ".join(map(str, plan.full_layers))}.
+attention, chosen by {code(plan.strategy)} for the budget {plan.budget}: layers {plan.in_short()}.
 
 `{plan.strip()}` (■ full attention, □ {mixers})
 

@@ -14,37 +14,39 @@ from flashmorph.hosts import cache_by_context
 from flashmorph.inputs.shapes import Count, Finite, Shape, read_as
 from flashmorph.model.morphable import Morphable
 from flashmorph.pipeline.signal import with_signal
-from flashmorph.plan import Budget, Plan, Space
+from flashmorph.plan import FULL, Budget, Group, Plan, Space
 from flashmorph.progress import Report
 from flashmorph.run.digests import ends, select_settings, task_settings
 from flashmorph.run.folder import Stage
 from flashmorph.run.models import open_morphable, open_objective
 from flashmorph.run.recall import recall_of_plan
 from flashmorph.run.run import Run
-from flashmorph.selection import Selection, needs_of
-from flashmorph.selection.search import searches_alike, select, serves_every_budget
+from flashmorph.selection import STRATEGIES, Selection
+from flashmorph.selection.search import reuse_of, select
 from flashmorph.surface.outputs import save_picture
-
-_NESTED = ("greedy-backward", "greedy-forward", "race")
-"""Strategies whose order of choice holds the plans for all budgets."""
 
 
 @dataclass(frozen=True)
 class Point:
     """One budget: the plan, its mean answer loss in nats on validation questions, recall, and bytes of cache."""
 
-    full: list[int]
+    assignments: dict[Group, str]
     strip: str
     loss: float
     recall: float
     cache_bytes: dict[str, int]
+
+    @property
+    def num_full(self) -> int:
+        """How many groups are full."""
+        return sum(option == FULL for option in self.assignments.values())
 
 
 class _Point(Shape):
     """`Point` as JSON."""
 
     model_config = ConfigDict(extra="forbid")
-    full: list[Count]
+    assignments: Annotated[dict[str, str], Field(min_length=1)]
     strip: str
     loss: Finite
     recall: Finite
@@ -94,7 +96,7 @@ def budget_curve(run: Run, morphable: Morphable, questions: int, folder: Path, r
             lambda plan=plan: recall_of_plan(run, morphable, plan, "validation", run.recipe.seed, questions, folder)
         )
         config = morphable.host.with_plan(morphable.model.config, list(plan.assignments.values()))
-        points.append(Point(plan.full_layers, plan.strip(), float(loss), recall, cache_by_context(config)))
+        points.append(Point(plan.assignments, plan.strip(), float(loss), recall, cache_by_context(config)))
         report(number, len(plans), recall=recall)
     return Curve(strategy, points)
 
@@ -104,21 +106,29 @@ def find_plans(run: Run, morphable: Morphable, space: Space, folder: Path, repor
     recipe, strategy = run.recipe, run.recipe.select.strategy
     budgets = [Budget("layers", kept) for kept in range(1, len(space.groups))]
     settings = dict(recipe.select.settings)
-    one_search = strategy in _NESTED or serves_every_budget(strategy, settings)
-    if strategy == "race":
-        settings["swaps"] = False
+    record, reuse = STRATEGIES[strategy], reuse_of(strategy, settings)
+    if reuse == "order" and len(space.options) > 2:
+        reuse = "nothing"  # An order of layers says nothing of options.
+    if reuse == "order":
+        settings |= record.order_settings
 
     def search(budget: Budget) -> Selection:
-        place = folder / (strategy if searches_alike(strategy, settings) else f"{strategy}-{budget}")
+        place = folder / (f"{strategy}-{budget}" if reuse == "nothing" else strategy)
         objective = open_objective(
-            run, morphable, place, report, evaluations=folder / "evaluations", needs=needs_of(strategy)
+            run,
+            morphable,
+            place,
+            report,
+            evaluations=folder / "evaluations",
+            needs_text=record.needs_text,
+            needs_training=record.needs_training,
         )
         return select(morphable, budget, strategy, objective, recipe.seed, **settings)
 
-    if not one_search:
+    if reuse in ("nothing", "state"):
         return [search(budget).plan for budget in budgets]
     # What adds layer after layer must add them all to have an order for all.
-    scores = search(budgets[-1 if strategy in ("greedy-forward", "race") else 0]).scores
+    scores = search(budgets[-1 if record.order_from == "most" else 0]).scores
     return [replace(space.best(scores, budget), strategy=strategy, seed=recipe.seed) for budget in budgets]
 
 
@@ -141,7 +151,7 @@ def run_curve(run: Run, host: Stage, branches: Stage, questions: int) -> Curve:
         return {"left_out": list(run.left_out), "summary": f"{len(curve.points)} budgets"}
 
     asked = [recipe.select.search.longest, recipe.select.search.questions, task_settings(run)]
-    wanted = {"questions": questions, "asked": asked, **ends(run), **select_settings(run)}
+    wanted = {"format": 2, "questions": questions, "asked": asked, **ends(run), **select_settings(run)}
     stage = run.stage("curve", f"{recipe.select.strategy}, every budget", wanted, [branches.digest], work)
     values = read_as(stage.folder / "curve.json", _Curve)
     return Curve(values["strategy"], [Point(**point) for point in values["points"]])
@@ -154,7 +164,7 @@ def draw_curve(curve: Curve, within: float, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    kept = [len(point.full) for point in curve.points]
+    kept = [point.num_full for point in curve.points]
     teacher = curve.points[-1]
     context = max(teacher.cache_bytes, key=int)
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=(3, 2))
@@ -162,7 +172,7 @@ def draw_curve(curve: Curve, within: float, path: Path) -> None:
     top.axhline(100 * (1 - within) * teacher.recall, linestyle=":", color="grey", label=f"teacher's less {within:.0%}")
     share = [100 * point.cache_bytes[context] / teacher.cache_bytes[context] for point in curve.points]
     top.plot(kept, share, "s--", color="tab:green", label=f"cache at {int(context):,} tokens, of the teacher's")
-    top.axvline(len(curve.smallest_within(within).full), linestyle=":", color="tab:red", label="smallest within it")
+    top.axvline(curve.smallest_within(within).num_full, linestyle=":", color="tab:red", label="smallest within it")
     top.set(ylabel="%", ylim=(0, 105))
     top.legend(fontsize=8)
     bottom.plot(kept, [point.loss for point in curve.points], "o-", color="tab:orange")

@@ -54,9 +54,9 @@ from flashmorph.run.digests import (
 from flashmorph.run.folder import Stage
 from flashmorph.run.models import divided, open_morphable, open_objective, open_stage
 from flashmorph.run.run import Results, Run
-from flashmorph.selection import needs_of
+from flashmorph.selection import STRATEGIES
 from flashmorph.selection.search import select
-from flashmorph.selection.uniform import uniform
+from flashmorph.selection.strategies.uniform import uniform
 from flashmorph.stages import (
     RowsWithLogits,
     TrainSettings,
@@ -178,8 +178,8 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
     Raises:
         UserError: see `with_signal`; or the strategy trains whole models and weights are divided.
     """
-    chosen = run.recipe.select
-    if run.shards and needs_of(chosen.strategy).training:
+    chosen, strategy = run.recipe.select, STRATEGIES[run.recipe.select.strategy]
+    if run.shards and strategy.needs_training:
         raise UserError(f"strategy {chosen.strategy} trains whole models: go on with --set shard=false")
     run = with_signal(run, host, branches)
     recipe = run.recipe
@@ -187,7 +187,14 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
     def work(folder: Path, report: Report) -> dict[str, Any]:
         morphable = divided(run, lambda: open_morphable(run, host, branches), shard_morphable)
         fitted = replace(run, recipe=run.at_once("select", folder))
-        objective = open_objective(fitted, morphable, folder, report, needs=needs_of(chosen.strategy))
+        objective = open_objective(
+            fitted,
+            morphable,
+            folder,
+            report,
+            needs_text=strategy.needs_text,
+            needs_training=strategy.needs_training,
+        )
         found = select(morphable, recipe.budget, chosen.strategy, objective, recipe.seed, **chosen.settings)
         if distributed.is_first():
             replace(found.plan, teacher=run.teacher.name, revision=run.teacher.revision).save(folder / "plan.json")
@@ -196,8 +203,9 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
         figures = {"cost": found.cost.to_dict(), "tokens": tokens, "left_out": list(run.left_out)}
         return {**figures, "summary": found.plan.strip()}
 
-    wanted = {"budget": budget_settings(run), **select_settings(run)}
-    stage = run.stage("select", f"{chosen.strategy}, budget {recipe.budget}", wanted, [branches.digest], work)
+    spent = {} if strategy.finds_budget else {"budget": budget_settings(run)}
+    about = chosen.strategy if strategy.finds_budget else f"{chosen.strategy}, budget {recipe.budget}"
+    stage = run.stage("select", about, {**spent, **select_settings(run)}, [branches.digest], work)
     return Plan.load(stage.folder / "plan.json")
 
 

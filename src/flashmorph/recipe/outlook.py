@@ -14,8 +14,8 @@ from flashmorph.hosts import configure, layer_space, with_branches_to_train
 from flashmorph.plan import Budget
 from flashmorph.recipe.fitting import require_within_limit
 from flashmorph.recipe.recipe import Recipe
-from flashmorph.selection import FOLLOW_GRADIENTS, SEARCH_NOTHING, asks_questions
-from flashmorph.selection.search import check_search, own_settings
+from flashmorph.selection import STRATEGIES
+from flashmorph.selection.search import asks_questions, check_search, own_settings
 from flashmorph.selection.searchdata import step_shape
 from flashmorph.stages import TrainSettings, logits_on_disk
 from flashmorph.tasks.turns import template_words
@@ -143,9 +143,9 @@ def search_tokens(recipe: Recipe) -> tuple[int | None, float]:
     Known beforehand where a strategy follows gradients or searches nothing; None where it goes by what it finds.
     """
     search, strategy = recipe.select.search, recipe.select.strategy
-    if strategy in SEARCH_NOTHING:
+    if not STRATEGIES[strategy].searches:
         return 0, 0.0
-    if strategy not in FOLLOW_GRADIENTS:
+    if not STRATEGIES[strategy].gradient_loss:
         return None, search.longest
     steps = own_settings(strategy, recipe.select.settings)["steps"]
     shapes = [step_shape(search, recipe.seed, step) for step in range(steps)]
@@ -156,7 +156,7 @@ def search_tokens(recipe: Recipe) -> tuple[int | None, float]:
 def race_places(recipe: Recipe) -> int:
     """Places of the plan that are raced for when the steps of the search are done."""
     strategy = recipe.select.strategy
-    return own_settings(strategy, recipe.select.settings).get("swaps", 0) if strategy in FOLLOW_GRADIENTS else 0
+    return STRATEGIES[strategy].raced(own_settings(strategy, recipe.select.settings))
 
 
 def _search_row(recipe: Recipe, source: str) -> tuple[str, int | None, int, str]:

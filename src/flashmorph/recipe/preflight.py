@@ -11,7 +11,7 @@ from flashmorph.errors import UserError
 from flashmorph.hosts import configure, with_branches_to_train
 from flashmorph.recipe.questions import open_layout
 from flashmorph.recipe.recipe import Recipe
-from flashmorph.selection import FOLLOW_GRADIENTS, NEED_TEXT, SEARCH_NOTHING
+from flashmorph.selection import STRATEGIES
 from flashmorph.stages import TrainSettings
 from flashmorph.tasks import STYLES, make_example
 
@@ -97,14 +97,14 @@ def _text_tokens(settings: TrainSettings) -> int:
 
 
 def _searches(recipe: Recipe, stages: Collection[str]) -> bool:
-    return COMPARE in stages or "select" in stages and recipe.select.strategy not in SEARCH_NOTHING
+    return COMPARE in stages or "select" in stages and STRATEGIES[recipe.select.strategy].searches
 
 
 def _splits(recipe: Recipe, stages: Collection[str]) -> set[str]:
     """The splits of the text that are read."""
     hidden = recipe.data.haystack == "text"
     found = {"train"} if _trained(recipe, stages) or hidden else set()
-    if _searches(recipe, stages) and (hidden or recipe.select.strategy in NEED_TEXT):
+    if _searches(recipe, stages) and (hidden or STRATEGIES[recipe.select.strategy].needs_text):
         found.add("validation")
     if "evaluate" in stages:
         found.add("test")
@@ -115,7 +115,7 @@ def _contexts(recipe: Recipe, stages: Collection[str]) -> Iterator[tuple[str, st
     """(split, setting, length) of every context that a task is asked in."""
     search = recipe.select.search
     if _searches(recipe, stages):
-        if COMPARE in stages or recipe.select.strategy in FOLLOW_GRADIENTS:
+        if COMPARE in stages or STRATEGIES[recipe.select.strategy].gradient_loss:
             yield "train", "select.search.length", search.shortest
         yield "validation", "select.search.length", search.longest
     for settings in _trained(recipe, stages):

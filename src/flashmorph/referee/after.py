@@ -10,7 +10,6 @@ from flashmorph.referee.cells import Cell
 from flashmorph.referee.truth import Truth
 from flashmorph.run.models import open_objective
 from flashmorph.run.run import Run
-from flashmorph.selection import Needs
 from flashmorph.selection.searchdata import SearchSettings
 
 OPTIMUM = "optimum"
@@ -31,15 +30,14 @@ def after_distillation(
     optimum's, `text_loss` that on the referee's text. Finished distillations are kept in `work`.
     """
     budget = truth.best.budget
-    space = morphable.space(budget)
     plans: dict[str, Plan] = {OPTIMUM: truth.best}
     for cell in cells:
         if (cell.budget, cell.seed, cell.spend) == (str(budget), 0, 1.0):
-            plans[cell.strategy] = space.plan([f"layers.{layer}" for layer in cell.full], budget)
+            plans[cell.strategy] = Plan(cell.assignments, budget)
     rows = []
     with run.screen.stage("distill", f"{len(plans)} plans, {steps} steps") as report:
         objective = open_objective(
-            run, morphable, work, report, search, "referee", evaluations=work, needs=Needs(text=True, training=True)
+            run, morphable, work, report, search, "referee", evaluations=work, needs_text=True, needs_training=True
         )
         for number, (name, plan) in enumerate(plans.items(), 1):
             found = objective.distill([plan], steps)
@@ -48,7 +46,7 @@ def after_distillation(
                     "strategy": name,
                     "budget": str(budget),
                     "steps": steps,
-                    "full": plan.full_layers,
+                    "assignments": plan.assignments,
                     "loss_before": truth.loss(plan),
                     "loss": float(found.losses.mean()),
                     "text_loss": found.text_loss,

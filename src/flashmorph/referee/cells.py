@@ -8,6 +8,7 @@ from typing import Any
 
 from flashmorph.errors import UserError
 from flashmorph.files import atomic_path, digest_of
+from flashmorph.plan import Group
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Cell:
     seed: int
     spend: float
     settings: dict[str, Any]
-    full: list[int]
+    assignments: dict[Group, str]
     loss: float | None
     regret: float | None
     rank: int | None

@@ -23,12 +23,12 @@ from flashmorph.run.digests import ends, task_settings, text_settings
 from flashmorph.run.models import open_morphable, open_objective
 from flashmorph.run.recall import recall_of_plan
 from flashmorph.run.run import Run
-from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES, Selection, needs_of
-from flashmorph.selection.search import check_search, own_settings, searches_alike, select, serves_every_budget
+from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES, Selection, Strategy
+from flashmorph.selection.search import check_search, own_settings, reuse_of, select
 
 REFEREE_SEED = 1_000_003
-FIXED = ("first", "last", "middle", "uniform")
-TOLERANCE = "loss=1%"
+FOUND = "found"
+"""Stands for the budget of strategies that find it themselves."""
 
 
 class CompareSettings(BaseModel):
@@ -85,9 +85,14 @@ class Entry:
         return cls(label, name, settings)
 
     @property
+    def record(self) -> Strategy:
+        """What there is to know of the strategy."""
+        return STRATEGIES[self.strategy]
+
+    @property
     def serves_every_budget(self) -> bool:
         """Whether one search's scores can be cut at every count."""
-        return serves_every_budget(self.strategy, self.settings)
+        return reuse_of(self.strategy, self.settings) == "scores"
 
     @property
     def knob(self) -> str | None:
@@ -127,15 +132,22 @@ class Referee:
 
     def search(self, entry: Entry, budget: str, seed: int, settings: dict[str, Any]) -> Selection:
         """One search, its evaluations shared with the others of the same seed."""
-        about = [seed, settings] if searches_alike(entry.strategy, settings) else [budget, seed, settings]
+        alike = reuse_of(entry.strategy, settings) in ("state", "scores")
+        about = [seed, settings] if alike else [budget, seed, settings]
         folder = self._work / f"{entry.strategy}-{digest_of(about)}"
         run = replace(self._run, recipe=self._run.recipe.model_copy(update={"seed": seed}))
         evaluations = self._work / f"validation-{seed}"
         with run.screen.stage("search", f"{entry.label}, budget {budget}, seed {seed}") as report:
             objective = open_objective(
-                run, self._morphable, folder, report, evaluations=evaluations, needs=needs_of(entry.strategy)
+                run,
+                self._morphable,
+                folder,
+                report,
+                evaluations=evaluations,
+                needs_text=entry.record.needs_text,
+                needs_training=entry.record.needs_training,
             )
-            return select(self._morphable, budget, entry.strategy, objective, seed, **settings)
+            return select(self._morphable, _budget(budget), entry.strategy, objective, seed, **settings)
 
     def judge(
         self, entry: Entry, found: Selection, budget: str, seed: int, spend: float, settings: dict[str, Any]
@@ -146,7 +158,7 @@ class Referee:
             wanted = Budget.parse(budget)
             plan = self._morphable.space(wanted).best(found.scores, wanted)
         details: dict[str, Any] = {"scores": found.scores[:, 0].tolist()}
-        if budget == TOLERANCE:
+        if budget == FOUND:
             details["trace"] = found.trace
         recall, questions = None, self._settings.recall_questions
         if questions:
@@ -159,7 +171,7 @@ class Referee:
             seed=seed,
             spend=spend,
             settings=settings,
-            full=plan.full_layers,
+            assignments=plan.assignments,
             loss=truth.loss(plan) if truth else None,
             regret=truth.regret(plan) if truth else None,
             rank=truth.rank(plan) if truth else None,
@@ -185,9 +197,9 @@ class Referee:
             run = replace(self._run, recipe=self._run.recipe.model_copy(update={"seed": REFEREE_SEED}))
             work = self._work / "referee"
             objective = open_objective(run, self._morphable, work, report, self._search, judging="referee")
-            budgets = [Budget.parse(name) for name in self._settings.budgets]
-            space, most = self._morphable.space(budgets[0]), self._settings.max_plans
-            return find_truths(space, budgets, objective, most, lambda share: report(round(100 * share), 100))
+            budgets, most = [Budget.parse(name) for name in self._settings.budgets], self._settings.max_plans
+            space_of = self._morphable.space
+            return find_truths(space_of, budgets, objective, most, lambda share: report(round(100 * share), 100))
 
 
 def compare(run: Run, settings: CompareSettings, folder: Path) -> Comparison:
@@ -203,7 +215,7 @@ def compare(run: Run, settings: CompareSettings, folder: Path) -> Comparison:
     referee = Referee(run, settings)
     file = CellFile(folder / "cells.jsonl", referee.context)
     if settings.only_kept:
-        kept = [cell for cell in file.cells.values() if cell.budget in (*settings.budgets, TOLERANCE)]
+        kept = [cell for cell in file.cells.values() if cell.budget in (*settings.budgets, FOUND)]
         return Comparison(kept, referee.truths, referee.after(kept))
     cells: list[Cell] = []
     with run.screen.stage("compare", f"{len(wanted)} searches") as report:
@@ -222,6 +234,11 @@ def compare(run: Run, settings: CompareSettings, folder: Path) -> Comparison:
     return Comparison(cells, referee.truths, referee.after(cells))
 
 
+def _budget(name: str) -> Budget:
+    """A budget by its name; one layer for strategies that look at none."""
+    return Budget("layers", 1) if name == FOUND else Budget.parse(name)
+
+
 def _check(run: Run, wanted: Sequence[tuple[Entry, int, float, tuple[str, ...]]]) -> None:
     """Refuse searches that cannot run before the first one does.
 
@@ -231,7 +248,7 @@ def _check(run: Run, wanted: Sequence[tuple[Entry, int, float, tuple[str, ...]]]
     host, config = configure(load_config(run.teacher.folder), run.recipe.host)
     questions = run.recipe.select.search.questions
     for entry, _, spend, budgets in wanted:
-        for budget in map(Budget.parse, budgets):
+        for budget in map(_budget, budgets):
             space = layer_space(host, config, budget)
             check_search(entry.strategy, space, budget, questions, entry.at(spend, questions))
 
@@ -239,8 +256,8 @@ def _check(run: Run, wanted: Sequence[tuple[Entry, int, float, tuple[str, ...]]]
 def _wanted(settings: CompareSettings) -> Iterator[tuple[Entry, int, float, tuple[str, ...]]]:
     """(strategy, seed, spend, budgets) of every search, the cheap ones first."""
     entries = [Entry.parse(label) for label in settings.strategies]
-    for entry in sorted(entries, key=lambda entry: (entry.strategy not in FIXED, not entry.serves_every_budget)):
-        seeds = 1 if entry.strategy in (*FIXED, "kl", "tolerance") else settings.seeds
+    for entry in sorted(entries, key=lambda entry: (entry.record.searches, not entry.serves_every_budget)):
+        seeds = settings.seeds if entry.record.seeded else 1
         spends = settings.spends if entry.knob else (1.0,)
-        budgets = (TOLERANCE,) if entry.strategy == "tolerance" else settings.budgets
+        budgets = (FOUND,) if entry.record.finds_budget else settings.budgets
         yield from ((entry, seed, spend, budgets) for seed in range(seeds) for spend in spends)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from flashmorph.plan import FULL
 from flashmorph.referee.cells import Cell
 from flashmorph.referee.compare import Comparison
 from flashmorph.referee.truth import Truth
@@ -22,7 +23,7 @@ def summarise(comparison: Comparison) -> dict[str, Any]:
         "rows": [_row(*key, some, truths.get(key[0])) for key, some in sorted(groups.items())],
         "cells": [{name: value for name, value in vars(cell).items() if name != "details"} for cell in cells],
         "after_distillation": comparison.after,
-        "tolerance": [{"full": cell.full, **cell.details} for cell in cells if "trace" in cell.details],
+        "tolerance": [{"assignments": cell.assignments, **cell.details} for cell in cells if "trace" in cell.details],
     }
 
 
@@ -32,10 +33,10 @@ def _truth(truth: Truth) -> dict[str, Any]:
     return {
         "plans": len(means),
         "questions": truth.losses.shape[1],
-        "best": truth.best.full_layers,
+        "best": truth.best.assignments,
         "best_loss": float(means.min()),
         "median_loss": float(np.median(means)),
-        "first": [truth.plans[place].full_layers for place in order if truth.rank(truth.plans[place]) == 1],
+        "first": [truth.plans[place].assignments for place in order if truth.rank(truth.plans[place]) == 1],
     }
 
 
@@ -44,7 +45,7 @@ def _row(budget: str, strategy: str, spend: float, cells: list[Cell], truth: Tru
     regrets = [cell.regret for cell in known if cell.regret is not None]
     ranks = [cell.rank for cell in known if cell.rank is not None]
     recalls = [cell.recall for cell in cells if cell.recall is not None]
-    pairs = list(combinations([set(cell.full) for cell in cells], 2))
+    pairs = list(combinations([_kept(cell) for cell in cells], 2))
     return {
         "budget": budget,
         "strategy": strategy,
@@ -58,8 +59,12 @@ def _row(budget: str, strategy: str, spend: float, cells: list[Cell], truth: Tru
         "recall": _mean(recalls),
         "agreement": _mean([len(one & other) / len(one | other) for one, other in pairs]),
         **{name: _mean([cell.cost[name] for cell in cells]) for name in cells[0].cost},
-        "plans": sorted({tuple(cell.full) for cell in cells}),
+        "plans": [dict(plan) for plan in sorted({tuple(cell.assignments.items()) for cell in cells})],
     }
+
+
+def _kept(cell: Cell) -> set[str]:
+    return {group for group, option in cell.assignments.items() if option == FULL}
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -1,14 +1,12 @@
 """The truth about one budget: the loss of every plan on every question of the referee's split."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 
 from flashmorph.errors import UserError
-from flashmorph.plan import Budget, Plan, Space
+from flashmorph.plan import Budget, Plan, Space, count_plans, every_plan
 from flashmorph.selection.strategy import Objective
 
 RESAMPLES = 2_000
@@ -61,7 +59,7 @@ class Truth:
 
 
 def find_truths(
-    space: Space,
+    space_of: Callable[[Budget], Space],
     budgets: Sequence[Budget],
     objective: Objective,
     max_plans: int,
@@ -69,20 +67,19 @@ def find_truths(
 ) -> dict[str, Truth]:
     """Evaluate every plan of every budget, all together; a truth for each budget by its name.
 
+    `space_of` gives the space of plans with its cost in a budget's resource.
+
     Raises:
         UserError: there are more than `max_plans` plans.
     """
-    kept = [int(space.limit(budget)) for budget in budgets]
-    count = sum(math.comb(len(space.groups), full) for full in kept)
+    spaces = [space_of(budget) for budget in budgets]
+    count = sum(count_plans(space, budget) for space, budget in zip(spaces, budgets, strict=True))
     if count > max_plans:
         raise UserError(
-            f"the referee would evaluate {count:,} plans of {len(space.groups)} layers and max_plans is {max_plans:,}: "
-            "give smaller budgets, or more plans"
+            f"the referee would evaluate {count:,} plans of {len(spaces[0].groups)} layers and max_plans is "
+            f"{max_plans:,}: give smaller budgets, or more plans"
         )
-    plans = [
-        tuple(space.plan(chosen, budget) for chosen in combinations(space.groups, full))
-        for budget, full in zip(budgets, kept, strict=True)
-    ]
+    plans = [tuple(every_plan(space, budget)) for space, budget in zip(spaces, budgets, strict=True)]
     losses = objective.evaluate([plan for some in plans for plan in some], report=report)
     truths, start = {}, 0
     for budget, some in zip(budgets, plans, strict=True):

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from flashmorph.plan import FULL
+from flashmorph.plan import FULL, Budget, Plan
 from flashmorph.report.charts import Chart, Dots, Lines, Series
 from flashmorph.report.looks import QUIET, Look, colour
 from flashmorph.report.source import Source
+from flashmorph.selection import STRATEGIES
 
 _MOST_STEPS = 300
-_GATES = {"gates": "gate α", "l0": "log α of the gate"}
 _FLOOR = 1e-4
 
 
@@ -59,7 +59,8 @@ def gates(source: Source) -> Chart | None:
         name = f"layer {layer}" if place is not None else "other layers"
         values = [entry["logits"][layer] for entry in thinned]
         series.append(Series(name, steps, values, look, hover=[f"layer {layer}"] * len(steps)))
-    y_label = _GATES.get(source.plan.strategy, "logit, full minus other")
+    known = STRATEGIES.get(source.plan.strategy)
+    y_label = known.gate_label if known else "logit"
     note = f"{len(entries)} steps of {source.plan.strategy}; coloured layers stay full."
     return Chart("gates", "Gates over time", note, [Lines("", "step of the search", y_label, series)])
 
@@ -79,7 +80,7 @@ def regret(source: Source) -> Chart | None:
             for place, name in enumerate(names)
             if (some := sorted((row for row in here if row["strategy"] == name), key=lambda row: row["flops"]))
         ]
-        title = f"budget {budget}: {truth['plans']} plans, best {', '.join(map(str, truth['best']))}"
+        title = f"budget {budget}: {truth['plans']} plans, best {_short(truth['best'])}"
         y_label = f"regret + {_FLOOR:g}, nats a token"
         panels.append(Lines(title, "search cost, FLOPs", y_label, series, log_x=True, log_y=True))
     note = (
@@ -87,6 +88,10 @@ def regret(source: Source) -> Chart | None:
         "no search has seen. Dashed: strategies that search nothing."
     )
     return Chart("regret", "The choice against all plans", note, panels) if panels else None
+
+
+def _short(assignments: dict[str, str]) -> str:
+    return Plan.of(assignments, Budget("layers", 1)).in_short()
 
 
 def _regrets(name: str, shade: str, rows: list[dict[str, Any]], ends: tuple[float, float]) -> Series:

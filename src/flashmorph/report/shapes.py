@@ -223,7 +223,7 @@ class _Compared(Shape):
 
 class _Truth(Shape):
     plans: Count
-    best: list[Count]
+    best: dict[str, str]
 
 
 class Compare(Shape):

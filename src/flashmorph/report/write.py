@@ -93,10 +93,9 @@ def _recipe(source: Source) -> str:
 def _plan(source: Source) -> str:
     plan = source.plan
     others = sorted(set(plan.assignments.values()) - {FULL})
-    kept = ", ".join(map(str, plan.full_layers))
     about = (
-        f"Chosen by {plan.strategy} for the budget {plan.budget}, seed {plan.seed}; full: {kept}. Hover for scores "
-        "and for how near each layer's branch came to its attention."
+        f"Chosen by {plan.strategy} for the budget {plan.budget}, seed {plan.seed}; full: {plan.in_short()}. Hover for "
+        "scores and for how near each layer's branch came to its attention."
     )
     key = f'<span class="key full"></span>full attention <span class="key other"></span>{escape(", ".join(others))}'
     return f'{strip(plan, choice.tips(source))}<p class="note">{key}</p>{paragraph(about)}'

@@ -12,7 +12,7 @@ from flashmorph.convert.load import load_config
 from flashmorph.data.identity import has_conversations, identity_of
 from flashmorph.plan import Budget
 from flashmorph.run.run import Run
-from flashmorph.selection import FOLLOW_GRADIENTS, NEED_TEXT, NEED_TRAINING, SEARCH_NOTHING
+from flashmorph.selection import STRATEGIES
 from flashmorph.selection.search import own_settings
 from flashmorph.selection.searchdata import SearchSettings
 from flashmorph.stages import TrainSettings
@@ -61,17 +61,17 @@ def logit_settings(run: Run, settings: TrainSettings, top_k: int) -> dict[str, A
 def select_settings(run: Run) -> dict[str, Any]:
     """What a search depends on, the strategy's defaults written out; what it does not ask for is left out."""
     recipe = run.recipe
-    chosen = recipe.select
+    chosen, strategy = recipe.select, STRATEGIES[recipe.select.strategy]
     own = own_settings(chosen.strategy, chosen.settings)
     wanted: dict[str, Any] = {"strategy": chosen.strategy, "settings": own, "seed": recipe.seed}
-    if chosen.strategy in SEARCH_NOTHING:
+    if not strategy.searches:
         return wanted
     if run.left_out:
         wanted["left_out"] = list(run.left_out)
     wanted |= {"search": search_settings(chosen.search, chosen.strategy), "bf16": run.bf16, **task_settings(run)}
-    if chosen.strategy in NEED_TEXT:
+    if strategy.needs_text:
         wanted["text"] = text_settings(run)
-    if chosen.strategy in NEED_TRAINING:
+    if strategy.needs_training:
         trained = recipe.distill.what_counts(tokens=False)
         asked = {"questions": task_settings(run)} if recipe.distill.retrieval_share else {}
         wanted["distill"] = {"train": trained, **text_settings(run), **asked}
@@ -81,7 +81,7 @@ def select_settings(run: Run) -> dict[str, Any]:
 def search_settings(search: SearchSettings, strategy: str) -> dict[str, Any]:
     """What the data of a search depends on: steps are of the strategies that follow gradients."""
     judged = {"longest": search.longest, "questions": search.questions}
-    if strategy not in FOLLOW_GRADIENTS:
+    if not STRATEGIES[strategy].gradient_loss:
         return judged
     return {**judged, "shortest": search.shortest, "batch_tokens": search.batch_tokens}
 

@@ -15,7 +15,6 @@ from flashmorph.progress import Report, silent
 from flashmorph.run.data import held_out_text, search_data, training_rows
 from flashmorph.run.folder import Stage
 from flashmorph.run.run import Run
-from flashmorph.selection import NOTHING, Needs
 from flashmorph.selection.distilling import Distiller
 from flashmorph.selection.objective import MorphableObjective
 from flashmorph.selection.searchdata import SearchSettings
@@ -54,7 +53,8 @@ def open_objective(
     search: SearchSettings | None = None,
     judging: str = "validation",
     evaluations: Path | None = None,
-    needs: Needs = NOTHING,
+    needs_text: bool = False,
+    needs_training: bool = False,
 ) -> MorphableObjective:
     """What a search asks of the model, with the loss on text and short distillations where it needs them.
 
@@ -62,11 +62,11 @@ def open_objective(
     """
     recipe, search = run.recipe, search or run.recipe.select.search
     text, distiller = None, None
-    if needs.text:
+    if needs_text:
         text = held_out_text(run, judging, search.longest, max(SEARCH_TEXT_TOKENS, search.longest))
         if text.tokens < text.wanted:
             run.screen.say(f"select: the text loss is on all {text.tokens:,} tokens of the split {judging!r}")
-    if needs.training:
+    if needs_training:
 
         def make_rows(settings: DistillSettings) -> Rows:
             return training_rows(run, settings, "distill", silent)

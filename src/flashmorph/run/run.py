@@ -168,7 +168,11 @@ class Results:
             for after in ("", "_undistilled"):
                 difference = recall_difference(self.scores[f"hybrid{after}"], self.scores[f"uniform{after}"])
                 values[f"recall_hybrid{after}_minus_uniform"] = difference
-        values["layers"] = {"plan": self.plan.strip(), "full": self.plan.full_layers, "budget": str(self.plan.budget)}
+        values["layers"] = {
+            "plan": self.plan.strip(),
+            "assignments": self.plan.assignments,
+            "budget": str(self.plan.budget),
+        }
         values["stages"] = [
             {name: stage.record.get(name) for name in ("stage", "digest", "seconds", "tokens")} for stage in self.stages
         ]

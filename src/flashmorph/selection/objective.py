@@ -272,8 +272,8 @@ class MorphableObjective:
         self._asked.update((key, question) for key in keys for question in questions)
         for places, rows in new.items():
             gates = self._hard_gates([plans[place] for place in places])
-            layers = gates.shape[1]
-            runs = sum(layers - start for _, start in run_order(gates)) / layers
+            layers = [layer.rows for layer in self._morphable.layers]
+            runs = sum(len(layers) - start for _, start in run_order(gates, layers)) / len(layers)
             self._meter.count(torch.empty(rows, self._data.settings.longest, device="meta"), forward=runs)
 
     def _count_gradient(self, part: Sequence[Example], loss: str) -> None:

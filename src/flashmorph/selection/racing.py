@@ -1,6 +1,7 @@
 """Where plans race: the same questions for all, few at first, more for those that may still be the best."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,24 +34,31 @@ class Track:
         self._objective, self._order, self._start = objective, list(range(questions)), start
         self._confidence = confidence
 
-    def hardest_first(self, plan: Plan) -> None:
-        """Ask from now on those questions first whose answers have the largest loss under `plan`."""
-        numbers = sorted(self._order)
-        (losses,) = self._objective.evaluate([plan], numbers)
-        self._order = [numbers[place] for place in np.argsort(-losses, kind="stable")]
+    def run(
+        self,
+        plans: Sequence[Plan],
+        defended: bool = False,
+        base: Plan | None = None,
+        costs: np.ndarray | None = None,
+    ) -> Finish:
+        """Race `plans`; a `defended` first one leaves by its interval only, never with the worse half.
 
-    def run(self, plans: list[Plan], defended: bool = False) -> Finish:
-        """Race `plans`; a `defended` first one leaves by its interval only, never with the worse half."""
+        Given what each plan costs more than `base`, `costs` `[plans]`, they race by how much the loss rises above that
+        of `base` for each unit of cost.
+        """
         losses = {place: np.empty(0) for place in range(len(plans))}
         running, asked, runner_up = list(losses), 0, None
         while True:
             is_first_round = not asked
             until = min(len(self._order), max(self._start, 2 * asked))
-            new = self._objective.evaluate([plans[place] for place in running], self._order[asked:until])
-            for place, more in zip(running, new, strict=True):
-                losses[place] = np.concatenate([losses[place], more])
+            entrants = [*(plans[place] for place in running), *([base] if base else [])]
+            new = self._objective.evaluate(entrants, self._order[asked:until])
+            for place, more in zip(running, new, strict=False):
+                share = more if base is None or costs is None else (more - new[-1]) / costs[place]
+                losses[place] = np.concatenate([losses[place], share])
                 mean = float(losses[place].mean())
-                self.trace.append({"full": plans[place].full_groups, "loss": mean, "questions": until})
+                entry = {"assignments": plans[place].assignments, "loss": mean, "questions": until}
+                self.trace.append(entry)
             asked = until
             running.sort(key=lambda place: losses[place].mean())
             best, *rest = running
@@ -80,16 +88,19 @@ def improve_by_swaps(
 ) -> np.ndarray:
     """Exchange the scores `[groups, options]` of two layers where that makes a better plan of them.
 
-    For each of the `places` full layers of the lowest scores, the weakest first, the plan races against all that have
-    another layer there, forward passes only; the winner takes its place.
+    For each of the `places` layers of the lowest scores among those that have more than their cheapest option, the
+    weakest first, the plan races against all that have another layer there, forward passes only; the winner takes its
+    place. Options must cost the same in every layer.
     """
     questions = first_questions(objective, MOST_QUESTIONS)
-    worth = scores[:, 0] - scores[:, 1]
-    full = [space.groups.index(group) for group in space.best(scores, budget).full_groups]
-    weakest = sorted(full, key=lambda place: worth[place])[:places]
+    order, rows = space.order, np.arange(len(space.groups))
+    own = space.one_hot(space.best(scores, budget)).argmax(1)
+    worth = scores[rows, own] - scores[rows, order[:, 1]]
+    kept = [row for row in rows.tolist() if own[row] != order[row, 1]]
+    weakest = sorted(kept, key=lambda row: worth[row])[:places]
     for number, out in enumerate(weakest, 1):
-        kept = space.best(scores, budget).full_groups
-        others = [place for place, group in enumerate(space.groups) if group not in kept]
+        own = space.one_hot(space.best(scores, budget)).argmax(1)
+        others = [row for row in rows.tolist() if own[row] == order[row, 1]]
         choices = [scores, *(_exchange(scores, out, into) for into in others)]
         track = Track(objective, len(questions), START_QUESTIONS, CONFIDENCE)
         finish = track.run([space.best(choice, budget) for choice in choices], defended=True)

@@ -1,5 +1,6 @@
 """Run one strategy and sign its plan."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -7,8 +8,8 @@ from flashmorph.errors import UserError, unknown
 from flashmorph.inputs.settings import resolve
 from flashmorph.model.morphable import Morphable
 from flashmorph.plan import Budget, Space
-from flashmorph.selection import SERVE_EVERY_BUDGET, STRATEGIES
-from flashmorph.selection.strategy import Objective, Selection
+from flashmorph.selection.strategies import STRATEGIES
+from flashmorph.selection.strategy import Objective, Reuse, Selection
 
 _GIVEN = ("space", "budget", "objective", "seed")
 
@@ -30,9 +31,18 @@ def select(
         raise UserError(unknown("strategy", strategy, STRATEGIES))
     resolved = own_settings(strategy, settings)
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
-    found = STRATEGIES[strategy](morphable.space(budget), budget, objective, seed, **resolved)
+    space = morphable.space(budget)
+    _check_options(strategy, space)
+    found = STRATEGIES[strategy].run(space, budget, objective, seed, **resolved)
     plan = replace(found.plan, strategy=strategy, seed=seed, scores=found.scores.tolist())
     return replace(found, plan=plan)
+
+
+def _check_options(strategy: str, space: Space) -> None:
+    if STRATEGIES[strategy].two_options and len(space.options) != 2:
+        raise UserError(
+            f"strategy {strategy} chooses between two options; here layers can be {', '.join(space.options)}"
+        )
 
 
 def own_settings(strategy: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -41,7 +51,7 @@ def own_settings(strategy: str, changes: dict[str, Any] | None = None) -> dict[s
     Raises:
         UserError: names a setting that the strategy does not have, or one that is of a wrong type or out of its range.
     """
-    return resolve(STRATEGIES[strategy], changes or {}, _GIVEN, f"strategy {strategy}", f"strategy {strategy}: ")
+    return resolve(STRATEGIES[strategy].run, changes or {}, _GIVEN, f"strategy {strategy}", f"strategy {strategy}: ")
 
 
 def check_search(strategy: str, space: Space, budget: Budget, num_questions: int, settings: dict[str, Any]) -> None:
@@ -51,8 +61,9 @@ def check_search(strategy: str, space: Space, budget: Budget, num_questions: int
         UserError: see `own_settings` and the strategy.
     """
     resolved = own_settings(strategy, settings)
+    _check_options(strategy, space)
     try:
-        STRATEGIES[strategy](space, budget, cast(Objective, _Unasked(num_questions)), 0, **resolved)
+        STRATEGIES[strategy].run(space, budget, cast(Objective, _Unasked(num_questions)), 0, **resolved)
     except _Asked:
         pass
 
@@ -71,12 +82,12 @@ class _Unasked:
         raise _Asked
 
 
-def serves_every_budget(strategy: str, settings: dict[str, Any]) -> bool:
-    """Whether the scores of one search can be cut at every budget."""
-    own = own_settings(strategy, settings)
-    return strategy in SERVE_EVERY_BUDGET or (own.get("random_budget", False) and not own["swaps"])
+def reuse_of(strategy: str, settings: dict[str, Any]) -> Reuse:
+    """What searches by this strategy for several budgets share."""
+    reuse = STRATEGIES[strategy].reuse
+    return reuse(own_settings(strategy, settings)) if callable(reuse) else reuse
 
 
-def searches_alike(strategy: str, settings: dict[str, Any]) -> bool:
-    """Whether a search for one budget, its last check apart, is the search for any: its state can be shared."""
-    return own_settings(strategy, settings).get("random_budget", False)
+def asks_questions(strategy: str, settings: Mapping[str, Any]) -> bool:
+    """Whether the layers that a strategy chooses depend on answers to questions."""
+    return STRATEGIES[strategy].asks_questions and settings.get("data") != "text"

@@ -1,18 +1,21 @@
-"""What a strategy is given and what it returns. A strategy never sees a model.
+"""What a strategy is given, what it returns, and what there is to know of it. A strategy never sees a model.
 
 def my_strategy(space, budget, objective, seed, **settings) -> Selection
+
+MY_STRATEGY = Strategy(my_strategy)
 
 What stands in a strategy's signature behind `seed` are its settings. Their annotations say what they may be, with the
 range (`Steps`); `search.own_settings` holds what a user gives against them, so a strategy does not.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from flashmorph.plan import Plan, Space
 
@@ -20,6 +23,16 @@ Steps = Annotated[int, Field(ge=1, le=100_000)]
 """Updates of a search, or of one short distillation."""
 NumQuestions = Annotated[int, Field(ge=1, le=1_000_000)] | None
 """How many questions of the search-validation split are asked, from the first on; None for all."""
+
+
+def _of_percent(value: Any) -> Any:
+    """`1%` as 0.01."""
+    is_percent = isinstance(value, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*%\s*", value)
+    return float(value.strip().removesuffix("%")) / 100 if is_percent else value
+
+
+Share = Annotated[float, Field(gt=0, le=10), BeforeValidator(_of_percent)]
+"""A share, as 0.01 or 1%."""
 
 
 @dataclass
@@ -130,7 +143,44 @@ class Selection:
     cost: Cost = field(default_factory=Cost)
 
 
-Strategy = Callable[..., Selection]
+Reuse = Literal["nothing", "state", "scores", "order"]
+"""What searches for several budgets share: their state but for the last check, the scores, which are cut at every
+budget, or the order of choice, which holds the plans of all."""
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to choose, and all that the rest of the package needs to know of it.
+
+    `run(space, budget, objective, seed, **settings)` searches. `reuse` may depend on the settings; an order comes from
+    the search for the `most` or the `least` full layers, under `order_settings`. A strategy that `searches` nothing
+    asks the model nothing; one that `asks_questions` chooses by the answers to questions (with the setting `data` at
+    `text` none does). `needs_text` and `needs_training` are for those that weigh text or train weights.
+    `gradient_loss` is the loss whose gradient is asked for, one batch in each of `steps`; `gate_label` what their
+    gates are in a picture. `raced(settings)` is how many places of a plan are raced for at the end. What is not
+    `seeded` gives the same for every seed. `two_options`: it cannot choose among more. `finds_budget`: the number of
+    full layers is what it finds.
+    """
+
+    run: Callable[..., Selection]
+    reuse: Reuse | Callable[[Mapping[str, Any]], Reuse] = "nothing"
+    order_from: Literal["most", "least"] = "most"
+    order_settings: Mapping[str, Any] = field(default_factory=dict)
+    searches: bool = True
+    asks_questions: bool = True
+    needs_text: bool = False
+    needs_training: bool = False
+    gradient_loss: Literal["answers", "hidden"] | None = None
+    gate_label: str = "logit, full minus other"
+    raced: Callable[[Mapping[str, Any]], int] = lambda settings: 0
+    seeded: bool = True
+    two_options: bool = False
+    finds_budget: bool = False
+
+
+def layer_scores(space: Space, values: Sequence[float]) -> np.ndarray:
+    """Scores `[groups, options]` from one value a layer: what `full` is worth to each of its groups."""
+    return group_scores(space, [values[group.layer] for group in space.groups])
 
 
 def group_scores(space: Space, values: Sequence[float], option: str = "full") -> np.ndarray:

@@ -13,10 +13,9 @@ import torch
 from pydantic import Field
 
 from flashmorph.inputs.settings import FinalRate, Rate
-from flashmorph.plan import Budget, Space
+from flashmorph.plan import FULL, Budget, Space
 from flashmorph.selection.descend import Schedule, descend
-from flashmorph.selection.measure import check_two_options
-from flashmorph.selection.strategy import Objective, Selection, Steps, group_scores
+from flashmorph.selection.strategy import Objective, Selection, Steps, Strategy, group_scores
 
 Data = Literal["questions", "text"]
 
@@ -37,10 +36,9 @@ def gates(
     `data` `text` aligns on all tokens of text instead of the answers to questions (the paper's ablation).
 
     Raises:
-        UserError: the space has more than two options, or the budget leaves no choice.
+        UserError: see `Space.limit`.
     """
     space.limit(budget)
-    check_two_options(space, "gates")
     alpha = torch.ones(len(space.groups))
     trace = descend(
         objective,
@@ -52,5 +50,8 @@ def gates(
         regulariser=lambda alpha: penalty * alpha.sum(),
         after_step=lambda alpha: alpha.clamp_(0, 1),
     )
-    scores = group_scores(space, alpha.tolist(), space.options[0])
+    scores = group_scores(space, alpha.tolist(), FULL)
     return Selection(space.best(scores, budget), scores, trace, objective.cost)
+
+
+GATES = Strategy(gates, reuse="scores", gradient_loss="hidden", two_options=True, gate_label="gate α")

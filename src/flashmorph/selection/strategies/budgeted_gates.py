@@ -7,8 +7,9 @@ it may be short: at the end of it the weakest layers of the budget's own plan ra
 forward passes only.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from flashmorph.inputs.settings import FinalRate, Rate
 from flashmorph.plan import FULL, Budget, Space
 from flashmorph.selection.descend import Schedule, descend
 from flashmorph.selection.racing import improve_by_swaps
-from flashmorph.selection.strategy import Objective, Selection, Steps, group_scores
+from flashmorph.selection.strategy import Objective, Reuse, Selection, Steps, Strategy
 
 Noise = Annotated[float, Field(ge=0, le=1_000)]
 """The scale of the Gumbel noise on the logits."""
@@ -44,7 +45,7 @@ def budgeted_gates(
     logits do not depend on `budget` and one search serves every count. With `shared_moment` steps keep the proportions
     of the gradients (`SharedAdam`) instead of being equally long for every logit. The logits cannot say that one layer
     makes up for another; so at the end the places of the `swaps` weakest layers of the plan are raced for
-    (`improve_by_swaps`; 0 for none), where full layers cost the same everywhere.
+    (`improve_by_swaps`; 0 for none), where options cost the same everywhere.
 
     Raises:
         UserError: see `Space.limit`.
@@ -63,20 +64,33 @@ def budgeted_gates(
 
     schedule = Schedule(steps, learning_rate, final_learning_rate)
     trace = descend(objective, logits, hard_gates, schedule, loss="answers", shared_moment=shared_moment)
-    scores = logits.numpy()
-    if len(space.options) == 2:
-        # Above the least of them, since a budget of bytes leaves out what has a negative score.
-        worth = scores[:, 0] - scores[:, 1]
-        scores = group_scores(space, (worth - worth.min()).tolist(), space.options[0])
-        if swaps and not np.ptp(space.cost[:, 0] - space.cost[:, 1]):
-            scores = improve_by_swaps(space, budget, objective, scores, swaps, trace)
+    # Relative to each group's cheapest option, and none below it: a budget of bytes leaves out what scores less.
+    least = space.order[:, 1:2]
+    scores = logits.numpy() - np.take_along_axis(logits.numpy(), least, 1)
+    dearer = np.ones(scores.shape, dtype=bool)
+    np.put_along_axis(dearer, least, False, 1)
+    scores = np.where(dearer, scores - scores[dearer].min(), 0.0)
+    if swaps and space.costs_alike:
+        scores = improve_by_swaps(space, budget, objective, scores, swaps, trace)
     return Selection(space.best(scores, budget), scores, trace, objective.cost)
+
+
+def _reuse(settings: Mapping[str, Any]) -> Reuse:
+    """With random budgets the logits do not depend on the budget; the races for a plan's places do."""
+    if not settings["random_budget"]:
+        return "nothing"
+    return "state" if settings["swaps"] else "scores"
+
+
+BUDGETED_GATES = Strategy(
+    budgeted_gates, reuse=_reuse, gradient_loss="answers", raced=lambda settings: settings["swaps"]
+)
 
 
 def _random_budgets(space: Space, budget: Budget, rng: np.random.Generator, steps: int) -> list[Budget]:
     """A budget for each step, of the kind of `budget`."""
     if budget.resource in ("layers", "share"):
-        return [Budget("layers", int(kept)) for kept in rng.integers(1, len(space.groups), size=steps)]
+        return [space.count(int(kept)) for kept in rng.integers(1, len(space.groups), size=steps)]
     full, rest = space.cost[:, space.options.index(FULL)], space.cost.min(1)
     limits = rng.uniform(rest.sum() + (full - rest).min(), full.sum(), size=steps)
     return [replace(budget, limit=float(limit)) for limit in limits]

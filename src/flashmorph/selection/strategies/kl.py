@@ -4,10 +4,10 @@ Scores are not conditioned on each other, as in the authors' code. The paper dis
 millions of tokens and finds the ranking settled after 25 to 40 % of them; `steps` says how many steps are run here.
 """
 
-from flashmorph.plan import FULL, Budget, Space
-from flashmorph.selection.measure import check_two_options
-from flashmorph.selection.single_layer import single_layer_plans
-from flashmorph.selection.strategy import Objective, Selection, Steps, group_scores
+from flashmorph.plan import Budget, Space
+from flashmorph.selection.moves import gain_scores
+from flashmorph.selection.strategies.single_layer import single_moves
+from flashmorph.selection.strategy import Objective, Selection, Steps, Strategy
 
 
 def kl(space: Space, budget: Budget, objective: Objective, seed: int, steps: Steps = 20) -> Selection:
@@ -17,16 +17,19 @@ def kl(space: Space, budget: Budget, objective: Objective, seed: int, steps: Ste
     every budget.
 
     Raises:
-        UserError: more than two options, or a budget that leaves no choice.
+        UserError: see `Space.limit`.
     """
-    check_two_options(space, "kl")
     space.limit(budget)
-    _, variants = single_layer_plans(space, budget, "restore")
+    _, variants = single_moves(space, budget, "restore")
     trace: list[dict] = []
-    for plan in variants:
+    for plan in variants.values():
         left = objective.distill([plan], steps).kl
-        trace.append({"full": plan.full_groups, "kl": left})
+        trace.append({"assignments": plan.assignments, "kl": left})
         objective.progress(len(trace), len(variants), kl=left)
     worst = max(entry["kl"] for entry in trace)
-    scores = group_scores(space, [worst - entry["kl"] for entry in trace], FULL)
+    gains = {move: worst - entry["kl"] for move, entry in zip(variants, trace, strict=True)}
+    scores = gain_scores(space, gains)
     return Selection(space.best(scores, budget), scores, trace, objective.cost)
+
+
+KL = Strategy(kl, reuse="scores", asks_questions=False, needs_text=True, needs_training=True, seeded=False)

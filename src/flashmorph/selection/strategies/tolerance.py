@@ -1,7 +1,7 @@
 """Training-time selection under a loss tolerance: switch further layers as long as the added loss stays within it.
 
 After Mobasheri et al., "Training-time Selection of Linear Vs. Softmax Attention" (ICLR 2026 submission 23796), whose
-algorithm was not published. The number of full layers is the result, not the input: the budget is `loss=1%`.
+algorithm was not published. The number of full layers is the result, not the input.
 """
 
 import math
@@ -9,24 +9,28 @@ from dataclasses import replace
 
 from flashmorph.errors import UserError
 from flashmorph.plan import FULL, Budget, Plan, Space
-from flashmorph.selection.measure import check_two_options
-from flashmorph.selection.strategy import Objective, Selection, Steps, group_scores
+from flashmorph.selection.strategy import Objective, Selection, Share, Steps, Strategy, group_scores
 
 
-def tolerance(space: Space, budget: Budget, objective: Objective, seed: int, steps: Steps = 20) -> Selection:
+def tolerance(
+    space: Space,
+    budget: Budget,
+    objective: Objective,
+    seed: int,
+    tolerance: Share = 0.01,
+    steps: Steps = 20,
+) -> Selection:
     """Switch the layer that text misses least, distil the whole model for `steps` steps, and keep the switch if the
-    perplexity is within the budget of the teacher's; else take it back for good and try the next layer.
+    perplexity is within the `tolerance` of the teacher's; else take it back for good and try the next layer.
 
+    The number of full layers is what it finds: `budget` is not used.
     At least one layer stays full. A layer's score is the order of switching: 0 for the one switched first, more for
     later ones, L for those that stay. Each entry of the trace tells the layer tried, the perplexity with it relative to
     the teacher's, and whether the switch was kept.
 
     Raises:
-        UserError: more than two options, a budget that is no loss, or no layer can be switched.
+        UserError: no layer can be switched.
     """
-    check_two_options(space, "tolerance")
-    if budget.resource != "loss":
-        raise UserError(f"strategy tolerance finds the number of full layers itself: give loss=1%, not {budget}")
     teacher = objective.text_loss(space.plan(space.groups, budget))
     waiting, switched, path, trace = list(space.groups), [], [], []
 
@@ -38,7 +42,7 @@ def tolerance(space: Space, budget: Budget, objective: Objective, seed: int, ste
         group = min(waiting, key=added.__getitem__)
         candidate = [*path, plan_without([*switched, group])]
         ratio = math.exp(objective.distill(candidate, steps).text_loss - teacher)
-        kept = ratio <= 1 + budget.limit
+        kept = ratio <= 1 + tolerance
         if kept:
             switched.append(group)
             path = candidate
@@ -48,11 +52,22 @@ def tolerance(space: Space, budget: Budget, objective: Objective, seed: int, ste
     if not switched:
         least = min(entry["perplexity_ratio"] for entry in trace)
         raise UserError(
-            f"budget {budget}: no layer can be switched within it; the mildest switch gave {100 * (least - 1):.1f} % "
-            f"more perplexity after {steps} steps: allow more, or more steps"
+            f"tolerance {tolerance:.2%}: no layer can be switched within it; the mildest switch gave "
+            f"{100 * (least - 1):.1f} % more perplexity after {steps} steps: allow more, or more steps"
         )
     layers = len(space.groups)
     order = [float(switched.index(group)) if group in switched else float(layers) for group in space.groups]
     scores = group_scores(space, order, FULL)
-    found = space.best(scores, Budget("layers", layers - len(switched)))
-    return Selection(replace(found, budget=budget), scores, trace, objective.cost)
+    found = replace(plan_without(switched), budget=space.count(layers - len(switched)))
+    return Selection(found, scores, trace, objective.cost)
+
+
+TOLERANCE = Strategy(
+    tolerance,
+    asks_questions=False,
+    needs_text=True,
+    needs_training=True,
+    seeded=False,
+    two_options=True,
+    finds_budget=True,
+)

@@ -12,10 +12,11 @@ import math
 from collections.abc import Sequence
 
 from flashmorph.errors import UserError
-from flashmorph.plan import FULL, Budget, Space
-from flashmorph.selection.measure import check_two_options, first_questions, mean_losses
-from flashmorph.selection.single_layer import single_layer_plans
-from flashmorph.selection.strategy import NumQuestions, Objective, Selection, group_scores
+from flashmorph.plan import Budget, Space
+from flashmorph.selection.measure import first_questions, mean_losses
+from flashmorph.selection.moves import loss_scores
+from flashmorph.selection.strategies.single_layer import single_moves
+from flashmorph.selection.strategy import NumQuestions, Objective, Selection, Strategy
 
 _CAP = 50.0
 _EPSILON = 1e-10
@@ -50,19 +51,21 @@ def halo(
     Equal scores (the cap) go to the lower layer.
 
     Raises:
-        UserError: more than two options, a budget that leaves no choice, or an objective without text.
+        UserError: see `Space.limit`; or an objective without text.
     """
-    check_two_options(space, "halo")
     space.limit(budget)
-    _, variants = single_layer_plans(space, budget, "switch")
+    _, variants = single_moves(space, budget, "switch")
     questions = first_questions(objective, num_questions)
     trace: list[dict] = []
     text_losses = []
-    for plan in variants:
+    for plan in variants.values():
         text_losses.append(objective.text_loss(plan))
-        trace.append({"full": plan.full_groups, "text_loss": text_losses[-1]})
+        trace.append({"assignments": plan.assignments, "text_loss": text_losses[-1]})
         objective.progress(len(trace), 2 * len(variants), text_loss=text_losses[-1])
-    losses = mean_losses(objective, variants, questions, trace, total=2 * len(variants))
+    losses = mean_losses(objective, [*variants.values()], questions, trace, total=2 * len(variants))
     values = halo_scores([math.exp(-loss) for loss in text_losses], [math.exp(-loss) for loss in losses])
-    scores = group_scores(space, values, FULL)
+    scores = loss_scores(space, dict(zip(variants, values, strict=True)))
     return Selection(space.best(scores, budget), scores, trace, objective.cost)
+
+
+HALO = Strategy(halo, reuse="scores", needs_text=True)

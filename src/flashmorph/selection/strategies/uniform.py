@@ -6,7 +6,7 @@ from pydantic import Field
 
 from flashmorph.errors import UserError
 from flashmorph.plan import Budget, Space
-from flashmorph.selection.strategy import Objective, Selection, group_scores
+from flashmorph.selection.strategy import Objective, Selection, Strategy, group_scores, layer_scores
 
 
 def uniform(
@@ -23,8 +23,9 @@ def uniform(
     Raises:
         UserError: see `Space.limit`; or `offset` is beyond the smallest group.
     """
-    layers = len(space.groups)
-    kept = len(space.best(group_scores(space, [0.0] * layers), budget).full_groups)
+    layers = len(space.layers)
+    groups = len(space.best(group_scores(space, [0.0] * len(space.groups)), budget).full_groups)
+    kept = max(1, groups * layers // len(space.groups))
     edges = [round(layers * place / kept) for place in range(kept + 1)]
     smallest = min(stop - start for start, stop in zip(edges, edges[1:], strict=False))
     if offset is not None and not 0 <= offset < smallest:
@@ -32,5 +33,8 @@ def uniform(
             f"strategy uniform: offset must be at most {smallest - 1} for {kept} of {layers} layers; got {offset}"
         )
     chosen = [stop - 1 if offset is None else start + offset for start, stop in zip(edges, edges[1:], strict=False)]
-    scores = group_scores(space, [float(layer in chosen) for layer in range(layers)])
+    scores = layer_scores(space, [float(layer in chosen) for layer in range(layers)])
     return Selection(space.best(scores, budget), scores)
+
+
+UNIFORM = Strategy(uniform, searches=False, asks_questions=False, seeded=False)

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from flashmorph.inputs.settings import FinalRate, Rate
-from flashmorph.plan import Budget, Space
+from flashmorph.plan import FULL, Budget, Space
 from flashmorph.selection.descend import Schedule, descend
-from flashmorph.selection.measure import count_layers
-from flashmorph.selection.strategy import Objective, Selection, Steps, group_scores
+from flashmorph.selection.moves import most_moves
+from flashmorph.selection.strategy import Objective, Selection, Steps, Strategy, group_scores
 
 _BETA, _GAMMA, _ZETA = 2 / 3, -0.1, 1.1
 _OPEN_AT_START = 0.9
@@ -41,9 +41,9 @@ def l0(
     starts to close them. In the trace, `logits` holds `log_alpha` of each layer and then the two multipliers.
 
     Raises:
-        UserError: the budget is not a count of layers, or leaves no choice.
+        UserError: see `Space.limit`.
     """
-    kept = count_layers(space, budget, "l0")
+    kept = most_moves(space, budget)
     layers = len(space.groups)
     uniforms = np.random.default_rng(seed).uniform(_SMALLEST, 1 - _SMALLEST, size=(steps, layers))
     noise = torch.tensor(np.log(uniforms) - np.log1p(-uniforms), dtype=torch.float32)
@@ -68,8 +68,11 @@ def l0(
     trace = descend(objective, masks_and_multipliers, to_gates, schedule, loss="answers", regulariser=lagrangian)
     # Above the least of them, since a budget of bytes leaves out what has a negative score.
     log_alpha = masks_and_multipliers[:layers]
-    scores = group_scores(space, (log_alpha - log_alpha.min()).tolist(), space.options[0])
+    scores = group_scores(space, (log_alpha - log_alpha.min()).tolist(), FULL)
     return Selection(space.best(scores, budget), scores, trace, objective.cost)
+
+
+L0 = Strategy(l0, gradient_loss="answers", two_options=True, gate_label="log α of the gate")
 
 
 def hard_concrete(log_alpha: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,64 @@
+"""Budgets: a resource, and how much of it a plan may spend."""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from flashmorph.errors import UserError, quoted
+
+_BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_LONGEST = 60
+_FORMS = "7 (layers), 25% (of the layers) or kv=64MiB@32768 (cache of one sequence of that many tokens)"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A resource and how much of it a plan may spend.
+
+    `resource` is `layers` (a count, spent exactly), `share` (a share of the groups, rounded down, at least one) or `kv`
+    (bytes of cache at `context` tokens, at most).
+    """
+
+    resource: str
+    limit: float
+    context: int | None = None
+
+    @classmethod
+    def parse(cls, text: str | int) -> "Budget":
+        """Read `7`, `25%` or `kv=64MiB@32768`.
+
+        Raises:
+            UserError: the text has none of these forms, or the limit is not above 0.
+        """
+        text = str(text).strip()
+        if len(text) > _LONGEST:
+            raise UserError(f"budget {quoted(text)} is none of {_FORMS}")
+        if match := re.fullmatch(r"(\d+)", text):
+            budget = cls("layers", int(match[1]))
+        elif match := re.fullmatch(r"(\d+(?:\.\d+)?)%", text):
+            budget = cls("share", float(match[1]) / 100)
+        elif match := re.fullmatch(r"kv=(\d+(?:\.\d+)?)([KMG]i?B|B)@(\d+)", text):
+            budget = cls("kv", float(match[1]) * _BYTES[match[2]], int(match[3]))
+        elif text.startswith("loss="):
+            raise UserError(
+                f"budget {text!r} is no budget any more: a tolerated loss is a setting of the strategy `tolerance`, "
+                "--strategy tolerance --set select.settings.tolerance=1%"
+            )
+        else:
+            raise UserError(f"budget {text!r} is none of {_FORMS}")
+        if budget.limit <= 0:
+            raise UserError(f"budget {text!r} keeps nothing; it must be above 0, for example 25%")
+        return budget
+
+    def __str__(self) -> str:
+        if self.resource == "layers":
+            return str(int(self.limit))
+        if self.resource == "kv":
+            return f"kv={_decimal(self.limit)}B@{self.context}"
+        return f"{_decimal(100 * self.limit)}%"
+
+
+def _decimal(value: float) -> str:
+    """All digits that matter, without an exponent: `Budget.parse` reads them again."""
+    return np.format_float_positional(round(value, 12), trim="-")

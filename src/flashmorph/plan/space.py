@@ -1,0 +1,190 @@
+"""The space of plans, and how scores become one."""
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from flashmorph.errors import UserError, quoted
+from flashmorph.plan.budget import Budget
+from flashmorph.plan.group import Group
+from flashmorph.plan.knapsack import knapsack
+from flashmorph.plan.plan import FULL, Plan
+
+
+@dataclass(frozen=True)
+class Space:
+    """All plans: `groups`, `options`, and what each option of each group costs.
+
+    `cost` is `[groups, options]` in the budget's resource: 1 for a full layer when layers are counted, bytes of cache
+    for `kv`.
+
+    Wherever options are equally good, one order decides: `full`, then the cheaper one, then the one named first.
+    """
+
+    groups: tuple[Group, ...]
+    options: tuple[str, ...]
+    cost: np.ndarray
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", tuple(map(Group, self.groups)))
+        if self.cost.shape != (len(self.groups), len(self.options)):
+            raise ValueError(
+                f"cost must be [groups, options] = {(len(self.groups), len(self.options))}; got {self.cost.shape}"
+            )
+
+    @classmethod
+    def of_layers(cls, num_layers: int, options: Sequence[str] = (FULL, "linear")) -> "Space":
+        """One group a layer; a full layer costs 1, any other nothing."""
+        cost = np.tile([float(option == FULL) for option in options], (num_layers, 1))
+        return cls(tuple(Group(f"layers.{layer}") for layer in range(num_layers)), tuple(options), cost)
+
+    @property
+    def order(self) -> np.ndarray:
+        """The numbers of the options of each group `[groups, options]` in the order that decides between equals."""
+        first = np.array([option != FULL for option in self.options])
+        return np.lexsort((self.cost, np.broadcast_to(first, self.cost.shape)), axis=1)
+
+    @cached_property
+    def layers(self) -> tuple[tuple[int, ...], ...]:
+        """The rows of each layer among the groups, from the first layer on; empty for a layer without a group."""
+        rows: list[list[int]] = [[] for _ in range(max(group.layer for group in self.groups) + 1)]
+        for row, group in enumerate(self.groups):
+            rows[group.layer].append(row)
+        return tuple(map(tuple, rows))
+
+    @cached_property
+    def has_heads(self) -> bool:
+        """Whether groups are smaller than layers."""
+        return any(group.kv_head is not None for group in self.groups)
+
+    @cached_property
+    def cheapest(self) -> tuple[str, ...]:
+        """The option of each group that costs least and is not `full`, in the order that decides between equals."""
+        return tuple(self.options[option] for option in self.order[:, 1])
+
+    @cached_property
+    def costs_alike(self) -> bool:
+        """Whether an option costs the same in every group."""
+        return not np.ptp(self.cost, axis=0).any()
+
+    def count(self, kept: int) -> Budget:
+        """The budget that keeps so many groups full, where each costs 1."""
+        return Budget("share", kept / len(self.groups)) if self.has_heads else Budget("layers", kept)
+
+    def limit(self, budget: Budget) -> float:
+        """The budget as an amount of this space's cost.
+
+        Raises:
+            UserError: the budget leaves no choice (every layer, or more), buys nothing, cannot be saved by switching
+                layers, or counts layers where groups are smaller.
+        """
+        if budget.resource == "layers" and self.has_heads:
+            raise UserError(
+                f"budget {budget} counts layers, and heads are chosen one by one here: give a share such as 25%, or kv="
+            )
+        if budget.resource == "kv":
+            self._require_bytes(budget)
+            limit = budget.limit
+        elif budget.resource == "share":
+            limit = max(1, math.floor(budget.limit * len(self.groups) + 1e-9))
+        else:
+            limit = int(budget.limit)
+        most = self.cost[:, self.options.index(FULL)].sum()
+        if limit >= most:
+            raise UserError(
+                f"budget {budget} keeps everything full: {self._amount(limit)} of {self._amount(most)}; "
+                "give less, for example 25%"
+            )
+        return limit
+
+    def _require_bytes(self, budget: Budget) -> None:
+        """Refuse bytes of cache that switching layers does not save, or that pay for no full layer."""
+        full, rest = self.order[:, 0], self.order[:, 1]
+        rows = np.arange(len(self.groups))
+        extra = self.cost[rows, full] - self.cost[rows, rest]
+        if extra.min() <= 0:
+            row = int(extra.argmin())
+            raise UserError(
+                f"budget {budget}: at {budget.context:,} tokens the cache of a full layer takes "
+                f"{self.cost[row, full[row]]:,.0f} bytes and of a {self.options[rest[row]]} one "
+                f"{self.cost[row, rest[row]]:,.0f}, so that nothing is saved; give a longer context behind the @, or "
+                "a count such as 25%"
+            )
+        least = self.cost[rows, rest].sum()
+        if budget.limit < least + extra.min():
+            raise UserError(
+                f"budget {budget} is below one full layer: with none full the cache takes {least:,.0f} bytes and the "
+                f"smallest full layer adds {extra.min():,.0f}"
+            )
+
+    def best(self, scores: np.ndarray, budget: Budget) -> Plan:
+        """The plan of the largest summed score under the budget: the only place where scores become a plan.
+
+        Exact: a multiple-choice knapsack (`knapsack`). A count of layers is spent exactly, bytes at most. Of plans
+        with the same sum the first one is taken, compared group by group from the first on in `order`: the lower layers
+        stay full, and the others get what `plan` gives them.
+
+        Raises:
+            UserError: see `limit`.
+            ValueError: `scores` is not a finite `[groups, options]`.
+        """
+        scores = np.asarray(scores, dtype=float)
+        if scores.shape != self.cost.shape or not np.isfinite(scores).all():
+            raise ValueError(f"scores must be finite and [groups, options] = {self.cost.shape}; got {scores.shape}")
+        limit, order = self.limit(budget), self.order
+        sorted_scores, sorted_cost = (np.take_along_axis(values, order, 1) for values in (scores, self.cost))
+        chosen = knapsack(sorted_scores, sorted_cost, limit, exact=budget.resource in ("layers", "share"))
+        if chosen is None:
+            raise UserError(f"no plan spends exactly {self._amount(limit)}")
+        return self.of_options(np.take_along_axis(order, np.array(chosen)[:, None], 1)[:, 0].tolist(), budget)
+
+    def cost_of(self, plan: Plan) -> float:
+        """What a plan spends."""
+        return float((self.one_hot(plan) * self.cost).sum())
+
+    def of_options(self, chosen: Sequence[int], budget: Budget) -> Plan:
+        """The plan with option number `chosen[g]` for group g."""
+        return Plan({group: self.options[option] for group, option in zip(self.groups, chosen, strict=True)}, budget)
+
+    def one_hot(self, plan: Plan) -> np.ndarray:
+        """The plan as gates `[groups, options]` of zeros and ones.
+
+        Raises:
+            UserError: the plan is about other groups or options.
+        """
+        gates = np.zeros(self.cost.shape)
+        if set(plan.assignments) != set(self.groups):
+            raise UserError(
+                f"the plan has {len(plan.assignments)} groups ({', '.join(list(plan.assignments)[:3])}, ...) and the "
+                f"model {len(self.groups)} ({', '.join(self.groups[:3])}, ...): it belongs to another model"
+            )
+        for place, group in enumerate(self.groups):
+            option = plan.assignments[group]
+            if option not in self.options:
+                raise UserError(
+                    f"the plan gives {group} the option {quoted(option)}; it can be {', '.join(self.options)}"
+                )
+            gates[place, self.options.index(option)] = 1.0
+        return gates
+
+    def plan(self, full_groups: Sequence[str], budget: Budget) -> Plan:
+        """The plan that keeps `full_groups`; every other group gets its cheapest option, of equals the first.
+
+        Raises:
+            UserError: there is no such group.
+        """
+        unknown = [group for group in full_groups if group not in self.groups]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], self.groups, 1) or [self.groups[-1]]
+            raise UserError(f"there is no {unknown[0]}; the groups are {self.groups[0]} to {near[0]}")
+        full, rest = self.order[:, :2].T
+        kept = [group in full_groups for group in self.groups]
+        return self.of_options(np.where(kept, full, rest).tolist(), budget)
+
+    def _amount(self, cost: float) -> str:
+        counted = set(np.unique(self.cost)) <= {0.0, 1.0}
+        return f"{cost:.0f} {'heads' if self.has_heads else 'layers'}" if counted else f"{cost:,.0f} bytes"

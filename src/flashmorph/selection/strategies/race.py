@@ -1,0 +1,88 @@
+"""Greedy forward by racing: few questions for every candidate, more only for those that may still be the best.
+
+In each step all candidates answer the same few questions, then twice as many, and so on. After each round those leave
+whose paired difference to the best one lies above 0 with confidence, and from the second round on the worse half too;
+the candidates that see the last question are compared as greedy forward compares them. (Racing with intervals: Maron
+and Moore, "Hoeffding Races", NeurIPS 1993; successive halving: Jamieson and Talwalkar, arXiv 1502.07943.)
+"""
+
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from flashmorph.plan import Budget, Plan, Space
+from flashmorph.selection.measure import first_questions
+from flashmorph.selection.moves import (
+    Move,
+    dearer_moves,
+    extra_cost,
+    free_moves,
+    most_moves,
+    moved,
+    plan_of_none,
+)
+from flashmorph.selection.racing import CONFIDENCE, MOST_QUESTIONS, Finish, Track
+from flashmorph.selection.strategies.greedy import order_of_choice
+from flashmorph.selection.strategy import NumQuestions, Objective, Selection, Strategy
+
+
+def race(
+    space: Space,
+    budget: Budget,
+    objective: Objective,
+    seed: int,
+    num_questions: NumQuestions = MOST_QUESTIONS,
+    start_questions: Annotated[int, Field(ge=2, le=1_000_000)] = 8,
+    confidence: Annotated[float, Field(gt=0, lt=1)] = CONFIDENCE,
+    swaps: bool = True,
+) -> Selection:
+    """Greedy forward's plan for a fraction of its questions, forward passes only; then one-swap neighbours are tried.
+
+    Races run over the first `num_questions` of the search-validation split, from `start_questions` on doubling. A
+    candidate leaves when the paired t-interval of that `confidence` around its mean difference to the best lies above
+    0: the more the candidates differ, the fewer questions it takes. With `swaps` the plan found runs once against
+    those in which the last race's runner-up takes the place of a layer that was chosen earlier; only such an interval
+    or the mean over all questions can beat it.
+
+    A layer's score is the order of choice: K for the first, 1 for the last, 0 for a layer that was not chosen. In the
+    trace, `questions` is how many stand behind a loss.
+
+    Raises:
+        UserError: see `Space.limit`.
+    """
+    limit, total = space.limit(budget), most_moves(space, budget) + swaps
+    questions = len(first_questions(objective, num_questions))
+    track = Track(objective, questions, start_questions, confidence)
+    nothing = plan_of_none(space, budget)
+    chosen: list[Move] = []
+    spare: Move | None = None
+    while moves := dearer_moves(space, moved(nothing, *chosen), limit):
+        finish = _run(track, space, moved(nothing, *chosen), moves)
+        chosen.append(moves[finish.winner])
+        spare = None if finish.runner_up is None else moves[finish.runner_up]
+        objective.progress(len(chosen), max(total, len(chosen) + swaps), loss=finish.loss)
+    if swaps:
+        # In the place of the last one the runner-up has run already.
+        places = range(len(chosen) - 1) if spare else ()
+        choices = [chosen, *([*chosen[:place], spare, *chosen[place + 1 :]] for place in places)]
+        choices = [moves for moves in choices if space.cost_of(moved(nothing, *moves)) <= limit]
+        finish = track.run([moved(nothing, *moves) for moves in choices], defended=True)
+        chosen = choices[finish.winner]
+        objective.progress(len(chosen) + 1, len(chosen) + 1, loss=finish.loss)
+    while moves := free_moves(space, plan := moved(nothing, *chosen)):
+        finish = track.run([plan, *(moved(plan, move) for move in moves)], defended=True)
+        if not finish.winner:
+            break
+        chosen.append(moves[finish.winner - 1])
+    return Selection(moved(nothing, *chosen), order_of_choice(space, chosen), track.trace, objective.cost)
+
+
+def _run(track: Track, space: Space, plan: Plan, moves: list[Move]) -> Finish:
+    """Race moves from `plan`: by their loss or, where they cost differently, by its fall for each unit of cost."""
+    extras = np.array([extra_cost(space, plan, move) for move in moves])
+    plans = [moved(plan, move) for move in moves]
+    return track.run(plans, base=plan, costs=extras) if np.ptp(extras) else track.run(plans)
+
+
+RACE = Strategy(race, reuse="order", order_from="most", order_settings={"swaps": False})
