@@ -20,6 +20,7 @@ SHARE = {FULL: 1.0, "sliding": 0.25, "linear": 0.0}
 ANY = [name for name, strategy in STRATEGIES.items() if not strategy.two_options]
 TWO = [name for name, strategy in STRATEGIES.items() if strategy.two_options]
 SEARCHING = [name for name in ANY if STRATEGIES[name].searches]
+BUDGET = Budget("layers", 1)
 SHORT = {"kl": {"steps": 2}, "budgeted-gates": {"steps": 40}}
 
 
@@ -163,17 +164,22 @@ def test_every_plan_of_a_budget_is_there_once():
     found = {tuple(plan.assignments.values()) for plan in every_plan(space, budget)}
     costs = dict(zip(OPTIONS, space.cost[0], strict=True))
     fits = {plan for plan in itertools.product(OPTIONS, repeat=6) if sum(costs[option] for option in plan) <= 300}
-    assert found <= fits and len(found) == len([*every_plan(space, budget)]) <= count_plans(space, budget) == len(fits)
+    assert found <= fits and len(found) == len([*every_plan(space, budget)])
+    assert count_plans(space, budget, 10_000) == len(found) and count_plans(space, budget, 5) == 6
     for plan in fits - found:  # Something dearer fits as well.
         room = 300 - sum(costs[option] for option in plan)
         assert any(0 < costs[more] - costs[option] <= room for option in plan for more in OPTIONS)
     counted = Space.of_layers(6)
     assert (
-        count_plans(counted, Budget("layers", 2)) == math.comb(6, 2) == len([*every_plan(counted, Budget("layers", 2))])
+        count_plans(counted, Budget("layers", 2), 1)
+        == math.comb(6, 2)
+        == len([*every_plan(counted, Budget("layers", 2))])
     )
 
 
-@pytest.mark.parametrize("address", ["layers", "layers.x", "layers.1.heads.2", "model.layers.1", "layers.-1", ""])
+@pytest.mark.parametrize(
+    "address", ["layers", "layers.x", "layers.1.heads.2", "model.layers.1", "layers.-1", "layers.03", "layers.٣", ""]
+)
 def test_what_is_no_group_is_refused(address):
     with pytest.raises(UserError, match="is no group: they are called layers.3, or layers.3.kv_heads.1"):
         Group(address)
@@ -198,3 +204,59 @@ def test_a_new_strategy_is_one_function_and_its_record(monkeypatch):
     assert found.plan.full_layers == [0, 2, 4] and found.plan.strategy == "odd"
     with pytest.raises(UserError, match="strategy odd"):
         select(Layers(), "3", "odd", Additive(Space.of_layers(6)), ofset=0)  # type: ignore[arg-type]
+
+
+class Noisy(Additive):
+    """Every plan has a loss of its own, drawn; questions differ more than plans do."""
+
+    def __init__(self, space: Space, seed: int):
+        super().__init__(space)
+        self.num_questions, self._seed, self._drawn, self._asked = 64, seed, {}, 0
+
+    def losses(self, plan: Plan) -> np.ndarray:
+        key = tuple(plan.assignments.values())
+        if key not in self._drawn:
+            rng = np.random.default_rng([self._seed, *map(self.space.options.index, key)])
+            self._drawn[key] = rng.normal() + 2 * rng.normal(size=self.num_questions)
+        return self._drawn[key]
+
+    def loss(self, plan: Plan) -> float:
+        return float(self.losses(plan).mean())
+
+    def evaluate(self, plans, questions=None, report=None) -> np.ndarray:
+        self._asked += 1
+        assert self._asked < 1_000, "the search does not end"
+        return np.array([self.losses(plan)[list(range(64) if questions is None else questions)] for plan in plans])
+
+
+@pytest.mark.parametrize("seed", [379, 435, 1222])
+def test_a_race_ends_where_its_winners_beat_each_other_in_a_circle(seed):
+    space = Space.of_layers(4, OPTIONS)
+    budget = Budget("layers", 1 + seed % 3)
+    found = STRATEGIES["race"].run(space, budget, Noisy(space, seed), 0)
+    assert space.cost_of(found.plan) == budget.limit
+
+
+@pytest.mark.parametrize("strategy", ["greedy-forward", "greedy-backward", "race", "exhaustive"])
+@pytest.mark.parametrize("seed", range(6))
+def test_no_bytes_are_left_that_an_option_could_use(strategy, seed):
+    rng = np.random.default_rng(seed)
+    cost = np.stack([rng.integers(80, 120, 5), rng.integers(0, 5, 5), rng.integers(5, 60, 5)], 1).astype(float)
+    space = Space(Space.of_layers(5, OPTIONS).groups, OPTIONS, cost)
+    limit = float(rng.integers(cost[:, 1].sum() + 120, cost[:, 0].sum()))
+    plan = STRATEGIES[strategy].run(space, Budget("kv", limit, 1024), Noisy(space, seed), 0).plan
+    extra = cost - (space.one_hot(plan) * cost).sum(1, keepdims=True)
+    assert space.cost_of(plan) <= limit and not ((extra > 0) & (space.cost_of(plan) + extra <= limit)).any()
+
+
+def test_plans_of_bytes_are_counted_no_further_than_asked():
+    rng = np.random.default_rng(0)
+    space = Space(Space.of_layers(40).groups, (FULL, "linear"), rng.uniform([80, 0], [120, 5], size=(40, 2)))
+    assert count_plans(space, Budget("kv", 700, 1024), 50) == 51
+    with pytest.raises(UserError, match="would evaluate more than 50 plans of 40 groups .*: give a larger max_plans"):
+        check_search("exhaustive", space, Budget("kv", 700, 1024), 12, {"max_plans": 50})
+
+
+def test_options_of_one_letter_are_told_apart():
+    plan = Plan.of(dict(zip(Space.of_layers(4).groups, [FULL, "sliding", "sparse", "linear"], strict=True)), BUDGET)
+    assert plan.strip() == "■SPL"

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 
@@ -36,8 +37,13 @@ def every_plan(space: Space, budget: Budget) -> Iterator[Plan]:
             yield space.of_options(chosen, budget)
 
 
-def count_plans(space: Space, budget: Budget) -> int:
-    """How many plans there are at most: exact where a count is spent, an upper bound where bytes are."""
+def count_plans(space: Space, budget: Budget, most: int) -> int:
+    """How many plans `every_plan` gives; where bytes are spent, counted no further than `most + 1`.
+
+    Sums of bytes may all differ, so that plans of bytes cannot be counted without going through them.
+    """
+    if not _is_exact(budget):
+        return sum(1 for _ in islice(every_plan(space, budget), most + 1))
     limit, counts = space.limit(budget), Counter({0.0: 1})
     for row in space.cost:
         more: Counter[float] = Counter()
@@ -45,9 +51,7 @@ def count_plans(space: Space, budget: Budget) -> int:
             for cost in row.tolist():
                 more[spent + cost] += number
         counts = more
-    if _is_exact(budget):
-        return counts[limit]
-    return sum(number for spent, number in counts.items() if spent <= limit)
+    return counts[limit]
 
 
 def _is_exact(budget: Budget) -> bool:

@@ -5,7 +5,7 @@ from functools import cached_property
 
 from flashmorph.errors import UserError, quoted
 
-_ADDRESS = re.compile(r"layers\.(\d{1,6})(?:\.kv_heads\.(\d{1,6}))?")
+_ADDRESS = re.compile(r"layers\.(0|[1-9][0-9]{0,5})(?:\.kv_heads\.(0|[1-9][0-9]{0,5}))?")
 
 
 class Group(str):

@@ -70,10 +70,14 @@ class Plan:
     def strip(self) -> str:
         """The plan as a strip of layers: ■ full, □ another option, ◧ heads of several.
 
-        Where several other options are in use, each has its first letter in place of □.
+        Where several other options are in use, each has a letter of its own in place of □: its first one that no
+        option before it in the alphabet has.
         """
-        others = set(self.assignments.values()) - {FULL}
-        marks = {FULL: "■", **{option: "□" if len(others) == 1 else option[0].upper() for option in others}}
+        others = sorted(set(self.assignments.values()) - {FULL})
+        marks = {FULL: "■"}
+        for option in others:
+            letters = [letter for letter in option.upper() if letter.isalnum() and letter not in marks.values()]
+            marks[option] = "□" if len(others) == 1 else (letters or ["?"])[0]
         return "".join(marks[next(iter(found))] if len(found) == 1 else "◧" for found in self.by_layer().values())
 
     def moved(self, group: str, option: str) -> "Plan":

@@ -73,10 +73,12 @@ def find_truths(
         UserError: there are more than `max_plans` plans.
     """
     spaces = [space_of(budget) for budget in budgets]
-    count = sum(count_plans(space, budget) for space, budget in zip(spaces, budgets, strict=True))
+    count = sum(count_plans(space, budget, max_plans) for space, budget in zip(spaces, budgets, strict=True))
     if count > max_plans:
+        # Of bytes no more than that were counted.
+        more = " or more" if any(budget.resource == "kv" for budget in budgets) else ""
         raise UserError(
-            f"the referee would evaluate {count:,} plans of {len(spaces[0].groups)} layers and max_plans is "
+            f"the referee would evaluate {count:,} plans{more} of {len(spaces[0].groups)} layers and max_plans is "
             f"{max_plans:,}: give smaller budgets, or more plans"
         )
     plans = [tuple(every_plan(space, budget)) for space, budget in zip(spaces, budgets, strict=True)]

@@ -30,11 +30,17 @@ def exhaustive(
     Raises:
         UserError: see `Space.limit`; or there are more than `max_plans` plans.
     """
-    count = count_plans(space, budget)
+    count = count_plans(space, budget, max_plans)
     if count > max_plans:
+        # Of bytes no more than that were counted.
+        number, enough = (
+            (f"{count:,}", f"max_plans {count}")
+            if budget.resource != "kv"
+            else (f"more than {max_plans:,}", "a larger max_plans")
+        )
         raise UserError(
-            f"strategy exhaustive would evaluate {count:,} plans of {len(space.groups)} groups and max_plans is "
-            f"{max_plans:,}: give max_plans {count}, another budget, or a strategy such as greedy-forward"
+            f"strategy exhaustive would evaluate {number} plans of {len(space.groups)} groups and max_plans is "
+            f"{max_plans:,}: give {enough}, another budget, or a strategy such as greedy-forward"
         )
     if count > _MANY:
         greedy = sum(len(space.groups) - number for number in range(most_moves(space, budget)))

@@ -118,6 +118,9 @@ def greedy_backward(
     climb = _Climb(space, plan_of_all(space, budget), objective, num_questions, total)
     while space.cost_of(climb.plan) > limit:
         climb.step(lambda: cheaper_moves(space, climb.plan))
+    # Where options cost differently, the last switch may have saved more than it had to.
+    while climb.step(lambda: dearer_moves(space, climb.plan, limit)):
+        pass
     while climb.improve():
         pass
     left = {group: number for number, (group, _) in reversed([*enumerate(climb.moves)])}

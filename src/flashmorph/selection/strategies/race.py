@@ -57,11 +57,16 @@ def race(
     nothing = plan_of_none(space, budget)
     chosen: list[Move] = []
     spare: Move | None = None
-    while moves := dearer_moves(space, moved(nothing, *chosen), limit):
-        finish = _run(track, space, moved(nothing, *chosen), moves)
-        chosen.append(moves[finish.winner])
-        spare = None if finish.runner_up is None else moves[finish.runner_up]
-        objective.progress(len(chosen), max(total, len(chosen) + swaps), loss=finish.loss)
+
+    def spend() -> None:
+        nonlocal spare
+        while moves := dearer_moves(space, moved(nothing, *chosen), limit):
+            finish = _run(track, space, moved(nothing, *chosen), moves)
+            chosen.append(moves[finish.winner])
+            spare = None if finish.runner_up is None else moves[finish.runner_up]
+            objective.progress(len(chosen), max(total, len(chosen) + swaps), loss=finish.loss)
+
+    spend()
     if swaps:
         # In the place of the last one the runner-up has run already.
         places = range(len(chosen) - 1) if spare else ()
@@ -70,10 +75,18 @@ def race(
         finish = track.run([moved(nothing, *moves) for moves in choices], defended=True)
         chosen = choices[finish.winner]
         objective.progress(len(chosen) + 1, len(chosen) + 1, loss=finish.loss)
-    while moves := free_moves(space, plan := moved(nothing, *chosen)):
+        spend()  # Where options cost differently, the swap may have saved something.
+    # Races are not transitive: a plan that was beaten once does not come back, or this would not end.
+    beaten: list[Plan] = []
+    while True:
+        plan = moved(nothing, *chosen)
+        moves = [move for move in free_moves(space, plan) if moved(plan, move) not in beaten]
+        if not moves:
+            break
         finish = track.run([plan, *(moved(plan, move) for move in moves)], defended=True)
         if not finish.winner:
             break
+        beaten.append(plan)
         chosen.append(moves[finish.winner - 1])
     return Selection(moved(nothing, *chosen), order_of_choice(space, chosen), track.trace, objective.cost)
 

@@ -1,0 +1,77 @@
+"""What a search has asked for: counted once, whether it was run, or read from disk where an earlier search left it."""
+
+from collections.abc import Sequence
+
+import torch
+
+from flashmorph.data.heldout import HeldOut
+from flashmorph.model.morphable import Morphable, run_order
+from flashmorph.plan import Plan
+from flashmorph.selection.cache import key_of
+from flashmorph.selection.meter import Meter
+from flashmorph.selection.strategy import Cost
+from flashmorph.stages import DistillSettings
+from flashmorph.tasks import Example
+
+
+class Ledger:
+    """Counts the runs that a search asks for and has not asked for before.
+
+    So a search costs the same whatever other searches have left on disk.
+    """
+
+    def __init__(self, morphable: Morphable):
+        self._meter = Meter(morphable)
+        self._layers = [layer.rows for layer in morphable.layers]
+        self._questions: set[tuple[str, int]] = set()
+        self._texts: set[str] = set()
+        self._distilled: set[tuple[str, int]] = set()
+
+    @property
+    def cost(self) -> Cost:
+        """What was spent so far, seconds included."""
+        return self._meter.look()
+
+    def resume(self, cost: Cost) -> None:
+        """Go on counting from what an interrupted search had spent."""
+        self._meter.resume(cost)
+
+    def gradient(self, rows: Sequence[Example], loss: str) -> None:
+        """Count a micro-batch of a gradient, whichever process runs it; the published distance asks the teacher too."""
+        ids = torch.empty(len(rows), len(rows[0].input_ids), device="meta")
+        if loss == "hidden":
+            self._meter.count(ids)
+        self._meter.count(ids, forward=1, backward=1, every_branch=True)
+
+    def plans(self, keys: Sequence[str], gates: torch.Tensor, questions: Sequence[int], length: int) -> None:
+        """Count plans on questions of `length` tokens, what the plans share from the first layer up once.
+
+        `keys` are those that their losses are kept under (`key_of`), `gates` the plans `[plans, groups, options]`.
+        """
+        new: dict[tuple[int, ...], int] = {}
+        for question in questions:
+            unasked = tuple(index for index, key in enumerate(keys) if (key, question) not in self._questions)
+            if unasked:
+                new[unasked] = new.get(unasked, 0) + 1
+        self._questions.update((key, question) for key in keys for question in questions)
+        for unasked, rows in new.items():
+            order = run_order(gates[list(unasked)], self._layers)
+            runs = sum(len(self._layers) - start for _, start in order) / len(self._layers)
+            self._meter.count(torch.empty(rows, length, device="meta"), forward=runs)
+
+    def text(self, plan: Plan, text: HeldOut) -> None:
+        """Count a plan on the text."""
+        if (key := key_of(plan.assignments)) not in self._texts:
+            self._texts.add(key)
+            for piece in text.pieces:
+                self._meter.count(torch.empty(1, len(piece), device="meta"))
+
+    def distilled(self, path: Sequence[Plan], settings: DistillSettings, steps: int) -> None:
+        """Count `steps` steps for every plan of a path; a beginning that was counted before is not counted again."""
+        about = [plan.assignments for plan in path]
+        for length in range(1, len(path) + 1):
+            counted = (key_of(about[:length]), steps)
+            if counted not in self._distilled:
+                self._distilled.add(counted)
+                tokens = torch.empty(settings.steps * settings.batch_rows, settings.length, device="meta")
+                self._meter.count(tokens, forward=2, backward=1, weights=1)
