@@ -70,7 +70,7 @@ def complete(folder: Path, config: PreTrainedConfig, origin: Path) -> None:
 
     Its config.json says what engines read, not only what transformers does (`Host.written`); tokenizer, template and
     generation settings come from `origin`. None of them says `use_cache: false`, as a teacher's may from its training:
-    whoever generates wants the cache. Weights are for whoever may read config.json: safetensors writes them for one owner.
+    whoever generates wants the cache. safetensors writes weights for their owner alone: they get config.json's mode.
     """
     values = read_json(folder / "config.json")
     if (wanted := host_of(config).serialise(values)) != values:
