@@ -16,11 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flashmorph.convert.checkpoint import travelling_files, weight_files
 from flashmorph.convert.load import load_model, load_tokenizer
-from flashmorph.convert.save import replace_checkpoint
+from flashmorph.convert.save import replace_checkpoint, save_model
 from flashmorph.convert.teacher import open_teacher
 from flashmorph.errors import UserError
-from flashmorph.publish import replace_checkpoint, save_model
-from flashmorph.teacher import load_model, load_tokenizer, open_teacher
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize 4\n".format("0" * 64)
 

@@ -110,7 +110,9 @@ def test_evaluate_hands_tasks_on_and_names_the_nearest(harness, tmp_path, teache
 def test_a_task_without_its_data_is_told_before_anything_else_is_asked(
     harness, monkeypatch, tmp_path, teacher_folder, recipe_file, capsys
 ):
-    monkeypatch.setattr("flashmorph.sidebyside.evaluate", lambda *given: pytest.fail("questions were asked"))
+    monkeypatch.setattr(
+        "flashmorph.pipeline.evaluate_models.evaluate", lambda *given: pytest.fail("questions were asked")
+    )
     path = task_file(tmp_path, "toy", [], output_type="loglikelihood", doc_to_text="a", doc_to_target="b")
     (tmp_path / "toy.jsonl").unlink()
     sentence = refused(capsys, "evaluate", teacher_folder, "--recipe", recipe_file, "--tasks", path)

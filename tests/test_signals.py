@@ -15,11 +15,8 @@ from flashmorph.cli import screen
 from flashmorph.cli.screen import RichScreen
 from flashmorph.data.chat import encode_chat
 from flashmorph.errors import UserError
-from flashmorph.surface.interrupts import SENTENCE, Interrupted, listening, time_limit
+from flashmorph.surface.interrupts import ANEW, SENTENCE, Interrupted, listening, time_limit
 from flashmorph.surface.terminal import Terminal
-from flashmorph.interrupts import ANEW, SENTENCE, Interrupted, listening, time_limit
-from flashmorph.screen import RichScreen
-from flashmorph.terminal import Terminal
 
 SOURCE = str(Path(__file__).parent.parent / "src")
 INTERRUPTS = {signal.SIGINT: 130, signal.SIGTERM: 143}

@@ -20,10 +20,8 @@ from flashmorph.cli import estimate, compare, hosts, env  # noqa: F401
 from flashmorph.cli.app import app
 from flashmorph.cli.options import ERR
 from flashmorph.errors import OutOfMemory, UserError
-from flashmorph.surface.interrupts import SENTENCE, Interrupted, listening
+from flashmorph.surface.interrupts import Interrupted, listening, sentence
 from flashmorph.surface.terminal import harmless, stand_in_for_what_cannot_be_shown
-from flashmorph.interrupts import Interrupted, listening, sentence
-from flashmorph.terminal import harmless, stand_in_for_what_cannot_be_shown
 
 _SHARED = ("morph", "align", "select", "build", "distill", "extend")
 """Commands that several processes run together."""

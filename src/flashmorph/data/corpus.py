@@ -14,10 +14,9 @@ import datasets
 import numpy as np
 
 from flashmorph.data.chat import CHAT_COLUMNS, TOOLS_COLUMN, Message, messages_in, spoken, tools_in
-from flashmorph.data.textfiles import ENDINGS, data_files, no_column, stream_of
+from flashmorph.data.textfiles import ENDINGS, data_files, kind_of, no_column, stream_of
 from flashmorph.errors import UserError
 from flashmorph.tasks.words import SPLITS
-from flashmorph.textfiles import ENDINGS, data_files, kind_of, no_column, stream_of
 
 DEMO = "demo"
 _HELD_OUT_SHARES = {"validation": 0.05, "referee": 0.05, "test": 0.05}

@@ -14,8 +14,7 @@ import pyarrow.parquet
 from transformers import PreTrainedTokenizerBase
 
 from flashmorph.data.corpus import Corpus, Document, files_of
-from flashmorph.corpus import Corpus, Document, files_of
-from flashmorph.documents import require_words
+from flashmorph.data.documents import require_words
 
 _TOKENISED = 2_000_000
 """Characters of the split `train` that are tokenised, if there are so many."""

@@ -78,7 +78,7 @@ took, on one page; its figures lie in `figures/`.
 | served by | from version |
 |---|---|
 {engines}
-{_KERNELS if host.kernels else ""}
+{_KERNELS if any(mixer.kernels for mixer in host.mixers.values()) else ""}
 Made with the following command; `recipe.yaml`, `plan.json` and `results.json` lie beside this file.
 
 {code_block(shell_command(words), "sh")}
