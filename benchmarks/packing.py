@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from flashmorph.selection.uniform import uniform
 from rich.console import Console
 from rich.table import Table
 
@@ -29,7 +30,6 @@ from flashmorph.files import write_json
 from flashmorph.hosts import host_of, supports_varlen
 from flashmorph.losses import Head, label_loss
 from flashmorph.plan import Budget
-from flashmorph.selection.uniform import uniform
 from flashmorph.stages import collate
 
 

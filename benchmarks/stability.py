@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from flashmorph.selection.uniform import uniform
 from rich.console import Console
 from rich.table import Table
 
@@ -31,7 +32,6 @@ from flashmorph.recipe.recipe import Recipe, load_recipe
 from flashmorph.run.folder import RunFolder
 from flashmorph.run.models import open_morphable, open_objective
 from flashmorph.run.run import Run
-from flashmorph.selection.uniform import uniform
 
 CHECK_SEED = 1000
 

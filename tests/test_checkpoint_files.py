@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flashmorph.convert.checkpoint import travelling_files, weight_files
 from flashmorph.convert.load import load_model, load_tokenizer
-from flashmorph.convert.save import replace_checkpoint
+from flashmorph.convert.save import replace_checkpoint, save_model
 from flashmorph.convert.teacher import open_teacher
 from flashmorph.errors import UserError
 
@@ -57,6 +58,22 @@ def test_named_templates_arrive_where_the_tokenizer_finds_them(teacher, tmp_path
     assert (teacher / "additional_chat_templates" / "tool_use.jinja").is_file()
     assert run_command("transplant", teacher, "--output", tmp_path / "host") == 0
     assert load_tokenizer(tmp_path / "host").chat_template == tokenizer.chat_template
+
+
+def test_weights_may_be_read_by_whoever_may_read_their_configuration(teacher, tmp_path):
+    host, other = tmp_path / "host", tmp_path / "other"
+    assert run_command("transplant", teacher, "--output", host) == 0
+    save_model(load_model(host, torch.float32), other, host)
+    for folder in (host, other):
+        mode = (folder / "config.json").stat().st_mode
+        assert (folder / "model.safetensors").stat().st_mode == mode, folder
+
+
+def test_a_teacher_that_nobody_may_write_moves(teacher, tmp_path):
+    for path in teacher.iterdir():
+        path.chmod(0o444)
+    assert run_command("transplant", teacher, "--output", tmp_path / "host") == 0
+    assert os.stat(tmp_path / "host" / "tokenizer_config.json").st_mode & stat.S_IWUSR
 
 
 def test_other_folders_in_the_teachers_stop_nothing(teacher, tmp_path):

@@ -423,3 +423,8 @@ def test_env_names_versions_device_and_kernels(capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["torch"] == torch.__version__
     assert "torch_chunk_gated_delta_rule" in facts
+    assert run_command("env") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(facts)
+    width = max(map(len, facts))
+    assert all(line.startswith(f"{name:<{width}}  ") for name, line in zip(facts, lines, strict=True))

@@ -256,3 +256,12 @@ def test_a_loss_on_one_class_is_found_there_and_nowhere_else(model):
     assert found["kind", "content words"]["difference"] == 0
     low, high = found["all", "all tokens"]["interval"]
     assert 0 < low < found["all", "all tokens"]["difference"] < high < 0.5
+
+
+def test_evaluate_says_whose_questions_it_asks_where_nobody_said(capsys, teacher_folder):
+    few = ("--questions", 1, "--set", "evaluate.length=128", "--set", "evaluate.perplexity_tokens=256")
+    easy = ("--set", "tasks={one: {task: many_keys, num_keys: 1}}")
+    assert run_command("evaluate", teacher_folder, *few, *easy) == 0
+    assert "recipe: demo" in capsys.readouterr().out
+    assert run_command("evaluate", teacher_folder, *few, *easy, "--recipe", "demo") == 0
+    assert "recipe: demo" not in capsys.readouterr().out

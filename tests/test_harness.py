@@ -107,6 +107,18 @@ def test_evaluate_hands_tasks_on_and_names_the_nearest(harness, tmp_path, teache
     assert "no task file" in refused(capsys, *options, "--tasks", tmp_path / "none.yaml")
 
 
+def test_a_task_without_its_data_is_told_before_anything_else_is_asked(
+    harness, monkeypatch, tmp_path, teacher_folder, recipe_file, capsys
+):
+    monkeypatch.setattr(
+        "flashmorph.pipeline.evaluate_models.evaluate", lambda *given: pytest.fail("questions were asked")
+    )
+    path = task_file(tmp_path, "toy", [], output_type="loglikelihood", doc_to_text="a", doc_to_target="b")
+    (tmp_path / "toy.jsonl").unlink()
+    sentence = refused(capsys, "evaluate", teacher_folder, "--recipe", recipe_file, "--tasks", path)
+    assert "lm-evaluation-harness cannot run" in sentence
+
+
 def test_without_the_harness_one_sentence_says_how_to_get_it(monkeypatch, capsys, teacher_folder, recipe_file):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)

@@ -135,6 +135,19 @@ def test_a_changed_setting_makes_new_folders_beside_the_old_and_says_so(
     assert not same_weights(finished, copy)
 
 
+def test_a_stage_of_another_run_that_is_not_named_again_is_not_told_as_changed(
+    finished, teacher_folder, recipe_file, tmp_path, capsys
+):
+    command = ("align", teacher_folder, "--recipe", recipe_file, "--output", tmp_path / "run")
+    assert run_command(*command, "--from", finished) == 0
+    capsys.readouterr()
+    assert run_command(*command) == 0
+    printed = capsys.readouterr().out
+    for stage in ("transplant", "align"):
+        assert f"{stage}: {stage}-" in printed
+    assert "is not here and in no run that --from names; running it again" in printed and "inputs differ" not in printed
+
+
 def test_text_that_grew_is_noticed(teacher_folder, recipe_file, tmp_path, capsys):
     text = tmp_path / "text"
     text.mkdir()

@@ -47,6 +47,40 @@ def test_a_split_without_text_is_refused_before_the_first_stage(teacher_folder, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "source", ["/nowhere/at/all", "./texts", "texts.jsonl", "texts/rows.txt", "my/own/texts", "~/texts"]
+)
+def test_text_that_is_not_there_is_refused_before_the_first_stage(
+    teacher_folder, recipe_file, tmp_path, capsys, source, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for dry in ((), ("--dry-run",)):
+        options = ("--recipe", recipe_file, "--output", tmp_path / "out", "--data", source, *dry)
+        assert run_command("morph", teacher_folder, *options) == 2
+        assert f"there is no file or folder '{source}'" in told(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_may_be_called_as_datasets_are_is_none_of_the_users_own_files():
+    assert Corpus("HuggingFaceFW/fineweb-edu").paths() is None and Corpus("squad").paths() is None
+
+
+def test_replies_to_be_learnt_of_text_are_refused_before_the_first_stage(recipe_file, tmp_path):
+    text = rows_file(tmp_path / "rows.jsonl", 200)
+    changes = {"data.source": str(text), "data.loss_on": "replies", "data.max_passes": None}
+    with pytest.raises(UserError, match="`loss_on: replies` is for conversations"):
+        check_text(load_recipe(recipe_file, changes), tiny_tokenizer(), EVERY)
+
+
+def test_conversations_without_a_template_are_refused_before_the_first_stage(recipe_file, tmp_path):
+    talk = [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "So it is."}]
+    file = tmp_path / "talks.jsonl"
+    file.write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(20)))
+    recipe = load_recipe(recipe_file, {"data.source": str(file), "data.max_passes": None})
+    with pytest.raises(UserError, match="no chat template"):
+        check_text(recipe, tiny_tokenizer(), EVERY)
+
+
 def test_a_split_that_is_not_read_may_be_empty(teacher_folder, recipe_file, tmp_path):
     text = rows_file(tmp_path / "rows.jsonl", 200, splits={"train"})
     recipe = load_recipe(recipe_file, {"data.source": str(text), "select.strategy": "uniform"})

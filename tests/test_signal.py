@@ -12,7 +12,7 @@ from conftest import FEW_STEPS, random_qwen3, run_command, tiny_tokenizer
 
 import flashmorph.assets as assets
 from flashmorph.convert.load import load_model
-from flashmorph.pipeline.morph import worse_than_silent
+from flashmorph.pipeline.morph import warning, worse_than_silent
 from flashmorph.pipeline.signal import ask_teacher, measure_signal
 from flashmorph.plan import Space
 from flashmorph.recipe.outlook import LEAST_QUESTIONS, goes_by_answers
@@ -86,6 +86,8 @@ def test_a_layer_is_worse_than_silent_from_an_error_of_1_on():
     assert worse_than_silent([0.3, 1.0, 0.99, float("nan")], layers=4) == [1, 3]
     assert worse_than_silent([0.3, 0.2, 1.5, 0.2, 0.1, 0.1], layers=3) == [1]
     assert worse_than_silent([], layers=2) == []
+    assert "layer 0 is worse" in warning([0]) and warning([0]).endswith("switches it")
+    assert "layers 1, 3 are worse" in warning([1, 3]) and warning([1, 3]).endswith("switches them")
 
 
 def recipe_of(path: Path, tasks: dict[str, dict[str, Any]], length: int = 96) -> Path:

@@ -138,7 +138,8 @@ def test_the_whole_path_with_windows(teacher_folder, recipe_file, tmp_path, caps
     hybrid = AutoModelForCausalLM.from_pretrained(out)
     assert sorted(hybrid.config.layer_types) == ["full_attention", "sliding_attention"]
     assert hybrid.config.sliding_window == 16 and hybrid.config.model_type == "qwen3"
-    assert "□ sliding window" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "□ sliding window" in card and "flash-linear-attention" not in card
 
 
 def test_given_plans_are_of_the_host_with_its_windows(teacher_folder, recipe_file, tmp_path, capsys):

@@ -20,7 +20,7 @@ from flashmorph.cli import estimate, compare, hosts, env  # noqa: F401
 from flashmorph.cli.app import app
 from flashmorph.cli.options import ERR
 from flashmorph.errors import OutOfMemory, UserError
-from flashmorph.surface.interrupts import SENTENCE, Interrupted, listening
+from flashmorph.surface.interrupts import Interrupted, listening, sentence
 from flashmorph.surface.terminal import harmless, stand_in_for_what_cannot_be_shown
 
 _SHARED = ("morph", "align", "select", "build", "distill", "extend")
@@ -50,7 +50,7 @@ def main() -> None:
         except SystemExit as stop:
             # typer's word for a KeyboardInterrupt that a library raised.
             if stop.code == _CTRL_C and is_first:
-                ERR.print(SENTENCE)
+                ERR.print(sentence())
             raise
 
 

@@ -19,5 +19,6 @@ def env(as_json: JsonOption = False) -> None:
     if as_json:
         print(json.dumps(facts, indent=2))
         return
+    width = max(map(len, facts))
     for name, value in facts.items():
-        OUT.print(f"{name:<24} {value}", highlight=False, soft_wrap=True)
+        OUT.print(f"{name:<{width}}  {value}", highlight=False, soft_wrap=True)

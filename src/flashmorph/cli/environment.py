@@ -35,7 +35,7 @@ def describe() -> dict[str, str]:
         for kernels in (mixer.kernels for mixer in host.mixers.values() if mixer.kernels):
             facts |= {name: _kernel(kernels.module, name, device) for name in kernels.functions}
     for host in HOSTS:
-        facts[f"{host.name}, packed documents"] = how_apart(True, supports_varlen(host, device))
+        facts[f"{host.name} rows"] = f"packed documents {how_apart(True, supports_varlen(host, device))}"
     return facts
 
 

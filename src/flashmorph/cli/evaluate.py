@@ -128,6 +128,9 @@ def evaluate(
     wanted = Wanted(settings, grid, harness, tokens, allow_unused)
     if kept:
         RichScreen(ERR if as_json else OUT).say(f"recipe: {kept} (--recipe takes another)")
+    elif not chosen:
+        about = "demo, which asks in the lines that the embedded teachers know; --recipe default asks in English"
+        RichScreen(ERR if as_json else OUT).say(f"recipe: {about}, --data gives the text")
     figures = compare_models(models, wanted, pick_device(device), RichScreen(ERR))
     if report:
         keep(report, "evaluate", {"models": figures}, {name: locate(name)[0] for name in figures})

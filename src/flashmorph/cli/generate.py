@@ -18,7 +18,7 @@ def generate(
 ) -> None:
     """Continue a prompt with several models, side by side (greedy, with the cache).
 
-    Example: `flashmorph generate tiny runs/demo --prompt "@ file class:482139"`
+    Example: `flashmorph generate tiny runs/demo --prompt $'@ file class:482139\\n? file class:'`
     """
     from flashmorph.cli.screen import RichScreen
     from flashmorph.devices import pick_device

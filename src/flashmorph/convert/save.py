@@ -70,7 +70,7 @@ def complete(folder: Path, config: PreTrainedConfig, origin: Path) -> None:
 
     Its config.json says what engines read, not only what transformers does (`Host.written`); tokenizer, template and
     generation settings come from `origin`. None of them says `use_cache: false`, as a teacher's may from its training:
-    whoever generates wants the cache.
+    whoever generates wants the cache. safetensors writes weights for their owner alone: they get config.json's mode.
     """
     values = read_json(folder / "config.json")
     if (wanted := host_of(config).serialise(values)) != values:
@@ -79,6 +79,8 @@ def complete(folder: Path, config: PreTrainedConfig, origin: Path) -> None:
     for name in (CONFIG, GENERATION):
         if (folder / name).is_file():
             _use_cache(folder / name)
+    for weights in folder.glob("*.safetensors"):
+        shutil.copymode(folder / CONFIG, weights)
 
 
 def _use_cache(path: Path) -> None:
@@ -89,11 +91,12 @@ def _use_cache(path: Path) -> None:
 
 def _copy(path: Path, target: Path) -> None:
     """Copy one file of a checkpoint as we publish it."""
+    if path.name == TOKENIZER_SETTINGS:
+        target.write_bytes(travelling_content(path))
+        return
     shutil.copy2(path, target)
     if path.name == GENERATION:
         _use_cache(target)
-    if path.name == TOKENIZER_SETTINGS:
-        target.write_bytes(travelling_content(path))
 
 
 def bring(origin: Path, folder: Path) -> None:

@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 
 from flashmorph.data.chat import CHAT_COLUMNS, TOOLS_COLUMN, Message, messages_in, spoken, tools_in
-from flashmorph.data.textfiles import ENDINGS, data_files, no_column, stream_of
+from flashmorph.data.textfiles import ENDINGS, data_files, kind_of, no_column, stream_of
 from flashmorph.errors import UserError
 from flashmorph.tasks.words import SPLITS
 
@@ -177,12 +177,14 @@ class Corpus:
         """The local files that are read; None for a dataset of the hub.
 
         Raises:
-            UserError: see `data_files`; or there is nothing of text at `source`.
+            UserError: see `data_files`; or nothing of text at `source`; or nothing, and no dataset is called so.
         """
         if self.source == DEMO:
             return [Path(str(files("flashmorph") / "assets" / "demo_text.jsonl.xz"))]
         path = Path(self.source)
         if not path.exists():
+            if self.source.startswith((".", "/", "~")) or self.source.count("/") > 1 or kind_of(path):
+                raise UserError(f"there is no file or folder {self.source!r}: give text, or a dataset of the hub")
             return None
         if not (paths := data_files(path, self._columns)):
             raise UserError(f"{path} holds no text: give files that end in {', '.join(ENDINGS)}")

@@ -121,9 +121,9 @@ class Part:
     def _encoded(self, documents: Iterator[tuple[Document, Place]]) -> Iterator[tuple[np.ndarray, Place]]:
         """Marked tokens of each document, texts tokenised many together, since that is faster."""
         while together := _some(documents):
+            for document, _ in together:
+                require_words(self._tokenizer, self._corpus, document)
             texts = [document.text for document, _ in together if document.messages is None]
-            if texts and self._corpus.replies_only:
-                raise UserError(f"{self._corpus.source} has text, and `loss_on: replies` is for conversations")
             encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
             of_texts = iter(encoded)
             for document, place in together:
@@ -143,7 +143,6 @@ class Part:
 
     def _encode_chat(self, document: Document) -> tuple[list[int], list[bool] | None]:
         """The tokens of a conversation; none if it is not fit, which the first pass counts."""
-        require_template(self._tokenizer, self._corpus)
         assert document.messages is not None
         try:
             return encode_chat(self._tokenizer, document.messages, self._corpus.replies_only, document.tools)
@@ -200,6 +199,18 @@ def require_template(tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> None
             f"{corpus.source} has conversations and the teacher's tokenizer has no chat template: give text, or an "
             "instruction-tuned teacher"
         )
+
+
+def require_words(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, document: Document) -> None:
+    """Refuse a conversation without a template for it, and text where replies are learnt.
+
+    Raises:
+        UserError: names the source.
+    """
+    if document.messages is not None:
+        require_template(tokenizer, corpus)
+    elif corpus.replies_only:
+        raise UserError(f"{corpus.source} has text, and `loss_on: replies` is for conversations")
 
 
 def _some(documents: Iterator[tuple[Document, Place]]) -> list[tuple[Document, Place]]:

@@ -14,6 +14,7 @@ import pyarrow.parquet
 from transformers import PreTrainedTokenizerBase
 
 from flashmorph.data.corpus import Corpus, Document, files_of
+from flashmorph.data.documents import require_words
 
 _TOKENISED = 2_000_000
 """Characters of the split `train` that are tokenised, if there are so many."""
@@ -45,12 +46,13 @@ def measure(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, enough: float, s
     """What a local corpus has, read until there are `enough` tokens and each of `splits` has a document.
 
     Raises:
-        UserError: the text cannot be read.
+        UserError: the text cannot be read, or is no text, or no conversation, where that is needed.
     """
     seen: set[str] = set()
     sample = _Sample(tokenizer)
     read = size = rows = of_train = 0
     for document in corpus.every():
+        require_words(tokenizer, corpus, document)
         split, characters = document.split, len(document.text)
         seen.add(split)
         rows, read, size = rows + 1, read + characters, size + len(document.text.encode())

@@ -23,6 +23,10 @@ _NAMES = {
     "uniform": "uniform layout, same budget and training",
     "uniform_undistilled": "uniform layout, before distillation",
 }
+_KERNELS = """
+On a machine without a GPU, leave flash-linear-attention and mamba-ssm uninstalled (or Triton): transformers picks its
+kernels where they can be imported, and they do not run there.
+"""
 
 
 def model_card(run: Run, results: Results) -> str:
@@ -74,10 +78,7 @@ took, on one page; its figures lie in `figures/`.
 | served by | from version |
 |---|---|
 {engines}
-
-On a machine without a GPU, leave flash-linear-attention and mamba-ssm uninstalled (or Triton): transformers picks its
-kernels where they can be imported, and they do not run there.
-
+{_KERNELS if any(mixer.kernels for mixer in host.mixers.values()) else ""}
 Made with the following command; `recipe.yaml`, `plan.json` and `results.json` lie beside this file.
 
 {code_block(shell_command(words), "sh")}

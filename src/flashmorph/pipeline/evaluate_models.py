@@ -171,22 +171,23 @@ def _judge(name: str, wanted: Wanted, device: torch.device, screen: Screen, firs
             documents, templated = corpus.pool("test", recipe.seed), wanted.grid.chat_template
             asker = ASKERS[wanted.grid.style](tokenizer, documents, recipe.seed, templated)
             grid = make_questions(asker, wanted.grid, report)
+    of_harness = []
+    if wanted.harness:  # First, since it fetches data, which may fail.
+        settings = recipe.evaluate
+        with screen.stage("evaluate", f"{name}: lm-evaluation-harness"):
+            batch_size = max(1, settings.tokens_at_once // settings.length)
+            of_harness = wanted.harness.scores(model, tokenizer, locate(name)[0], batch_size)
     with screen.stage("evaluate", f"{name}: tasks, text") as report:
         questions = open_questions(recipe, corpus, tokenizer)
         same = first is not None and first.vocabulary == vocabulary
         text = first.text if first and same else held_out(recipe, corpus, tokenizer)
         score = evaluate(model, tokenizer, questions, text, recipe.evaluate, cache_by_context(model.config), report)
-        found = Found(score, vocabulary, text)
+        found = Found(score, vocabulary, text, harness=of_harness)
         if wanted.tokens:
             found.classes = first.classes if first else TokenClasses.of(text, tokenizer)
     if grid:
         with screen.stage("evaluate", f"{name}: grid") as report:
             found.grid = ask_grid(model, tokenizer, grid, report)
-    if wanted.harness:
-        settings = recipe.evaluate
-        with screen.stage("evaluate", f"{name}: lm-evaluation-harness"):
-            batch_size = max(1, settings.tokens_at_once // settings.length)
-            found.harness = wanted.harness.scores(model, tokenizer, locate(name)[0], batch_size)
     return found
 
 

@@ -160,10 +160,7 @@ def run_align(run: Run, host: Stage) -> Stage:
                 save_file(state, temporary)
         worse = worse_than_silent(errors, len(morphable.layers))
         if worse:
-            run.screen.say(
-                f"after alignment layers {', '.join(map(str, worse))} are worse than a silent branch (relative error 1 "
-                "or more): train longer, or with another learning rate, before you trust a plan that switches them"
-            )
+            run.screen.say(warning(worse))
         summary = f"relative error by layer {_listed(start)} at the start, {_listed(errors)} now"
         figures = {"errors_at_start": start, "errors": errors, "worse_than_silent": worse}
         return {**figures, **_trained(run, settings, rows), "summary": summary}
@@ -326,6 +323,16 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
 def worse_than_silent(errors: Sequence[float], layers: int) -> list[int]:
     """Layers one of whose branches has a relative error of 1 or more; `errors` has those of each layer in turn."""
     return sorted({place * layers // len(errors) for place, error in enumerate(errors) if not error < 1})
+
+
+def warning(worse: list[int]) -> str:
+    """What to say of layers that alignment leaves worse than silent."""
+    numbers = ", ".join(map(str, worse))
+    layers, them = (f"layers {numbers} are", "them") if len(worse) > 1 else (f"layer {numbers} is", "it")
+    return (
+        f"after alignment {layers} worse than a silent branch (relative error 1 or more): train longer, or with "
+        f"another learning rate, before you trust a plan that switches {them}"
+    )
 
 
 def _has_model(folder: Path) -> bool:

@@ -180,6 +180,12 @@ class RunFolder:
         """The folder that the last run used for what it called `label`."""
         return distributed.first(lambda: last_stages(self.path).get(label))
 
+    def why_again(self, before: str, name: str, settings: Any, inputs: list[str]) -> str:
+        """Why `before`, which the last run used, does not do for a stage that is not found."""
+        if before == f"{name}-{digest_of([name, settings, inputs])}":
+            return f"{before} is not here and in no run that --from names"
+        return f"settings or inputs differ from {before}, which stays"
+
     def remember(self, label: str, stage: Stage) -> None:
         """Note which folder this run uses for `label`."""
 

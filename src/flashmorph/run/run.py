@@ -134,7 +134,7 @@ class Run:
         label = f"{name} {about.split()[0]}" if name == "evaluate" or about.startswith("uniform") else name
         before, done = self.folder.last(label), self.folder.find(name, settings, inputs)
         if before and not done:
-            self.screen.say(f"{label}: settings or inputs differ from {before}, which stays; running it again")
+            self.screen.say(f"{label}: {self.folder.why_again(before, name, settings, inputs)}; running it again")
         set_seed(self.recipe.seed)
 
         def careful(folder: Path) -> dict:

@@ -17,6 +17,9 @@ from typing import Any, NoReturn
 from flashmorph.errors import UserError
 
 SENTENCE = "interrupted; the same command again goes on from here"
+ANEW = "interrupted; the same command again begins anew"
+_KEEP_NOTHING = ("transplant", "plan", "evaluate", "bench", "generate", "export", "report", "hosts", "env")
+"""Commands that leave nothing behind before they are done."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _STOP = 0
 _PATIENCE_SECONDS = 10.0
@@ -75,7 +78,7 @@ class _Listener:
             if not self.heard:
                 self.heard = number
                 if self._speaks:
-                    _say(SENTENCE)
+                    _say(sentence())
 
     def _handle(self, number: int, frame: Any) -> None:
         self.hear(number)
@@ -109,7 +112,7 @@ _listener: _Listener | None = None
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Within this, Ctrl-C and SIGTERM say `SENTENCE` and raise `Interrupted`; a second one ends the process at once.
+    """Within this, Ctrl-C and SIGTERM say `sentence()` and raise `Interrupted`; a second one ends the process at once.
 
     So does the first where torchrun started several processes, of which the first one speaks. Whatever the interruption
     leads to (a library may turn it into another error, or go on), it ends as `Interrupted`, at the latest after some
@@ -148,6 +151,11 @@ def leave(code: Any) -> NoReturn:
     if sys.__stdout__ and sys.__stdout__.isatty():
         os.write(1, b"\x1b[?25h")  # A progress bar hides the cursor.
     os._exit(code)
+
+
+def sentence() -> str:
+    """What to say of a command that is interrupted."""
+    return ANEW if sys.argv[1:2] and sys.argv[1] in _KEEP_NOTHING else SENTENCE
 
 
 def _say(sentence: str) -> None:
