@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from flashmorph.selection.uniform import uniform
+from flashmorph.selection.strategies.uniform import uniform
 from rich.console import Console
 from rich.table import Table
 from torch import nn

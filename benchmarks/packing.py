@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from flashmorph.selection.uniform import uniform
+from flashmorph.selection.strategies.uniform import uniform
 from rich.console import Console
 from rich.table import Table
 

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from flashmorph.selection.uniform import uniform
+from flashmorph.selection.strategies.uniform import uniform
 from rich.console import Console
 from rich.table import Table
 
