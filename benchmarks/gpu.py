@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from flashmorph.selection.strategies.uniform import uniform
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -45,6 +44,7 @@ from flashmorph.recipe.recipe import Recipe, load_recipe
 from flashmorph.selection.objective import MorphableObjective
 from flashmorph.selection.search import own_settings, select
 from flashmorph.selection.searchdata import SearchData, step_shape
+from flashmorph.selection.strategies.uniform import uniform
 from flashmorph.stages.align import AlignmentLoss
 from flashmorph.stages.distill import DistillationLoss
 from flashmorph.tasks import STYLES, Haystack, Layout

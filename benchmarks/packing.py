@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from flashmorph.selection.strategies.uniform import uniform
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +29,7 @@ from flashmorph.files import write_json
 from flashmorph.hosts import host_of, supports_varlen
 from flashmorph.losses import Head, label_loss
 from flashmorph.plan import Budget
+from flashmorph.selection.strategies.uniform import uniform
 from flashmorph.stages import collate
 
 

@@ -14,7 +14,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from flashmorph.selection.strategies.uniform import uniform
 from rich.console import Console
 from rich.table import Table
 
@@ -32,6 +31,7 @@ from flashmorph.recipe.recipe import Recipe, load_recipe
 from flashmorph.run.folder import RunFolder
 from flashmorph.run.models import open_morphable, open_objective
 from flashmorph.run.run import Run
+from flashmorph.selection.strategies.uniform import uniform
 
 CHECK_SEED = 1000
 
