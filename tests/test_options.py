@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from surfaces import Forgetful
 
 from flashmorph.errors import UserError
 from flashmorph.plan import FULL, Budget, Group, Plan, Space, count_plans, every_plan
@@ -48,7 +49,7 @@ CASES = {
 }
 
 
-class Additive:
+class Additive(Forgetful):
     """An objective whose loss falls by each group's worth, as far as its option has it; every question alike but for
     its difficulty."""
 
@@ -73,18 +74,6 @@ class Additive:
 
     def distill(self, path, steps) -> Distilled:
         return Distilled(self.loss(path[-1]) / steps, 2.0, np.zeros(self.num_questions))
-
-    def restore(self, logits, optimizer, trace) -> int:
-        return 0
-
-    def keep(self, step, logits, optimizer, trace) -> None:
-        pass
-
-    def progress(self, done, total, **figures) -> None:
-        assert 0 < done <= total
-
-    def warn(self, text) -> None:
-        pass
 
 
 def find(strategy: str, space: Space, budget: Budget, **settings):

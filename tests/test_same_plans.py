@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from surfaces import Forgetful
 
 from flashmorph.plan import Budget, Plan, Space
 from flashmorph.selection import STRATEGIES
@@ -27,11 +28,10 @@ SETTINGS = {
     "nll": [{}, {"direction": "switch"}],
     "race": [{}, {"swaps": False}, {"start_questions": 3, "confidence": 0.95}],
 }
-NAMES = [name for name in STRATEGIES if name != "tolerance"]
-"""Tolerance looks at text alone, and its loss was a budget then."""
+NAMES = [name for name, strategy in STRATEGIES.items() if not strategy.finds_budget]
 
 
-class Surface:
+class Surface(Forgetful):
     """Groups help alone and in pairs, the questions each in their own way; `asked` is all that was asked, in order."""
 
     def __init__(self, space: Space, seed: int):
@@ -68,18 +68,6 @@ class Surface:
         full = self._gates(path[-1])
         left = 3 - 0.2 * (full @ self._alone) / steps - 0.1 * (full @ self._pairs @ full)
         return Distilled(float(left), 2.0, np.zeros(self.num_questions))
-
-    def restore(self, logits, optimizer, trace) -> int:
-        return 0
-
-    def keep(self, step, logits, optimizer, trace) -> None:
-        pass
-
-    def progress(self, done, total, **figures) -> None:
-        assert 0 < done <= total
-
-    def warn(self, text) -> None:
-        pass
 
     def _gates(self, plan: Plan) -> np.ndarray:
         return self._space.one_hot(plan)[:, self._full]

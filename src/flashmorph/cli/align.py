@@ -37,14 +37,13 @@ def align(
     from flashmorph.pipeline import morph as pipeline
 
     options = Options(
-        teacher,
-        output,
-        recipe,
-        None,
-        changes,
-        data,
-        others,
-        allow_repeat,
+        teacher=teacher,
+        output=output,
+        recipe=recipe,
+        changes=changes,
+        data=data,
+        others=others,
+        allow_repeat=allow_repeat,
         device=device,
         window=window,
         allow_unused=allow_unused,

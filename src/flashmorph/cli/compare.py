@@ -86,13 +86,12 @@ def compare(
     claim_output(picture, PICTURE, force)
     places = tuple(others or ())
     options = Options(
-        teacher,
-        output,
-        recipe,
-        None,
-        changes,
-        data,
-        others,
+        teacher=teacher,
+        output=output,
+        recipe=recipe,
+        changes=changes,
+        data=data,
+        others=others,
         device=device,
         json=as_json,
         recipe_of=places,

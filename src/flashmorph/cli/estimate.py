@@ -62,7 +62,15 @@ def estimate(
     quiet()
     found_gpu = find_gpu(gpu) if gpu else None
     options = Options(
-        teacher, Path(), recipe, budget, changes, data, strategy=strategy, baseline=baseline, window=window
+        teacher=teacher,
+        output=Path(),
+        recipe=recipe,
+        budget=budget,
+        changes=changes,
+        data=data,
+        strategy=strategy,
+        baseline=baseline,
+        window=window,
     )
     settings = recipe_of(options)
     config = open_config(teacher)

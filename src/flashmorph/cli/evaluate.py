@@ -107,7 +107,14 @@ def evaluate(
     if report:
         claim_kept(report, "evaluate", force)
         claim_output(report / PAGE_NAME, PAGE, force)
-    options = Options("", Path(), recipe, None, changes, data, recipe_of=(report,) if report else homes(models))
+    options = Options(
+        teacher="",
+        output=Path(),
+        recipe=recipe,
+        changes=changes,
+        data=data,
+        recipe_of=(report,) if report else homes(models),
+    )
     kept = options.kept_recipe
     chosen = recipe or kept or ("demo" if any(name in EMBEDDED for name in models) else None)
     settings = recipe_of(replace(options, recipe=str(chosen or "demo")))

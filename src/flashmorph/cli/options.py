@@ -58,7 +58,7 @@ WindowOption = Annotated[
 ]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Options:
     """What every command that works on a run is given."""
 

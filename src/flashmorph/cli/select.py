@@ -81,11 +81,11 @@ def select(
     if max_plans is not None:
         changes = [*(changes or []), f"select.settings.max_plans={max_plans}"]
     options = Options(
-        teacher,
-        source,
-        recipe,
-        budget,
-        changes,
+        teacher=teacher,
+        output=source,
+        recipe=recipe,
+        budget=budget,
+        changes=changes,
         strategy=strategy,
         device=device,
         json=as_json,

@@ -68,7 +68,7 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
 def complete(folder: Path, config: PreTrainedConfig, origin: Path) -> None:
     """Make what transformers has saved in `folder`, with this configuration, what we publish.
 
-    Its config.json says what engines read, not only what transformers does (`Host.written`); tokenizer, template and
+    Its config.json says what engines read, not only what transformers does (`Host.serialise`); tokenizer, template and
     generation settings come from `origin`. None of them says `use_cache: false`, as a teacher's may from its training:
     whoever generates wants the cache. safetensors writes weights for their owner alone: they get config.json's mode.
     """

@@ -62,11 +62,6 @@ class Space:
         return any(group.kv_head is not None for group in self.groups)
 
     @cached_property
-    def cheapest(self) -> tuple[str, ...]:
-        """The option of each group that costs least and is not `full`, in the order that decides between equals."""
-        return tuple(self.options[option] for option in self.order[:, 1])
-
-    @cached_property
     def costs_alike(self) -> bool:
         """Whether an option costs the same in every group."""
         return not np.ptp(self.cost, axis=0).any()
