@@ -5,7 +5,9 @@ from flashmorph.selection.strategy import Objective, Selection, Strategy, layer_
 
 
 def first(space: Space, budget: Budget, objective: Objective | None, seed: int) -> Selection:
-    """The first layers full. Nothing is searched: `objective` and `seed` are not used.
+    """The first layers full.
+
+    Nothing is searched: `objective` and `seed` are not used.
 
     Raises:
         UserError: see `Space.limit`.
@@ -15,7 +17,9 @@ def first(space: Space, budget: Budget, objective: Objective | None, seed: int) 
 
 
 def last(space: Space, budget: Budget, objective: Objective | None, seed: int) -> Selection:
-    """The last layers full. Nothing is searched: `objective` and `seed` are not used.
+    """The last layers full.
+
+    Nothing is searched: `objective` and `seed` are not used.
 
     Raises:
         UserError: see `Space.limit`.

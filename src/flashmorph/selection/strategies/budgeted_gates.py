@@ -39,13 +39,14 @@ def budgeted_gates(
     shared_moment: bool = True,
     swaps: Annotated[int, Field(ge=0, le=1_000)] = 2,
 ) -> Selection:
-    """Learn logits `[groups, options]` under the budget; the plan is the best one by the final logits.
+    """Gates learnt jointly with the budget inside the optimisation, then races for the weakest layers; the default.
 
-    With `random_budget` each step spends its own budget, from the smallest that buys a layer to nearly all, so that the
-    logits do not depend on `budget` and one search serves every count. With `shared_moment` steps keep the proportions
-    of the gradients (`SharedAdam`) instead of being equally long for every logit. The logits cannot say that one layer
-    makes up for another; so at the end the places of the `swaps` weakest layers of the plan are raced for
-    (`improve_by_swaps`; 0 for none), where options cost the same everywhere.
+    It learns logits `[groups, options]`; the plan is the best one by the final ones. With `random_budget` each step
+    spends its own budget, from the smallest that buys a layer to nearly all, so that the logits do not depend on
+    `budget` and one search serves every count. With `shared_moment` steps keep the proportions of the gradients
+    (`SharedAdam`) instead of being equally long for every logit. The logits cannot say that one layer makes up for
+    another; so at the end the places of the `swaps` weakest layers of the plan are raced for (`improve_by_swaps`; 0 for
+    none), where options cost the same everywhere.
 
     Raises:
         UserError: see `Space.limit`.

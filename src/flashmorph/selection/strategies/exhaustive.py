@@ -23,9 +23,10 @@ def exhaustive(
     max_plans: Annotated[int, Field(ge=1, le=1_000_000_000)] = 1_000,
     num_questions: NumQuestions = None,
 ) -> Selection:
-    """Evaluate every plan on the first `num_questions` of the search-validation split and take the best.
+    """Evaluate every plan of the budget and take the best; for few layers.
 
-    The scores are the best plan itself, as ones and zeros; every plan's loss is in the trace.
+    On the first `num_questions` of the search-validation split. The scores are the best plan itself, as ones and zeros;
+    every plan's loss is in the trace.
 
     Raises:
         UserError: see `Space.limit`; or there are more than `max_plans` plans.

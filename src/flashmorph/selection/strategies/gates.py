@@ -31,9 +31,10 @@ def gates(
     final_learning_rate: FinalRate = 2e-3,
     data: Data = "questions",
 ) -> Selection:
-    """Learn the gates, then keep the largest. `penalty` is the paper's lambda; ties go to the lower layer.
+    """FlashMorph's gates as published (arXiv 2606.30562): a scalar a layer under an L1 penalty, the largest kept.
 
-    `data` `text` aligns on all tokens of text instead of the answers to questions (the paper's ablation).
+    `penalty` is the paper's lambda; ties go to the lower layer. `data` `text` aligns on all tokens of text instead of
+    the answers to questions (the paper's ablation).
 
     Raises:
         UserError: see `Space.limit`.

@@ -75,10 +75,11 @@ class _Climb:
 def greedy_forward(
     space: Space, budget: Budget, objective: Objective, seed: int, num_questions: NumQuestions = None
 ) -> Selection:
-    """Add layers one at a time by the mean answer loss on the first `num_questions` of the search-validation split.
+    """From no layer full, restore the one that lowers the answer loss most, again and again.
 
-    A layer's score is the order of choice: K for the first, 1 for the last, 0 for a layer that was not chosen. Blind
-    where layers help only together: the first of them gains nothing.
+    Losses are means over the first `num_questions` of the search-validation split. A layer's score is the order of
+    choice: K for the first, 1 for the last, 0 for a layer that was not chosen. Blind where layers help only together:
+    the first of them gains nothing.
 
     Raises:
         UserError: see `Space.limit`.
@@ -106,9 +107,10 @@ def order_of_choice(space: Space, moves: Sequence[Move]) -> np.ndarray:
 def greedy_backward(
     space: Space, budget: Budget, objective: Objective, seed: int, num_questions: NumQuestions = None
 ) -> Selection:
-    """Switch layers one at a time by the mean answer loss on the first `num_questions` of the search-validation split.
+    """From every layer full, switch the one that raises the answer loss least, again and again.
 
-    A layer's score is how long it stayed full: 0 for the one switched first, L - K for those that stay.
+    Losses are means over the first `num_questions` of the search-validation split. A layer's score is how long it
+    stayed full: 0 for the one switched first, L - K for those that stay.
 
     Raises:
         UserError: see `Space.limit`.

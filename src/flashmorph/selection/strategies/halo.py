@@ -45,7 +45,7 @@ def halo_scores(general: Sequence[float], recall: Sequence[float]) -> list[float
 def halo(
     space: Space, budget: Budget, objective: Objective, seed: int, num_questions: NumQuestions = None
 ) -> Selection:
-    """Switch one layer of the full model, and keep the layers that cost much recall for little text loss.
+    """HALO's ratio (arXiv 2601.22156): keep the layers that, switched alone, cost much recall for little text loss.
 
     Recall is taken from the first `num_questions` of the search-validation split, the general score from its text.
     Equal scores (the cap) go to the lower layer.

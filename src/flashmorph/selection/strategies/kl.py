@@ -11,7 +11,7 @@ from flashmorph.selection.strategy import Objective, Selection, Steps, Strategy
 
 
 def kl(space: Space, budget: Budget, objective: Objective, seed: int, steps: Steps = 20) -> Selection:
-    """Keep the layers whose single restoration leaves the least KL to the teacher after `steps` distillation steps.
+    """KL-guided selection (KL-LS, arXiv 2512.20569): restore one layer, distil for `steps` steps, rank by the KL left.
 
     A score is how much less KL is left than by the worst layer, in nats a token. Costs L short distillations and serves
     every budget.

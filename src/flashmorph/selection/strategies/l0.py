@@ -35,10 +35,11 @@ def l0(
     learning_rate: Rate = 0.05,
     final_learning_rate: FinalRate = 0.05,
 ) -> Selection:
-    """Learn the masks, then keep the layers with the largest `log_alpha`.
+    """Hard-concrete masks under an augmented Lagrangian on their count (ConSA, arXiv 2606.18056).
 
-    The masks start nearly all open, so that layers which help only together are still together when the Lagrangian
-    starts to close them. In the trace, `logits` holds `log_alpha` of each layer and then the two multipliers.
+    The layers with the largest `log_alpha` stay full. The masks start nearly all open, so that layers which help only
+    together are still together when the Lagrangian starts to close them. In the trace, `logits` holds `log_alpha` of
+    each layer and then the two multipliers.
 
     Raises:
         UserError: see `Space.limit`.

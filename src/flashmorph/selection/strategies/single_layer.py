@@ -81,10 +81,11 @@ def nll(
     direction: Direction = "restore",
     num_questions: NumQuestions = 64,
 ) -> Selection:
-    """Rank layers once by the answers' negative log-likelihood: `direction` is `restore` or `switch`.
+    """NLL-guided selection (arXiv 2606.27791): rank layers once by the answers' negative log-likelihood.
 
-    A score is the difference of the mean answer loss to the base, in nats; the paper asks 64 questions. The loss is
-    that of every strategy here, so `restore` measures what add-one does and `switch` what drop-one does.
+    `direction` is `restore` or `switch`. A score is the difference of the mean answer loss to the base, in nats; the
+    paper asks 64 questions. The loss is that of every strategy here, so `restore` measures what add-one does and
+    `switch` what drop-one does.
 
     Raises:
         UserError: see `Space.limit`.

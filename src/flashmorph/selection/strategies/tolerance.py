@@ -20,8 +20,10 @@ def tolerance(
     tolerance: Share = 0.01,
     steps: Steps = 20,
 ) -> Selection:
-    """Switch the layer that text misses least, distil the whole model for `steps` steps, and keep the switch if the
-    perplexity is within the `tolerance` of the teacher's; else take it back for good and try the next layer.
+    """Switch as many layers as a tolerated loss of perplexity allows (`tolerance`, 1% by default).
+
+    It switches the layer that text misses least, distils the whole model for `steps` steps, and keeps the switch if the
+    perplexity is within the `tolerance` of the teacher's; else it takes it back for good and tries the next layer.
 
     The number of full layers is what it finds: `budget` is not used.
     At least one layer stays full. A layer's score is the order of switching: 0 for the one switched first, more for
