@@ -20,7 +20,7 @@ def summarise(comparison: Comparison) -> dict[str, Any]:
         groups.setdefault((cell.budget, cell.strategy, cell.spend), []).append(cell)
     return {
         "truths": {name: _truth(truth) for name, truth in truths.items()},
-        "rows": [_row(*key, some, truths.get(key[0])) for key, some in sorted(groups.items())],
+        "rows": [_row(*key, some) for key, some in sorted(groups.items())],
         "cells": [{name: value for name, value in vars(cell).items() if name != "details"} for cell in cells],
         "after_distillation": comparison.after,
         "tolerance": [{"assignments": cell.assignments, **cell.details} for cell in cells if "trace" in cell.details],
@@ -40,12 +40,12 @@ def _truth(truth: Truth) -> dict[str, Any]:
     }
 
 
-def _row(budget: str, strategy: str, spend: float, cells: list[Cell], truth: Truth | None) -> dict[str, Any]:
+def _row(budget: str, strategy: str, spend: float, cells: list[Cell]) -> dict[str, Any]:
     known = [cell for cell in cells if cell.regret is not None and cell.rank is not None]
     regrets = [cell.regret for cell in known if cell.regret is not None]
     ranks = [cell.rank for cell in known if cell.rank is not None]
     recalls = [cell.recall for cell in cells if cell.recall is not None]
-    pairs = list(combinations([_kept(cell) for cell in cells], 2))
+    pairs = combinations([_kept(cell) for cell in cells], 2)
     return {
         "budget": budget,
         "strategy": strategy,
@@ -57,7 +57,7 @@ def _row(budget: str, strategy: str, spend: float, cells: list[Cell], truth: Tru
         "regret": _mean(regrets),
         "regret_spread": float(np.std(regrets, ddof=1)) if len(regrets) > 1 else None,
         "recall": _mean(recalls),
-        "agreement": _mean([len(one & other) / len(one | other) for one, other in pairs]),
+        "agreement": _mean([_overlap(one, other) for one, other in pairs]),
         **{name: _mean([cell.cost[name] for cell in cells]) for name in cells[0].cost},
         "plans": [dict(plan) for plan in sorted({tuple(cell.assignments.items()) for cell in cells})],
     }
@@ -65,6 +65,11 @@ def _row(budget: str, strategy: str, spend: float, cells: list[Cell], truth: Tru
 
 def _kept(cell: Cell) -> set[str]:
     return {group for group, option in cell.assignments.items() if option == FULL}
+
+
+def _overlap(one: set[str], other: set[str]) -> float:
+    """Intersection over union; of several options a plan may have no full layer."""
+    return len(one & other) / len(one | other) if one or other else 1.0
 
 
 def _mean(values: Sequence[float]) -> float | None:
