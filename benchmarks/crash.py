@@ -25,8 +25,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from itertools import cycle
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -209,7 +207,7 @@ def killed_at_renames(command: list[str], output: Path) -> Runs:
 def killed_at_random(command: list[str], output: Path, most: int, chance: random.Random, seconds: float) -> Runs:
     """Runs until so many were killed, each after up to half of the seconds that an undisturbed run takes."""
     runs = Runs(command, output, "random")
-    signals: Iterator[signal.Signals] = cycle((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+    signals = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
     while len(runs.kills) < most:
         folder, ended = runs.begin(), False
         while not ended:
@@ -218,10 +216,13 @@ def killed_at_random(command: list[str], output: Path, most: int, chance: random
             if ended := not process.is_alive():
                 runs.ended(process, (0,))
                 continue
-            number = next(signals)
+            number = signals[len(runs.kills) % len(signals)]
             assert process.pid
             os.kill(process.pid, number)
             process.join()
+            if ended := process.exitcode == 0:  # It was done before the signal reached it.
+                runs.ended(process, (0,))
+                continue
             if number == signal.SIGKILL:
                 runs.ended(process, (-number,))
             else:
