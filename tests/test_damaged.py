@@ -137,3 +137,9 @@ def test_a_seal_is_of_all_values():
     read = json.loads(json.dumps(values))
     assert not has_broken_seal(read) and not has_broken_seal({"rows": 3})
     assert has_broken_seal({**read, "rows": 4})
+
+
+@pytest.mark.parametrize("value", [1e101, -1e308, 10**200])
+def test_a_number_beyond_its_limit_is_told_in_a_short_sentence(value):
+    told = misfit({"loss": value}, dict[str, Finite])
+    assert told.startswith("loss: ") and len(told) < 120

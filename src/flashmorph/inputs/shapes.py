@@ -3,6 +3,7 @@ changed it."""
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,7 @@ def _of_64_bits(value: Any) -> Any:
     return value
 
 
+_ENDLESS = re.compile(r"\d{20,}")
 Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e100, le=1e100), BeforeValidator(_of_64_bits)]
 """A number that can be drawn, compared and written out, and that numpy knows."""
 Count = Annotated[int, Field(ge=0, le=_LARGEST)]
@@ -65,7 +67,10 @@ def misfit(value: Any, shape: Any) -> str:
         problem = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in problem["loc"] if part != "[key]")
         where = f"{place if len(place) <= _LONGEST else place[: _LONGEST - 1] + '…'}: " if place else ""
-        message = problem["msg"].removeprefix("Value error, ")
+        # A limit of 1e100 would be written with all its digits.
+        message = _ENDLESS.sub(
+            lambda number: f"{float(number[0]):.0e}".replace("+", ""), problem["msg"].removeprefix("Value error, ")
+        )
         return f"{where}{message[0].lower()}{message[1:]} (got {cut(quoted(problem['input']), _SHOWN)})"
     return ""
 
