@@ -2,6 +2,7 @@
 
 import json
 import logging
+import zipfile
 
 import pytest
 import torch
@@ -87,6 +88,16 @@ def flip(path, at: bytes = b"step") -> None:
     path.write_bytes(content)
 
 
+def empty_pickle(path):
+    """The archive as it was, but for the pickle inside, whose mark of sizes is renewed too."""
+    with zipfile.ZipFile(path) as archive:
+        content = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, value in content.items():
+            archive.writestr(name, b"" if name.endswith("data.pkl") else value)
+    (path.parent / FINISHED).write_text("")
+
+
 DAMAGES = {
     "weights gone, a mark without sizes": lambda place: (
         (place / FINISHED).write_text(""),
@@ -98,6 +109,7 @@ DAMAGES = {
     "a mark of files elsewhere": lambda place: (place / FINISHED).write_text('{"../../../nothing": 3}'),
     "a state that is a list": lambda place: (place / "trainer_state.json").write_text("[]"),
     "an optimiser with another bit": lambda place: flip(place / "optimizer.pt"),
+    "an empty pickle in a whole archive": lambda place: empty_pickle(place / "optimizer.pt"),
     "a header of the optimiser with another bit": lambda place: flip(place / "optimizer.pt", b"PK"),
 }
 

@@ -34,8 +34,7 @@ _HINTS = {
     r"lora_|\.base_layer\.|modules_to_save|ia3_|prompt_encoder": "an adapter that is not merged: merge it first",
     r"scale|zero_point|qweight|qzeros|g_idx|packed|absmax|quant|SCB|\.codes|nested": "of a quantised form: give the "
     "checkpoint it was made from",
-    r"\.bias$": "config.json says that there are none: correct it there (attention_bias, mlp_bias), or give the class "
-    "that has them",
+    r"\.bias$": "config.json denies them: correct attention_bias or mlp_bias there",
 }
 
 
@@ -205,6 +204,4 @@ def _refuse_names(folder: Path, inside: list[str], name: str, allowed: bool) -> 
     if allowed:
         return [f"{found}: what is computed leaves them out"]
     hint = next((f" ({text})" for pattern, text in _HINTS.items() if re.search(pattern, inside[0])), "")
-    raise UserError(
-        f"{found}{hint}: what is computed would not be what is stored; --allow-unused leaves them out all the same"
-    )
+    raise UserError(f"{found}{hint}: what is computed would not be what is stored; --allow-unused leaves them out")

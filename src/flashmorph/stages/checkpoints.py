@@ -6,13 +6,11 @@ import os
 import re
 import shutil
 import zipfile
-import zlib
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers.trainer_pt_utils import safe_globals
 
 from flashmorph.files import write_json
@@ -23,16 +21,6 @@ _NAME = re.compile(r"checkpoint-(\d{1,18})")
 _STATE = "trainer_state.json"
 _WHOLE, _DIVIDED = ("trainable.safetensors", "optimizer.pt"), ("shards/.metadata",)
 """What holds the weights and the optimiser: of a process that has all, of several that share them."""
-_NOT_READ = (
-    OSError,
-    ValueError,
-    RecursionError,
-    RuntimeError,
-    UnpicklingError,
-    SafetensorError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 _LOG = logging.getLogger(__name__)
 
 
@@ -92,6 +80,6 @@ def _damage(checkpoint: Path) -> str:
             elif path.suffix == ".json":
                 json.loads(path.read_text())
         require_shape(json.loads((checkpoint / _STATE).read_text()), dict[str, Any], _STATE)
-    except _NOT_READ as error:
+    except Exception as error:  # zipfile and pickle fail in as many ways as what they are given.
         return (str(error).splitlines() or [type(error).__name__])[0]
     return ""
