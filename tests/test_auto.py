@@ -20,11 +20,12 @@ TRAINED = {"align": "align", "distill": "distill", "extend": "extend", "select":
 RECIPE = load_recipe("default")
 
 
-@pytest.fixture(scope="module", params=["qwen3: grouped", "llama: grouped"])
+@pytest.fixture(scope="module", params=["qwen3: grouped", "llama: grouped", "qwen3: grouped on a CPU"])
 def shape(request):
-    config = config_of(request.param, **SHAPE)
+    family, _, device = request.param.partition(" on a ")
+    config = config_of(family, **SHAPE)
     model = model_of(config, RECIPE)
-    return model, count_sizes(model.host, config, model.config)
+    return model, count_sizes(model.host, config, model.config, torch.device("cpu") if device else None)
 
 
 def section(recipe, stage):

@@ -10,7 +10,7 @@ import transformers.models.qwen3_5.modeling_qwen3_5 as modelling
 import transformers.models.qwen3_5_moe.modeling_qwen3_5_moe as moe_modelling
 from families import random_teacher
 
-import flashmorph.mixers.gated_delta_net as gated_delta_net
+import flashmorph.mixers.kernels as kernels
 from flashmorph.convert.in_memory import transplant
 from flashmorph.data.isolation import Packed, apart, cut, how_apart, marked
 from flashmorph.hosts import HOSTS, WINDOW_HOSTS, Host, configure, supports_varlen, use_kernels
@@ -274,7 +274,7 @@ def test_hosts_take_boundaries_only_where_full_layers_do(case, monkeypatch):
     ids, starts = packed_rows()
     found = teacher_outputs(case, ids, starts, way=lambda *rows: [marked(*rows)])
     same = torch.allclose(found, teacher_outputs(case, ids, starts), rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr(gated_delta_net, "implementation_in_use", lambda *names: "fla.ops")
+    monkeypatch.setattr(kernels, "implementation_in_use", lambda *names: "fla.ops")
     assert supports_varlen(host_in(case)[1], torch.device("cuda")) == same == (case in MARKED)
 
 

@@ -10,7 +10,7 @@ from flashmorph.errors import UserError
 
 _SHARE = {"cuda": 0.8, "mps": 0.7, "cpu": 0.5}
 """Of a device's memory, what formulas may fill: the rest is for their error, for what the device itself takes, and on a
-CPU for other programs and for linear mixers in plain PyTorch, which keep twice as much."""
+CPU for other programs."""
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 

@@ -90,7 +90,7 @@ def explain(found: Estimate) -> Iterator[str]:
     yield f"\nFLOPs of one layer for each token, forward, at a context of {length:,} (a multiply-add counts as two):"
     for part in (FULL, switched, FEED_FORWARD):
         for product in model.part(part, length):
-            kernels = f"; kernels {product.flops * product.causal:,.0f}" if product.causal < 1 else ""
+            kernels = f"; kernels {product.flops * product.causal:,.0f}" if product.causal != 1 else ""
             yield f"  {part:<12} {product.name:<20} {product.formula} = {product.flops:,.0f}{kernels}"
     yield f"  {'head':<12} {'logits':<20} 2 · hidden · vocabulary = {model.head:,.0f}"
     yield "  Counted as on eager attention, with all scores (of a window, those inside); hours take what kernels do."

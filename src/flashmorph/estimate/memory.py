@@ -3,8 +3,8 @@
 Weights, gradients and moments of Adam are exact. What is kept for the backward is an estimate: inputs and outputs of
 every linear map in the width that products run in, of experts those of the chosen, and six hidden states in float32
 for norms and residuals. With attention that does not store its scores that is within 15 % of what PyTorch keeps on a
-CPU. Kernels of linear mixers are taken to keep no more than that either; PyTorch's reference of Gated DeltaNet keeps
-more than twice as much.
+CPU. Kernels of linear mixers are taken to keep no more than that either; what PyTorch's references keep, two to five
+times as much, is counted by `sizes.py`.
 """
 
 from typing import NamedTuple
@@ -100,8 +100,7 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
 
     def kept(part: str) -> float:
         """Bytes a token that one part of one layer keeps."""
-        # transformers runs routed experts in the dtype of their weights, whatever autocast says.
-        return number * sizes.parts[part].widths + _FLOAT32 * sizes.parts[part].expert_widths
+        return sizes.parts[part].kept_bytes(bf16)
 
     residual = _HIDDEN_STATES * _FLOAT32 * width
     mixers = model.num_full * kept(FULL) + (model.layers - model.num_full) * kept(switched)
@@ -164,8 +163,8 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
         del stages["align"]
     settings = recipe.evaluate
     # In float32, in one process, which keeps the cache of all layers and one layer's inside.
-    layer = [sizes.parts[FULL], sizes.parts[FEED_FORWARD]]
-    inside = _FLOAT32 * sum(part.widths + part.expert_widths for part in layer) + residual
+    mixer = max(sizes.parts[option].kept_bytes(False) for option in (FULL, switched))
+    inside = mixer + sizes.parts[FEED_FORWARD].kept_bytes(False) + residual
     stages["evaluate"] = Memory(
         [Share("the larger of host and hybrid", "4 · parameters", _FLOAT32 * max(host, hybrid), False), chunks],
         model.layers * _cache_per_token(model) + inside,

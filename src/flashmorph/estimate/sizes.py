@@ -1,4 +1,7 @@
-"""Parameters of a teacher, its host and its hybrids, counted on models without memory: nothing is loaded."""
+"""Parameters of a teacher, its host and its hybrids, counted on models without memory: nothing is loaded.
+
+What PyTorch's reference of a mixer keeps for a backward is counted as well, on tensors without memory.
+"""
 
 import copy
 from collections.abc import Mapping
@@ -7,24 +10,39 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedConfig
 
-from flashmorph.hosts import FEED_FORWARD, Host
+from flashmorph.hosts import FEED_FORWARD, Host, use_kernels
 from flashmorph.hosts.build import without_weights
+from flashmorph.mixers import Mixer
+from flashmorph.mixers.kernels import kernel_runs
 from flashmorph.plan import FULL
+
+_KEPT_TOKENS = 256
 
 
 class Part(NamedTuple):
     """One part of a decoder layer: its parameters, and the inputs and outputs of its linear maps in numbers a token.
 
     `expert_widths` are those of the experts that a token goes through, counted apart; `idle` are parameters of experts
-    that it does not go through.
+    that it does not go through. `kept` are bytes a token that a mixer keeps for its backward, in float32 and in
+    bfloat16, where no kernel runs.
     """
 
     parameters: int
     widths: int
     expert_widths: int = 0
     idle: int = 0
+    kept: tuple[float, float] | None = None
+
+    def kept_bytes(self, bf16: bool) -> float:
+        """Bytes a token that it keeps for its backward, its products in float32 or bfloat16."""
+        if self.kept:
+            return self.kept[bf16]
+        # transformers runs routed experts in the dtype of their weights, whatever autocast says.
+        return (2 if bf16 else 4) * self.widths + 4 * self.expert_widths
 
 
 @dataclass(frozen=True)
@@ -53,10 +71,13 @@ class Sizes:
         return self.layers * self.parts[FEED_FORWARD].idle
 
 
-def count_sizes(host: Host, teacher: PreTrainedConfig, config: PreTrainedConfig) -> Sizes:
+def count_sizes(
+    host: Host, teacher: PreTrainedConfig, config: PreTrainedConfig, device: torch.device | None = None
+) -> Sizes:
     """Sizes for a teacher's configuration and its host's, every layer full.
 
-    Counted on models of one layer: a teacher that has a host has layers that are alike.
+    Counted on models of one layer: a teacher that has a host has layers that are alike. Without a `device` kernels are
+    taken to run.
 
     Raises:
         UserError: no model can be made of the configuration.
@@ -72,13 +93,45 @@ def count_sizes(host: Host, teacher: PreTrainedConfig, config: PreTrainedConfig)
     parts = {FULL: _part(attention, chosen)}
     for option, branch in branches.items():
         # A branch without weights of its own runs on those of the attention.
-        parts[option] = _part(branch, chosen) if others[option].trainable else parts[FULL]
+        mixer = others[option]
+        parts[option] = _part(branch, chosen) if mixer.trainable else parts[FULL]
+        if device and mixer.kernels and not kernel_runs(mixer.kernels, device):
+            use_kernels(host.model_type)
+            kept = _kept(mixer, config, attention, False), _kept(mixer, config, attention, True)
+            parts[option] = parts[option]._replace(kept=kept)
     whole = _part(layer, chosen)
-    parts[FEED_FORWARD] = Part(*(of_all - of_mixer for of_all, of_mixer in zip(whole, parts[FULL], strict=True)))
+    full = parts[FULL]
+    parts[FEED_FORWARD] = Part(
+        whole.parameters - full.parameters,
+        whole.widths - full.widths,
+        whole.expert_widths - full.expert_widths,
+        whole.idle - full.idle,
+    )
     beside = sum(_parameters(branch) for branch in branches.values())
     layers = config.num_hidden_layers
     teachers, hosts = (_parameters(each) + (layers - 1) * _parameters(each.model.layers[0]) for each in (own, model))
     return Sizes(teachers, hosts, layers, parts, beside)
+
+
+def _kept(mixer: Mixer, config: PreTrainedConfig, attention: nn.Module, bf16: bool) -> float:
+    """Bytes a token that a mixer keeps for its backward; weights in the dtype of products are none of them."""
+    with FakeTensorMode():
+        module = mixer.build(config, 0, attention)
+        own = {weight.untyped_storage()._cdata for weight in module.parameters()}
+        sizes = []
+        for tokens in (_KEPT_TOKENS, 2 * _KEPT_TOKENS):
+            stored: dict[int, torch.UntypedStorage] = {}
+
+            def keep(tensor: torch.Tensor, stored: dict[int, torch.UntypedStorage] = stored) -> torch.Tensor:
+                storage = tensor.untyped_storage()
+                stored[storage._cdata] = storage
+                return tensor
+
+            hidden = torch.empty(1, tokens, config.hidden_size, requires_grad=True)
+            with torch.autocast("cpu", torch.bfloat16, bf16), saved_tensors_hooks(keep, lambda tensor: tensor):
+                mixer.run(module, hidden, {})
+            sizes.append(sum(storage.nbytes() for data, storage in stored.items() if data not in own))
+    return (sizes[1] - sizes[0]) / _KEPT_TOKENS
 
 
 def _of_one_layer(config: PreTrainedConfig) -> PreTrainedConfig:

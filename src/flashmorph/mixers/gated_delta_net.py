@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig
 
-from flashmorph.mixers.kernels import REFERENCE, boundaries_in, convolve_apart, implementation_in_use
+from flashmorph.mixers.kernels import boundaries_in, convolve_apart, kernel_runs
 from flashmorph.mixers.mixer import LAYER_TYPES, LINEAR, Kernels, Products
 from flashmorph.mixers.products import STATE_BYTES, number_bytes
 from flashmorph.mixers.start import constant_row, fit_head_scales, mean_distance, softplus_inverse
@@ -52,7 +52,7 @@ class GatedDeltaNet:
     def supports_varlen(self, device: torch.device) -> bool:
         """Where the delta rule's kernel runs; the convolution can do with PyTorch."""
         assert self.kernels
-        return device.type == "cuda" and implementation_in_use(self.kernels.module, _FUNCTIONS[0]) != REFERENCE
+        return kernel_runs(self.kernels, device)
 
     @torch.no_grad()
     def initialise(self, module: Any, attention: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 transformers picks by what can be imported, when it is imported. With flash-linear-attention and Triton installed on a
 machine without a GPU it picks kernels that cannot run there. So each of its kernel functions is replaced here by one
-that looks at the tensor; the reference stands behind the decorated function as `__wrapped__`.
+that looks at the tensor; the reference stands behind the decorated function as `__wrapped__`. Of some functions we have
+a leaner reference than transformers.
 """
 
 import functools
@@ -15,28 +16,39 @@ from typing import Any
 import torch
 from transformers.activations import ACT2FN
 
+from flashmorph.mixers.mixer import Kernels
+
 REFERENCE = "PyTorch reference"
 _PACKED = ("cu_seqlens", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 def dispatch_by_device(
-    module_name: str, functions: Iterable[str], apart: Mapping[str, Callable] = MappingProxyType({})
+    module_name: str,
+    functions: Iterable[str],
+    apart: Mapping[str, Callable] = MappingProxyType({}),
+    lean: Mapping[str, Callable] = MappingProxyType({}),
 ) -> None:
     """Make these functions of a transformers modelling module choose by the device of their first tensor.
 
-    `apart` are our own versions that keep packed documents apart on CUDA where no kernel does.
+    `apart` are our own versions that keep packed documents apart on CUDA where no kernel does; `lean` are those that
+    run in place of transformers' reference.
     """
     module = importlib.import_module(module_name)
     for name in functions:
         decorated = getattr(module, name)
         if not hasattr(decorated, "dispatches_by_device"):
-            setattr(module, name, _dispatching(decorated, apart.get(name)))
+            setattr(module, name, _dispatching(decorated, apart.get(name), lean.get(name)))
 
 
 def implementation_in_use(module_name: str, function: str) -> str:
     """What the decorated function would call on CUDA tensors: the module it comes from."""
     decorated = getattr(importlib.import_module(module_name), function)
     return _implementation(getattr(decorated, "decorated", decorated))
+
+
+def kernel_runs(kernels: Kernels, device: torch.device) -> bool:
+    """Whether a mixer's tokens are mixed by a kernel on this device."""
+    return device.type == "cuda" and implementation_in_use(kernels.module, kernels.functions[0]) != REFERENCE
 
 
 def in_one_row(function: Callable, first: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -86,7 +98,7 @@ def _implementation(decorated: Callable) -> str:
     return REFERENCE
 
 
-def _dispatching(decorated: Callable, apart: Callable | None = None) -> Callable:
+def _dispatching(decorated: Callable, apart: Callable | None, lean: Callable | None) -> Callable:
     reference = decorated.__wrapped__  # type: ignore[attr-defined]
     known = inspect.signature(reference).parameters
 
@@ -99,11 +111,11 @@ def _dispatching(decorated: Callable, apart: Callable | None = None) -> Callable
             raise ValueError(
                 f"{reference.__name__} cannot keep packed sequences apart on {tensor.device}: split them into a batch"
             )
-        if tensor.is_cuda:
+        if tensor.is_cuda and not (lean and _implementation(decorated) == REFERENCE):
             if kwargs.get("cu_seqlens") is not None and len(tensor) > 1:
                 return in_one_row(decorated, tensor, *args, **kwargs)
             return decorated(tensor, *args, **kwargs)
-        return reference(tensor, *args, **{name: value for name, value in kwargs.items() if name in known})
+        return (lean or reference)(tensor, *args, **{name: value for name, value in kwargs.items() if name in known})
 
     choose.__dict__.update(dispatches_by_device=True, decorated=decorated)
     return choose

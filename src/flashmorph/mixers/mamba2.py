@@ -11,16 +11,17 @@ from transformers import PreTrainedConfig
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMambaLayer
 
 from flashmorph.mixers.kernels import boundaries_in
+from flashmorph.mixers.mamba2_scan import CHUNK, chunk_scan
 from flashmorph.mixers.mixer import LAYER_TYPES, LINEAR, Kernels, Products
 from flashmorph.mixers.products import STATE_BYTES, number_bytes
 from flashmorph.mixers.start import constant_row, fit_head_scales, mean_distance
 
 _FUNCTIONS = (
+    "mamba2_chunk_scan",
+    "mamba2_selective_state_update",
+    "mamba2_split_conv1d_scan_combined",
     "causal_conv1d_fn",
     "causal_conv1d_update",
-    "mamba2_split_conv1d_scan_combined",
-    "mamba2_selective_state_update",
-    "mamba2_chunk_scan",
 )
 _TAP = 0.1
 _GATE = 2.0
@@ -34,7 +35,9 @@ class Mamba2:
     trainable = True
     separable_by_head = False
     projection = "out_proj"
-    kernels: Kernels | None = Kernels(GraniteMoeHybridMambaLayer.__module__, _FUNCTIONS)
+    kernels: Kernels | None = Kernels(
+        GraniteMoeHybridMambaLayer.__module__, _FUNCTIONS, lean={_FUNCTIONS[0]: chunk_scan}
+    )
 
     def build(self, config: PreTrainedConfig, layer: int, attention: nn.Module) -> nn.Module:
         """transformers' own module."""
@@ -95,26 +98,28 @@ class Mamba2:
         return convolved * config.mamba_d_conv * number_bytes(config) + inner * config.mamba_d_state * STATE_BYTES
 
     def products(self, config: PreTrainedConfig, context: int) -> list[Products]:
-        """In chunks (arXiv 2405.21060, section 6), each head with B and C of its own.
+        """In chunks (arXiv 2405.21060, section 6), C meeting B once for each group, as in `mamba2_scan.py`.
 
-        PyTorch's reference makes each chunk's first state from those of all chunks; kernels hand it on. A step decays,
-        writes and queries the state.
+        Kernels do the same in the configuration's longer chunks, leaving out half of their pairs. A step decays, writes
+        and queries the state.
         """
-        width, chunk = config.hidden_size, config.mamba_chunk_size
-        heads, head_dim, state = config.mamba_n_heads, config.mamba_d_head, config.mamba_d_state
-        chunks = math.ceil(context / chunk)
+        width, heads, groups = config.hidden_size, config.mamba_n_heads, config.mamba_n_groups
+        head_dim, state = config.mamba_d_head, config.mamba_d_state
+        chunk = min(config.mamba_chunk_size, CHUNK)
         inner, convolved = _sizes(config)
         into = 2 * width * (inner + convolved + heads)
         convolution = 2 * config.mamba_d_conv * convolved
-        scan = chunks * chunk / context * heads * (chunk * (2 * state + 2 * head_dim) + 4 * state * head_dim)
-        scan_formula = f"heads · ({chunk} · (2 · state + 2 · head_dim) + 4 · state · head_dim)"
-        between, handed_on = 2 * (chunks + 1) ** 2 * inner * state / context, chunks / (chunks + 1) ** 2
+        padded = math.ceil(context / chunk) * chunk / context
+        through = 4 * heads * state * head_dim
+        pairs = 2 * (groups * state + heads * head_dim)
+        scan = padded * (chunk * pairs + through)
+        by_kernels = min(context, config.mamba_chunk_size) / 2 * pairs + through
+        scan_formula = f"{chunk} · (2 · groups · state + 2 · heads · head_dim) + 4 · heads · state · head_dim"
         kernel_formula = "2 · kernel · (inner + 2 · groups · state)"
         return [
             Products("z, x, B, C, dt", "input", "2 · hidden · (2 · inner + 2 · groups · state + heads)", into),
             Products("convolution", "weights", kernel_formula, convolution, step=convolution),
-            Products("scan", "state", scan_formula, scan, step=5 * inner * state),
-            Products("between chunks", "state", "2 · (chunks + 1)² · inner · state / context", between, handed_on),
+            Products("scan", "state", scan_formula, scan, by_kernels / scan, step=5 * inner * state),
             Products("out", "weights", "2 · inner · hidden", 2 * inner * width),
         ]
 

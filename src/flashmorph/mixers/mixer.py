@@ -22,8 +22,8 @@ class Products(NamedTuple):
 
     `kind` says what a backward adds to them: `input` multiplies the part's own input by weights, `weights` something
     computed by weights, `state` two computed things. `formula` is how `flops` came about, in the names of the
-    configuration. `causal` is the share of them that kernels do: they leave out scores that a causal mask or a window
-    hides, and hand states on from chunk to chunk. `step` are the operations of mixing, projections left out, for one
+    configuration. `causal` is what kernels do over that: they leave out scores that a causal mask or a window hides,
+    and take longer chunks, which may be more. `step` are the operations of mixing, projections left out, for one
     generated token that has the context before it.
     """
 
@@ -36,14 +36,16 @@ class Products(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """`functions` of transformers' modelling `module` for which there are faster packages.
+    """`functions` of transformers' modelling `module` for which there are faster packages; the first mixes many tokens.
 
-    `apart` are versions of our own that keep packed documents apart on CUDA where no kernel does.
+    `apart` are versions of our own that keep packed documents apart on CUDA where no kernel does; `lean` are those that
+    need less time and memory than transformers' reference, and run wherever no kernel does.
     """
 
     module: str
     functions: tuple[str, ...]
     apart: Mapping[str, Callable[..., Any]] = {}
+    lean: Mapping[str, Callable[..., Any]] = {}
 
 
 class Mixer(Protocol):

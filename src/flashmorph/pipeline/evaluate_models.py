@@ -113,7 +113,7 @@ def fit_to_models(names: Sequence[str], recipe: Recipe, device: torch.device) ->
     models = [model_in(config) for config in configs]
     room = Room(usable_memory(device))
     every = [
-        choose("evaluate", recipe, model, count_sizes(model.host, model.config, model.config), room).values
+        choose("evaluate", recipe, model, count_sizes(model.host, model.config, model.config, device), room).values
         for model in models
     ]
     return with_settings(recipe, {key: min(values[key] for values in every) for key in every[0]}), told

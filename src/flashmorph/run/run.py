@@ -116,7 +116,7 @@ class Run:
         """The host and its sizes, counted without weights."""
         config = load_config(self.teacher.folder)
         model = model_of(config, self.recipe)
-        return model, count_sizes(model.host, config, model.config)
+        return model, count_sizes(model.host, config, model.config, self.device)
 
     def stage(
         self,
