@@ -17,7 +17,7 @@ from flashmorph.estimate import Estimate, estimate, find_gpu
 from flashmorph.estimate.memory import stage_memory
 from flashmorph.estimate.sizes import count_sizes
 from flashmorph.estimate.work import Model, body_forward, model_of
-from flashmorph.hosts import FEED_FORWARD, SLIDING, WINDOW_HOSTS, cache_bytes, configure
+from flashmorph.hosts import FEED_FORWARD, SLIDING, WINDOW_HOSTS, cache_bytes, configure, use_kernels
 from flashmorph.model.morphable import Morphable, attach, build
 from flashmorph.plan import FULL, Budget
 from flashmorph.recipe.recipe import Recipe, load_recipe
@@ -320,6 +320,7 @@ def test_memory_of_a_linear_layer_on_a_cpu_is_about_what_autograd_keeps(family, 
     found = []
     for layers in (2, 4):
         host, own = configure(config_of(family, **{**shape, "num_hidden_layers": layers}))
+        use_kernels(host.model_type)
         model = host.model_class(host.with_plan(own, ["linear"] * layers)).float()
         found.append(kept_bytes(model, ids, bf16))
     config = config_of(family, **shape)
