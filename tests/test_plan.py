@@ -242,7 +242,7 @@ def test_bytes_that_switching_does_not_save_are_refused_with_both_figures(full, 
     space = Space.of_layers(3)
     space = Space(space.groups, space.options, np.tile([float(full), float(linear)], (3, 1)))
     for limit in ("1B", "180B", "1GiB"):
-        with pytest.raises(UserError, match=f"at 16 tokens .* takes {full} bytes and of a linear one {linear},"):
+        with pytest.raises(UserError, match=f"at 16 tokens .* takes {full}.0 B and of a linear one {linear}.0 B,"):
             space.limit(Budget.parse(f"kv={limit}@16"))
 
 

@@ -15,7 +15,7 @@ from flashmorph.data.corpus import Corpus, split_of
 from flashmorph.data.supply import measure
 from flashmorph.errors import UserError
 from flashmorph.recipe.fitting import fit
-from flashmorph.recipe.preflight import check_tasks, check_text
+from flashmorph.recipe.preflight import check_tasks, check_text, reach_text
 from flashmorph.recipe.recipe import load_recipe
 
 EVERY = ("align", "select", "distill", "extend", "evaluate")
@@ -185,3 +185,17 @@ def test_lengths_in_a_recipe_of_ones_own_are_asked_for_and_defaults_are_not(tmp_
     recipe, line = fit(load_recipe(file), config)
     assert recipe.extend.length == 1024 and recipe.evaluate.length == 512
     assert "extend" not in line and "evaluate.length 4,096 -> 512" in line
+
+
+def test_a_dataset_that_cannot_be_reached_is_told_before_the_first_stage(
+    teacher_folder, recipe_file, tmp_path, capsys, monkeypatch
+):
+    """But a run that goes on may have all its text."""
+    out = tmp_path / "run"
+    command = ("morph", teacher_folder, "--recipe", recipe_file, "--data", "org/nothing", "--output", out)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert run_command(*command) == 2
+    assert "no text at 'org/nothing'" in (sentence := told(capsys)) and "--data" in sentence and not out.exists()
+    with pytest.raises(UserError, match="org/nothing"):
+        reach_text(load_recipe(recipe_file, {"data.source": "org/nothing"}))
+    reach_text(load_recipe("demo"))

@@ -13,7 +13,7 @@ import flashmorph
 from flashmorph.cli import app
 
 FLOORS = """
-    errors progress versions
+    errors progress versions units
     files losses devices distributed
     inputs
     surface

@@ -92,7 +92,8 @@ def _show(found: Any) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from flashmorph.estimate.explain import amount, byte_size, notes
+    from flashmorph.estimate.explain import notes
+    from flashmorph.units import amount, byte_size
 
     model = found.model
     OUT.print(
@@ -132,7 +133,7 @@ def _show(found: Any) -> None:
 
 
 def _memory(found: Any, stage: Any, gpus: int) -> str:
-    from flashmorph.estimate.explain import byte_size
+    from flashmorph.units import byte_size
 
     if not stage.memory:
         return ""

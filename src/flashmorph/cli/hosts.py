@@ -27,7 +27,8 @@ def hosts(as_json: JsonOption = False) -> None:
         full, *others = host["options"].values()
         rows += [("switched layer", mixer, f"in the place of {full}") for mixer in others]
         for name, setting in host["settings"].items():
-            rows.append(("setting", f"host.{name}={setting['default']}", setting["about"]))
+            # A window has no default: 0 stands for none given.
+            rows.append(("setting", f"host.{name}={setting['default'] or 'TOKENS'}", setting["about"]))
         for engine in host["serves"]:
             needs = f"needs {engine['needs']}" if engine["needs"] else ""
             about = "; ".join(part for part in (engine["known"], engine["takes"], needs) if part)

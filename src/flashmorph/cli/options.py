@@ -150,8 +150,8 @@ def open_run(options: Options, stages: Collection[str] = EVERY_STAGE, keep_recip
     from flashmorph.devices import pick_device
     from flashmorph.recipe.given import given_plan
     from flashmorph.recipe.outlook import check
-    from flashmorph.recipe.preflight import preflight
-    from flashmorph.run.folder import RunFolder
+    from flashmorph.recipe.preflight import preflight, reach_text
+    from flashmorph.run.folder import STAGES, RunFolder
     from flashmorph.run.run import Run
 
     quiet()
@@ -167,6 +167,9 @@ def open_run(options: Options, stages: Collection[str] = EVERY_STAGE, keep_recip
     given = given_plan(teacher.name, config, recipe, options.plan, options.layers)
     if tokenizer := teacher.tokenizer():
         distributed.first(lambda: preflight(recipe, tokenizer, config, stages))
+        if not (options.output / STAGES).exists():
+            # A run that goes on may have all its text by now.
+            distributed.first(lambda: reach_text(recipe))
     if recipe.shard and not distributed.are_several():
         raise UserError("shard=true divides weights among processes, and there is one: start it with torchrun")
     if distributed.are_several():

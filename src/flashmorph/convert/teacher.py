@@ -8,6 +8,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmorph.convert.checkpoint import weight_files
@@ -147,8 +154,14 @@ def _fetch_config(name: str) -> Path:
 
 
 def _not_on_the_hub(name: str, error: Exception) -> UserError:
-    embedded = ", ".join(EMBEDDED)
+    if isinstance(error, GatedRepoError):
+        why = "the hub gives it only to those who accepted its terms: do so on its page, then log in (`hf auth login`)"
+    elif isinstance(error, RepositoryNotFoundError | HFValidationError):
+        why = "the hub has none of that name, or it is private: log in with `hf auth login`"
+    elif isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+        why = "the hub, which may have it, cannot be reached"
+    else:
+        why = f"the hub says: {first_line(error)}"
     return UserError(
-        f"there is no teacher {name!r}: it is no folder here, not embedded ({embedded}), and the hub says: "
-        f"{first_line(error)}"
+        f"there is no model {name!r}: it is no folder here, not embedded ({', '.join(EMBEDDED)}), and {why}"
     )

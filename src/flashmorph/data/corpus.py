@@ -15,7 +15,7 @@ import numpy as np
 
 from flashmorph.data.chat import CHAT_COLUMNS, TOOLS_COLUMN, Message, messages_in, spoken, tools_in
 from flashmorph.data.textfiles import ENDINGS, data_files, kind_of, no_column, stream_of
-from flashmorph.errors import UserError
+from flashmorph.errors import UserError, first_line
 from flashmorph.tasks.words import SPLITS
 
 DEMO = "demo"
@@ -195,8 +195,8 @@ class Corpus:
             return datasets.load_dataset(self.source, self.config, split=self.split, streaming=True)
         except Exception as error:
             raise UserError(
-                f"no text at {self.source!r}: it is no local file or folder, and the hub says: "
-                f"{str(error).splitlines()[0]}"
+                f"no text at {self.source!r}: it is no local file or folder (give one with --data), and of the dataset "
+                f"the hub says: {first_line(error)}"
             ) from error
 
 

@@ -159,14 +159,15 @@ def run_align(run: Run, host: Stage) -> Stage:
             with atomic_path(folder / "branches.safetensors") as temporary:
                 save_file(state, temporary)
         worse = worse_than_silent(errors, len(morphable.layers))
-        if worse:
-            run.screen.say(warning(worse))
         summary = f"relative error by layer {_listed(start)} at the start, {_listed(errors)} now"
         figures = {"errors_at_start": start, "errors": errors, "worse_than_silent": worse}
         return {**figures, **_trained(run, settings, rows), "summary": summary}
 
     wanted = {**training_settings(run, settings), "calibration_rows": run.recipe.calibration_rows}
-    return run.stage("align", f"{settings.tokens:,} tokens", wanted, [host.digest], work)
+    stage = run.stage("align", f"{settings.tokens:,} tokens", wanted, [host.digest], work)
+    if worse := stage.record.get("worse_than_silent"):
+        run.screen.say(warning(worse))
+    return stage
 
 
 def run_select(run: Run, host: Stage, branches: Stage) -> Plan:

@@ -13,6 +13,7 @@ from flashmorph.plan.budget import Budget
 from flashmorph.plan.group import Group
 from flashmorph.plan.knapsack import knapsack
 from flashmorph.plan.plan import FULL, Plan
+from flashmorph.units import byte_size
 
 
 @dataclass(frozen=True)
@@ -105,15 +106,15 @@ class Space:
             row = int(extra.argmin())
             raise UserError(
                 f"budget {budget}: at {budget.context:,} tokens the cache of a full layer takes "
-                f"{self.cost[row, full[row]]:,.0f} bytes and of a {self.options[rest[row]]} one "
-                f"{self.cost[row, rest[row]]:,.0f}, so that nothing is saved; give a longer context behind the @, or "
-                "a count such as 25%"
+                f"{byte_size(self.cost[row, full[row]])} and of a {self.options[rest[row]]} one "
+                f"{byte_size(self.cost[row, rest[row]])}, so that nothing is saved; give a longer context behind "
+                "the @, or a count such as 25%"
             )
         least = self.cost[rows, rest].sum()
         if budget.limit < least + extra.min():
             raise UserError(
-                f"budget {budget} is below one full layer: with none full the cache takes {least:,.0f} bytes and the "
-                f"smallest full layer adds {extra.min():,.0f}"
+                f"budget {budget} is below one full layer: with none full the cache takes {byte_size(least)} and the "
+                f"smallest full layer adds {byte_size(extra.min())}"
             )
 
     def best(self, scores: np.ndarray, budget: Budget) -> Plan:

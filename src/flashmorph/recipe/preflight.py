@@ -36,6 +36,17 @@ def preflight(
     check_text(recipe, tokenizer, stages)
 
 
+def reach_text(recipe: Recipe) -> None:
+    """Read the first document of every dataset of the hub.
+
+    Raises:
+        UserError: it cannot be reached, or has nothing to read.
+    """
+    for part, _ in shares_of(recipe.data.corpus):
+        if part.paths() is None and not next(part.every(), None):
+            raise UserError(f"{part.source} has no text in its first documents")
+
+
 def check_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stages: Collection[str]) -> None:
     """Refuse too little text.
 

@@ -16,6 +16,7 @@ from flashmorph.tasks.style import Style
 from flashmorph.tasks.turns import plain_words, template_words
 from flashmorph.tokens.continuation import continuation
 from flashmorph.tokens.special_tokens import before_text
+from flashmorph.units import counted
 
 _MARGIN_TOKENS = 2
 _TRIES = 16
@@ -88,8 +89,8 @@ class Layout:
         room = length - len(bare.ids)
         if room < 0:
             raise UserError(
-                f"a task with {len(facts)} facts and {len(problem.questions)} questions needs at least "
-                f"{length - room} tokens; the context length is {length}"
+                f"a task with {counted(len(facts), 'fact')} and {counted(len(problem.questions), 'question')} needs at "
+                f"least {length - room} tokens; the context length is {length}"
             )
         hay = Hay(self._sizes, self._haystack, rng, length)
         hay.last(room)

@@ -1,0 +1,21 @@
+"""Quantities as people write them."""
+
+_POWERS = (("", 1e0), ("K", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12), ("P", 1e15), ("E", 1e18), ("Z", 1e21))
+_BYTES = (("B", 1), ("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30), ("TiB", 2**40))
+
+
+def amount(value: float) -> str:
+    """Three digits and a letter for the power of ten: `1.72G`."""
+    letter, power = next(pair for pair in reversed(_POWERS) if value >= 0.9995 * pair[1] or pair[1] == 1)
+    return f"{value / power:.3g}{letter}"
+
+
+def byte_size(value: float) -> str:
+    """Bytes in the largest unit that leaves at least 1."""
+    unit, size = next(pair for pair in reversed(_BYTES) if value >= pair[1] or pair[1] == 1)
+    return f"{value / size:,.1f} {unit}"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 fact`, `2 facts`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
