@@ -41,10 +41,10 @@ from flashmorph.hosts import host_for, layer_space
 from flashmorph.model.morphable import Morphable, build
 from flashmorph.plan import Budget
 from flashmorph.recipe.recipe import Recipe, load_recipe
+from flashmorph.selection import BASELINE
 from flashmorph.selection.objective import MorphableObjective
-from flashmorph.selection.search import own_settings, select
+from flashmorph.selection.search import own_settings, plan_without_search, select
 from flashmorph.selection.searchdata import SearchData, step_shape
-from flashmorph.selection.strategies.uniform import uniform
 from flashmorph.stages.align import AlignmentLoss
 from flashmorph.stages.distill import DistillationLoss
 from flashmorph.tasks import STYLES, Haystack, Layout
@@ -90,7 +90,7 @@ class Run:
         self.host = host_for(self.config)
         self.budget = Budget("layers", shape["num_hidden_layers"] // 4)
         space = layer_space(self.host, self.host.config(self.config), self.budget)
-        self.plan = uniform(space, self.budget, None, 0).plan
+        self.plan = plan_without_search(BASELINE, space, self.budget)
         self.recipe = self.fitting(recipe)
         self.found: dict[str, Any] = {}
 

@@ -29,7 +29,8 @@ from flashmorph.files import write_json
 from flashmorph.hosts import host_of, supports_varlen
 from flashmorph.losses import Head, label_loss
 from flashmorph.plan import Budget
-from flashmorph.selection.strategies.uniform import uniform
+from flashmorph.selection import BASELINE
+from flashmorph.selection.search import plan_without_search
 from flashmorph.stages import collate
 
 
@@ -89,7 +90,7 @@ def main() -> None:
     host, _ = flashmorph.transplant(teacher.load(torch.float32, device))
     morphable, _ = flashmorph.attach(host, batches[0]["input_ids"][:2])
     budget = Budget.parse("25%")
-    model = flashmorph.build(morphable, uniform(morphable.space(budget), budget, None, 0).plan).to(device)
+    model = flashmorph.build(morphable, plan_without_search(BASELINE, morphable.space(budget), budget)).to(device)
     varlen = supports_varlen(host_of(model.config), device)
     ways = {
         "joined, documents see each other": lambda ids, starts: [Packed(ids)],

@@ -25,12 +25,12 @@ from flashmorph.evaluation import answers_right, paired_interval, share_interval
 from flashmorph.files import write_json
 from flashmorph.pipeline import morph as pipeline
 from flashmorph.plan import Budget, Plan, Space
-from flashmorph.progress import silent
 from flashmorph.recipe.questions import open_questions
 from flashmorph.recipe.recipe import Recipe, load_recipe
 from flashmorph.run.folder import RunFolder
 from flashmorph.run.models import open_morphable, open_objective
 from flashmorph.run.run import Run
+from flashmorph.selection import Search
 from flashmorph.selection.strategies.uniform import uniform
 
 CHECK_SEED = 1000
@@ -84,7 +84,7 @@ def compare_with_swaps(run: Run, host, branches, plan: Plan, questions: int) -> 
     values = {**json.loads(run.recipe.model_dump_json()), "seed": CHECK_SEED}
     check = Run(run.teacher, Recipe.model_validate(values), run.folder, run.device, run.screen)
     with tempfile.TemporaryDirectory() as folder:
-        objective = open_objective(check, morphable, Path(folder), silent, search)
+        objective = open_objective(check, morphable, Path(folder), search)
         neighbours = one_swap_neighbours(plan)
         own, *others = objective.evaluate([plan, *neighbours])
     swaps = []
@@ -113,7 +113,7 @@ def recall_of_offsets(run: Run, host, branches, plan: Plan) -> list[dict]:
     space = morphable.space(budget)
     layouts = {"selected": plan}
     for offset in range(len(space.groups) // len(plan.full_groups)):
-        layouts[f"uniform, offset {offset}"] = uniform(space, budget, None, 0, offset).plan
+        layouts[f"uniform, offset {offset}"] = uniform(Search(space, budget), offset).plan
     questions = open_questions(run.recipe, run.corpus, run.tokenizer)
     rows = []
     for name, layout in layouts.items():

@@ -1,17 +1,23 @@
-"""What made-up objectives of searches have in common: nothing is kept, and progress is held within its bounds."""
+"""What made-up objectives of searches have in common: progress is held within its bounds."""
+
+from typing import Any
+
+from flashmorph.plan import Budget, Space
+from flashmorph.selection import Search
 
 
 class Forgetful:
     """The part of an `Objective` that has nothing to do with losses."""
 
-    def restore(self, logits, optimizer, trace) -> int:
-        return 0
-
-    def keep(self, step, logits, optimizer, trace) -> None:
+    def resume(self, cost) -> None:
         pass
 
-    def progress(self, done, total, **figures) -> None:
-        assert 0 < done <= total
 
-    def warn(self, text) -> None:
-        pass
+def within_bounds(done: float, total: float, **figures: float) -> None:
+    """Takes the progress of a search."""
+    assert 0 < done <= total
+
+
+def search_on(space: Space, budget: Budget, objective: Any, seed: int = 0, **more: Any) -> Search:
+    """What a strategy is given."""
+    return Search(space, budget, objective, seed, report=within_bounds, **more)

@@ -18,11 +18,12 @@ from flashmorph.data.rows import Rows
 from flashmorph.errors import UserError
 from flashmorph.model.morphable import Morphable, build
 from flashmorph.plan import Budget
-from flashmorph.selection import STRATEGIES
+from flashmorph.selection import STRATEGIES, Search
 from flashmorph.selection.distilling import Distiller
 from flashmorph.selection.objective import MorphableObjective
 from flashmorph.selection.search import own_settings
 from flashmorph.selection.searchdata import SearchData, SearchSettings
+from flashmorph.selection.state import StateOnDisk
 from flashmorph.stages import DistillSettings
 from flashmorph.tasks import STYLES, Haystack, Layout, TaskSettings
 
@@ -141,9 +142,8 @@ def test_evaluations_are_run_once_then_read_from_disk_and_counted_by_every_searc
 
 def test_a_strategy_that_weighs_text_asks_for_it(morphable, tmp_path):
     with pytest.raises(UserError, match="this strategy weighs text too: give the objective validation text, `text`"):
-        STRATEGIES["halo"].run(
-            morphable.space(Budget("layers", 1)), Budget("layers", 1), objective_on(morphable, tmp_path), 0
-        )
+        space, budget = morphable.space(Budget("layers", 1)), Budget("layers", 1)
+        STRATEGIES["halo"].run(Search(space, budget, objective_on(morphable, tmp_path)))
 
 
 @torch.no_grad()
@@ -193,7 +193,7 @@ def test_a_search_that_cannot_train_says_so(morphable, tmp_path):
     )
     space, budget = morphable.space(Budget("layers", 1)), Budget("layers", 1)
     with pytest.raises(UserError, match="give the objective a distiller"):
-        STRATEGIES["kl"].run(space, budget, MorphableObjective(morphable, data, tmp_path, text=as_text(rows)), 0)
+        STRATEGIES["kl"].run(Search(space, budget, MorphableObjective(morphable, data, tmp_path, text=as_text(rows))))
 
 
 def test_a_loss_that_is_not_finite_is_told_with_its_plan(tmp_path):
@@ -208,7 +208,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_plan(tmp_path):
         with pytest.raises(UserError, match="loss of the plan ■□ is not finite"):
             ask()
     with pytest.raises(UserError, match="is not finite at step 0"):
-        STRATEGIES["budgeted-gates"].run(space, budget, objective, 0)
+        STRATEGIES["budgeted-gates"].run(Search(space, budget, objective))
 
 
 def test_gates_on_text_see_every_token(morphable, tmp_path):
@@ -230,7 +230,7 @@ def test_every_strategy_runs_on_a_model(morphable, tmp_path):
         strategy = STRATEGIES[name].run
         settings = {"steps": 2} if name in (*DESCENDING, "kl") else {}
         objective = objective_on(morphable, tmp_path / (name if name in DESCENDING else "plans"), rows)
-        selection = strategy(space, budget, objective, 0, **settings)
+        selection = strategy(Search(space, budget, objective), **settings)
         assert len(selection.plan.full_layers) == 1
         assert np.isfinite(selection.scores).all()
         assert selection.plan == space.best(selection.scores, budget)
@@ -246,5 +246,5 @@ def test_what_a_search_kept_and_was_damaged_is_made_again(morphable, tmp_path):
     again = objective_on(morphable, tmp_path, say=said.append)
     assert np.array_equal(again.evaluate([plan]), losses)
     logits = torch.zeros(2)
-    assert again.restore(logits, torch.optim.Adam([logits]), []) == 0
+    assert StateOnDisk(tmp_path, said.append).restore(logits, torch.optim.Adam([logits]), []) is None
     assert len(said) == 2 and all("making it again" in line for line in said)

@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from surfaces import Forgetful
+from surfaces import Forgetful, search_on
 
 from flashmorph.errors import UserError
 from flashmorph.plan import FULL, Budget, Group, Plan, Space, count_plans, every_plan
-from flashmorph.selection import STRATEGIES, Cost
+from flashmorph.selection import STRATEGIES, Cost, Search
 from flashmorph.selection.search import check_search, select
 from flashmorph.selection.strategy import Distilled
 
@@ -77,7 +77,9 @@ class Additive(Forgetful):
 
 
 def find(strategy: str, space: Space, budget: Budget, **settings):
-    return STRATEGIES[strategy].run(space, budget, Additive(space), 0, **{**SHORT.get(strategy, {}), **settings})
+    return STRATEGIES[strategy].run(
+        search_on(space, budget, Additive(space)), **{**SHORT.get(strategy, {}), **settings}
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -132,7 +134,7 @@ def test_a_strategy_of_two_options_says_so_before_it_asks(strategy):
 @pytest.mark.parametrize("name", ["first", "last", "middle", "uniform"])
 def test_fixed_layouts_of_heads_are_whole_layers(name):
     space = heads()
-    plan = STRATEGIES[name].run(space, Budget("share", 0.34), None, 0).plan
+    plan = STRATEGIES[name].run(Search(space, Budget("share", 0.34))).plan
     assert plan.full_layers == {"first": [0], "last": [2], "middle": [1], "uniform": [2]}[name]
     assert plan.strip().count("■") == 1
 
@@ -176,10 +178,11 @@ def test_what_is_no_group_is_refused(address):
 
 def test_a_new_strategy_is_one_function_and_its_record(monkeypatch):
     """As CONTRIBUTING.md says: what stands in its signature are its settings, and all commands know it."""
-    from flashmorph.selection.strategy import Objective, Selection, Strategy, group_scores
+    from flashmorph.selection.strategy import Selection, Strategy, group_scores
 
-    def odd(space: Space, budget: Budget, objective: Objective, seed: int, offset: int = 1) -> Selection:
+    def odd(search: Search, offset: int = 1) -> Selection:
         """Every second layer."""
+        space, budget = search.space, search.budget
         scores = group_scores(space, [float(row % 2 == offset) for row in range(len(space.groups))])
         return Selection(space.best(scores, budget), scores)
 
@@ -222,7 +225,7 @@ class Noisy(Additive):
 def test_a_race_ends_where_its_winners_beat_each_other_in_a_circle(seed):
     space = Space.of_layers(4, OPTIONS)
     budget = Budget("layers", 1 + seed % 3)
-    found = STRATEGIES["race"].run(space, budget, Noisy(space, seed), 0)
+    found = STRATEGIES["race"].run(search_on(space, budget, Noisy(space, seed)))
     assert space.cost_of(found.plan) == budget.limit
 
 
@@ -233,7 +236,7 @@ def test_no_bytes_are_left_that_an_option_could_use(strategy, seed):
     cost = np.stack([rng.integers(80, 120, 5), rng.integers(0, 5, 5), rng.integers(5, 60, 5)], 1).astype(float)
     space = Space(Space.of_layers(5, OPTIONS).groups, OPTIONS, cost)
     limit = float(rng.integers(cost[:, 1].sum() + 120, cost[:, 0].sum()))
-    plan = STRATEGIES[strategy].run(space, Budget("kv", limit, 1024), Noisy(space, seed), 0).plan
+    plan = STRATEGIES[strategy].run(search_on(space, Budget("kv", limit, 1024), Noisy(space, seed))).plan
     extra = cost - (space.one_hot(plan) * cost).sum(1, keepdims=True)
     assert space.cost_of(plan) <= limit and not ((extra > 0) & (space.cost_of(plan) + extra <= limit)).any()
 

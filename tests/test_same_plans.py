@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from surfaces import Forgetful
+from surfaces import Forgetful, search_on
 
 from flashmorph.plan import Budget, Plan, Space
 from flashmorph.selection import STRATEGIES
@@ -102,7 +102,7 @@ def found(name: str) -> dict[str, list[str]]:
     for about, space, budget, seed, settings in cases(name):
         objective = Surface(space, seed)
         run = getattr(STRATEGIES[name], "run", STRATEGIES[name])
-        plan = run(space, budget, objective, seed, **settings).plan
+        plan = run(search_on(space, budget, objective, seed), **settings).plan
         results[about] = [strip(plan), hashlib.sha256(json.dumps(objective.asked).encode()).hexdigest()[:12]]
     return results
 

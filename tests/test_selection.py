@@ -7,11 +7,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from surfaces import search_on
 
 from flashmorph.errors import UserError
 from flashmorph.plan import Budget, Plan, Space
-from flashmorph.selection import STRATEGIES, Cost, Selection
-from flashmorph.selection.search import check_search, own_settings
+from flashmorph.selection import STRATEGIES, Cost, Search, Selection
+from flashmorph.selection.search import check_search, own_settings, plan_without_search
 from flashmorph.selection.shared_adam import SharedAdam
 from flashmorph.selection.strategies.halo import halo_scores
 from flashmorph.selection.strategies.l0 import hard_concrete, open_probability
@@ -89,26 +90,23 @@ class Surface:
         switched = 1 - self._full(plan)
         return 2 + 0.01 * switched.sum().item() + 0.3 * switched[1].item()
 
-    def restore(self, logits, optimizer, trace) -> int:
+    def resume(self, cost) -> None:
+        pass
+
+    def restore(self, logits, optimizer, trace) -> tuple[int, Cost] | None:
         if self.state is None:
-            return 0
+            return None
         step, kept, adam, entries = self.state
         with torch.no_grad():
             logits.copy_(kept)
         optimizer.state[logits] = copy.deepcopy(adam)
         trace[:] = copy.deepcopy(entries)
-        return step
+        return step, Cost()
 
-    def keep(self, step, logits, optimizer, trace) -> None:
+    def keep(self, step, logits, optimizer, trace, cost) -> None:
         self.state = (step, logits.detach().clone(), copy.deepcopy(optimizer.state[logits]), copy.deepcopy(trace))
         if step >= self.stop_after:
             raise KeyboardInterrupt
-
-    def progress(self, done, total, **figures) -> None:
-        assert 0 < done <= total
-
-    def warn(self, text) -> None:
-        self.warnings.append(text)
 
     def _draw(self, rng: np.random.Generator, questions: int, layers: int) -> torch.Tensor:
         return torch.tensor(1 + self.noise * rng.standard_normal((questions, layers)), dtype=torch.float32)
@@ -119,7 +117,9 @@ class Surface:
 
 
 def search(strategy: str, objective: Surface, kept: int, seed: int = 0, layers: int = LAYERS, **settings) -> Selection:
-    return STRATEGIES[strategy].run(Space.of_layers(layers), Budget("layers", kept), objective, seed, **settings)
+    space, budget = Space.of_layers(layers), Budget("layers", kept)
+    given = search_on(space, budget, objective, seed, warn=objective.warnings.append, state=objective)
+    return STRATEGIES[strategy].run(given, **settings)
 
 
 def full_in(entry: dict) -> list[str]:
@@ -220,9 +220,10 @@ def test_a_chain_is_invisible_from_the_empty_side(strategy):
     [("first", [0, 1, 2]), ("last", [5, 6, 7]), ("middle", [2, 3, 4]), ("uniform", [2, 4, 7])],
 )
 def test_fixed_layouts(strategy, layers):
-    assert STRATEGIES[strategy].run(Space.of_layers(LAYERS), Budget("layers", 3), None, 0).plan.full_layers == layers
+    plan = plan_without_search(strategy, Space.of_layers(LAYERS), Budget("layers", 3))
+    assert plan.full_layers == layers and plan.strategy == strategy
     cache = Space(Space.of_layers(LAYERS).groups, ("full", "linear"), np.tile([100.0, 10.0], (LAYERS, 1)))
-    plan = STRATEGIES[strategy].run(cache, Budget("kv", 380, 1024), None, 0).plan
+    plan = STRATEGIES[strategy].run(Search(cache, Budget("kv", 380, 1024))).plan
     assert plan.full_layers == layers
 
 
@@ -393,7 +394,7 @@ def test_bytes_of_cache_buy_as_many_layers_as_they_pay_for(strategy):
     """300 bytes are 80 for eight linear layers and 2 x 90 for two full ones; 40 are left over."""
     cache = Space(Space.of_layers(LAYERS).groups, ("full", "linear"), np.tile([100.0, 10.0], (LAYERS, 1)))
     settings = {"steps": 30} if strategy in DESCENDING else {}
-    bytes_ = STRATEGIES[strategy].run(cache, Budget("kv", 300, 1024), Surface(additive), 0, **settings)
+    bytes_ = STRATEGIES[strategy].run(search_on(cache, Budget("kv", 300, 1024), Surface(additive)), **settings)
     assert len(bytes_.plan.full_layers) == 2 and bytes_.plan.budget.resource == "kv"
     if strategy not in ("budgeted-gates", "gates"):
         assert bytes_.plan.full_layers == search(strategy, Surface(additive), 2, **settings).plan.full_layers
@@ -404,7 +405,7 @@ def test_where_layers_cost_differently_what_a_byte_gains_counts(strategy):
     cost = np.tile([100.0, 10.0], (LAYERS, 1))
     cost[1, 0] = 1_000
     space = Space(Space.of_layers(LAYERS).groups, ("full", "linear"), cost)
-    plan = STRATEGIES[strategy].run(space, Budget("kv", 300, 1024), Surface(additive), 0).plan
+    plan = STRATEGIES[strategy].run(search_on(space, Budget("kv", 300, 1024), Surface(additive))).plan
     assert plan.full_layers == [3, 5]
 
 
@@ -484,7 +485,7 @@ def test_fixed_layouts_give_everything_else_one_option(strategy, costs, rest):
     if costs:
         space = Space(space.groups, THREE, np.tile(np.array(costs, dtype=float), (LAYERS, 1)))
         budget = Budget("kv", 3 * 100 + 5 * 10 + 80, 1024)
-    plan = STRATEGIES[strategy].run(space, budget, None, 0).plan
+    plan = STRATEGIES[strategy].run(Search(space, budget)).plan
     assert len(plan.full_layers) == 3
     assert {option for option in plan.assignments.values() if option != "full"} == {rest}
     assert plan.assignments == space.plan(plan.full_groups, budget).assignments
@@ -501,7 +502,7 @@ def test_kl_ranks_by_what_is_left_after_the_steps():
 def test_tolerance_switches_until_the_loss_is_spent():
     space = Space.of_layers(LAYERS)
     few, many = (
-        STRATEGIES["tolerance"].run(space, Budget("layers", 1), Surface(additive, noise=0), 0, tolerance=share)
+        STRATEGIES["tolerance"].run(search_on(space, Budget("layers", 1), Surface(additive, noise=0)), tolerance=share)
         for share in (0.06, 0.09)
     )
     assert (few.plan.full_layers, many.plan.full_layers) == ([1, 5, 7], [1])

@@ -56,9 +56,6 @@ class Told:
         assert [len(plan.full_groups) for plan in plans] == [4, 0]
         return self.losses
 
-    def progress(self, done: float, total: float, **figures: float) -> None:
-        raise AssertionError("evaluate reports, not this")
-
 
 def test_each_task_is_measured_on_its_own_questions():
     rng = np.random.default_rng(0)
@@ -155,7 +152,7 @@ def test_what_is_left_out_is_another_search(tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     every, one = recipe_of(tmp_path / "two.yaml", {**KEYS, **VALUES}), recipe_of(tmp_path / "one.yaml", KEYS)
 
-    def measured(tasks, space, objective):
+    def measured(tasks, space, objective, report):
         found = measure_signal(tasks, space, objective)
         return {name: {**each, **({"interval": [-0.1, 0.1]} if name in VALUES else {})} for name, each in found.items()}
 

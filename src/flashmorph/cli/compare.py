@@ -48,7 +48,7 @@ def compare(
         typer.Option(
             min=0,
             max=100_000,
-            help="Also compare the default's, halo's, uniform's and the best plan after so many steps.",
+            help="Also distil the default's, the baseline's and the best plan for so many steps, and compare.",
         ),
     ] = 0,
     distill_budget: Annotated[str, typer.Option(help="The budget for which that is done.")] = "2",

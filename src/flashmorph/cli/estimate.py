@@ -10,6 +10,7 @@ from flashmorph.cli.app import app
 from flashmorph.cli.options import (
     ERR,
     OUT,
+    BaselineOption,
     BudgetOption,
     DataOption,
     JsonOption,
@@ -34,7 +35,7 @@ def estimate(
     recipe: RecipeOption = None,
     budget: BudgetOption = None,
     strategy: StrategyOption = None,
-    baseline: Annotated[str | None, typer.Option(help="`uniform`: train the uniform layout as well.")] = None,
+    baseline: BaselineOption = None,
     data: DataOption = None,
     window: WindowOption = None,
     changes: SetOption = None,

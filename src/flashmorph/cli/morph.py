@@ -10,6 +10,7 @@ from flashmorph.cli.options import (
     ERR,
     EVERY_STAGE,
     OUT,
+    BaselineOption,
     BudgetOption,
     DataOption,
     DeviceOption,
@@ -43,7 +44,7 @@ def morph(
     plan: PlanOption = None,
     layers: LayersOption = None,
     window: WindowOption = None,
-    baseline: Annotated[str | None, typer.Option(help="`uniform`: train the uniform layout as well.")] = None,
+    baseline: BaselineOption = None,
     data: DataOption = None,
     allow_repeat: RepeatOption = False,
     allow_unused: UnusedOption = False,
@@ -82,6 +83,7 @@ def morph(
         _dry_run(options, stages)
         return
     from flashmorph.pipeline import morph as pipeline
+    from flashmorph.selection import BASELINE
 
     run = open_run(options, stages)
     results = pipeline.morph(run)
@@ -89,12 +91,12 @@ def morph(
         print(json.dumps(results.to_dict(), indent=2))
         return
     run.screen.show(results)
-    for name in ("recall_hybrid_undistilled_minus_uniform", "recall_hybrid_minus_uniform"):
+    for name in (f"recall_hybrid_undistilled_minus_{BASELINE}", f"recall_hybrid_minus_{BASELINE}"):
         if difference := results.to_dict().get(name):
             low, high = difference["interval"]
             about = "before distillation" if "undistilled" in name else "after"
             OUT.print(
-                f"recall minus uniform's {about}: {100 * difference['difference']:+.1f} points "
+                f"recall minus {BASELINE}'s {about}: {100 * difference['difference']:+.1f} points "
                 f"({100 * low:+.1f} to {100 * high:+.1f})",
                 highlight=False,
             )

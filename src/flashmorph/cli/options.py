@@ -40,6 +40,9 @@ UnusedOption = Annotated[
     bool,
     typer.Option("--allow-unused", help="Go on where stored weights are not used as they are stored, and say which."),
 ]
+BaselineOption = Annotated[
+    str | None, typer.Option(help="Also train a plan that takes no search, for comparison: `uniform`.")
+]
 StrategyOption = Annotated[str | None, typer.Option(help="How layers are chosen.")]
 PlanOption = Annotated[Path | None, typer.Option(help="Build this plan instead of selecting one.")]
 LayersOption = Annotated[str | None, typer.Option(help="Keep these layers full instead of selecting: `1,2,6`.")]

@@ -1,6 +1,5 @@
 """Operations of each stage: what runs forward, what backward, how often."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedConfig
@@ -17,13 +16,14 @@ from flashmorph.hosts import (
     with_branches_to_train,
 )
 from flashmorph.mixers import Products
+from flashmorph.mixers.products import operations
 from flashmorph.model.recompute import recomputes
 from flashmorph.plan import FULL, Budget
 from flashmorph.recipe.outlook import num_models, race_places, search_tokens, signal_questions
 from flashmorph.recipe.recipe import Recipe
-from flashmorph.selection import STRATEGIES
+from flashmorph.selection import BASELINE, STRATEGIES
 from flashmorph.selection.racing import START_QUESTIONS
-from flashmorph.selection.strategies.uniform import uniform
+from flashmorph.selection.search import plan_without_search
 from flashmorph.stages import DistillSettings, ExtendSettings
 
 
@@ -86,20 +86,6 @@ class Model(NamedTuple):
         return layer_products(self.host, self.config, name, context)
 
 
-def operations(
-    products: Sequence[Products], forward: int = 1, weights: int = 0, inputs: int = 0
-) -> tuple[float, float]:
-    """Operations a token, all of them and those that kernels do.
-
-    `forward` is how often they run forward; a backward follows if there are gradients for the `weights` (1) or for what
-    goes in (`inputs`, 1): a product with weights takes one product for each of the two, any other product two.
-    """
-    back = {"input": weights + inputs, "weights": weights + 1, "state": 2}
-    backward = weights or inputs
-    whole = [(each, each.flops * (forward + (back[each.kind] if backward else 0))) for each in products]
-    return sum(flops for _, flops in whole), sum(flops * each.causal for each, flops in whole)
-
-
 def model_of(config: PreTrainedConfig, recipe: Recipe) -> Model:
     """The host of a teacher's configuration, with as many full layers as the budget has at regular intervals.
 
@@ -110,7 +96,7 @@ def model_of(config: PreTrainedConfig, recipe: Recipe) -> Model:
     if STRATEGIES[recipe.select.strategy].finds_budget:
         return Model(host, own, 1)
     space = layer_space(host, own, budget)
-    return Model(host, own, len(uniform(space, budget, None, recipe.seed).plan.full_groups))
+    return Model(host, own, len(plan_without_search(BASELINE, space, budget).full_groups))
 
 
 def model_in(config: PreTrainedConfig) -> Model:

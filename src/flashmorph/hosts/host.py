@@ -84,10 +84,6 @@ class Host(Protocol):
         """What config.json shall say, given what transformers writes: some engines read other words."""
         return values
 
-    def active_share(self, config: PreTrainedConfig, name: str) -> float:
-        """The share of a layer's weight of this name that one token runs through: below 1 for experts."""
-        return 1.0
-
 
 def layer_prefixes(names: Iterable[str]) -> list[str]:
     """What the names of each decoder layer's weights begin with, `model.layers.3.`, of the layers among `names`."""

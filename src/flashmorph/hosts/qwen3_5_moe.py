@@ -77,10 +77,6 @@ class Qwen35MoeHost(Qwen35Host):
             Products("its gate", "input", "2 · hidden", 2 * width),
         ]
 
-    def active_share(self, config: PreTrainedConfig, name: str) -> float:
-        """Some of the experts, and all else."""
-        return config.num_experts_per_tok / config.num_experts if ".experts." in name else 1.0
-
 
 def _shared_width(config: PreTrainedConfig) -> int:
     return min(_SHARED_WIDTH, config.moe_intermediate_size)

@@ -1,5 +1,6 @@
-"""What attention and feed-forward cost, alike in all hosts: operations and cache."""
+"""What attention and feed-forward cost, alike in all hosts: operations and cache; operations of a backward."""
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -58,3 +59,17 @@ def feed_forward_products(width: int, inner: int) -> list[Products]:
         Products("gate, up", "weights", "4 · hidden · intermediate", 4 * width * inner),
         Products("down", "weights", "2 · hidden · intermediate", 2 * width * inner),
     ]
+
+
+def operations(
+    products: Sequence[Products], forward: int = 1, weights: int = 0, inputs: int = 0
+) -> tuple[float, float]:
+    """Operations a token, all of them and those that kernels do.
+
+    `forward` is how often they run forward; a backward follows if there are gradients for the `weights` (1) or for what
+    goes in (`inputs`, 1): a product with weights takes one product for each of the two, any other product two.
+    """
+    back = {"input": weights + inputs, "weights": weights + 1, "state": 2}
+    backward = weights or inputs
+    whole = [(each, each.flops * (forward + (back[each.kind] if backward else 0))) for each in products]
+    return sum(flops for _, flops in whole), sum(flops * each.causal for each, flops in whole)

@@ -12,6 +12,7 @@ from flashmorph.hosts.serving import Engine
 from flashmorph.mixers import LAYER_TYPES
 from flashmorph.plan import FULL
 from flashmorph.run.run import Results, Run
+from flashmorph.selection import BASELINE
 from flashmorph.surface.quoting import code, code_block, encodable, markdown, no_option, python_string, shell_command
 from flashmorph.versions import own_version
 
@@ -20,8 +21,8 @@ _NAMES = {
     "hybrid": "**this hybrid**",
     "hybrid_before_extend": "this hybrid, before extension",
     "hybrid_undistilled": "this hybrid, before distillation",
-    "uniform": "uniform layout, same budget and training",
-    "uniform_undistilled": "uniform layout, before distillation",
+    BASELINE: f"{BASELINE} layout, same budget and training",
+    f"{BASELINE}_undistilled": f"{BASELINE} layout, before distillation",
 }
 _KERNELS = """
 On a machine without a GPU, leave flash-linear-attention and mamba-ssm uninstalled (or Triton): transformers picks its
@@ -104,7 +105,7 @@ def served_by(engine: Engine, config: PreTrainedConfig) -> str:
 
 def _worth(results: Results) -> str:
     """What the choice of layers is worth, where the uniform layout was trained as well."""
-    found = results.to_dict().get("recall_hybrid_minus_uniform")
+    found = results.to_dict().get(f"recall_hybrid_minus_{BASELINE}")
     if not found:
         return ""
     worth, low, high = (100 * value for value in (found["difference"], *found["interval"]))

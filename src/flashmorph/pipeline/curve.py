@@ -18,11 +18,11 @@ from flashmorph.plan import FULL, Budget, Group, Plan, Space
 from flashmorph.progress import Report
 from flashmorph.run.digests import ends, select_settings, task_settings
 from flashmorph.run.folder import Stage
-from flashmorph.run.models import open_morphable, open_objective
+from flashmorph.run.models import open_morphable, open_objective, run_search
 from flashmorph.run.recall import recall_of_plan
 from flashmorph.run.run import Run
 from flashmorph.selection import STRATEGIES, Selection
-from flashmorph.selection.search import reuse_of, select
+from flashmorph.selection.search import reuse_of
 from flashmorph.surface.outputs import save_picture
 
 
@@ -88,7 +88,7 @@ def budget_curve(run: Run, morphable: Morphable, questions: int, folder: Path, r
     strategy = run.recipe.select.strategy
     space = morphable.space(Budget("layers", 1))
     plans = [*find_plans(run, morphable, space, folder, report), space.plan(space.groups, Budget("layers", 1))]
-    objective = open_objective(run, morphable, folder / "curve", report, evaluations=folder / "evaluations")
+    objective = open_objective(run, morphable, folder / "curve", evaluations=folder / "evaluations")
     losses = objective.evaluate(plans).mean(1)
     points = []
     for number, (plan, loss) in enumerate(zip(plans, losses, strict=True), 1):
@@ -114,16 +114,9 @@ def find_plans(run: Run, morphable: Morphable, space: Space, folder: Path, repor
 
     def search(budget: Budget) -> Selection:
         place = folder / (f"{strategy}-{budget}" if reuse == "nothing" else strategy)
-        objective = open_objective(
-            run,
-            morphable,
-            place,
-            report,
-            evaluations=folder / "evaluations",
-            needs_text=record.needs_text,
-            needs_training=record.needs_training,
-        )
-        return select(morphable, budget, strategy, objective, recipe.seed, **settings)
+        chosen = recipe.select.model_copy(update={"settings": settings})
+        own = replace(run, recipe=recipe.model_copy(update={"select": chosen}))
+        return run_search(own, morphable, budget, place, report, folder / "evaluations")
 
     if reuse in ("nothing", "state"):
         return [search(budget).plan for budget in budgets]

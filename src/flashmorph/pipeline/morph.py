@@ -52,11 +52,10 @@ from flashmorph.run.digests import (
     training_settings,
 )
 from flashmorph.run.folder import Stage
-from flashmorph.run.models import divided, open_morphable, open_objective, open_stage
+from flashmorph.run.models import divided, open_morphable, open_stage, run_search
 from flashmorph.run.run import Results, Run
-from flashmorph.selection import STRATEGIES
-from flashmorph.selection.search import select
-from flashmorph.selection.strategies.uniform import uniform
+from flashmorph.selection import BASELINE, STRATEGIES
+from flashmorph.selection.search import plan_without_search
 from flashmorph.stages import (
     RowsWithLogits,
     TrainSettings,
@@ -94,9 +93,9 @@ def morph(run: Run) -> Results:
     models = {"teacher": host, "hybrid_undistilled": hybrid["build"], "hybrid": hybrid["extend"]}
     if hybrid["extend"].name == "extend":
         models["hybrid_before_extend"] = hybrid["distill"]
-    if run.recipe.baseline == "uniform":
-        other = finish(run, host, branches, uniform_plan(run, host, plan), "uniform ")
-        models |= {"uniform_undistilled": other["build"], "uniform": other["extend"]}
+    if run.recipe.baseline:
+        other = finish(run, host, branches, baseline_plan(run, host, plan), f"{BASELINE} ")
+        models |= {f"{BASELINE}_undistilled": other["build"], BASELINE: other["extend"]}
     scores = {name: run_evaluate(run, name, stage) for name, stage in models.items()}
     results = Results(plan, scores, list(run.done.values()))
 
@@ -185,15 +184,7 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
     def work(folder: Path, report: Report) -> dict[str, Any]:
         morphable = divided(run, lambda: open_morphable(run, host, branches), shard_morphable)
         fitted = replace(run, recipe=run.at_once("select", folder))
-        objective = open_objective(
-            fitted,
-            morphable,
-            folder,
-            report,
-            needs_text=strategy.needs_text,
-            needs_training=strategy.needs_training,
-        )
-        found = select(morphable, recipe.budget, chosen.strategy, objective, recipe.seed, **chosen.settings)
+        found = run_search(fitted, morphable, recipe.budget, folder, report)
         if distributed.is_first():
             replace(found.plan, teacher=run.teacher.name, revision=run.teacher.revision).save(folder / "plan.json")
             write_json(folder / "trace.json", found.trace)
@@ -207,12 +198,12 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
     return Plan.load(stage.folder / "plan.json")
 
 
-def uniform_plan(run: Run, host: Stage, plan: Plan) -> Plan:
-    """The layout at regular intervals with as many full layers as `plan`."""
+def baseline_plan(run: Run, host: Stage, plan: Plan) -> Plan:
+    """The baseline's plan with as many full layers as `plan`."""
     budget = Budget("layers", len(plan.full_groups))
     config = load_config(host.folder / "model")
     space = layer_space(host_of(config), config, budget)
-    return replace(uniform(space, budget, None, 0).plan, strategy="uniform", teacher=run.teacher.name)
+    return replace(plan_without_search(BASELINE, space, budget), teacher=run.teacher.name)
 
 
 def run_build(run: Run, host: Stage, branches: Stage, plan: Plan, label: str) -> Stage:

@@ -150,8 +150,8 @@ def run_signal(run: Run, host: Stage, branches: Stage) -> Stage:
         fitted = replace(run, recipe=run.at_once("signal", folder))
         search = fitted.recipe.select.search.model_copy(update={"questions": number})
         morphable = divided(run, lambda: open_morphable(run, host, branches), shard_morphable)
-        objective = open_objective(fitted, morphable, folder, report, search)
-        found = measure_signal(list(recipe.tasks), morphable.space(Budget("layers", 1)), objective)
+        objective = open_objective(fitted, morphable, folder, search)
+        found = measure_signal(list(recipe.tasks), morphable.space(Budget("layers", 1)), objective, report)
         left_out = [name for name, figures in found.items() if figures["interval"][0] <= 0]
         summary = ", ".join(_difference(name, figures) for name, figures in found.items())
         return {"tasks": found, "left_out": left_out, "summary": summary}
@@ -160,12 +160,14 @@ def run_signal(run: Run, host: Stage, branches: Stage) -> Stage:
     return run.stage("signal", "answer loss, no layer full less all full", wanted, [branches.digest], work)
 
 
-def measure_signal(tasks: Sequence[str], space: Space, objective: Objective) -> dict[str, dict[str, Any]]:
+def measure_signal(
+    tasks: Sequence[str], space: Space, objective: Objective, report: Report = silent
+) -> dict[str, dict[str, Any]]:
     """By task: mean answer loss with all layers `full` and with none (`empty`), in nats, and the paired 95 % `interval`
     of the difference. The objective's questions belong to `tasks` in turn."""
     budget = Budget("layers", 1)
     plans = [space.plan(space.groups, budget), space.plan([], budget)]
-    full, empty = objective.evaluate(plans, report=lambda share: objective.progress(share, 1))
+    full, empty = objective.evaluate(plans, report=lambda share: report(share, 1))
     found = {}
     for place, name in enumerate(tasks):
         with_all, with_none = full[place :: len(tasks)], empty[place :: len(tasks)]

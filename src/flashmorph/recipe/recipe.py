@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     Field,
@@ -23,7 +24,7 @@ from flashmorph.evaluation import EvaluateSettings
 from flashmorph.files import read_text
 from flashmorph.inputs.readyaml import read_yaml, sentence
 from flashmorph.inputs.settings import Many, Name, Settings
-from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES
+from flashmorph.selection import BASELINE, DEFAULT_STRATEGY, STRATEGIES
 from flashmorph.selection.searchdata import SearchSettings
 from flashmorph.stages import AlignSettings, DistillSettings, ExtendSettings
 from flashmorph.tasks import STYLES, TaskSettings
@@ -126,6 +127,12 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else quoted(value)
 
 
+def _is_baseline(name: str) -> str:
+    if name != BASELINE:
+        raise ValueError(f"Input should be '{BASELINE}'")
+    return name
+
+
 class Recipe(Settings):
     """One run of `flashmorph morph`."""
 
@@ -133,7 +140,7 @@ class Recipe(Settings):
     seed: int = Field(default=0, ge=0, lt=2**32, strict=True)
     bf16: Literal["auto"] | bool = "auto"
     shard: bool = Field(default=False, description="divide weights among processes (`model/sharding.py`)")
-    baseline: Literal["uniform"] | None = None
+    baseline: Annotated[str, AfterValidator(_is_baseline)] | None = None
     style: Literal["lines", "prose"] = "prose"
     chat_template: bool = Field(
         default=False, description="ask a search's questions, and those in training rows, through the chat template"

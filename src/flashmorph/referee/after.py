@@ -37,7 +37,7 @@ def after_distillation(
     rows = []
     with run.screen.stage("distill", f"{len(plans)} plans, {steps} steps") as report:
         objective = open_objective(
-            run, morphable, work, report, search, "referee", evaluations=work, needs_text=True, needs_training=True
+            run, morphable, work, search, "referee", evaluations=work, needs_text=True, needs_training=True
         )
         for number, (name, plan) in enumerate(plans.items(), 1):
             found = objective.distill([plan], steps)

@@ -20,11 +20,11 @@ from flashmorph.referee.after import after_distillation
 from flashmorph.referee.cells import Cell, CellFile
 from flashmorph.referee.truth import Truth, find_truths
 from flashmorph.run.digests import ends, task_settings, text_settings
-from flashmorph.run.models import open_morphable, open_objective
+from flashmorph.run.models import open_morphable, open_objective, run_search
 from flashmorph.run.recall import recall_of_plan
 from flashmorph.run.run import Run
-from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES, Selection, Strategy
-from flashmorph.selection.search import check_search, own_settings, reuse_of, select
+from flashmorph.selection import BASELINE, DEFAULT_STRATEGY, STRATEGIES, Selection, Strategy
+from flashmorph.selection.search import check_search, own_settings, reuse_of
 
 REFEREE_SEED = 1_000_003
 FOUND = "found"
@@ -46,7 +46,7 @@ class CompareSettings(BaseModel):
     recall_questions: int = Field(default=25, ge=0, description="generated answers a task and plan; 0 for none")
     distill_steps: int = Field(default=0, ge=0, description="steps of the distillation that plans are compared after")
     distill_budget: str = "2"
-    distilled: tuple[str, ...] = ("uniform", "halo", DEFAULT_STRATEGY)
+    distilled: tuple[str, ...] = (BASELINE, DEFAULT_STRATEGY)
     max_plans: int = Field(default=2_000, gt=0, description="the most plans that are enumerated")
     only_kept: bool = Field(default=False, description="show the cells that are there and search for no other")
 
@@ -135,19 +135,12 @@ class Referee:
         alike = reuse_of(entry.strategy, settings) in ("state", "scores")
         about = [seed, settings] if alike else [budget, seed, settings]
         folder = self._work / f"{entry.strategy}-{digest_of(about)}"
-        run = replace(self._run, recipe=self._run.recipe.model_copy(update={"seed": seed}))
+        recipe = self._run.recipe
+        chosen = recipe.select.model_copy(update={"strategy": entry.strategy, "settings": settings})
+        run = replace(self._run, recipe=recipe.model_copy(update={"seed": seed, "select": chosen}))
         evaluations = self._work / f"validation-{seed}"
         with run.screen.stage("search", f"{entry.label}, budget {budget}, seed {seed}") as report:
-            objective = open_objective(
-                run,
-                self._morphable,
-                folder,
-                report,
-                evaluations=evaluations,
-                needs_text=entry.record.needs_text,
-                needs_training=entry.record.needs_training,
-            )
-            return select(self._morphable, _budget(budget), entry.strategy, objective, seed, **settings)
+            return run_search(run, self._morphable, _budget(budget), folder, report, evaluations)
 
     def judge(
         self, entry: Entry, found: Selection, budget: str, seed: int, spend: float, settings: dict[str, Any]
@@ -196,7 +189,7 @@ class Referee:
         with self._run.screen.stage("referee", "every plan") as report:
             run = replace(self._run, recipe=self._run.recipe.model_copy(update={"seed": REFEREE_SEED}))
             work = self._work / "referee"
-            objective = open_objective(run, self._morphable, work, report, self._search, judging="referee")
+            objective = open_objective(run, self._morphable, work, self._search, judging="referee")
             budgets, most = [Budget.parse(name) for name in self._settings.budgets], self._settings.max_plans
             space_of = self._morphable.space
             return find_truths(space_of, budgets, objective, most, lambda share: report(round(100 * share), 100))

@@ -10,6 +10,7 @@ from flashmorph.files import read_json, short_names, write_json
 from flashmorph.inputs.shapes import misfit
 from flashmorph.plan import Plan
 from flashmorph.run.folder import MARKER, last_stages
+from flashmorph.selection import BASELINE
 from flashmorph.surface.outputs import claim_output, json_of, made_by
 
 HYBRID = "hybrid"
@@ -96,7 +97,7 @@ def _labels(run: Path, folders: Mapping[str, Path]) -> dict[str, str]:
     last = last_stages(run)
     teacher = Plan.load(run / "plan.json").teacher
     known = {run.resolve(): HYBRID}
-    for label, name in (("transplant", "teacher"), ("distill uniform", "uniform"), ("extend uniform", "uniform")):
+    for label, name in (("transplant", "teacher"), (f"distill {BASELINE}", BASELINE), (f"extend {BASELINE}", BASELINE)):
         if label in last:
             known[(run / "stages" / last[label] / "model").resolve()] = name
     short = short_names(list(folders))

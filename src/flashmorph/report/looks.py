@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from flashmorph.selection import BASELINE
+
 _PALETTE = (
     "#2a7de1", "#e0762f", "#1f9d6b", "#b0489c", "#b08a00", "#5f6bd8", "#d24b5a", "#159aa8",
     "#8a6d4f", "#7a9a1f", "#9c5bd6", "#d0679d", "#4d8f8a", "#c2571a", "#6c7a89",
@@ -29,8 +31,8 @@ _KNOWN = {
     "hybrid": ("hybrid", Look(_PALETTE[0])),
     "hybrid_before_extend": ("hybrid, before extension", Look(_PALETTE[0], "diamond", filled=False)),
     "hybrid_undistilled": ("hybrid, before distillation", Look(_PALETTE[0], filled=False)),
-    "uniform": ("uniform layout, same budget", Look(_PALETTE[1])),
-    "uniform_undistilled": ("uniform layout, before distillation", Look(_PALETTE[1], filled=False)),
+    BASELINE: (f"{BASELINE} layout, same budget", Look(_PALETTE[1])),
+    f"{BASELINE}_undistilled": (f"{BASELINE} layout, before distillation", Look(_PALETTE[1], filled=False)),
 }
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from flashmorph.inputs.shapes import Count, Finite, Shape
+from flashmorph.selection import BASELINE
 
 Ends = Annotated[list[Finite], Field(min_length=2, max_length=2)]
 _Some = Field(min_length=1)
@@ -69,7 +70,7 @@ class Results(Shape):
     """results.json, its models apart."""
 
     stages: list[_Stage]
-    recall_hybrid_minus_uniform: _Difference | None = None
+    worth: _Difference | None = Field(default=None, alias=f"recall_hybrid_minus_{BASELINE}")
 
 
 class _Evaluation(Shape):

@@ -13,6 +13,7 @@ from flashmorph.report.markup import listing, paragraph, percent, size, span, st
 from flashmorph.report.page import Section, page
 from flashmorph.report.source import Source, read_run
 from flashmorph.report.still import draw
+from flashmorph.selection import BASELINE
 from flashmorph.surface.outputs import PAGE, PICTURE, claim_output
 from flashmorph.surface.quoting import encodable, no_option, shell_command
 from flashmorph.versions import own_version
@@ -55,8 +56,8 @@ def _head(name: str, source: Source) -> str:
         tile("perplexity", f"{hybrid['perplexity']:.2f}", f"teacher {teacher['perplexity']:.2f}"),
         tile("cache at 128K tokens", size(cache), f"{percent(cache / teachers)} of the teacher's {size(teachers)}"),
     ]
-    if worth := source.results.get("recall_hybrid_minus_uniform"):
-        about = f"points of recall over the uniform layout ({span(worth['interval'], '{:.1f}', 100)})"
+    if worth := source.results.get(f"recall_hybrid_minus_{BASELINE}"):
+        about = f"points of recall over the {BASELINE} layout ({span(worth['interval'], '{:.1f}', 100)})"
         tiles.append(tile("what the choice is worth", f"{100 * worth['difference']:+.1f}", about))
     kept, number = len(plan.full_groups), len(plan.assignments)
     about = f"{kept} of {number} layers keep full attention. Made by flashmorph {own_version()}."
@@ -122,7 +123,7 @@ def _how_to_get_more(source: Source) -> str:
     """The command that adds the grid and the token classes, where they are not there yet."""
     if source.evaluated or not source.plan.teacher:
         return ""
-    folders = [source.folder / "stages" / name / "model" for name in _uniform(source)]
+    folders = [source.folder / "stages" / name / "model" for name in _baseline(source)]
     models = [source.plan.teacher, *map(str, [source.folder, *(folder for folder in folders if folder.is_dir())])]
     lengths = ",".join(str(source.length // part) for part in (4, 2, 1))
     options = ("--lengths", lengths, "--tokens", "--report", str(source.folder))
@@ -130,8 +131,8 @@ def _how_to_get_more(source: Source) -> str:
     return f"<h3>More</h3><p>Recall by length and depth, and losses by class of token:</p><pre>{escape(command)}</pre>"
 
 
-def _uniform(source: Source) -> list[str]:
-    """The folder of the finished uniform layout."""
+def _baseline(source: Source) -> list[str]:
+    """The folder of the finished baseline."""
     digests = {label: digest for digest, label in source.labels.items()}
-    last = [name for name in ("extend", "distill") if f"{name} uniform" in digests]
-    return [f"{last[0]}-{digests[f'{last[0]} uniform']}"] if last else []
+    last = [name for name in ("extend", "distill") if f"{name} {BASELINE}" in digests]
+    return [f"{last[0]}-{digests[f'{last[0]} {BASELINE}']}"] if last else []

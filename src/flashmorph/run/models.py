@@ -11,13 +11,17 @@ from flashmorph.convert.load import load_model
 from flashmorph.data.rows import Rows
 from flashmorph.model.morphable import Morphable
 from flashmorph.model.sharding import Model, in_turn, is_sharded
+from flashmorph.plan import Budget
 from flashmorph.progress import Report, silent
 from flashmorph.run.data import held_out_text, search_data, training_rows
 from flashmorph.run.folder import Stage
 from flashmorph.run.run import Run
+from flashmorph.selection import STRATEGIES, Selection
 from flashmorph.selection.distilling import Distiller
 from flashmorph.selection.objective import MorphableObjective
+from flashmorph.selection.search import select
 from flashmorph.selection.searchdata import SearchSettings
+from flashmorph.selection.state import StateOnDisk
 from flashmorph.stages import DistillSettings
 
 SEARCH_TEXT_TOKENS = 16_384
@@ -45,20 +49,63 @@ def open_morphable(run: Run, host: Stage, branches: Stage) -> Morphable:
     return morphable
 
 
+def run_search(
+    run: Run,
+    morphable: Morphable,
+    budget: Budget | str,
+    folder: Path,
+    report: Report,
+    evaluations: Path | None = None,
+) -> Selection:
+    """Search by the recipe's strategy and settings.
+
+    Args:
+        run: Its recipe has strategy, settings, seed and questions.
+        morphable: The host with its aligned branches.
+        budget: How much may stay full.
+        folder: Where the state of the search is kept.
+        report: Called with the progress.
+        evaluations: Where losses of plans are kept, for other searches too; by default inside `folder`.
+
+    Raises:
+        UserError: see `select`.
+    """
+    chosen, say = run.recipe.select, run.screen.say
+    record = STRATEGIES[chosen.strategy]
+    objective = open_objective(
+        run,
+        morphable,
+        folder,
+        evaluations=evaluations,
+        needs_text=record.needs_text,
+        needs_training=record.needs_training,
+    )
+    state = StateOnDisk(folder, say)
+    seed, settings = run.recipe.seed, chosen.settings
+    return select(morphable, budget, chosen.strategy, objective, seed, report, say, state, **settings)
+
+
 def open_objective(
     run: Run,
     morphable: Morphable,
     folder: Path,
-    report: Report,
     search: SearchSettings | None = None,
     judging: str = "validation",
     evaluations: Path | None = None,
     needs_text: bool = False,
     needs_training: bool = False,
 ) -> MorphableObjective:
-    """What a search asks of the model, with the loss on text and short distillations where it needs them.
+    """What a search asks of the model.
 
-    Its state is kept in `folder`, evaluated plans in `evaluations`; `judging` is the split whose questions it sees.
+    Args:
+        run: Its recipe has tasks, text and, without `search`, the questions.
+        morphable: The host with its aligned branches.
+        folder: The search's own.
+        search: Number and length of the questions.
+        judging: The split whose questions are asked.
+        evaluations: Where losses of plans are kept; by default inside `folder`.
+        needs_text: Whether the loss on text is asked for.
+        needs_training: Whether plans are distilled.
     """
     recipe, search = run.recipe, search or run.recipe.select.search
     text, distiller = None, None
@@ -73,4 +120,4 @@ def open_objective(
 
         distiller = Distiller(morphable, make_rows, recipe.distill, folder / "distilled", recipe.seed, run.bf16)
     data = search_data(run, judging, search)
-    return MorphableObjective(morphable, data, folder, run.bf16, report, text, distiller, evaluations, run.screen.say)
+    return MorphableObjective(morphable, data, folder, run.bf16, text, distiller, evaluations, run.screen.say)

@@ -25,6 +25,7 @@ from flashmorph.progress import Report
 from flashmorph.recipe.recipe import Recipe
 from flashmorph.run.folder import RunFolder, Stage
 from flashmorph.run.out_of_memory import within_memory
+from flashmorph.selection import BASELINE
 
 
 class Screen(Protocol):
@@ -131,7 +132,7 @@ class Run:
 
         Every process does the `work`, or the first `alone` while the others wait.
         """
-        label = f"{name} {about.split()[0]}" if name == "evaluate" or about.startswith("uniform") else name
+        label = f"{name} {about.split()[0]}" if name == "evaluate" or about.startswith(BASELINE) else name
         before, done = self.folder.last(label), self.folder.find(name, settings, inputs)
         if before and not done:
             self.screen.say(f"{label}: {self.folder.why_again(before, name, settings, inputs)}; running it again")
@@ -164,10 +165,10 @@ class Results:
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, `results.json`."""
         values: dict[str, Any] = {name: score.to_dict() for name, score in self.scores.items()}
-        if "uniform" in self.scores:
+        if BASELINE in self.scores:
             for after in ("", "_undistilled"):
-                difference = recall_difference(self.scores[f"hybrid{after}"], self.scores[f"uniform{after}"])
-                values[f"recall_hybrid{after}_minus_uniform"] = difference
+                difference = recall_difference(self.scores[f"hybrid{after}"], self.scores[f"{BASELINE}{after}"])
+                values[f"recall_hybrid{after}_minus_{BASELINE}"] = difference
         values["layers"] = {
             "plan": self.plan.strip(),
             "assignments": self.plan.assignments,

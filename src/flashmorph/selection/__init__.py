@@ -1,9 +1,9 @@
 """Choosing which layers keep full attention: strategies, what they ask, and what answers.
 
-Strategies see a `Space` and an `Objective`; only `objective.py` and `search.py` see a model.
+Strategies see a `Search`: a `Space`, a `Budget` and an `Objective`; only `objective.py` and `search.py` see a model.
 """
 
-from flashmorph.selection.strategies import DEFAULT_STRATEGY, STRATEGIES
-from flashmorph.selection.strategy import Cost, Objective, Selection, Strategy
+from flashmorph.selection.strategies import BASELINE, DEFAULT_STRATEGY, STRATEGIES
+from flashmorph.selection.strategy import Cost, Objective, Search, Selection, Strategy
 
-__all__ = ["DEFAULT_STRATEGY", "STRATEGIES", "Cost", "Objective", "Selection", "Strategy"]
+__all__ = ["BASELINE", "DEFAULT_STRATEGY", "STRATEGIES", "Cost", "Objective", "Search", "Selection", "Strategy"]

@@ -2,76 +2,94 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from flashmorph.errors import UserError
 from flashmorph.selection.shared_adam import SharedAdam
-from flashmorph.selection.strategy import Objective
+from flashmorph.selection.strategy import Search
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """`steps` updates, the learning rate falling from `start` to `end` along a half cosine."""
+    """`steps` updates, the learning rate falling from `start` to `end` along a half cosine.
+
+    With `shared_moment` all logits share the size of a step (`SharedAdam`); else each has Adam's own.
+    """
 
     steps: int
     start: float
     end: float
+    shared_moment: bool = False
 
     def rate(self, step: int) -> float:
         """The learning rate of one step."""
         return self.end + (self.start - self.end) * 0.5 * (1 + np.cos(np.pi * step / max(1, self.steps - 1)))
 
 
+class Loss(NamedTuple):
+    """What is descended: a loss of the model on `data` (see `Objective.gradient`), plus `regulariser(logits)`."""
+
+    name: str
+    data: str = "questions"
+    regulariser: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits.sum() * 0
+
+
 def descend(
-    objective: Objective,
+    search: Search,
     logits: torch.Tensor,
     to_gates: Callable[[torch.Tensor, int], torch.Tensor],
     schedule: Schedule,
-    loss: str,
-    data: str = "questions",
-    regulariser: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    loss: Loss,
     after_step: Callable[[torch.Tensor], object] | None = None,
-    shared_moment: bool = False,
-) -> list[dict]:
-    """Train `logits` in place and return the trace, one entry a step.
+) -> list[dict[str, Any]]:
+    """Train `logits` in place. Gradients are not clipped: the size of a step is Adam's.
 
-    `loss` and `data` are what `Objective.gradient` is asked for. `to_gates(logits, step)` gives the gates
-    `[groups, options]` that the model runs with (differentiable); `regulariser(logits)` is added to the loss;
-    `after_step(logits)` may project (in place, without gradient). Gradients are not clipped: a gate's size of step is
-    Adam's. With `shared_moment` that is one size for all of them (`SharedAdam`).
+    Args:
+        search: The objective that is asked for gradients, and where the state is kept: a killed search goes on.
+        logits: What is trained, `[groups]`, `[groups, options]` or with further numbers behind the groups.
+        to_gates: From logits and number of the step to the gates `[groups, options]` that the model runs with;
+            differentiable.
+        schedule: Number and size of the steps.
+        loss: What is descended.
+        after_step: May project the logits, in place and without gradient.
 
-    The loop keeps its state with the objective, which makes a killed search go on where it stopped.
+    Returns:
+        The trace, one entry a step.
 
     Raises:
         UserError: the loss or its gradient is not finite.
     """
     logits.requires_grad_(True)
-    kind = SharedAdam if shared_moment else torch.optim.Adam
+    kind = SharedAdam if schedule.shared_moment else torch.optim.Adam
     optimizer = kind([logits], lr=schedule.start)
-    trace: list[dict] = []
-    first = objective.restore(logits, optimizer, trace)
+    trace: list[dict[str, Any]] = []
+    objective, first = search.objective, 0
+    if search.state and (kept := search.state.restore(logits, optimizer, trace)):
+        first, cost = kept
+        objective.resume(cost)
     for step in range(first, schedule.steps):
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step)
         gates = to_gates(logits, step)
-        value, gradient = objective.gradient(gates.detach(), step, loss, data)
+        value, gradient = objective.gradient(gates.detach(), step, loss.name, loss.data)
         if not np.isfinite(value) or not torch.isfinite(gradient).all():
             raise UserError(
-                f"the {loss} loss of the gates is not finite at step {step}: look at the teacher's and the branches' "
-                "weights"
+                f"the {loss.name} loss of the gates is not finite at step {step}: look at the teacher's and the "
+                "branches' weights"
             )
         optimizer.zero_grad()
-        penalty = regulariser(logits) if regulariser else logits.sum() * 0
-        ((gates * gradient).sum() + penalty).backward()
+        ((gates * gradient).sum() + loss.regulariser(logits)).backward()
         optimizer.step()
         if after_step:
             with torch.no_grad():
                 after_step(logits)
         trace.append({"step": step, "loss": value, "gates": gates.detach()[:, 0].tolist(), "logits": _first(logits)})
-        objective.progress(step + 1, schedule.steps, loss=value)
-        objective.keep(step + 1, logits, optimizer, trace)
+        search.report(step + 1, schedule.steps, loss=value)
+        if search.state:
+            search.state.keep(step + 1, logits, optimizer, trace, objective.cost)
     logits.requires_grad_(False)
     return trace
 

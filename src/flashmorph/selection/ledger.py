@@ -6,9 +6,9 @@ import torch
 
 from flashmorph.data.heldout import HeldOut
 from flashmorph.model.morphable import Morphable, run_order
-from flashmorph.plan import Plan
+from flashmorph.plan import FULL, Plan
 from flashmorph.selection.cache import key_of
-from flashmorph.selection.meter import Meter
+from flashmorph.selection.meter import Meter, Parts
 from flashmorph.selection.strategy import Cost
 from flashmorph.stages import DistillSettings
 from flashmorph.tasks import Example
@@ -23,6 +23,7 @@ class Ledger:
     def __init__(self, morphable: Morphable):
         self._meter = Meter(morphable)
         self._layers = [layer.rows for layer in morphable.layers]
+        self._options = morphable.options
         self._questions: set[tuple[str, int]] = set()
         self._texts: set[str] = set()
         self._distilled: set[tuple[str, int]] = set()
@@ -38,10 +39,10 @@ class Ledger:
 
     def gradient(self, rows: Sequence[Example], loss: str) -> None:
         """Count a micro-batch of a gradient, whichever process runs it; the published distance asks the teacher too."""
-        ids = torch.empty(len(rows), len(rows[0].input_ids), device="meta")
+        size = len(rows), len(rows[0].input_ids)
         if loss == "hidden":
-            self._meter.count(ids)
-        self._meter.count(ids, forward=1, backward=1, every_branch=True)
+            self._meter.count(*size, self._teacher)
+        self._meter.count(*size, self._meter.every_branch, inputs=1)
 
     def plans(self, keys: Sequence[str], gates: torch.Tensor, questions: Sequence[int], length: int) -> None:
         """Count plans on questions of `length` tokens, what the plans share from the first layer up once.
@@ -55,16 +56,24 @@ class Ledger:
                 new[unasked] = new.get(unasked, 0) + 1
         self._questions.update((key, question) for key in keys for question in questions)
         for unasked, rows in new.items():
+            chosen = gates[list(unasked)].argmax(-1).tolist()
             order = run_order(gates[list(unasked)], self._layers)
-            runs = sum(len(self._layers) - start for _, start in order) / len(self._layers)
-            self._meter.count(torch.empty(rows, length, device="meta"), forward=runs)
+            self._meter.count(
+                rows,
+                length,
+                self._meter.parts_of(
+                    [self._options[chosen[index][row]] for row in layer]
+                    for index, start in order
+                    for layer in self._layers[start:]
+                ),
+            )
 
     def text(self, plan: Plan, text: HeldOut) -> None:
         """Count a plan on the text."""
         if (key := key_of(plan.assignments)) not in self._texts:
             self._texts.add(key)
             for piece in text.pieces:
-                self._meter.count(torch.empty(1, len(piece), device="meta"))
+                self._meter.count(1, len(piece), self._parts_of(plan))
 
     def distilled(self, path: Sequence[Plan], settings: DistillSettings, steps: int) -> None:
         """Count `steps` steps for every plan of a path; a beginning that was counted before is not counted again."""
@@ -73,5 +82,14 @@ class Ledger:
             counted = (key_of(about[:length]), steps)
             if counted not in self._distilled:
                 self._distilled.add(counted)
-                tokens = torch.empty(settings.steps * settings.batch_rows, settings.length, device="meta")
-                self._meter.count(tokens, forward=2, backward=1, weights=1)
+                size = settings.steps * settings.batch_rows, settings.length
+                self._meter.count(*size, self._teacher)
+                self._meter.count(*size, self._parts_of(path[length - 1]), inputs=1, weights=1)
+
+    @property
+    def _teacher(self) -> Parts:
+        return self._meter.parts_of([[FULL]] * len(self._layers))
+
+    def _parts_of(self, plan: Plan) -> Parts:
+        options = list(plan.assignments.values())
+        return self._meter.parts_of([options[row] for row in rows] for rows in self._layers)

@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 
 from flashmorph.plan import Plan
-from flashmorph.selection.strategy import Objective
+from flashmorph.selection.strategy import Search
 
 
-def first_questions(objective: Objective, num_questions: int | None) -> range:
+def first_questions(search: Search, num_questions: int | None) -> range:
     """The first `num_questions` of the search-validation split, or all of them (None, or more than there are)."""
-    return range(min(num_questions or objective.num_questions, objective.num_questions))
+    there = search.objective.num_questions
+    return range(min(num_questions or there, there))
 
 
 def mean_losses(
-    objective: Objective, plans: Sequence[Plan], questions: Sequence[int], trace: list[dict], total: int
+    search: Search, plans: Sequence[Plan], questions: Sequence[int], trace: list[dict], total: int
 ) -> list[float]:
     """Mean answer loss in nats of each of `plans` over `questions`.
 
@@ -21,9 +22,9 @@ def mean_losses(
     before = len(trace)
 
     def report(share: float) -> None:
-        objective.progress(before + share * len(plans), total)
+        search.report(before + share * len(plans), total)
 
-    losses = objective.evaluate(plans, questions, report).mean(1).tolist()
+    losses = search.objective.evaluate(plans, questions, report).mean(1).tolist()
     trace += [{"assignments": plan.assignments, "loss": loss} for plan, loss in zip(plans, losses, strict=True)]
-    objective.progress(len(trace), total, loss=min(losses))
+    search.report(len(trace), total, loss=min(losses))
     return losses

@@ -1,46 +1,61 @@
 """What a search spends, counted alike for every strategy."""
 
 import time
+from collections.abc import Iterable, Mapping
+from functools import cache
 
-import torch
-
+from flashmorph.hosts import FEED_FORWARD, layer_products
+from flashmorph.mixers.products import operations
 from flashmorph.model.morphable import Morphable
 from flashmorph.selection.strategy import Cost
 
+Parts = Mapping[str, int]
+"""How many layers run each option, and how many run at all (`FEED_FORWARD`)."""
+
 
 class Meter:
-    """Counts tokens and FLOPs of runs of a morphable model.
+    """Counts tokens and FLOPs of runs of a morphable model by the products that `flashmorph estimate` counts.
 
-    FLOPs: two for each weight and token that runs through it, forward and backward through activations alike;
-    attention adds its causal half of `4 * time * width` a token and layer.
+    The map to the vocabulary is left out: a question needs it for its answer alone.
     """
 
     def __init__(self, morphable: Morphable):
         self.cost = Cost()
         self._started = time.perf_counter()
-        config = morphable.model.config
-        branches = sum(weight.numel() for weights in morphable.branch_parameters() for weight in weights)
-        weights = morphable.model.model.layers.named_parameters()
-        self._every = round(sum(weight.numel() * morphable.host.active_share(config, name) for name, weight in weights))
-        self._one = self._every - branches
-        self._attention_width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+        self._options, self._layers = morphable.options, len(morphable.layers)
+        host, config = morphable.host, morphable.model.config
+        self._products = cache(lambda part, length: layer_products(host, config, part, length))
 
-    def count(
-        self, ids: torch.Tensor, forward: float = 1, backward: float = 0, every_branch: bool = False, weights: float = 0
-    ) -> None:
-        """A run over `ids` `[rows, length]`.
+    @property
+    def every_branch(self) -> Parts:
+        """A run with gates between 0 and 1."""
+        return dict.fromkeys((*self._options, FEED_FORWARD), self._layers)
 
-        `forward` is how often, a part of the layers counting as that part; `backward` likewise; `weights` is how often
-        gradients of the weights were computed as well.
+    def parts_of(self, layers: Iterable[Iterable[str]]) -> Parts:
+        """A run through layers with these options; a layer whose heads have several runs each of them."""
+        layers = [set(options) for options in layers]
+        counts = {option: sum(option in options for options in layers) for option in self._options}
+        return {**counts, FEED_FORWARD: len(layers)}
+
+    def count(self, rows: int, length: int, parts: Parts, inputs: int = 0, weights: int = 0) -> None:
+        """Count a run over `rows` of `length` tokens.
+
+        Args:
+            rows: Sequences.
+            length: Tokens of each.
+            parts: What runs.
+            inputs: 1 where a backward through activations follows.
+            weights: 1 where it gives gradients of the weights as well.
         """
-        self.cost.tokens_forward += round(forward * ids.numel())
-        self.cost.tokens_backward += round(backward * ids.numel())
-        run = self._every if every_branch else self._one
-        per_token = 2 * run + 2 * ids.shape[1] * self._attention_width
-        self.cost.flops += ((forward + backward) * per_token + weights * 2 * run) * ids.numel()
+        tokens = rows * length
+        self.cost.tokens_forward += round(tokens * parts[FEED_FORWARD] / self._layers)
+        self.cost.tokens_backward += round(tokens * inputs * parts[FEED_FORWARD] / self._layers)
+        for part, number in parts.items():
+            _, by_kernels = operations(self._products(part, length), 1, weights, inputs)
+            self.cost.flops += number * by_kernels * tokens
 
     def resume(self, cost: Cost) -> None:
-        """Go on counting from what an interrupted search had spent."""
+        """Go on counting from the cost of an interrupted search."""
         self.cost = cost
         self._started = time.perf_counter() - cost.seconds
 

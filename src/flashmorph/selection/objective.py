@@ -1,8 +1,7 @@
 """The objective of a search on a morphable model.
 
-Losses are those of `model_losses.py`. Each is counted (`ledger.py`) and kept on disk (`cache.py`), as is the state of
-the search, so that an interrupted one goes on where it stopped. Several processes run a share of each batch, and all
-are told the same: a strategy knows nothing of them.
+Losses are those of `model_losses.py`. Each is counted (`ledger.py`) and kept on disk (`cache.py`). Several processes
+run a share of each batch and get the same results: a strategy knows nothing of them.
 """
 
 import time
@@ -18,17 +17,14 @@ from flashmorph.data.heldout import HeldOut
 from flashmorph.errors import UserError
 from flashmorph.model.morphable import Morphable
 from flashmorph.plan import Plan
-from flashmorph.progress import Report, silent
 from flashmorph.selection.cache import (
     DistilledLosses,
-    SearchState,
     TextLoss,
     keep,
     keep_losses,
     kept,
     kept_losses,
     key_of,
-    tensors_of,
 )
 from flashmorph.selection.distilling import Distiller
 from flashmorph.selection.ledger import Ledger
@@ -36,7 +32,6 @@ from flashmorph.selection.model_losses import ModelLosses
 from flashmorph.selection.searchdata import SearchData
 from flashmorph.selection.strategy import Cost, Distilled
 
-_STATE_EVERY = 10
 _WRITE_SECONDS = 20
 
 
@@ -49,22 +44,27 @@ class MorphableObjective:
         data: SearchData,
         folder: Path,
         bf16: bool = False,
-        report: Report = silent,
         text: HeldOut | None = None,
         distiller: Distiller | None = None,
         evaluations: Path | None = None,
         say: Callable[[str], None] = print,
     ):
-        """`folder` keeps the search's state, `evaluations` the losses of plans (by default a folder inside it).
+        """The losses of `morphable` on the questions of `data`.
 
-        `text` is validation text, for the strategies that weigh text too; the `distiller` is for those that train
-        weights.
+        Args:
+            morphable: The host with its branches.
+            data: Questions of the splits search-train and search-validation.
+            folder: The search's own.
+            bf16: Whether products run in bfloat16.
+            text: Validation text, for the strategies that weigh text too.
+            distiller: For the strategies that train weights.
+            evaluations: Where losses of plans are kept; by default a folder inside `folder`.
+            say: Called where a file is damaged and its loss is measured again.
         """
         self._losses = ModelLosses(morphable, data, text, bf16)
         self._ledger = Ledger(morphable)
         self._data, self._text, self._distiller = data, text, distiller
-        self._folder, self._evaluations = folder, evaluations or folder / "evaluations"
-        self._report, self._say = report, say
+        self._evaluations, self._say = evaluations or folder / "evaluations", say
         self.num_questions = data.settings.questions
 
     @property
@@ -165,36 +165,9 @@ class MorphableObjective:
             keep(file, found)
         return Distilled(found["kl"], found["text_loss"], np.array(found["losses"]))
 
-    def restore(self, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[dict]) -> int:
-        """Read the state of an interrupted search, if there is one."""
-        path = self._folder / "search_state.json"
-        state = kept(path, self._say, SearchState)
-        if state is None:
-            return 0
-        if (found := tensors_of(state, logits.shape)) is None:
-            self._say(f"{path} is damaged: it is of another search; making it again")
-            return 0
-        with torch.no_grad():
-            logits.copy_(found.pop("logits"))
-        optimizer.state[logits] = found
-        trace[:] = state["trace"]
-        self._ledger.resume(Cost(**state["cost"]))
-        return state["step"]
-
-    def keep(self, step: int, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[dict]) -> None:
-        """Write the state every few steps, atomically."""
-        if step % _STATE_EVERY == 0:
-            moments = {name: value.tolist() for name, value in optimizer.state[logits].items()}
-            state = {"step": step, "logits": logits.tolist(), "optimizer": moments, "trace": trace}
-            keep(self._folder / "search_state.json", {**state, "cost": self.cost.to_dict()})
-
-    def progress(self, done: float, total: float, **figures: float) -> None:
-        """Pass the progress on."""
-        self._report(done, total, **figures)
-
-    def warn(self, text: str) -> None:
-        """Pass it on."""
-        self._say(text)
+    def resume(self, cost: Cost) -> None:
+        """Go on counting from the cost of an interrupted search."""
+        self._ledger.resume(cost)
 
     def _text_to_weigh(self) -> HeldOut:
         if self._text is None:

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import t as student_t
 
-from flashmorph.plan import Budget, Plan, Space
+from flashmorph.plan import Plan
 from flashmorph.selection.measure import first_questions
-from flashmorph.selection.strategy import Objective
+from flashmorph.selection.strategy import Objective, Search
 
 START_QUESTIONS = 6
 """Of a race for a place, where the plan that is there is defended. `race`, which defends none, asks more."""
@@ -83,16 +83,15 @@ def margin(differences: np.ndarray, confidence: float) -> float:
     return float(quantile * error - differences.mean())
 
 
-def improve_by_swaps(
-    space: Space, budget: Budget, objective: Objective, scores: np.ndarray, places: int, trace: list[dict]
-) -> np.ndarray:
+def improve_by_swaps(search: Search, scores: np.ndarray, places: int, trace: list[dict[str, Any]]) -> np.ndarray:
     """Exchange the scores `[groups, options]` of two layers where that makes a better plan of them.
 
     For each of the `places` layers of the lowest scores among those that have more than their cheapest option, the
     weakest first, the plan races against all that have another layer there, forward passes only; the winner takes its
     place. Options must cost the same in every layer.
     """
-    questions = first_questions(objective, MOST_QUESTIONS)
+    space, budget = search.space, search.budget
+    questions = first_questions(search, MOST_QUESTIONS)
     order, rows = space.order, np.arange(len(space.groups))
     own = space.one_hot(space.best(scores, budget)).argmax(1)
     worth = scores[rows, own] - scores[rows, order[:, 1]]
@@ -102,11 +101,11 @@ def improve_by_swaps(
         own = space.one_hot(space.best(scores, budget)).argmax(1)
         others = [row for row in rows.tolist() if own[row] == order[row, 1]]
         choices = [scores, *(_exchange(scores, out, into) for into in others)]
-        track = Track(objective, len(questions), START_QUESTIONS, CONFIDENCE)
+        track = Track(search.objective, len(questions), START_QUESTIONS, CONFIDENCE)
         finish = track.run([space.best(choice, budget) for choice in choices], defended=True)
         trace += track.trace
         scores = choices[finish.winner]
-        objective.progress(number, len(weakest), loss=finish.loss)
+        search.report(number, len(weakest), loss=finish.loss)
     return scores
 
 

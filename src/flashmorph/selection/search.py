@@ -1,17 +1,18 @@
 """Run one strategy and sign its plan."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
 from flashmorph.errors import UserError, unknown
 from flashmorph.inputs.settings import resolve
 from flashmorph.model.morphable import Morphable
-from flashmorph.plan import Budget, Space
+from flashmorph.plan import Budget, Plan, Space
+from flashmorph.progress import Report, silent
 from flashmorph.selection.strategies import STRATEGIES
-from flashmorph.selection.strategy import Objective, Reuse, Selection
+from flashmorph.selection.strategy import Asked, Objective, Reuse, Search, Selection, State, Unasked
 
-_GIVEN = ("space", "budget", "objective", "seed")
+_GIVEN = ("search",)
 
 
 def select(
@@ -20,9 +21,23 @@ def select(
     strategy: str,
     objective: Objective,
     seed: int = 0,
+    report: Report = silent,
+    warn: Callable[[str], None] = print,
+    state: State | None = None,
     **settings: Any,
 ) -> Selection:
     """Choose the layers of `morphable` that stay full.
+
+    Args:
+        morphable: The host with its branches.
+        budget: How much may stay full: `25%`, a number of layers, or bytes of cache (`kv=64MiB@4096`).
+        strategy: A name in `STRATEGIES`.
+        objective: The losses that the strategy asks for.
+        seed: Of everything random in the search.
+        report: Called with the progress.
+        warn: Called with what the user should know before much is spent.
+        state: Where the search keeps its state; without it an interrupted search begins anew.
+        settings: The strategy's own settings.
 
     Raises:
         UserError: an unknown strategy, a setting that is none or is wrong, or a budget that leaves no choice.
@@ -33,9 +48,19 @@ def select(
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
     space = morphable.space(budget)
     _check_options(strategy, space)
-    found = STRATEGIES[strategy].run(space, budget, objective, seed, **resolved)
+    search = Search(space, budget, objective, seed, report, warn, state)
+    found = STRATEGIES[strategy].run(search, **resolved)
     plan = replace(found.plan, strategy=strategy, seed=seed, scores=found.scores.tolist())
     return replace(found, plan=plan)
+
+
+def plan_without_search(strategy: str, space: Space, budget: Budget) -> Plan:
+    """The plan of a strategy that searches nothing.
+
+    Raises:
+        UserError: see `Space.limit`.
+    """
+    return replace(STRATEGIES[strategy].run(Search(space, budget)).plan, strategy=strategy)
 
 
 def _check_options(strategy: str, space: Space) -> None:
@@ -63,23 +88,9 @@ def check_search(strategy: str, space: Space, budget: Budget, num_questions: int
     resolved = own_settings(strategy, settings)
     _check_options(strategy, space)
     try:
-        STRATEGIES[strategy].run(space, budget, cast(Objective, _Unasked(num_questions)), 0, **resolved)
-    except _Asked:
+        STRATEGIES[strategy].run(Search(space, budget, cast(Objective, Unasked(num_questions))), **resolved)
+    except Asked:
         pass
-
-
-class _Asked(Exception):
-    """The strategy wants to know something: it has found nothing wrong with what it was given."""
-
-
-class _Unasked:
-    """An objective that knows how many questions there are, and nothing else."""
-
-    def __init__(self, num_questions: int):
-        self.num_questions = num_questions
-
-    def __getattr__(self, name: str) -> Any:
-        raise _Asked
 
 
 def reuse_of(strategy: str, settings: dict[str, Any]) -> Reuse:

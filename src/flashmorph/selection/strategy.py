@@ -1,23 +1,24 @@
 """What a strategy is given, what it returns, and what there is to know of it. A strategy never sees a model.
 
-def my_strategy(space, budget, objective, seed, **settings) -> Selection
+def my_strategy(search, **settings) -> Selection
 
 MY_STRATEGY = Strategy(my_strategy)
 
-What stands in a strategy's signature behind `seed` are its settings. Their annotations say what they may be, with the
+What stands in a strategy's signature behind `search` are its settings. Their annotations say what they may be, with the
 range (`Steps`); `search.own_settings` holds what a user gives against them, so a strategy does not.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
 from pydantic import BeforeValidator, Field
 
-from flashmorph.plan import Plan, Space
+from flashmorph.plan import Budget, Plan, Space
+from flashmorph.progress import Report, silent
 
 Steps = Annotated[int, Field(ge=1, le=100_000)]
 """Updates of a search, or of one short distillation."""
@@ -112,21 +113,59 @@ class Objective(Protocol):
         """
         ...
 
-    def restore(self, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[dict]) -> int:
-        """Fill in the state that an interrupted search kept, and return the step to go on with (0 for a new one)."""
+    def resume(self, cost: Cost) -> None:
+        """Go on counting from the cost of an interrupted search."""
         ...
 
-    def keep(self, step: int, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[dict]) -> None:
-        """Keep the state after `step` steps, so that an interrupted search can go on."""
+
+class State(Protocol):
+    """Where a search that follows gradients keeps its state, so that an interrupted one can go on."""
+
+    def restore(
+        self, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[dict[str, Any]]
+    ) -> tuple[int, Cost] | None:
+        """Fill in the state that was kept: the step to go on with, and the cost so far. None: there is no state."""
         ...
 
-    def progress(self, done: float, total: float, **figures: float) -> None:
-        """Tell the user how far the search is."""
+    def keep(
+        self, step: int, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[dict[str, Any]], cost: Cost
+    ) -> None:
+        """Keep the state after `step` steps."""
         ...
 
-    def warn(self, text: str) -> None:
-        """Tell the user something before much is spent."""
-        ...
+
+class Asked(Exception):
+    """A strategy asked an `Unasked` objective."""
+
+
+class Unasked:
+    """The objective of strategies that search nothing; `Asked` is raised where one is asked after all.
+
+    A strategy that is started with it refuses what is wrong with space, budget and settings, or raises `Asked`.
+    """
+
+    def __init__(self, num_questions: int = 0):
+        self.num_questions = num_questions
+
+    def __getattr__(self, name: str) -> Any:
+        raise Asked
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a strategy is given: the plans that it may choose from, the losses that it may ask for, and whom to inform.
+
+    Everything random comes from `seed`. `report` takes the progress, `warn` what the user should know before much is
+    spent. Without `state` an interrupted search begins anew.
+    """
+
+    space: Space
+    budget: Budget
+    objective: Objective = field(default_factory=lambda: cast(Objective, Unasked()))
+    seed: int = 0
+    report: Report = silent
+    warn: Callable[[str], None] = print
+    state: State | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +191,7 @@ budget, or the order of choice, which holds the plans of all."""
 class Strategy:
     """A way to choose, and all that the rest of the package needs to know of it.
 
-    `run(space, budget, objective, seed, **settings)` searches. `reuse` may depend on the settings; an order comes from
+    `run(search, **settings)` searches. `reuse` may depend on the settings; an order comes from
     the search for the `most` or the `least` full layers, under `order_settings`. A strategy that `searches` nothing
     asks the model nothing; one that `asks_questions` chooses by the answers to questions (with the setting `data` at
     `text` none does). `needs_text` and `needs_training` are for those that weigh text or train weights.

@@ -38,3 +38,5 @@ STRATEGIES: dict[str, Strategy] = {
     "uniform": UNIFORM,
 }
 DEFAULT_STRATEGY = "budgeted-gates"
+BASELINE = "uniform"
+"""A strategy that searches nothing: what hybrids are compared with."""

@@ -1,47 +1,40 @@
 """One block of full layers at the start, the end or the middle: what a search must beat to be worth anything."""
 
-from flashmorph.plan import Budget, Space
-from flashmorph.selection.strategy import Objective, Selection, Strategy, layer_scores
+from flashmorph.selection.strategy import Search, Selection, Strategy, layer_scores
 
 
-def first(space: Space, budget: Budget, objective: Objective | None, seed: int) -> Selection:
+def first(search: Search) -> Selection:
     """The first layers full.
 
-    Nothing is searched: `objective` and `seed` are not used.
-
     Raises:
         UserError: see `Space.limit`.
     """
-    layers = len(space.layers)
-    return _block(space, budget, [float(layers - layer) for layer in range(layers)])
+    layers = len(search.space.layers)
+    return _block(search, [float(layers - layer) for layer in range(layers)])
 
 
-def last(space: Space, budget: Budget, objective: Objective | None, seed: int) -> Selection:
+def last(search: Search) -> Selection:
     """The last layers full.
 
-    Nothing is searched: `objective` and `seed` are not used.
-
     Raises:
         UserError: see `Space.limit`.
     """
-    return _block(space, budget, [layer + 1.0 for layer in range(len(space.layers))])
+    return _block(search, [layer + 1.0 for layer in range(len(search.space.layers))])
 
 
-def middle(space: Space, budget: Budget, objective: Objective | None, seed: int) -> Selection:
+def middle(search: Search) -> Selection:
     """The layers around the middle full, the lower one where two are as far from it.
 
-    Nothing is searched: `objective` and `seed` are not used.
-
     Raises:
         UserError: see `Space.limit`.
     """
-    layers = len(space.layers)
-    return _block(space, budget, [layers - abs(layer - (layers - 1) / 2) for layer in range(layers)])
+    layers = len(search.space.layers)
+    return _block(search, [layers - abs(layer - (layers - 1) / 2) for layer in range(layers)])
 
 
-def _block(space: Space, budget: Budget, values: list[float]) -> Selection:
-    scores = layer_scores(space, values)
-    return Selection(space.best(scores, budget), scores)
+def _block(search: Search, values: list[float]) -> Selection:
+    scores = layer_scores(search.space, values)
+    return Selection(search.space.best(scores, search.budget), scores)
 
 
 FIRST, LAST, MIDDLE = (

@@ -17,19 +17,16 @@ from pydantic import Field
 
 from flashmorph.inputs.settings import FinalRate, Rate
 from flashmorph.plan import FULL, Budget, Space
-from flashmorph.selection.descend import Schedule, descend
+from flashmorph.selection.descend import Loss, Schedule, descend
 from flashmorph.selection.racing import improve_by_swaps
-from flashmorph.selection.strategy import Objective, Reuse, Selection, Steps, Strategy
+from flashmorph.selection.strategy import Reuse, Search, Selection, Steps, Strategy
 
 Noise = Annotated[float, Field(ge=0, le=1_000)]
 """The scale of the Gumbel noise on the logits."""
 
 
 def budgeted_gates(
-    space: Space,
-    budget: Budget,
-    objective: Objective,
-    seed: int,
+    search: Search,
     steps: Steps = 24,
     learning_rate: Rate = 0.1,
     final_learning_rate: FinalRate = 0.1,
@@ -51,8 +48,9 @@ def budgeted_gates(
     Raises:
         UserError: see `Space.limit`.
     """
+    space, budget = search.space, search.budget
     space.limit(budget)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(search.seed)
     draws = rng.gumbel(size=(steps, *space.cost.shape))
     budgets = _random_budgets(space, budget, rng, steps) if random_budget else [budget] * steps
     logits = torch.zeros(space.cost.shape)
@@ -63,8 +61,8 @@ def budgeted_gates(
         hard = torch.tensor(space.one_hot(plan), dtype=logits.dtype)
         return hard + _project(logits, space) - _project(logits, space).detach()
 
-    schedule = Schedule(steps, learning_rate, final_learning_rate)
-    trace = descend(objective, logits, hard_gates, schedule, loss="answers", shared_moment=shared_moment)
+    schedule = Schedule(steps, learning_rate, final_learning_rate, shared_moment)
+    trace = descend(search, logits, hard_gates, schedule, Loss("answers"))
     # Relative to each group's cheapest option, and none below it: a budget of bytes leaves out what scores less.
     least = space.order[:, 1:2]
     scores = logits.numpy() - np.take_along_axis(logits.numpy(), least, 1)
@@ -72,8 +70,8 @@ def budgeted_gates(
     np.put_along_axis(dearer, least, False, 1)
     scores = np.where(dearer, scores - scores[dearer].min(), 0.0)
     if swaps and space.costs_alike:
-        scores = improve_by_swaps(space, budget, objective, scores, swaps, trace)
-    return Selection(space.best(scores, budget), scores, trace, objective.cost)
+        scores = improve_by_swaps(search, scores, swaps, trace)
+    return Selection(space.best(scores, budget), scores, trace, search.objective.cost)
 
 
 def _reuse(settings: Mapping[str, Any]) -> Reuse:

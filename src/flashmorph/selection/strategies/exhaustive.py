@@ -6,20 +6,17 @@ import numpy as np
 from pydantic import Field
 
 from flashmorph.errors import UserError
-from flashmorph.plan import Budget, Space, count_plans, every_plan
+from flashmorph.plan import count_plans, every_plan
 from flashmorph.selection.measure import first_questions, mean_losses
 from flashmorph.selection.moves import most_moves
-from flashmorph.selection.strategy import NumQuestions, Objective, Selection, Strategy
+from flashmorph.selection.strategy import NumQuestions, Search, Selection, Strategy
 
 _MANY = 100
 """Above this many plans, warn about the cost."""
 
 
 def exhaustive(
-    space: Space,
-    budget: Budget,
-    objective: Objective,
-    seed: int,
+    search: Search,
     max_plans: Annotated[int, Field(ge=1, le=1_000_000_000)] = 1_000,
     num_questions: NumQuestions = None,
 ) -> Selection:
@@ -31,6 +28,7 @@ def exhaustive(
     Raises:
         UserError: see `Space.limit`; or there are more than `max_plans` plans.
     """
+    space, budget = search.space, search.budget
     count = count_plans(space, budget, max_plans)
     if count > max_plans:
         # Of bytes no more than that were counted.
@@ -45,12 +43,12 @@ def exhaustive(
         )
     if count > _MANY:
         greedy = sum(len(space.groups) - number for number in range(most_moves(space, budget)))
-        objective.warn(f"exhaustive evaluates all {count:,} plans; greedy-forward would evaluate {greedy:,}")
+        search.warn(f"exhaustive evaluates all {count:,} plans; greedy-forward would evaluate {greedy:,}")
     plans = [*every_plan(space, budget)]
     trace: list[dict] = []
-    losses = mean_losses(objective, plans, first_questions(objective, num_questions), trace, total=len(plans))
+    losses = mean_losses(search, plans, first_questions(search, num_questions), trace, total=len(plans))
     best = plans[int(np.argmin(losses))]
-    return Selection(best, space.one_hot(best), trace, objective.cost)
+    return Selection(best, space.one_hot(best), trace, search.objective.cost)
 
 
 EXHAUSTIVE = Strategy(exhaustive)

@@ -13,18 +13,15 @@ import torch
 from pydantic import Field
 
 from flashmorph.inputs.settings import FinalRate, Rate
-from flashmorph.plan import FULL, Budget, Space
-from flashmorph.selection.descend import Schedule, descend
-from flashmorph.selection.strategy import Objective, Selection, Steps, Strategy, group_scores
+from flashmorph.plan import FULL
+from flashmorph.selection.descend import Loss, Schedule, descend
+from flashmorph.selection.strategy import Search, Selection, Steps, Strategy, group_scores
 
 Data = Literal["questions", "text"]
 
 
 def gates(
-    space: Space,
-    budget: Budget,
-    objective: Objective,
-    seed: int,
+    search: Search,
     steps: Steps = 150,
     penalty: Annotated[float, Field(ge=0, le=1e6)] = 0.1,
     learning_rate: Rate = 2e-2,
@@ -39,20 +36,19 @@ def gates(
     Raises:
         UserError: see `Space.limit`.
     """
+    space, budget = search.space, search.budget
     space.limit(budget)
     alpha = torch.ones(len(space.groups))
     trace = descend(
-        objective,
+        search,
         alpha,
         to_gates=lambda alpha, step: torch.stack([alpha, 1 - alpha], 1),
         schedule=Schedule(steps, learning_rate, final_learning_rate),
-        loss="hidden",
-        data=data,
-        regulariser=lambda alpha: penalty * alpha.sum(),
+        loss=Loss("hidden", data, lambda alpha: penalty * alpha.sum()),
         after_step=lambda alpha: alpha.clamp_(0, 1),
     )
     scores = group_scores(space, alpha.tolist(), FULL)
-    return Selection(space.best(scores, budget), scores, trace, objective.cost)
+    return Selection(space.best(scores, budget), scores, trace, search.objective.cost)
 
 
 GATES = Strategy(gates, reuse="scores", gradient_loss="hidden", two_options=True, gate_label="gate α")

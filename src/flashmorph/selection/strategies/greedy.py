@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from flashmorph.plan import FULL, Budget, Plan, Space
+from flashmorph.plan import FULL, Plan, Space
 from flashmorph.selection.measure import first_questions, mean_losses
 from flashmorph.selection.moves import (
     Move,
@@ -22,21 +22,21 @@ from flashmorph.selection.moves import (
     plan_of_all,
     plan_of_none,
 )
-from flashmorph.selection.strategy import NumQuestions, Objective, Selection, Strategy, group_scores
+from flashmorph.selection.strategy import NumQuestions, Search, Selection, Strategy, group_scores
 
 
 class _Climb:
     """One plan after the other, each a move away from the one before."""
 
-    def __init__(self, space: Space, plan: Plan, objective: Objective, num_questions: int | None, total: int):
-        self.space, self.plan, self.trace, self.moves = space, plan, [], []
-        self._objective, self._questions = objective, first_questions(objective, num_questions)
+    def __init__(self, search: Search, plan: Plan, num_questions: int | None, total: int):
+        self.space, self.plan, self.trace, self.moves = search.space, plan, [], []
+        self._search, self._questions = search, first_questions(search, num_questions)
         self._total, self._loss = total, None
 
     def losses(self, plans: Sequence[Plan]) -> list[float]:
         """Mean answer losses, kept in the trace."""
         total = max(self._total, len(self.trace) + len(plans))
-        return mean_losses(self._objective, plans, self._questions, self.trace, total)
+        return mean_losses(self._search, plans, self._questions, self.trace, total)
 
     def step(self, candidates: Callable[[], list[Move]]) -> bool:
         """Take the move whose loss is lowest; of moves that cost differently, whose fall in loss for its cost is."""
@@ -72,9 +72,7 @@ class _Climb:
         self.moves.append(move)
 
 
-def greedy_forward(
-    space: Space, budget: Budget, objective: Objective, seed: int, num_questions: NumQuestions = None
-) -> Selection:
+def greedy_forward(search: Search, num_questions: NumQuestions = None) -> Selection:
     """From no layer full, restore the one that lowers the answer loss most, again and again.
 
     Losses are means over the first `num_questions` of the search-validation split. A layer's score is the order of
@@ -84,14 +82,15 @@ def greedy_forward(
     Raises:
         UserError: see `Space.limit`.
     """
+    space, budget = search.space, search.budget
     limit, kept = space.limit(budget), most_moves(space, budget)
     total = (len(space.options) - 1) * sum(len(space.groups) - number for number in range(kept))
-    climb = _Climb(space, plan_of_none(space, budget), objective, num_questions, total)
+    climb = _Climb(search, plan_of_none(space, budget), num_questions, total)
     while climb.step(lambda: dearer_moves(space, climb.plan, limit)):
         pass
     while climb.improve():
         pass
-    return Selection(climb.plan, order_of_choice(space, climb.moves), climb.trace, objective.cost)
+    return Selection(climb.plan, order_of_choice(space, climb.moves), climb.trace, search.objective.cost)
 
 
 def order_of_choice(space: Space, moves: Sequence[Move]) -> np.ndarray:
@@ -104,9 +103,7 @@ def order_of_choice(space: Space, moves: Sequence[Move]) -> np.ndarray:
     return scores
 
 
-def greedy_backward(
-    space: Space, budget: Budget, objective: Objective, seed: int, num_questions: NumQuestions = None
-) -> Selection:
+def greedy_backward(search: Search, num_questions: NumQuestions = None) -> Selection:
     """From every layer full, switch the one that raises the answer loss least, again and again.
 
     Losses are means over the first `num_questions` of the search-validation split. A layer's score is how long it
@@ -115,9 +112,10 @@ def greedy_backward(
     Raises:
         UserError: see `Space.limit`.
     """
+    space, budget = search.space, search.budget
     limit, layers = space.limit(budget), len(space.groups)
     total = (len(space.options) - 1) * sum(range(most_moves(space, budget) + 1, layers + 1))
-    climb = _Climb(space, plan_of_all(space, budget), objective, num_questions, total)
+    climb = _Climb(search, plan_of_all(space, budget), num_questions, total)
     while space.cost_of(climb.plan) > limit:
         climb.step(lambda: cheaper_moves(space, climb.plan))
     # Where options cost differently, the last switch may have saved more than it had to.
@@ -127,7 +125,7 @@ def greedy_backward(
         pass
     left = {group: number for number, (group, _) in reversed([*enumerate(climb.moves)])}
     stayed = [float(left.get(group, len(climb.moves))) for group in space.groups]
-    return Selection(climb.plan, group_scores(space, stayed, FULL), climb.trace, objective.cost)
+    return Selection(climb.plan, group_scores(space, stayed, FULL), climb.trace, search.objective.cost)
 
 
 GREEDY_FORWARD = Strategy(greedy_forward, reuse="order", order_from="most")

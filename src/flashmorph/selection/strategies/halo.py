@@ -12,11 +12,10 @@ import math
 from collections.abc import Sequence
 
 from flashmorph.errors import UserError
-from flashmorph.plan import Budget, Space
 from flashmorph.selection.measure import first_questions, mean_losses
 from flashmorph.selection.moves import loss_scores
 from flashmorph.selection.strategies.single_layer import single_moves
-from flashmorph.selection.strategy import NumQuestions, Objective, Selection, Strategy
+from flashmorph.selection.strategy import NumQuestions, Search, Selection, Strategy
 
 _CAP = 50.0
 _EPSILON = 1e-10
@@ -42,9 +41,7 @@ def halo_scores(general: Sequence[float], recall: Sequence[float]) -> list[float
     ]
 
 
-def halo(
-    space: Space, budget: Budget, objective: Objective, seed: int, num_questions: NumQuestions = None
-) -> Selection:
+def halo(search: Search, num_questions: NumQuestions = None) -> Selection:
     """HALO's ratio (arXiv 2601.22156): keep the layers that, switched alone, cost much recall for little text loss.
 
     Recall is taken from the first `num_questions` of the search-validation split, the general score from its text.
@@ -53,16 +50,17 @@ def halo(
     Raises:
         UserError: see `Space.limit`; or an objective without text.
     """
+    space, budget, objective = search.space, search.budget, search.objective
     space.limit(budget)
     _, variants = single_moves(space, budget, "switch")
-    questions = first_questions(objective, num_questions)
+    questions = first_questions(search, num_questions)
     trace: list[dict] = []
     text_losses = []
     for plan in variants.values():
         text_losses.append(objective.text_loss(plan))
         trace.append({"assignments": plan.assignments, "text_loss": text_losses[-1]})
-        objective.progress(len(trace), 2 * len(variants), text_loss=text_losses[-1])
-    losses = mean_losses(objective, [*variants.values()], questions, trace, total=2 * len(variants))
+        search.report(len(trace), 2 * len(variants), text_loss=text_losses[-1])
+    losses = mean_losses(search, [*variants.values()], questions, trace, total=2 * len(variants))
     values = halo_scores([math.exp(-loss) for loss in text_losses], [math.exp(-loss) for loss in losses])
     scores = loss_scores(space, dict(zip(variants, values, strict=True)))
     return Selection(space.best(scores, budget), scores, trace, objective.cost)

@@ -4,13 +4,12 @@ Scores are not conditioned on each other, as in the authors' code. The paper dis
 millions of tokens and finds the ranking settled after 25 to 40 % of them; `steps` says how many steps are run here.
 """
 
-from flashmorph.plan import Budget, Space
 from flashmorph.selection.moves import gain_scores
 from flashmorph.selection.strategies.single_layer import single_moves
-from flashmorph.selection.strategy import Objective, Selection, Steps, Strategy
+from flashmorph.selection.strategy import Search, Selection, Steps, Strategy
 
 
-def kl(space: Space, budget: Budget, objective: Objective, seed: int, steps: Steps = 20) -> Selection:
+def kl(search: Search, steps: Steps = 20) -> Selection:
     """KL-guided selection (KL-LS, arXiv 2512.20569): restore one layer, distil for `steps` steps, rank by the KL left.
 
     A score is how much less KL is left than by the worst layer, in nats a token. Costs L short distillations and serves
@@ -19,13 +18,14 @@ def kl(space: Space, budget: Budget, objective: Objective, seed: int, steps: Ste
     Raises:
         UserError: see `Space.limit`.
     """
+    space, budget, objective = search.space, search.budget, search.objective
     space.limit(budget)
     _, variants = single_moves(space, budget, "restore")
     trace: list[dict] = []
     for plan in variants.values():
         left = objective.distill([plan], steps).kl
         trace.append({"assignments": plan.assignments, "kl": left})
-        objective.progress(len(trace), len(variants), kl=left)
+        search.report(len(trace), len(variants), kl=left)
     worst = max(entry["kl"] for entry in trace)
     gains = {move: worst - entry["kl"] for move, entry in zip(variants, trace, strict=True)}
     scores = gain_scores(space, gains)

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from flashmorph.inputs.settings import FinalRate, Rate
-from flashmorph.plan import FULL, Budget, Space
-from flashmorph.selection.descend import Schedule, descend
+from flashmorph.plan import FULL
+from flashmorph.selection.descend import Loss, Schedule, descend
 from flashmorph.selection.moves import most_moves
-from flashmorph.selection.strategy import Objective, Selection, Steps, Strategy, group_scores
+from flashmorph.selection.strategy import Search, Selection, Steps, Strategy, group_scores
 
 _BETA, _GAMMA, _ZETA = 2 / 3, -0.1, 1.1
 _OPEN_AT_START = 0.9
@@ -27,10 +27,7 @@ _SMALLEST = 1e-6
 
 
 def l0(
-    space: Space,
-    budget: Budget,
-    objective: Objective,
-    seed: int,
+    search: Search,
     steps: Steps = 150,
     learning_rate: Rate = 0.05,
     final_learning_rate: FinalRate = 0.05,
@@ -44,9 +41,10 @@ def l0(
     Raises:
         UserError: see `Space.limit`.
     """
+    space, budget = search.space, search.budget
     kept = most_moves(space, budget)
     layers = len(space.groups)
-    uniforms = np.random.default_rng(seed).uniform(_SMALLEST, 1 - _SMALLEST, size=(steps, layers))
+    uniforms = np.random.default_rng(search.seed).uniform(_SMALLEST, 1 - _SMALLEST, size=(steps, layers))
     noise = torch.tensor(np.log(uniforms) - np.log1p(-uniforms), dtype=torch.float32)
     start = math.log(_OPEN_AT_START / (1 - _OPEN_AT_START)) + _open_offset()
     # The loop trains and keeps one tensor; with the multipliers in it, a killed search finds them again.
@@ -66,11 +64,11 @@ def l0(
         return descended - ascended
 
     schedule = Schedule(steps, learning_rate, final_learning_rate)
-    trace = descend(objective, masks_and_multipliers, to_gates, schedule, loss="answers", regulariser=lagrangian)
+    trace = descend(search, masks_and_multipliers, to_gates, schedule, Loss("answers", regulariser=lagrangian))
     # Above the least of them, since a budget of bytes leaves out what has a negative score.
     log_alpha = masks_and_multipliers[:layers]
     scores = group_scores(space, (log_alpha - log_alpha.min()).tolist(), FULL)
-    return Selection(space.best(scores, budget), scores, trace, objective.cost)
+    return Selection(space.best(scores, budget), scores, trace, search.objective.cost)
 
 
 L0 = Strategy(l0, gradient_loss="answers", two_options=True, gate_label="log α of the gate")

@@ -11,7 +11,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from flashmorph.plan import Budget, Plan, Space
+from flashmorph.plan import Plan, Space
 from flashmorph.selection.measure import first_questions
 from flashmorph.selection.moves import (
     Move,
@@ -24,14 +24,11 @@ from flashmorph.selection.moves import (
 )
 from flashmorph.selection.racing import CONFIDENCE, MOST_QUESTIONS, Finish, Track
 from flashmorph.selection.strategies.greedy import order_of_choice
-from flashmorph.selection.strategy import NumQuestions, Objective, Selection, Strategy
+from flashmorph.selection.strategy import NumQuestions, Search, Selection, Strategy
 
 
 def race(
-    space: Space,
-    budget: Budget,
-    objective: Objective,
-    seed: int,
+    search: Search,
     num_questions: NumQuestions = MOST_QUESTIONS,
     start_questions: Annotated[int, Field(ge=2, le=1_000_000)] = 8,
     confidence: Annotated[float, Field(gt=0, lt=1)] = CONFIDENCE,
@@ -51,9 +48,10 @@ def race(
     Raises:
         UserError: see `Space.limit`.
     """
+    space, budget = search.space, search.budget
     limit, total = space.limit(budget), most_moves(space, budget) + swaps
-    questions = len(first_questions(objective, num_questions))
-    track = Track(objective, questions, start_questions, confidence)
+    questions = len(first_questions(search, num_questions))
+    track = Track(search.objective, questions, start_questions, confidence)
     nothing = plan_of_none(space, budget)
     chosen: list[Move] = []
     spare: Move | None = None
@@ -64,7 +62,7 @@ def race(
             finish = _run(track, space, moved(nothing, *chosen), moves)
             chosen.append(moves[finish.winner])
             spare = None if finish.runner_up is None else moves[finish.runner_up]
-            objective.progress(len(chosen), max(total, len(chosen) + swaps), loss=finish.loss)
+            search.report(len(chosen), max(total, len(chosen) + swaps), loss=finish.loss)
 
     spend()
     if swaps:
@@ -74,7 +72,7 @@ def race(
         choices = [moves for moves in choices if space.cost_of(moved(nothing, *moves)) <= limit]
         finish = track.run([moved(nothing, *moves) for moves in choices], defended=True)
         chosen = choices[finish.winner]
-        objective.progress(len(chosen) + 1, len(chosen) + 1, loss=finish.loss)
+        search.report(len(chosen) + 1, len(chosen) + 1, loss=finish.loss)
         spend()  # Where options cost differently, the swap may have saved something.
     # Races are not transitive: a plan that was beaten once does not come back, or this would not end.
     beaten: list[Plan] = []
@@ -88,7 +86,7 @@ def race(
             break
         beaten.append(plan)
         chosen.append(moves[finish.winner - 1])
-    return Selection(moved(nothing, *chosen), order_of_choice(space, chosen), track.trace, objective.cost)
+    return Selection(moved(nothing, *chosen), order_of_choice(space, chosen), track.trace, search.objective.cost)
 
 
 def _run(track: Track, space: Space, plan: Plan, moves: list[Move]) -> Finish:

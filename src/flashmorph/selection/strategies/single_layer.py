@@ -17,7 +17,7 @@ from typing import Literal
 from flashmorph.plan import Budget, Plan, Space
 from flashmorph.selection.measure import first_questions, mean_losses
 from flashmorph.selection.moves import Move, every_move, gain_scores, loss_scores, moved, plan_of_all, plan_of_none
-from flashmorph.selection.strategy import NumQuestions, Objective, Selection, Strategy
+from flashmorph.selection.strategy import NumQuestions, Search, Selection, Strategy
 
 Direction = Literal["restore", "switch"]
 
@@ -31,23 +31,22 @@ def single_moves(space: Space, budget: Budget, direction: Direction) -> tuple[Pl
     return base, {move: moved(base, move) for move in every_move(space, base)}
 
 
-def _score(space: Space, budget: Budget, objective: Objective, direction: Direction, questions: int | None):
+def _score(search: Search, direction: Direction, questions: int | None) -> Selection:
     """Keep the layers that alone make the largest difference in mean answer loss, in nats, to the base plan."""
+    space, budget = search.space, search.budget
     space.limit(budget)
     base, variants = single_moves(space, budget, direction)
-    asked = first_questions(objective, questions)
+    asked = first_questions(search, questions)
     trace: list[dict] = []
-    start, *losses = mean_losses(objective, [base, *variants.values()], asked, trace, total=len(variants) + 1)
+    start, *losses = mean_losses(search, [base, *variants.values()], asked, trace, total=len(variants) + 1)
     if direction == "restore":
         scores = gain_scores(space, {move: start - loss for move, loss in zip(variants, losses, strict=True)})
     else:
         scores = loss_scores(space, {move: loss - start for move, loss in zip(variants, losses, strict=True)})
-    return Selection(space.best(scores, budget), scores, trace, objective.cost)
+    return Selection(space.best(scores, budget), scores, trace, search.objective.cost)
 
 
-def add_one(
-    space: Space, budget: Budget, objective: Objective, seed: int, num_questions: NumQuestions = None
-) -> Selection:
+def add_one(search: Search, num_questions: NumQuestions = None) -> Selection:
     """Restore one layer of the all-linear model, and keep the layers that help most.
 
     A score is the fall of the mean answer loss, in nats, on the first `num_questions` of the search-validation split.
@@ -56,12 +55,10 @@ def add_one(
     Raises:
         UserError: see `Space.limit`.
     """
-    return _score(space, budget, objective, "restore", num_questions)
+    return _score(search, "restore", num_questions)
 
 
-def drop_one(
-    space: Space, budget: Budget, objective: Objective, seed: int, num_questions: NumQuestions = None
-) -> Selection:
+def drop_one(search: Search, num_questions: NumQuestions = None) -> Selection:
     """Switch one layer of the full model, and keep the layers whose loss hurts most.
 
     A score is the rise of the mean answer loss, in nats, on the first `num_questions` of the search-validation split.
@@ -70,14 +67,11 @@ def drop_one(
     Raises:
         UserError: see `Space.limit`.
     """
-    return _score(space, budget, objective, "switch", num_questions)
+    return _score(search, "switch", num_questions)
 
 
 def nll(
-    space: Space,
-    budget: Budget,
-    objective: Objective,
-    seed: int,
+    search: Search,
     direction: Direction = "restore",
     num_questions: NumQuestions = 64,
 ) -> Selection:
@@ -90,7 +84,7 @@ def nll(
     Raises:
         UserError: see `Space.limit`.
     """
-    return _score(space, budget, objective, direction, num_questions)
+    return _score(search, direction, num_questions)
 
 
 ADD_ONE = Strategy(add_one, reuse="scores")

@@ -8,15 +8,12 @@ import math
 from dataclasses import replace
 
 from flashmorph.errors import UserError
-from flashmorph.plan import FULL, Budget, Plan, Space
-from flashmorph.selection.strategy import Objective, Selection, Share, Steps, Strategy, group_scores
+from flashmorph.plan import FULL, Plan
+from flashmorph.selection.strategy import Search, Selection, Share, Steps, Strategy, group_scores
 
 
 def tolerance(
-    space: Space,
-    budget: Budget,
-    objective: Objective,
-    seed: int,
+    search: Search,
     tolerance: Share = 0.01,
     steps: Steps = 20,
 ) -> Selection:
@@ -33,6 +30,7 @@ def tolerance(
     Raises:
         UserError: no layer can be switched.
     """
+    space, budget, objective = search.space, search.budget, search.objective
     teacher = objective.text_loss(space.plan(space.groups, budget))
     waiting, switched, path, trace = list(space.groups), [], [], []
 
@@ -50,7 +48,7 @@ def tolerance(
             path = candidate
         waiting.remove(group)
         trace.append({"layer": group, "perplexity_ratio": ratio, "kept": kept})
-        objective.progress(len(trace), len(space.groups), ratio=ratio)
+        search.report(len(trace), len(space.groups), ratio=ratio)
     if not switched:
         least = min(entry["perplexity_ratio"] for entry in trace)
         raise UserError(

@@ -5,24 +5,19 @@ from typing import Annotated
 from pydantic import Field
 
 from flashmorph.errors import UserError
-from flashmorph.plan import Budget, Space
-from flashmorph.selection.strategy import Objective, Selection, Strategy, group_scores, layer_scores
+from flashmorph.selection.strategy import Search, Selection, Strategy, group_scores, layer_scores
 
 
 def uniform(
-    space: Space,
-    budget: Budget,
-    objective: Objective | None,
-    seed: int,
+    search: Search,
     offset: Annotated[int, Field(ge=0)] | None = None,
 ) -> Selection:
     """One full layer in each of K groups of (nearly) equal size: the last one, or the one at `offset` from its start.
 
-    Nothing is searched: `objective` and `seed` are not used.
-
     Raises:
         UserError: see `Space.limit`; or `offset` is beyond the smallest group.
     """
+    space, budget = search.space, search.budget
     layers = len(space.layers)
     groups = len(space.best(group_scores(space, [0.0] * len(space.groups)), budget).full_groups)
     kept = max(1, groups * layers // len(space.groups))
