@@ -299,7 +299,9 @@ def test_a_plan_by_hand_names_a_group_that_is_not_there():
 def test_a_plan_survives_its_file(tmp_path, budget):
     space = Space.of_layers(4)
     made = space.plan(["layers.0", "layers.3"], Budget.parse(budget))
-    plan = Plan(made.assignments, made.budget, "greedy-forward", 7, "Qwen/Qwen3-0.6B", "abc", [[0.5, 0.0]] * 4)
+    plan = Plan(
+        made.assignments, made.budget, "greedy-forward", 7, "Qwen/Qwen3-0.6B", "abc", [{FULL: 0.5, "linear": 0.0}] * 4
+    )
     plan.save(tmp_path / "new" / "plan.json")
     again = Plan.load(tmp_path / "new" / "plan.json")
     assert again == plan
@@ -333,7 +335,7 @@ def plan_file(tmp_path, **changes):
         ({"seed": True}, "is no plan: seed: "),
         ({"teacher": None}, "is no plan: teacher: "),
         ({"strategy": ["nll"]}, "is no plan: strategy: "),
-        ({"scores": [[1.0], "x"]}, "is no plan: scores.1: "),
+        ({"scores": [{FULL: 1.0, "linear": 0.0}, "x"]}, "is no plan: scores.1: "),
         ({"scores": {"a": {"b": [1]}}}, "is no plan: scores: "),
         ({"assignments": {"layers.0": FULL, "layers.1": {"layers.2": FULL}}}, "is no plan: assignments.layers.1: "),
         ({"assignments": {"layers." + "9" * 5000: FULL}}, "is no plan: assignments.layers.9"),

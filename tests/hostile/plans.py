@@ -33,7 +33,7 @@ def _config() -> Any:
 
 
 def _sound(rng: random.Random) -> dict[str, Any]:
-    scores = [[0.5, 0.0], [0.25, 0.0]] if rng.random() < 0.5 else []
+    scores = [{FULL: 0.5, "linear": 0.0}, {FULL: 0.25, "linear": 0.0}] if rng.random() < 0.5 else []
     return Plan({"layers.0": FULL, "layers.1": "linear"}, Budget("layers", 1), "nll", 1, "x", "", scores).to_dict()
 
 
@@ -80,7 +80,9 @@ def _other(rng: random.Random) -> Case:
     )
     form = rng.choice(("layers.{}", "blocks.{}", "{}", "layers.{}.0", "layers. {}", "layers.0{}", "layers.-{}"))
     values["assignments"] = {form.format(each): kept for each in range(number)}
-    values["scores"] = rng.choice(([], [[1.0, 0.0]] * number, [[1.0]] * number))
+    values["scores"] = rng.choice(
+        ([], [{FULL: 1.0, "linear": 0.0}] * number, [[1.0, 0.0]] * number, [{"linear": 1.0}] * number)
+    )
     return Case(
         "plan of another",
         f"{number} {form} {kept[:20]}",

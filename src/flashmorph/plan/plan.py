@@ -24,8 +24,8 @@ _Word = Annotated[str, StringConstraints(max_length=_LONGEST)]
 class Plan:
     """Which option each group gets, and where the choice came from.
 
-    `teacher` and `revision` name the model it was chosen for; `scores` is what the strategy ranked by,
-    `[groups, options]` as nested lists, for the record.
+    `teacher` and `revision` name the model it was chosen for; `scores` are those that the strategy ranked by,
+    a mapping from option to score for each group in turn, for the record.
     """
 
     assignments: dict[Group, str]
@@ -34,7 +34,7 @@ class Plan:
     seed: int = 0
     teacher: str = ""
     revision: str = ""
-    scores: list[list[float]] = field(default_factory=list, compare=False)
+    scores: list[dict[str, float]] = field(default_factory=list, compare=False)
 
     def __post_init__(self) -> None:
         groups = {Group(group): option for group, option in self.assignments.items()}
@@ -141,12 +141,12 @@ class _PlanFile(Shape):
     seed: Count = 0
     teacher: str = ""
     revision: str = ""
-    scores: list[list[Finite]] = []
+    scores: list[dict[_Word, Finite]] = []
 
     @model_validator(mode="after")
     def _scores_are_of_the_groups(self) -> "_PlanFile":
         if self.scores and len(self.scores) != len(self.assignments):
             raise ValueError(f"there are scores of {len(self.scores)} groups and {len(self.assignments)} groups")
-        if any(len(row) < 2 for row in self.scores):
-            raise ValueError("a group has scores of less than two options")
+        if any(len(row) < 2 or FULL not in row for row in self.scores):
+            raise ValueError(f"a group has scores of less than two options, or none of {FULL}")
         return self

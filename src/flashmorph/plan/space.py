@@ -117,6 +117,14 @@ class Space:
                 f"smallest full layer adds {byte_size(extra.min())}"
             )
 
+    def worth(self, scores: np.ndarray) -> np.ndarray:
+        """How much higher the score of `full` is than that of the best other option, `[groups]`.
+
+        `scores` are `[groups, options]`.
+        """
+        full = self.options.index(FULL)
+        return scores[:, full] - np.delete(scores, full, 1).max(1)
+
     def best(self, scores: np.ndarray, budget: Budget) -> Plan:
         """The plan of the largest summed score under the budget: the only place where scores become a plan.
 

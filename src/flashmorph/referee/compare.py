@@ -150,7 +150,7 @@ class Referee:
         if entry.serves_every_budget:
             wanted = Budget.parse(budget)
             plan = self._morphable.space(wanted).best(found.scores, wanted)
-        details: dict[str, Any] = {"scores": found.scores[:, 0].tolist()}
+        details: dict[str, Any] = {"scores": self._morphable.space(plan.budget).worth(found.scores).tolist()}
         if budget == FOUND:
             details["trace"] = found.trace
         recall, questions = None, self._settings.recall_questions

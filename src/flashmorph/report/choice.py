@@ -17,7 +17,7 @@ def tips(source: Source) -> dict[str, str]:
     found = {}
     errors = source.align.get("errors", [])
     for place, group in enumerate(source.plan.assignments):
-        text = f", score {source.plan.scores[place][0]:.3g}" if source.plan.scores else ""
+        text = f", score {source.plan.scores[place][FULL]:.3g}" if source.plan.scores else ""
         found[group] = text + (f", error of the aligned branch {errors[place]:.2f}" if errors else "")
     return found
 
@@ -28,7 +28,7 @@ def scores(source: Source) -> Chart | None:
     if not plan.scores:
         return None
     groups = list(plan.assignments)
-    values = [row[0] - max(row[1:]) for row in plan.scores]
+    values = [row[FULL] - max(score for option, score in row.items() if option != FULL) for row in plan.scores]
     series = []
     for name, kept, look in (
         ("stays full", True, Look(colour(0), line=False)),

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from flashmorph.errors import UserError
+from flashmorph.plan import FULL, Space
 from flashmorph.selection.shared_adam import SharedAdam
 from flashmorph.selection.strategy import Search
 
@@ -57,7 +58,7 @@ def descend(
         after_step: May project the logits, in place and without gradient.
 
     Returns:
-        The trace, one entry a step.
+        The trace, one entry a step: its number, loss, gates of `full` and logits of `full` above the best other.
 
     Raises:
         UserError: the loss or its gradient is not finite.
@@ -86,7 +87,9 @@ def descend(
         if after_step:
             with torch.no_grad():
                 after_step(logits)
-        trace.append({"step": step, "loss": value, "gates": gates.detach()[:, 0].tolist(), "logits": _first(logits)})
+        full = gates.detach()[:, search.space.options.index(FULL)]
+        entry = {"step": step, "loss": value, "gates": full.tolist(), "logits": _of_full(logits, search.space)}
+        trace.append(entry)
         search.report(step + 1, schedule.steps, loss=value)
         if search.state:
             search.state.keep(step + 1, logits, optimizer, trace, objective.cost)
@@ -94,6 +97,7 @@ def descend(
     return trace
 
 
-def _first(logits: torch.Tensor) -> list[float]:
+def _of_full(logits: torch.Tensor, space: Space) -> list[float]:
+    """Logits of staying full, `[groups]` or with what stands behind the groups."""
     values = logits.detach()
-    return (values if values.ndim == 1 else values[:, 0] - values[:, 1:].amax(1)).tolist()
+    return (values if values.ndim == 1 else space.worth(values.numpy())).tolist()

@@ -50,7 +50,12 @@ def select(
     _check_options(strategy, space)
     search = Search(space, budget, objective, seed, report, warn, state)
     found = STRATEGIES[strategy].run(search, **resolved)
-    plan = replace(found.plan, strategy=strategy, seed=seed, scores=found.scores.tolist())
+    plan = replace(
+        found.plan,
+        strategy=strategy,
+        seed=seed,
+        scores=[dict(zip(space.options, row, strict=True)) for row in found.scores.tolist()],
+    )
     return replace(found, plan=plan)
 
 
