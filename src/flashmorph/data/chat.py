@@ -70,7 +70,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def spoken(messages: list[Message]) -> str:
-    """What is said in a conversation and what tools are called, without who says it."""
+    """The messages and tool calls of a conversation, without their roles."""
     return "\n\n".join(said for message in messages for said in _said(message))
 
 
@@ -230,14 +230,14 @@ def _find_replies(
         upto = _worded(tokenizer, messages[: number + 1], tools)
         if not whole.startswith(before):
             raise Unfit("the template words the beginning of a conversation in another way than the whole")
-        places = [place for place, begin in enumerate(begins) if begin >= len(before)]
+        reply = [index for index, begin in enumerate(begins) if begin >= len(before)]
         if whole.startswith(upto):
-            places = [place for place in places if begins[place] < len(upto)]
+            reply = [index for index in reply if begins[index] < len(upto)]
         else:
-            last = next((place for place in places if ids[place] in special), None)
+            last = next((index for index in reply if ids[index] in special), None)
             if last is None:
                 raise Unfit("the end of a reply cannot be told from what follows it")
-            places = [place for place in places if place <= last]
-        for place in places:
-            learnt[place] = True
+            reply = [index for index in reply if index <= last]
+        for index in reply:
+            learnt[index] = True
     return ids, learnt

@@ -138,7 +138,7 @@ def text_losses(
     for numbers in text.in_batches(batch_tokens):
         batch = text.batch(numbers, model.device)
         found = batch.losses(lambda ids: model.model(input_ids=ids, use_cache=False).last_hidden_state, head)
-        losses[batch.places] = found.double().cpu().numpy()
+        losses[batch.positions] = found.double().cpu().numpy()
         done += len(numbers)
         report(done, len(text.pieces))
     return losses

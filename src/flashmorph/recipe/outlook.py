@@ -1,4 +1,4 @@
-"""Before anything is spent: what can be known to fail, and what each stage will take."""
+"""Preflight checks and the dry-run table."""
 
 from importlib.util import find_spec
 from typing import Any
