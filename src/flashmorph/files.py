@@ -28,12 +28,12 @@ _SPECIAL = {
 
 @contextmanager
 def atomic_path(target: Path, over_folder: bool = False) -> Iterator[Path]:
-    """A temporary path (file or folder, the caller's choice) beside `target` that takes its place on success.
+    """A temporary path (file or folder, the caller's choice) beside `target` that replaces it on success.
 
     An existing file is replaced, and a link, whose target stays; of folders an empty one, and any with `over_folder`.
 
     Raises:
-        UserError: the place cannot be written, is a device, a pipe or a socket, or the disk is full.
+        UserError: `target` cannot be written, is a device, a pipe or a socket, or the disk is full.
     """
     target = Path(target)
     # Without the target's name: that may be as long as the file system allows.
@@ -131,7 +131,7 @@ def content_digest(path: Path, size: int, changed: int, most: int) -> str:
     number = max(1, most // block)
     starts = range(0, size, block)
     if size > most:
-        starts = [place * (size - block) // number for place in range(number + 1)]
+        starts = [part * (size - block) // number for part in range(number + 1)]
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as stream:
         for start in starts:

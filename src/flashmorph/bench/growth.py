@@ -48,7 +48,7 @@ def crossing(lengths: Sequence[int], ratios: Sequence[float]) -> float | None:
     """
     if ratios[-1] >= 1:
         return None
-    last = max((place for place, ratio in enumerate(ratios) if ratio >= 1), default=None)
+    last = max((index for index, ratio in enumerate(ratios) if ratio >= 1), default=None)
     if last is None:
         return float(lengths[0])
     low, high = math.log(ratios[last]), math.log(ratios[last + 1])

@@ -57,8 +57,8 @@ def bench(models: Mapping[str, PreTrainedModel], settings: BenchSettings, report
             for kind in KINDS:
                 measured[name].seconds[kind].append([])
         for turn in range(settings.repeats + 1):
-            for place in range(len(names)):
-                name = names[(turn + place) % len(names)]
+            for index in range(len(names)):
+                name = names[(turn + index) % len(names)]
                 if turn == 0:
                     _warm_up(models[name], ids, measured[name], device)
                 else:
@@ -140,12 +140,12 @@ def _figures(measured: _Measured, first: _Measured | None, limit: Limit, lengths
             figures[kind]["of_first"] = spreads
             figures[kind]["wins_from"] = crossing(lengths, [each["median"] for each in spreads])
     figures["cache"] = []
-    for place, length in enumerate(lengths):
+    for index, length in enumerate(lengths):
         expected = cache_by_layer(limit.model.config, length)
-        row: dict[str, Any] = {"length": length, "by_layer": measured.cache[place], "expected_by_layer": expected}
+        row: dict[str, Any] = {"length": length, "by_layer": measured.cache[index], "expected_by_layer": expected}
         row["bytes"], row["expected"] = sum(row["by_layer"]), sum(expected)
         if first:
-            row["of_first"] = row["bytes"] / sum(first.cache[place])
+            row["of_first"] = row["bytes"] / sum(first.cache[index])
         figures["cache"].append(row)
     figures["peak_memory"] = [
         {"length": length, "bytes": size} for length, size in zip(lengths, measured.memory, strict=True)

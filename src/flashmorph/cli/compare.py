@@ -84,7 +84,7 @@ def compare(
     file, picture = folder / "compare.json", folder / "regret.png"
     claim_output(file, json_of("compare"), force)
     claim_output(picture, PICTURE, force)
-    places = tuple(others or ())
+    other_runs = tuple(others or ())
     options = Options(
         teacher=teacher,
         output=output,
@@ -94,7 +94,7 @@ def compare(
         others=others,
         device=device,
         json=as_json,
-        recipe_of=places,
+        recipe_of=other_runs,
         allow_unused=allow_unused,
     )
     run = open_run(options, ["align", "select", "compare"], keep_recipe=False)

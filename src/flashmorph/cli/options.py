@@ -86,8 +86,8 @@ class Options:
         """The recipe of the first of `recipe_of` that has one; None where there is none, or a recipe is given."""
         from flashmorph.run.folder import RECIPE
 
-        places = (place / RECIPE for place in self.recipe_of if not self.recipe)
-        return next((path for path in places if path.is_file()), None)
+        kept = (folder / RECIPE for folder in self.recipe_of if not self.recipe)
+        return next((path for path in kept if path.is_file()), None)
 
 
 def quiet() -> None:

@@ -174,9 +174,9 @@ def _matching(folder: Path, *patterns: str) -> set[Path]:
     """What lies in `folder` under such names, dead links too, which `Path.glob` passes over."""
     found: set[Path] = set()
     for parent in {str(Path(pattern).parent) for pattern in patterns if "/" in pattern} | {"."}:
-        place = folder / parent
-        there = {path.relative_to(folder).as_posix(): path for path in (place.iterdir() if place.is_dir() else ())}
-        found |= {path for name, path in there.items() if any(re.fullmatch(pattern, name) for pattern in patterns)}
+        inner = folder / parent
+        paths = {path.relative_to(folder).as_posix(): path for path in (inner.iterdir() if inner.is_dir() else ())}
+        found |= {path for name, path in paths.items() if any(re.fullmatch(pattern, name) for pattern in patterns)}
     return found
 
 

@@ -162,7 +162,7 @@ def _refuse(path: Path, what: str) -> NoReturn:
 
 
 def _require_names(path: Path, values: Mapping[str, Any], maker: type) -> None:
-    """Refuse a value that would stand in the place of a part of transformers' own class."""
+    """Refuse a value that would replace a part of transformers' own class."""
     for name in values:
         own = getattr(maker, name, None)
         if name.startswith("__") or name in ("attribute_map", "per_layer_config") or callable(own):

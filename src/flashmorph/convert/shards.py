@@ -99,14 +99,14 @@ class ShardWriter:
         if len(self._written) == 1:
             self._written[0][0].rename(self._folder / SAFE_WEIGHTS_NAME)
             return
-        places: dict[str, str] = {}
+        weight_map: dict[str, str] = {}
         for number, (path, names) in enumerate(self._written, 1):
             stem, ending = SAFE_WEIGHTS_NAME.rsplit(".", 1)
             final = f"{stem}-{number:05d}-of-{len(self._written):05d}.{ending}"
             path.rename(self._folder / final)
-            places |= dict.fromkeys(names, final)
+            weight_map |= dict.fromkeys(names, final)
         metadata = {"total_parameters": self._parameters, "total_size": self._bytes}
-        write_json(self._folder / SAFE_WEIGHTS_INDEX_NAME, {"metadata": metadata, "weight_map": places})
+        write_json(self._folder / SAFE_WEIGHTS_INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
 
     def _write(self) -> None:
         path = self._folder / f"{len(self._written)}.safetensors.part"

@@ -1,4 +1,4 @@
-"""What a checkpoint's files hold, against what transformers takes of it: the one place that decides about the rest.
+"""The weights in a checkpoint's files, compared with those that transformers uses: the rest is decided here alone.
 
 A proof that compares two models sees what was loaded, not what was left out. So before any weight is read, every stored
 name is followed through the renaming that loading does, and what no part of the model takes is told or refused.

@@ -69,11 +69,11 @@ def repeats(ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     tokens = np.asarray(ids)
     lengths, distances = np.zeros(len(tokens), dtype=int), np.zeros(len(tokens), dtype=int)
     before = np.zeros(0, dtype=int)
-    for place in range(1, len(tokens)):
+    for position in range(1, len(tokens)):
         # `runs[s]` is the length of the common end of the text up to here and the text up to s.
-        runs = np.where(tokens[:place] == tokens[place], 1 + np.concatenate([[0], before]), 0)
-        lengths[place] = runs.max()
-        if lengths[place]:
-            distances[place] = 1 + np.argmax(runs[::-1])
+        runs = np.where(tokens[:position] == tokens[position], 1 + np.concatenate([[0], before]), 0)
+        lengths[position] = runs.max()
+        if lengths[position]:
+            distances[position] = 1 + np.argmax(runs[::-1])
         before = runs
     return lengths, distances

@@ -57,6 +57,6 @@ TRANSFORMERS = Engine("transformers", "5.23", RUN)
 def full_interval(options: Sequence[str]) -> int:
     """n where every n-th layer is full and no other is; 0 where full layers stand otherwise."""
     interval = options.index(FULL) + 1 if FULL in options else 0
-    if interval and all((option == FULL) == (place % interval == 0) for place, option in enumerate(options, 1)):
+    if interval and all((option == FULL) == (number % interval == 0) for number, option in enumerate(options, 1)):
         return interval
     return 0

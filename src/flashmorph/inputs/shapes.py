@@ -65,8 +65,8 @@ def misfit(value: Any, shape: Any) -> str:
         TypeAdapter(shape).validate_python(value, strict=True)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in problem["loc"] if part != "[key]")
-        where = f"{place if len(place) <= _LONGEST else place[: _LONGEST - 1] + '…'}: " if place else ""
+        key = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+        where = f"{key if len(key) <= _LONGEST else key[: _LONGEST - 1] + '…'}: " if key else ""
         # A limit of 1e100 would be written with all its digits.
         message = _ENDLESS.sub(
             lambda number: f"{float(number[0]):.0e}".replace("+", ""), problem["msg"].removeprefix("Value error, ")

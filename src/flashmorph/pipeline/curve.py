@@ -113,11 +113,11 @@ def find_plans(run: Run, morphable: Morphable, space: Space, folder: Path, repor
         settings |= record.order_settings
 
     def search(budget: Budget) -> Selection:
-        place = folder / (f"{strategy}-{budget}" if reuse == "nothing" else strategy)
+        state = folder / (f"{strategy}-{budget}" if reuse == "nothing" else strategy)
         objective = open_objective(
             run,
             morphable,
-            place,
+            state,
             report,
             evaluations=folder / "evaluations",
             needs_text=record.needs_text,

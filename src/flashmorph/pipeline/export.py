@@ -47,8 +47,8 @@ def export_gguf(
     form, options = gguf_form(folder, config)
     weight_files(folder)
     require_converter(llama_cpp, form, options)
-    with TemporaryDirectory() as place, atomic_path(target) as file:
-        source = Path(place) / (folder.resolve().name or "model")
+    with TemporaryDirectory() as temporary, atomic_path(target) as file:
+        source = Path(temporary) / (folder.resolve().name or "model")
         lay_out(folder, config, source)
         outtype = dtype or _OUTTYPES.get(str(config.dtype).removeprefix("torch."), "auto")
         _convert([sys.executable, str(llama_cpp / CONVERTER), str(source), "--outfile", str(file), "--outtype", outtype,
@@ -123,28 +123,28 @@ def _gguf_folder(llama_cpp: Path) -> Path:
 @contextmanager
 def _gguf_package(llama_cpp: Path) -> Iterator[Any]:
     """The package `gguf` that the converter used."""
-    place = str(_gguf_folder(llama_cpp).parent)
-    sys.path.insert(0, place)
+    package = str(_gguf_folder(llama_cpp).parent)
+    sys.path.insert(0, package)
     try:
         yield importlib.import_module("gguf")
     finally:
-        sys.path.remove(place)
+        sys.path.remove(package)
 
 
-def lay_out(folder: Path, config: PreTrainedConfig, place: Path) -> None:
-    """Make `place` a copy of the checkpoint in `folder`: links to its weights, what goes with them, and a config.json
-    that engines read. No code that lies there, nor a word that names some: the converter would run it."""
-    place.mkdir()
+def lay_out(folder: Path, config: PreTrainedConfig, target_folder: Path) -> None:
+    """Make `target_folder` a copy of the checkpoint in `folder`: links to its weights, its other files, and a config.json
+    that engines read. Code, and settings that name code, are left out: the converter would run it."""
+    target_folder.mkdir()
     for path in weight_files(folder):
-        os.symlink(path.resolve(), place / path.name)
+        os.symlink(path.resolve(), target_folder / path.name)
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     for path in [*travelling_files(folder), *([index] if index.is_file() else [])]:
-        target = place / path.relative_to(folder)
+        target = target_folder / path.relative_to(folder)
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(travelling_content(path))
     values = {name: value for name, value in read_json(folder / "config.json").items() if name != "auto_map"}
     values.setdefault("rope_parameters", config.rope_parameters)
-    write_json(place / "config.json", host_of(config).serialise(values))
+    write_json(target_folder / "config.json", host_of(config).serialise(values))
 
 
 def _convert(command: list[str], folder: Path, llama_cpp: Path) -> None:

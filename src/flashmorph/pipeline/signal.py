@@ -167,8 +167,8 @@ def measure_signal(tasks: Sequence[str], space: Space, objective: Objective) -> 
     plans = [space.plan(space.groups, budget), space.plan([], budget)]
     full, empty = objective.evaluate(plans, report=lambda share: objective.progress(share, 1))
     found = {}
-    for place, name in enumerate(tasks):
-        with_all, with_none = full[place :: len(tasks)], empty[place :: len(tasks)]
+    for index, name in enumerate(tasks):
+        with_all, with_none = full[index :: len(tasks)], empty[index :: len(tasks)]
         interval = paired_interval([with_none], [with_all])
         found[name] = {"full": float(with_all.mean()), "empty": float(with_none.mean()), "interval": list(interval)}
     return found

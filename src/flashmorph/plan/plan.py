@@ -38,7 +38,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         groups = {Group(group): option for group, option in self.assignments.items()}
-        in_order = dict(sorted(groups.items(), key=lambda item: item[0].place))
+        in_order = dict(sorted(groups.items(), key=lambda item: item[0].sort_key))
         object.__setattr__(self, "assignments", in_order)
 
     @classmethod

@@ -118,7 +118,7 @@ class Space:
             )
 
     def best(self, scores: np.ndarray, budget: Budget) -> Plan:
-        """The plan of the largest summed score under the budget: the only place where scores become a plan.
+        """The plan of the largest summed score under the budget: the only function that turns scores into a plan.
 
         Exact: a multiple-choice knapsack (`knapsack`). A count of layers is spent exactly, bytes at most. Of plans
         with the same sum the first one is taken, compared group by group from the first on in `order`: the lower layers
@@ -158,13 +158,13 @@ class Space:
                 f"the plan has {len(plan.assignments)} groups ({', '.join(list(plan.assignments)[:3])}, ...) and the "
                 f"model {len(self.groups)} ({', '.join(self.groups[:3])}, ...): it belongs to another model"
             )
-        for place, group in enumerate(self.groups):
+        for index, group in enumerate(self.groups):
             option = plan.assignments[group]
             if option not in self.options:
                 raise UserError(
                     f"the plan gives {group} the option {quoted(option)}; it can be {', '.join(self.options)}"
                 )
-            gates[place, self.options.index(option)] = 1.0
+            gates[index, self.options.index(option)] = 1.0
         return gates
 
     def plan(self, full_groups: Sequence[str], budget: Budget) -> Plan:

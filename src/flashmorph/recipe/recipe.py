@@ -34,7 +34,7 @@ _REPLACED = {
     "extend.isolate_documents": "say `extend.documents: joined` (documents in a row see each other) or `long` (only "
     "documents that fill rows on their own)",
 }
-"""Settings of earlier versions, and what to say in their place."""
+"""Settings of earlier versions, each with the message about its replacement."""
 
 
 class SourceSettings(Settings):

@@ -52,9 +52,9 @@ class Truth:
         return 1 + int(better.sum()) if better[int(self.means.argmin())] else 1
 
     def _place(self, plan: Plan) -> int:
-        for place, other in enumerate(self.plans):
+        for index, other in enumerate(self.plans):
             if other.assignments == plan.assignments:
-                return place
+                return index
         raise ValueError(f"{plan.strip()} is no plan of budget {self.plans[0].budget}")
 
 

@@ -34,9 +34,9 @@ _KNOWN = {
 }
 
 
-def colour(place: int) -> str:
+def colour(index: int) -> str:
     """The colour of the nth of many."""
-    return _PALETTE[place % len(_PALETTE)]
+    return _PALETTE[index % len(_PALETTE)]
 
 
 def label(name: str) -> str:
@@ -44,6 +44,6 @@ def label(name: str) -> str:
     return _KNOWN[name][0] if name in _KNOWN else name
 
 
-def look(name: str, place: int = 0) -> Look:
-    """How a model is drawn; `place` tells unknown ones apart."""
-    return _KNOWN[name][1] if name in _KNOWN else Look(colour(place + 2))
+def look(name: str, index: int = 0) -> Look:
+    """How a model is drawn; `index` tells unknown ones apart."""
+    return _KNOWN[name][1] if name in _KNOWN else Look(colour(index + 2))

@@ -12,9 +12,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], strong: int | No
     """A table of plain texts, its first column on the left; row `strong` stands out."""
     head = "".join(f"<th>{escape(text)}</th>" for text in header)
     lines = []
-    for place, row in enumerate(rows):
+    for number, row in enumerate(rows):
         cells = "".join(f"<td>{escape(text)}</td>" for text in row)
-        kind = ' class="strong"' if place == strong else ""
+        kind = ' class="strong"' if number == strong else ""
         lines.append(f"<tr{kind}>{cells}</tr>")
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 

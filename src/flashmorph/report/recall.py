@@ -11,9 +11,9 @@ _ROOM = 0.7
 _ALL = "all"
 
 
-def dodged(place: int, number: int, total: int) -> float:
+def dodged(index: int, number: int, total: int) -> float:
     """Where the nth of `total` series stands beside the others of a category."""
-    return place + _ROOM * ((number + 0.5) / total - 0.5)
+    return index + _ROOM * ((number + 0.5) / total - 0.5)
 
 
 def by_task(source: Source) -> Chart | None:
@@ -27,7 +27,7 @@ def by_task(source: Source) -> Chart | None:
             Series(
                 label(name),
                 [100 * each["recall"] for each in found],
-                [dodged(place, number, len(models)) for place in range(len(tasks))],
+                [dodged(index, number, len(models)) for index in range(len(tasks))],
                 look(name, number),
                 [100 * each["interval"][0] for each in found],
                 [100 * each["interval"][1] for each in found],
@@ -89,11 +89,11 @@ def _grid(found: dict[str, Any], tasks: list[str], length: int) -> Chart:
             cells = {cell["depth"]: cell for cell in row["depths"]} if row else {}
             shown = [*(cells.get(depth) for depth in depths), row]
             values.append([100 * cell["recall"] if cell else None for cell in shown])
-            places = [*(f"depth {100 * depth:.0f} %" for depth in depths), "all depths"]
+            names = [*(f"depth {100 * depth:.0f} %" for depth in depths), "all depths"]
             hover.append(
                 [
-                    f"{label(name)}\n{task}, {place}\n{_figure(cell)}" if cell else ""
-                    for place, cell in zip(places, shown, strict=True)
+                    f"{label(name)}\n{task}, {depth_name}\n{_figure(cell)}" if cell else ""
+                    for depth_name, cell in zip(names, shown, strict=True)
                 ]
             )
         columns = [*(f"{100 * depth:.0f}" for depth in depths), _ALL]

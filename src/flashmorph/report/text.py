@@ -83,12 +83,12 @@ def classes(source: Source) -> Chart | None:
         series = []
         for number, (name, each) in enumerate(found.items()):
             rows = {one["class"]: one for one in each["classes"]}
-            some = [(place, rows[kind]) for place, kind in enumerate(names) if kind in rows]
+            some = [(index, rows[kind]) for index, kind in enumerate(names) if kind in rows]
             series.append(
                 Series(
                     label(name),
                     [row["difference"] for _, row in some],
-                    [dodged(place, number, len(found)) for place, _ in some],
+                    [dodged(index, number, len(found)) for index, _ in some],
                     look(name, number),
                     [(row["interval"] or [row["difference"]])[0] for _, row in some],
                     [(row["interval"] or [row["difference"]])[-1] for _, row in some],

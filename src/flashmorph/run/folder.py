@@ -85,12 +85,12 @@ class RunFolder:
                 no run.
         """
         self.path = path
-        self._places = [place / STAGES for place in (path, *others)]
+        self._stage_folders = [run / STAGES for run in (path, *others)]
         distributed.first(self._claim)
 
     def _claim(self) -> None:
         path = self.path
-        for other in self._places[1:]:
+        for other in self._stage_folders[1:]:
             if not other.is_dir():
                 raise UserError(f"{other.parent} is no run of flashmorph's: it has no folder {STAGES!r}")
         if path.exists() and not path.is_dir():
@@ -155,8 +155,8 @@ class RunFolder:
         digest = digest_of([name, settings, inputs])
 
         def look() -> Stage | None:
-            for place in self._places:
-                folder = place / f"{name}-{digest}"
+            for stages in self._stage_folders:
+                folder = stages / f"{name}-{digest}"
                 if folder.is_dir():
                     return Stage(name, digest, folder, self._whole_record(folder, digest), reused=True)
             return None
@@ -171,7 +171,7 @@ class RunFolder:
         except UserError as error:
             record, problem = {}, str(error)
         if problem:
-            own = folder.parent == self._places[0]
+            own = folder.parent == self._stage_folders[0]
             way_out = "" if own else f", or leave out --from {folder.parent.parent}"
             raise UserError(f"{folder} is damaged: {problem}; remove that folder, and the stage runs again{way_out}")
         return record
@@ -204,7 +204,7 @@ class RunFolder:
         if done := self.find(name, settings, inputs):
             return done
         digest = digest_of([name, settings, inputs])
-        final = self._places[0] / f"{name}-{digest}"
+        final = self._stage_folders[0] / f"{name}-{digest}"
         partial = final.with_name(final.name + _PARTIAL)
 
         def begin() -> float:

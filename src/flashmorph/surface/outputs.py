@@ -76,7 +76,7 @@ def claim_folder(folder: Path) -> None:
     """Refuse a path where no new folder can be put; an empty folder gives way to it.
 
     Raises:
-        UserError: it holds anything, is a link or a mount point, or the place cannot be written.
+        UserError: it holds anything, is a link or a mount point, or cannot be written.
     """
     try:
         if refuse_special(folder) is None:

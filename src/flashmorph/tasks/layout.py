@@ -200,15 +200,15 @@ class _Row:
         if len(out) < surplus:
             return False
         gone = set(out[:surplus])
-        self.ids = [token for place, token in enumerate(self.ids) if place not in gone]
+        self.ids = [token for index, token in enumerate(self.ids) if index not in gone]
         self.answers = [(begin - surplus, end - surplus) for begin, end in self.answers]
         return True
 
     def with_filler(self, filler: list[int]) -> "_Row":
         """This row with tokens of text before its facts."""
-        _, _, place = self._spans[0]
-        token, clean = self._text.at(place)
-        at = self._start + token + (not clean)
-        self.ids[at:at] = filler
+        _, _, end = self._spans[0]
+        token, clean = self._text.at(end)
+        index = self._start + token + (not clean)
+        self.ids[index:index] = filler
         self.answers = [(begin + len(filler), end + len(filler)) for begin, end in self.answers]
         return self
