@@ -41,7 +41,7 @@ def use_bf16(device: torch.device) -> bool:
 
 
 def usable_memory(device: torch.device, processes: int = 1) -> float:
-    """Bytes that one of so many processes on this machine may plan with.
+    """Bytes that each of `processes` ranks on this machine may use.
 
     Each has a GPU of its own; they share the memory of a CPU.
     """

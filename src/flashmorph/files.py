@@ -63,7 +63,7 @@ def is_temporary(path: Path) -> bool:
 
 
 def refuse_special(path: Path) -> os.stat_result | None:
-    """What stands at `path`, links not followed; None where nothing does.
+    """The status of `path`, links not followed; None if it does not exist.
 
     Raises:
         UserError: it is a device, a pipe or a socket.
@@ -146,7 +146,7 @@ def shortened(digest: Any) -> str:
 
 
 def short_names(names: Sequence[str], most: int = 20) -> dict[str, str]:
-    """What to call folders in a table: the ends of their paths that tell them apart, cut at the front if long."""
+    """Names of folders in a table: the shortest distinct ends of their paths, shortened at the front if long."""
     parts = {name: Path(name).parts for name in names}
     found = {}
     for name, own in parts.items():

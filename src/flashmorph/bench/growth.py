@@ -21,7 +21,7 @@ class Growth:
         return [float(np.median(tries)) for tries in self.tries]
 
     def to_list(self) -> list[dict[str, Any]]:
-        """The JSON form: seconds with quartiles."""
+        """Seconds with quartiles, as JSON values."""
         return [{"length": length, **spread(tries)} for length, tries in zip(self.lengths, self.tries, strict=True)]
 
 

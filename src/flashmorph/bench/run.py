@@ -19,7 +19,7 @@ KINDS = ("prefill", "decode")
 
 
 class BenchSettings(BaseModel):
-    """What is timed: one sequence at a time."""
+    """Settings of the timing, of one sequence at a time."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096)

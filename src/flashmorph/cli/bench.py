@@ -123,7 +123,7 @@ def _sizes(figures: dict[str, Any], labels: dict[str, str]) -> Table:
 
 
 def verdicts(figures: dict[str, Any], labels: dict[str, str]) -> list[str]:
-    """How time grows, and from where on a model is faster than the first."""
+    """Growth of time, and the context from which a model is faster than the first."""
     first, *_ = labels.values()
     longest, lines = figures["settings"]["lengths"][-1], []
     for name, each in figures["models"].items():

@@ -67,9 +67,9 @@ def compare(
 ) -> None:
     """Judge strategies by the truth: every plan of every budget, on questions that no search has seen.
 
-    For every strategy, budget and seed: the plan, its rank among all plans (1: cannot be told from the best), its
+    For every strategy, budget and seed: the plan, its rank among all plans (1: not distinguishable from the best), its
     regret (mean loss minus the best plan's, before distillation), recall, and what the search cost. Finished cells are
-    kept, so the same command again goes on. Small teachers only: all plans are run. Without --recipe the recipe is that
+    kept, so the same command resumes. Small teachers only: all plans are run. Without --recipe the recipe is that
     of the first run in --from that has one.
 
     Example: `flashmorph compare tiny --output runs/referee --from runs/demo --budgets 1,2,3 --seeds 5`

@@ -39,7 +39,7 @@ def estimate(
     window: WindowOption = None,
     changes: SetOption = None,
     gpu: Annotated[str | None, typer.Option(help="`h200`, `a100`, `l40s`, ...: gives hours and what fits.")] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs that a batch is divided among.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share a batch.")] = 1,
     utilisation: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Share of the peak that hours assume; yours, if you know it.")
     ] = 0.3,
@@ -47,7 +47,7 @@ def estimate(
     explain: Annotated[bool, typer.Option("--explain", help="Every figure with its formula.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """What a run will take before anything is paid: parameters, cache, operations, memory, hours.
+    """The cost of a run before it starts: parameters, cache, operations, memory, hours.
 
     Reads config.json alone: no weights, no tokenizer, no GPU. Parameters and cache are exact, memory and hours are
     estimates. `morph --dry-run` shows the data of each stage.

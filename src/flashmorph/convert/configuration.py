@@ -1,7 +1,7 @@
-"""What a config.json says, held against what a model can be, before transformers builds anything of it.
+"""Checks the values of a config.json before transformers builds a model from them.
 
 A number that is no size makes transformers fail in many lines, or build for hours. And what a model is computed with is
-ours to say: nothing in a config.json chooses code, or what a forward returns.
+ours: nothing in a config.json chooses code, or the outputs of a forward.
 """
 
 import math
@@ -97,7 +97,7 @@ class _Rope(BaseModel):
 
 _NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
            "intermediate_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")  # fmt: skip
-"""What a family that has it cannot do without."""
+"""Fields that a family with them requires."""
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 _ROPES = ("rope_parameters", "rope_scaling")
 _NOT_READ = (
@@ -107,7 +107,7 @@ _NOT_READ = (
     "auto_map custom_pipelines quantization_config compression_config use_kernels kernel_config "
     # Other files in place of this one, and what a forward returns.
     "configuration_files name_or_path _name_or_path output_attentions output_hidden_states return_dict use_return_dict "
-    # Traces; and labels of classifiers, as many as a number says.
+    # Traces; and labels of classifiers, in any number.
     "torchscript num_labels id2label label2id"
 ).split()
 

@@ -23,7 +23,7 @@ NOISE_FACTOR = 2.0
 
 @dataclass(frozen=True)
 class Proof:
-    """How far the host's logits, or a layer's outputs, are from the teacher's on a probe batch, in float32.
+    """The difference of the host's logits, or of a layer's outputs, from the teacher's on a probe batch, in float32.
 
     `largest` is the teacher's largest magnitude there, `noise` its own largest float32-against-float64 difference,
     `tolerance` what was allowed.

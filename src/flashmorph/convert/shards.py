@@ -48,7 +48,7 @@ class ShardReader:
 
     @property
     def main_dtype(self) -> torch.dtype | None:
-        """What most numbers are stored in; None where no weight is in floating point of 16 bits or more."""
+        """The dtype of most numbers; None if no weight is in floating point of 16 bits or more."""
         numbers: Counter[torch.dtype] = Counter()
         with self.slices(name for name, dtype in self.dtypes.items() if dtype in FLOATS) as slices:
             for name, each in slices.items():

@@ -140,11 +140,11 @@ class Part:
             of_texts = iter(encoded)
             for document, position in together:
                 if document.messages is None:
-                    ids, learnt = [*self._before, *next(of_texts), *self._end], None
+                    ids, targets = [*self._before, *next(of_texts), *self._end], None
                 else:
-                    ids, learnt = self._encode_chat(document)
+                    ids, targets = self._encode_chat(document)
                 if ids and (size := self._taken_of(len(ids))):
-                    yield marked(ids, learnt, self._before)[:size], position
+                    yield marked(ids, targets, self._before)[:size], position
 
     def _taken_of(self, tokens: int) -> int:
         """How many of a document's tokens are used. Each row but the first also has the special tokens before them."""
@@ -253,11 +253,11 @@ def _once_each(documents: Iterator[tuple[Document, Position]]) -> Iterator[tuple
             yield document, position
 
 
-def marked(ids: list[int], learnt: list[bool] | None, before: list[int]) -> np.ndarray:
+def marked(ids: list[int], targets: list[bool] | None, before: list[int]) -> np.ndarray:
     """The tokens `[tokens]` of a document with their marks; special tokens before the text are no targets."""
     tokens = np.array(ids, np.uint32)
     tokens[0] |= FIRST
-    if learnt is not None:
-        tokens[~np.array(learnt)] |= IGNORED
+    if targets is not None:
+        tokens[~np.array(targets)] |= IGNORED
     tokens[: count_before(ids, before)] |= IGNORED
     return tokens

@@ -53,9 +53,9 @@ class Packed:
         if self.loss_mask is None:
             return hidden
         followed = self._continues()[:, 1:]
-        learnt = self.loss_mask.clone()
-        learnt[:, :-1] = torch.where(followed, self.loss_mask[:, 1:], self.loss_mask[:, :-1])
-        return hidden[self.tokens(learnt)]
+        targets = self.loss_mask.clone()
+        targets[:, :-1] = torch.where(followed, self.loss_mask[:, 1:], self.loss_mask[:, :-1])
+        return hidden[self.tokens(targets)]
 
     def _continues(self) -> torch.Tensor:
         if self.continues is not None:

@@ -31,7 +31,7 @@ _NOTES = re.compile(
     r"(md5|sha\d+)(sums?)?|requirements|terms|data[ _-]?(sheet|card))(?![a-z])",
     re.IGNORECASE,
 )
-"""What files are called that tell of data and are none."""
+"""Names of files that describe data and are none."""
 _LARGEST_METADATA_BYTES = 1 << 24
 _ROWS_TOGETHER = 1_000
 _NOT_SPACE = re.compile(r"\S")
@@ -43,8 +43,8 @@ _LFS_POINTER = b"version https://git-lfs"
 def data_files(source: Path, columns: Sequence[str]) -> list[Path]:
     """The files that are read of a folder, or the file itself, sorted; none where no name has one of the `ENDINGS`.
 
-    Of a folder, names that begin with a dot are left out, and what only tells of the data: beside rows (JSON, parquet)
-    notes in text, beside anything else JSON files of a single object without one of the `columns`.
+    Of a folder, names that begin with a dot are left out, and files that only describe the data: beside rows (JSON,
+    parquet) notes in text, beside anything else JSON files of a single object without one of the `columns`.
 
     Raises:
         UserError: data of two kinds, or a link to nothing.
@@ -69,7 +69,7 @@ def data_files(source: Path, columns: Sequence[str]) -> list[Path]:
 
 
 def kind_of(path: Path) -> str | None:
-    """What a file of this name holds, compressed or not; None for all that is not read."""
+    """The kind of a file by its name, compressed or not; None for files that are not read."""
     suffixes = [suffix for suffix in _suffixes(path) if suffix not in _DECOMPRESS]
     return _KINDS.get(suffixes[-1]) if suffixes else None
 
@@ -77,9 +77,9 @@ def kind_of(path: Path) -> str | None:
 def stream_of(
     files: Sequence[Path], columns: tuple[str, ...], beside: tuple[str, ...] = ()
 ) -> datasets.IterableDataset:
-    """The rows of `files`, each as `{"file": its file, "row": the columns that it has}`, with a state to go on from.
+    """The rows of `files`, each as `{"file": its file, "row": the columns that it has}`, with a state to resume from.
 
-    Nothing but `columns` and `beside` is read, so the others may differ from file to file, and each file says for
+    Nothing but `columns` and `beside` is read, so the others may differ from file to file, and each file declares for
     itself what these hold. Text comes in pieces (`pieces.py`), in the first of the columns. A JSON file holds an object
     a line, one list of objects, or one object; only of lists all is in memory at a time. Rows in which JSON has none of
     the `columns` are passed over.
@@ -94,7 +94,7 @@ def stream_of(
 
 
 def no_column(where: str, column: str, there: Sequence[str]) -> UserError:
-    """What to say of rows without the wanted column."""
+    """The error for rows without the wanted column."""
     return UserError(f"{where} has no column {column!r}; it has {', '.join(map(repr, there))}")
 
 
@@ -138,7 +138,7 @@ def _is_metadata(file: Path, columns: Sequence[str]) -> bool:
     try:
         with _open(file) as stream:
             values = list(islice(_json_values(stream, file), 2))
-    except Exception:  # It is damaged: reading it says so.
+    except Exception:  # It is damaged: reading it reports that.
         return False
     if len(values) != 1 or not isinstance(values[0][1], dict):
         return False

@@ -1,4 +1,4 @@
-"""What kind of token each token of a text is, and what of it stood there before."""
+"""The class of each token of a text, and the n-grams that occurred before it."""
 
 import re
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ def _kind(group: str, text: str) -> str:
 
 
 def repeats(ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """For each token the length of the longest n-gram ending with it that stood there before, and how far back.
+    """For each token the length of the longest n-gram ending with it that occurred before, and how far back.
 
     Both `[time]`, in tokens; a token that is new has length 0 and distance 0. Of several earlier places with the
     longest n-gram the last one counts.

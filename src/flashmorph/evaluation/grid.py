@@ -16,7 +16,7 @@ from flashmorph.tasks import Lines, Prompt, Ruler
 
 
 class Asker(Protocol):
-    """Where a grid's questions come from."""
+    """A source of a grid's questions."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -132,7 +132,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class GridQuestions:
-    """A grid's prompts by task and length, the depths by task (empty without a single needle), and tasks that do not fit."""
+    """A grid's prompts by task and length, depths by task (empty without a single needle), tasks that do not fit."""
 
     prompts: dict[tuple[str, int], list[Prompt]]
     depths: dict[str, tuple[float, ...]]

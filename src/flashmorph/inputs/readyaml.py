@@ -83,7 +83,7 @@ def _cut(text: str) -> str:
 
 
 def sentence(error: ValidationError, model: type[BaseModel], replaced: Mapping[str, str] | None = None) -> str:
-    """A problem with the settings of `model`, in words; an unknown key is told with the nearest known name.
+    """A problem with the settings of `model`, in words; an unknown key is reported with the nearest known name.
 
     `replaced` are names of earlier versions, each with the message about its replacement.
     """

@@ -39,7 +39,7 @@ class Shape(BaseModel):
 
 
 def read_as(path: Path, shape: Any) -> Any:
-    """The JSON value in `path`, as it stands there; `shape` is a type that pydantic knows.
+    """The JSON value in `path`, unchanged; `shape` is a type that pydantic knows.
 
     Raises:
         UserError: the file is missing, is no JSON, or holds something else.
@@ -60,7 +60,7 @@ def require_shape(value: Any, shape: Any, name: str) -> None:
 
 
 def misfit(value: Any, shape: Any) -> str:
-    """How a value of JSON is not of this `shape`, and where in it; nothing if it is."""
+    """The difference of a JSON value from this `shape`, and its path; empty if there is none."""
     try:
         TypeAdapter(shape).validate_python(value, strict=True)
     except ValidationError as error:

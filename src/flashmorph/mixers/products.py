@@ -1,4 +1,4 @@
-"""What attention and feed-forward cost, alike in all hosts: operations and cache."""
+"""Operations and cache of attention and feed-forward, the same in all hosts."""
 
 from typing import cast
 

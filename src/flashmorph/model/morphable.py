@@ -2,7 +2,7 @@
 
     layer output = sum over options o of W_o (gate[layer, o] * heads_o(hidden)) + gate[layer, o] * b_o
 
-W_o and b_o are the branch's output projection. Every branch runs whatever its gate is, so that a gate that stands at 0
+W_o and b_o are the branch's output projection. Every branch runs whatever its gate is, so that a gate at 0
 still gets a gradient. Only under `no_grad` with a one-hot gate does a layer run the one branch that counts.
 """
 
@@ -119,7 +119,7 @@ class Morphable(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return self.model.device
 
     def space(self, budget: Budget) -> Space:
@@ -148,7 +148,7 @@ class Morphable(nn.Module):
 
     @torch.no_grad()
     def each_plan(self, input_ids: torch.Tensor, gates: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """The index and the last hidden states `[batch, time, width]` of every plan in hard `gates` `[plans, groups, options]`.
+        """Index and last hidden states `[batch, time, width]` of each plan: one-hot `gates` `[plans, groups, options]`.
 
         Layers that two plans share from the first one up are computed once: plans are run in the order of their
         assignments, each from the first layer on that differs from the plan before. One hidden state is kept for each

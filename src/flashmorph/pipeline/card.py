@@ -86,7 +86,7 @@ Made with the following command; `recipe.yaml`, `plan.json` and `results.json` l
 
 
 def _front_matter(run: Run, mixers: list[str]) -> str:
-    """What the hub reads. It links a base model that has a name there; others are named in the text."""
+    """The metadata that the hub reads. It links a base model that has a name there; others are named in the text."""
     values: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if run.teacher.revision:
         values |= {"base_model": run.teacher.name, "base_model_relation": "finetune"}
@@ -103,7 +103,7 @@ def served_by(engine: Engine, config: PreTrainedConfig) -> str:
 
 
 def _worth(results: Results) -> str:
-    """What the choice of layers is worth, where the uniform layout was trained as well."""
+    """The gain of the choice over the uniform layout, if that was trained as well."""
     found = results.to_dict().get("recall_hybrid_minus_uniform")
     if not found:
         return ""

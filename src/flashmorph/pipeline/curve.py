@@ -38,7 +38,7 @@ class Point:
 
     @property
     def num_full(self) -> int:
-        """How many groups are full."""
+        """The number of full groups."""
         return sum(option == FULL for option in self.assignments.values())
 
 
@@ -108,7 +108,7 @@ def find_plans(run: Run, morphable: Morphable, space: Space, folder: Path, repor
     settings = dict(recipe.select.settings)
     record, reuse = STRATEGIES[strategy], reuse_of(strategy, settings)
     if reuse == "order" and len(space.options) > 2:
-        reuse = "nothing"  # An order of layers says nothing of options.
+        reuse = "nothing"  # An order of layers has no options.
     if reuse == "order":
         settings |= record.order_settings
 
@@ -136,7 +136,7 @@ def run_curve(run: Run, host: Stage, branches: Stage, questions: int) -> Curve:
     """The budget curve of an aligned run, as a stage of its own.
 
     Raises:
-        UserError: the strategy cannot spend a count of layers, or weights are divided; or see `with_signal`.
+        UserError: the strategy cannot spend a count of layers, or weights are sharded; or see `with_signal`.
     """
     if run.shards:
         raise UserError("a curve asks whole models for answers: go on with --set shard=false")

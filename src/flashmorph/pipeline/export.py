@@ -1,4 +1,4 @@
-"""A hybrid as a GGUF file: by the converter of the user's own llama.cpp, told what the host needs, its file checked."""
+"""A hybrid as a GGUF file, written by the user's own llama.cpp converter with the host's settings, and checked."""
 
 import importlib
 import importlib.util
@@ -92,7 +92,7 @@ def require_converter(llama_cpp: Path, form: Gguf, options: Sequence[str]) -> No
     """Refuse a folder that is no llama.cpp, or one whose converter does not write such a plan.
 
     Raises:
-        UserError: says what is missing.
+        UserError: names what is missing.
     """
     if not (llama_cpp / CONVERTER).is_file():
         raise UserError(f"{llama_cpp} has no {CONVERTER}: give the folder of a checkout of llama.cpp")
@@ -107,7 +107,7 @@ def require_converter(llama_cpp: Path, form: Gguf, options: Sequence[str]) -> No
 
 
 def _gguf_folder(llama_cpp: Path) -> Path:
-    """Where the converter finds the package `gguf`: beside itself, else where it is installed."""
+    """The folder in which the converter finds the package `gguf`: beside itself, else where it is installed."""
     own = llama_cpp / "gguf-py" / "gguf"
     if own.is_dir():
         return own
@@ -132,7 +132,7 @@ def _gguf_package(llama_cpp: Path) -> Iterator[Any]:
 
 
 def lay_out(folder: Path, config: PreTrainedConfig, target_folder: Path) -> None:
-    """Make `target_folder` a copy of the checkpoint in `folder`: links to its weights, its other files, and a config.json
+    """Make `target_folder` a copy of the checkpoint in `folder`: links to its weights, its other files, a config.json
     that engines read. Code, and settings that name code, are left out: the converter would run it."""
     target_folder.mkdir()
     for path in weight_files(folder):
@@ -151,7 +151,7 @@ def _convert(command: list[str], folder: Path, llama_cpp: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode == 0:
         return
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()] or ["it says nothing"]
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()] or ["it printed nothing"]
     if any(_UNKNOWN_TOKENIZER in line for line in lines):
         raise UserError(
             f"llama.cpp does not know the tokenizer in {folder}, which it must to cut text as that does: use a teacher "
@@ -189,7 +189,7 @@ def require_layers(fields: Mapping[str, Any], form: Gguf, options: Sequence[str]
     """Refuse a file whose layers are not those of the plan.
 
     Raises:
-        UserError: says which layers would be run as full ones.
+        UserError: names the layers that would be run as full ones.
     """
     found, wanted = form.switched(fields), [option != FULL for option in options]
     if found != wanted:
@@ -204,7 +204,7 @@ def _full(switched: Sequence[bool]) -> str:
 
 
 def require_fields(fields: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse a file that does not say what it must.
+    """Refuse a file without the required fields.
 
     Raises:
         UserError: names the field.

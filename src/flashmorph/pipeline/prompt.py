@@ -37,7 +37,7 @@ def continue_prompt(
     model, tokenizer = open_model(name, device, tell, allow_unused)
     ids = [*before_text(tokenizer), *tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids]
     if not ids:
-        raise UserError("the prompt is empty; give some text to go on from")
+        raise UserError("the prompt is empty; give some text to continue")
     input_ids = torch.tensor([ids], device=device)
     with greedy(model, tokenizer) as config:
         generated = cast(Any, model).generate(

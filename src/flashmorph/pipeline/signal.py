@@ -127,13 +127,13 @@ def with_signal(run: Run, host: Stage, branches: Stage) -> Run:
     left_out = record["left_out"]
     if not left_out:
         return run
-    told = ", ".join(_difference(name, record["tasks"][name]) for name in left_out)
+    differences = ", ".join(_difference(name, record["tasks"][name]) for name in left_out)
     if len(left_out) == len(recipe.tasks):
         raise UserError(
             "there is nothing to choose layers by: without any full layer the teacher answers no worse than with all "
-            f"of them (answer loss, all switched less all full: {told}): {_REMEDY}"
+            f"of them (answer loss, all switched less all full: {differences}): {_REMEDY}"
         )
-    run.screen.say(f"left out of the search, as full attention makes no difference there: {told}")
+    run.screen.say(f"left out of the search, as full attention makes no difference there: {differences}")
     tasks = {name: task for name, task in recipe.tasks.items() if name not in left_out}
     return replace(run, recipe=recipe.model_copy(update={"tasks": tasks}), left_out=tuple(left_out))
 

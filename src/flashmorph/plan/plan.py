@@ -133,7 +133,7 @@ class Plan:
 
 
 class _PlanFile(Shape):
-    """What a plan's file must hold; other keys are left alone."""
+    """The required keys of a plan's file; other keys are ignored."""
 
     assignments: Annotated[dict[_Word, _Word], Field(min_length=1, max_length=_MOST_GROUPS)]
     budget: str

@@ -18,7 +18,7 @@ from flashmorph.units import byte_size
 
 @dataclass(frozen=True)
 class Space:
-    """All plans: `groups`, `options`, and what each option of each group costs.
+    """All plans: `groups`, `options`, and the cost of each option of each group.
 
     `cost` is `[groups, options]` in the budget's resource: 1 for a full layer when layers are counted, bytes of cache
     for `kv`.
@@ -139,7 +139,7 @@ class Space:
         return self.of_options(np.take_along_axis(order, np.array(chosen)[:, None], 1)[:, 0].tolist(), budget)
 
     def cost_of(self, plan: Plan) -> float:
-        """What a plan spends."""
+        """The cost of a plan in the budget's resource."""
         return float((self.one_hot(plan) * self.cost).sum())
 
     def of_options(self, chosen: Sequence[int], budget: Budget) -> Plan:

@@ -21,15 +21,15 @@ from flashmorph.stages import TrainSettings, logits_on_disk
 from flashmorph.tasks.turns import template_words
 
 LEAST_QUESTIONS = 8
-"""Questions a task, at least, that a task is left out by: an interval of fewer says little."""
+"""The fewest questions that decide whether a task is left out: an interval of fewer is too wide."""
 
 
 def check(teacher: Teacher, recipe: Recipe, processes: int = 1) -> None:
-    """What can be known to fail before anything is written.
+    """Refuse a run that is bound to fail, before anything is written.
 
     Raises:
         UserError: see `check_recipe`; a tokenizer that does not fit or has no words for conversations, a damaged
-            generation_config.json, or a batch that so many processes cannot share.
+            generation_config.json, or a batch that does not divide among so many ranks.
     """
     check_recipe(load_config(teacher.folder), recipe)
     for settings in (recipe.align, recipe.distill, recipe.extend):
@@ -48,7 +48,7 @@ def check(teacher: Teacher, recipe: Recipe, processes: int = 1) -> None:
 
 
 def check_recipe(config: PreTrainedConfig, recipe: Recipe) -> None:
-    """What a teacher's configuration and a recipe alone tell.
+    """Check a teacher's configuration and a recipe.
 
     Raises:
         UserError: a budget that leaves no choice or saves nothing, settings that the host or the strategy does not
@@ -75,7 +75,7 @@ def signal_questions(recipe: Recipe) -> int:
 
 
 def outlook(name: str, config: PreTrainedConfig, recipe: Recipe, given: bool = False) -> list[dict[str, Any]]:
-    """What each stage will spend on a teacher of this configuration: tokens, length and data; and the mean context.
+    """The cost of each stage for a teacher of this configuration: tokens, length and data; and the mean context.
 
     That is how many tokens before it a token of a training row can attend to. Tokens are None where they show on the
     way, the mean context where nothing is trained or the lengths of the documents tell. A `given` plan stands for the
@@ -138,7 +138,7 @@ def num_models(recipe: Recipe) -> int:
 
 
 def search_tokens(recipe: Recipe) -> tuple[int | None, float]:
-    """Tokens that a search reads, and the mean length of the rows that they stand in.
+    """Tokens that a search reads, and the mean length of their rows.
 
     Known beforehand where a strategy follows gradients or searches nothing; None where it goes by what it finds.
     """

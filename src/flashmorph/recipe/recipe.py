@@ -1,4 +1,4 @@
-"""Everything that a run can be told, in one validated file. `demo`, `default` and `chat` are shipped."""
+"""All settings of a run, in one validated file. `demo`, `default` and `chat` are shipped."""
 
 from collections.abc import Iterator
 from importlib.resources import files
@@ -38,7 +38,7 @@ _REPLACED = {
 
 
 class SourceSettings(Settings):
-    """Where text comes from: `demo`, a file, a folder, or the name of a dataset, which is streamed.
+    """The source of text: `demo`, a file, a folder, or the name of a dataset, which is streamed.
 
     A row with `messages` or `conversations` in place of `column` is a conversation; `tools` is what it may call.
     """
@@ -47,7 +47,7 @@ class SourceSettings(Settings):
     config: Name | None = None
     column: Name = "text"
     split: Name = Field(default="train", description="which split of a dataset is read; ours are taken from it")
-    loss_on: Literal["all", "replies"] = Field(default="all", description="which tokens of conversations are learnt")
+    loss_on: Literal["all", "replies"] = Field(default="all", description="the targets of the loss in conversations")
 
     @property
     def single(self) -> Corpus:
@@ -109,7 +109,7 @@ class DataSettings(SourceSettings):
 
 
 class SelectSettings(Settings):
-    """How layers are chosen. `settings` are the strategy's own (`flashmorph select --help`).
+    """The search for layers. `settings` are the strategy's own (`flashmorph select --help`).
 
     With `require_signal` (`pipeline/signal.py`) tasks that the teacher cannot do are left out of the search.
     """
@@ -122,7 +122,7 @@ class SelectSettings(Settings):
 
 
 def _as_text(value: Any) -> str:
-    """`budget: 2` is `budget: "2"`; what is no budget at all is told so by `Budget.parse`."""
+    """`budget: 2` is `budget: "2"`; `Budget.parse` refuses what is no budget."""
     return value if isinstance(value, str) else quoted(value)
 
 
@@ -132,7 +132,7 @@ class Recipe(Settings):
     budget: Annotated[str, BeforeValidator(_as_text)] = "25%"
     seed: int = Field(default=0, ge=0, lt=2**32, strict=True)
     bf16: Literal["auto"] | bool = "auto"
-    shard: bool = Field(default=False, description="divide weights among processes (`model/sharding.py`)")
+    shard: bool = Field(default=False, description="shard weights over processes (`model/sharding.py`)")
     baseline: Literal["uniform"] | None = None
     style: Literal["lines", "prose"] = "prose"
     chat_template: bool = Field(

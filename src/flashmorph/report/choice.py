@@ -1,4 +1,4 @@
-"""What was chosen, how the search came to it, and how good the choice is among all plans."""
+"""The plan, its search, and its rank among all plans."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def tips(source: Source) -> dict[str, str]:
 
 
 def scores(source: Source) -> Chart | None:
-    """What the search ranked layers by."""
+    """The scores of the search."""
     plan = source.plan
     if not plan.scores:
         return None

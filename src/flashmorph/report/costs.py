@@ -1,4 +1,4 @@
-"""What the hybrid saves, and what making it took."""
+"""Savings of the hybrid, and the cost of making it."""
 
 from flashmorph.report.charts import Chart, Lines, Series
 from flashmorph.report.looks import label, look
@@ -9,7 +9,7 @@ _KINDS = {"prefill": "reading the whole context", "decode": "writing one token a
 
 
 def cache(source: Source) -> Chart:
-    """Cache of one sequence against context. Plans of the same budget need the same, so two lines say it all."""
+    """Cache of one sequence against context. Plans of the same budget need the same, so two lines are enough."""
     series = []
     for name in ("teacher", "hybrid"):
         found = source.models[name]["cache_bytes"]
@@ -56,7 +56,7 @@ def speed(source: Source) -> Chart | None:
 
 
 def stages(source: Source) -> str:
-    """What each stage cost."""
+    """The cost of each stage."""
     rows, seconds, tokens = [], 0.0, 0
     for stage in source.results["stages"]:
         seconds, tokens = seconds + stage["seconds"], tokens + (stage["tokens"] or 0)

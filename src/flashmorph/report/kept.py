@@ -44,7 +44,7 @@ def claim_kept(run: Path, kind: str, force: bool) -> None:
 
 
 def kept(run: Path, kind: str, shape: Any) -> tuple[dict[str, Any] | None, str]:
-    """What `keep` wrote, of this `shape`, and a sentence where it is about a hybrid that is no longer the run's.
+    """The content that `keep` wrote, of this `shape`, and a sentence if its hybrid is no longer the run's.
 
     None where there is nothing, or nothing that still holds.
 
@@ -88,7 +88,7 @@ def require_finished(run: Path) -> None:
 
 
 def _judged(folder: Path) -> str:
-    """What figures about the model in `folder` belong to: its weights and its tokens."""
+    """The identity of the model in `folder` that figures belong to: its weights and its tokens."""
     return f"{weights_digest(folder)}-{tokenizer_digest(folder)}"
 
 

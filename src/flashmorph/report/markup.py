@@ -38,7 +38,7 @@ def tile(name: str, value: str, about: str) -> str:
 
 
 def strip(plan: Plan, tips: dict[str, str]) -> str:
-    """A plan as a row of layers; `tips` is what hovering says of a group."""
+    """A plan as a row of layers; `tips` are the tooltips of groups."""
     cells = []
     for number, (group, option) in enumerate(plan.assignments.items()):
         tip = f"{group}: {option}{tips.get(group, '')}"
@@ -65,7 +65,7 @@ def size(num_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them, on one line."""
+    """Seconds in words, on one line."""
     minutes, rest = divmod(seconds, 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -1,4 +1,4 @@
-"""What the models find in their context."""
+"""Recall of the models."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ _ALL = "all"
 
 
 def dodged(index: int, number: int, total: int) -> float:
-    """Where the nth of `total` series stands beside the others of a category."""
+    """The coordinate of the nth of `total` series in a category, dodged beside the others."""
     return index + _ROOM * ((number + 0.5) / total - 0.5)
 
 

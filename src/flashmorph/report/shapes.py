@@ -78,7 +78,7 @@ class _Evaluation(Shape):
 
 
 class Recipe(Shape):
-    """What is read of recipe.yaml."""
+    """The fields of recipe.yaml that are read."""
 
     evaluate: _Evaluation
 
@@ -91,7 +91,7 @@ class Step(Shape):
 
 
 class Errors(Shape):
-    """What is read of the record of `align`."""
+    """The fields of the record of `align` that are read."""
 
     errors: list[float] = []
 

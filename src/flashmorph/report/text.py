@@ -1,4 +1,4 @@
-"""What the models make of text: perplexity by position, losses by class of token."""
+"""Losses on text: perplexity by position, losses by class of token."""
 
 from html import escape
 from typing import Any

@@ -64,7 +64,7 @@ def _head(name: str, source: Source) -> str:
 
 
 def _teacher(plan: Plan) -> list[str]:
-    """What to call the teacher: a folder by its own name, without the way to it."""
+    """The name of the teacher: of a folder its own name, without its path."""
     return [plan.teacher if plan.revision else Path(plan.teacher).name] if plan.teacher else []
 
 

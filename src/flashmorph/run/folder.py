@@ -2,8 +2,8 @@
 
 A stage works in `stages/<name>-<digest>.partial` and is renamed when it is finished, so a folder without that ending
 was whole once; its record lists its files, and each use compares them. The same digest means the same result: such a
-stage is not run again, also if it stands in another run's folder.
-Of several processes the first holds the lock and writes; the others learn from it what there is.
+stage is not run again, also if it is in another run's folder.
+Rank 0 holds the lock and writes; it broadcasts the records to the other ranks.
 """
 
 import logging
@@ -28,7 +28,7 @@ from flashmorph.versions import own_version, versions
 
 MARKER = "flashmorph.json"
 RECIPE = "recipe.yaml"
-"""What the folder's stages were told: of what is published there, or else of the last command that made some."""
+"""The recipe of the folder's stages: of the published result, or else of the last command that made some."""
 STAGES = "stages"
 _WRITTEN = (STAGES, "data", "compare", "figures")
 """The folders in a run's folder that runs write into."""
@@ -38,7 +38,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class _Marker(Shape):
-    """What the file holds that marks a folder as a run: by what the last run called its stages, their folders."""
+    """The content of the file that marks a folder as a run: its stages' folders, by their labels in the last run."""
 
     last: dict[str, Annotated[str, StringConstraints(pattern=r"^[a-z_]+-[0-9a-f]{12}$")]]
 
@@ -47,7 +47,7 @@ def last_stages(run: Path) -> dict[str, str]:
     """The folders that the last run in `run` used, by what it called its stages.
 
     Raises:
-        UserError: the file that says so is missing or damaged.
+        UserError: the file that marks it is missing or damaged.
     """
     return read_as(run / MARKER, _Marker)["last"]
 
@@ -58,7 +58,7 @@ def _holds_anything(folder: Path) -> bool:
 
 
 def _leftovers(folder: Path) -> list[Path]:
-    """What a killed run was writing: by the exact form of its name, and only where runs write."""
+    """Partial files of a killed run: by the exact form of their names, and only where runs write."""
     below = [path for name in _WRITTEN for path in (folder / name).rglob("*")]
     return [path for path in (*folder.iterdir(), *below) if is_temporary(path)]
 
@@ -106,7 +106,7 @@ class RunFolder:
             for finished in (path / STAGES).glob(f"*/{_RECORD}"):
                 if finished.parent.suffix != _PARTIAL:
                     shutil.rmtree(finished.parent / CHECKPOINTS, ignore_errors=True)
-            # Of a run that was killed while it wrote; what it can go on from has other names.
+            # Left by a run that was killed while it wrote; resumable state has other names.
             for leftover in _leftovers(path):
                 if leftover.is_dir() and not leftover.is_symlink():
                     shutil.rmtree(leftover, ignore_errors=True)
@@ -133,7 +133,7 @@ class RunFolder:
 
     @property
     def data(self) -> Path:
-        """Where tokenised rows are kept."""
+        """The folder of tokenised rows."""
         return self.path / "data"
 
     def keep_recipe(self, text: str) -> None:
@@ -221,7 +221,7 @@ class RunFolder:
                 return arrive()
 
         def arrive() -> Stage:
-            # Only what is renamed is finished: until then a killed stage goes on from its checkpoints.
+            # A stage is finished once its folder is renamed: until then a killed one resumes from its checkpoints.
             os.replace(partial, final)
             for leftover in (CHECKPOINTS, _SPENT):
                 _remove(final / leftover)
@@ -251,7 +251,7 @@ def _is_finished(partial: Path) -> bool:
 
 
 def _seconds_before(partial: Path) -> float:
-    """What interrupted work has taken so far; 0 where it did not come to say."""
+    """Seconds that interrupted work has taken so far; 0 if they were not recorded."""
     try:
         seconds = read_as(partial / _SPENT, Finite)
     except UserError:

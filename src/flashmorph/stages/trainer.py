@@ -129,7 +129,7 @@ class StageTrainer(Trainer):
             set_model_state_dict(_module(self.model), weights, options=StateDictOptions(strict=False))
             return
         if self._is_sharded:
-            raise UserError(f"{folder} was written by processes that hold all weights: go on with --set shard=false")
+            raise UserError(f"{folder} was written without sharding: resume with --set shard=false")
         state = load_file(folder / _WEIGHTS)
         with torch.no_grad():
             for name, weight in trainable_state(_module(self.model)).items():

@@ -12,7 +12,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def ends_of(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
-    """Where in `text` each of its tokens ends; spread evenly where the tokenizer does not tell."""
+    """The end of each token in `text`, in characters; spread evenly if the tokenizer has no offsets."""
     if not tokenizer.is_fast:
         return np.linspace(0, len(text), len(encode(tokenizer, text)) + 1)[1:].astype(np.int64)
     return _with_offsets(tokenizer, text)[2]
@@ -36,7 +36,7 @@ class EncodedText:
             self.ids = encode(tokenizer, text)
 
     def at(self, position: int) -> tuple[int, bool]:
-        """The index of the first token that reaches into the text after `position` (in characters), and whether it begins
+        """Index of the first token that reaches into the text after `position` (in characters), and whether it begins
         exactly there."""
         if position <= 0:
             return 0, True

@@ -1,4 +1,4 @@
-"""What facts are hidden in: lines of real text, or one sentence over and over (RULER's NIAH-S1)."""
+"""Haystacks: lines of real text, or one repeated sentence (RULER's NIAH-S1)."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""What a task makes: facts to hide in a text and questions to ask at its end."""
+"""`Problem`, the output of a task: facts to hide in a text and questions to ask at its end."""
 
 import random
 from collections.abc import Callable

@@ -30,7 +30,7 @@ class Written:
 
     @property
     def prompt(self) -> str:
-        """What a base model goes on from."""
+        """The prompt of a base model."""
         return f"{self.question} {self.prefix}"
 
 
