@@ -70,12 +70,12 @@ def refuse_special(path: Path) -> os.stat_result | None:
         OSError: it cannot be looked at.
     """
     try:
-        found = path.lstat()
+        status = path.lstat()
     except FileNotFoundError:
         return None
-    if kind := _SPECIAL.get(stat.S_IFMT(found.st_mode)):
+    if kind := _SPECIAL.get(stat.S_IFMT(status.st_mode)):
         raise UserError(f"{path} is {kind}; give the name of a file")
-    return found
+    return status
 
 
 def read_text(path: Path, name: str = "") -> str:
@@ -165,9 +165,9 @@ def digest_of(value: Any) -> str:
 def is_whole_array(path: Path, shape: tuple[int, ...] | None = None, dtype: Any = None) -> bool:
     """Whether a file holds the array that its first bytes announce, of this shape and dtype where they are given."""
     try:
-        found = np.load(path, mmap_mode="r")
+        array = np.load(path, mmap_mode="r")
     except Exception:  # The header is read as Python is, and fails in as many ways.
         return False
-    if not isinstance(found, np.ndarray):
+    if not isinstance(array, np.ndarray):
         return False
-    return (shape is None or found.shape == shape) and (dtype is None or found.dtype == dtype)
+    return (shape is None or array.shape == shape) and (dtype is None or array.dtype == dtype)

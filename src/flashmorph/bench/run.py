@@ -67,11 +67,11 @@ def bench(models: Mapping[str, PreTrainedModel], settings: BenchSettings, report
                 report(done, total)
     rates = before.best(measure_rates(device, dtype))
     lengths = list(settings.lengths)
-    found = {
+    by_model = {
         name: _figures(measured[name], measured[names[0]] if name != names[0] else None, Limit(model, rates), lengths)
         for name, model in models.items()
     }
-    return {"machine": _machine(device, dtype, rates), "settings": settings.model_dump(mode="json"), "models": found}
+    return {"machine": _machine(device, dtype, rates), "settings": settings.model_dump(mode="json"), "models": by_model}
 
 
 def _warm_up(model: PreTrainedModel, ids: torch.Tensor, measured: _Measured, device: torch.device) -> None:
@@ -86,9 +86,9 @@ def _warm_up(model: PreTrainedModel, ids: torch.Tensor, measured: _Measured, dev
 def _time(
     model: PreTrainedModel, ids: torch.Tensor, decode_tokens: int, measured: _Measured, device: torch.device
 ) -> None:
-    found: list[Any] = []
-    measured.seconds["prefill"][-1].append(timed(lambda: found.append(_read(model, ids)), device))
-    cache = found[0].past_key_values
+    parts: list[Any] = []
+    measured.seconds["prefill"][-1].append(timed(lambda: parts.append(_read(model, ids)), device))
+    cache = parts[0].past_key_values
     steps = [timed(lambda: _write(model, ids, cache), device) for _ in range(decode_tokens)]
     measured.seconds["decode"][-1].append(float(np.median(steps)))
 

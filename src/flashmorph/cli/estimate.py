@@ -75,15 +75,15 @@ def estimate(
     settings = recipe_of(options)
     config = open_config(teacher)
     settings = fitted(settings, config, RichScreen(ERR if as_json else OUT).say)
-    found = estimated(teacher, config, settings, found_gpu, gpus, utilisation, numbers("--contexts", contexts))
+    outcome = estimated(teacher, config, settings, found_gpu, gpus, utilisation, numbers("--contexts", contexts))
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2))
+        print(json.dumps(outcome.to_dict(), indent=2))
         return
-    _show(found)
+    _show(outcome)
     if explain:
         from flashmorph.estimate.explain import explain as formulas
 
-        for line in formulas(found):
+        for line in formulas(outcome):
             OUT.print(line, highlight=False, soft_wrap=True, markup=False)
 
 

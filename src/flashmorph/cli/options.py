@@ -201,7 +201,7 @@ def names(option: str, text: str) -> list[str]:
     Raises:
         UserError: there is none.
     """
-    found = [name.strip() for name in text.split(",") if name.strip()]
-    if not found:
+    parts = [name.strip() for name in text.split(",") if name.strip()]
+    if not parts:
         raise UserError(f"{option} needs at least one name")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(parts))

@@ -172,12 +172,12 @@ def ignored_adapter(folder: Path) -> str:
 
 def _matching(folder: Path, *patterns: str) -> set[Path]:
     """Files in `folder` with such names, also dead links, which `Path.glob` skips."""
-    found: set[Path] = set()
+    matching: set[Path] = set()
     for parent in {str(Path(pattern).parent) for pattern in patterns if "/" in pattern} | {"."}:
         inner = folder / parent
         paths = {path.relative_to(folder).as_posix(): path for path in (inner.iterdir() if inner.is_dir() else ())}
-        found |= {path for name, path in paths.items() if any(re.fullmatch(pattern, name) for pattern in patterns)}
-    return found
+        matching |= {path for name, path in paths.items() if any(re.fullmatch(pattern, name) for pattern in patterns)}
+    return matching
 
 
 def _refuse_other_kinds(folder: Path, values: dict[str, Any]) -> None:

@@ -221,21 +221,21 @@ def _require_tokens(path: Path, values: Mapping[str, Any]) -> None:
 
 def _require_consistent(path: Path, config: Any) -> None:
     """Look at what transformers has made of the values, with its defaults for those that are not there."""
-    there = {name: getattr(config, name) for name in _Numbers.model_fields if hasattr(config, name)}
-    _require_numbers(path, _Numbers, there)
-    if missing := [name for name in _NEEDED if name in there and there[name] is None]:
+    present = {name: getattr(config, name) for name in _Numbers.model_fields if hasattr(config, name)}
+    _require_numbers(path, _Numbers, present)
+    if missing := [name for name in _NEEDED if name in present and present[name] is None]:
         _refuse(path, f"{missing[0]} must have a value; got null")
-    heads, groups, width = (there.get(name) for name in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
+    heads, groups, width = (present.get(name) for name in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
     if heads and groups and heads % groups:
         _refuse(path, f"num_attention_heads is {heads:,}, no multiple of num_key_value_heads, {groups:,}")
-    if heads and width and not there.get("head_dim") and width % heads:
+    if heads and width and not present.get("head_dim") and width % heads:
         _refuse(path, f"hidden_size is {width:,}, no multiple of num_attention_heads, {heads:,}")
-    if heads and width and (of_head := there.get("head_dim") or width // heads) % 2:
+    if heads and width and (of_head := present.get("head_dim") or width // heads) % 2:
         _refuse(path, f"heads are {of_head:,} wide; rotary embeddings need an even width")
-    experts = there.get("num_experts") or there.get("num_local_experts") or 0
-    if (chosen := there.get("num_experts_per_tok")) and chosen > experts:
+    experts = present.get("num_experts") or present.get("num_local_experts") or 0
+    if (chosen := present.get("num_experts_per_tok")) and chosen > experts:
         _refuse(path, f"num_experts_per_tok is {chosen:,}, more than the {experts:,} experts")
-    types, layers = getattr(config, "layer_types", None), there.get("num_hidden_layers")
+    types, layers = getattr(config, "layer_types", None), present.get("num_hidden_layers")
     if types is not None and (not isinstance(types, list) or len(types) != layers):
         _refuse(path, f"layer_types must have a word for each of the {layers:,} layers; got {quoted(types)}")
     rope = getattr(config, "rope_parameters", None)

@@ -104,11 +104,11 @@ def prove(teacher: PreTrainedModel, model: PreTrainedModel) -> Proof:
     ids, training = probe(teacher.config).to(teacher.device), teacher.training
     teacher = teacher.eval()
     expected = teacher(input_ids=ids, use_cache=False).logits
-    found = model(input_ids=ids, use_cache=False).logits
+    of_host = model(input_ids=ids, use_cache=False).logits
     with in_float64(teacher):
         exact = teacher(input_ids=ids, use_cache=False).logits
     teacher.train(training)
-    return Proof.of(expected, found, exact)
+    return Proof.of(expected, of_host, exact)
 
 
 @contextmanager

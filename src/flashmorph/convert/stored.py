@@ -83,10 +83,10 @@ def require_layers(config: PreTrainedConfig, stored: Iterable[str], folder: Path
         UserError: names both numbers.
     """
     numbers = {int(layer.group(1)) for name in stored if (layer := _LAYER.match(name))}
-    if numbers and (said := getattr(config, "num_hidden_layers", 0)) > (there := max(numbers) + 1):
+    if numbers and (configured := getattr(config, "num_hidden_layers", 0)) > (stored_layers := max(numbers) + 1):
         raise UserError(
-            f"{folder} lacks weights: config.json says num_hidden_layers {said:,}, and there are "
-            f"those of {there:,} layers"
+            f"{folder} lacks weights: config.json says num_hidden_layers {configured:,}, and there are "
+            f"those of {stored_layers:,} layers"
         )
 
 
@@ -184,11 +184,11 @@ def _refuse_dtypes(folder: Path, stored: Mapping[str, str], allowed: bool) -> li
     foreign = [name for name, dtype in stored.items() if dtype not in FLOATS]
     if not foreign:
         return []
-    found = f"{folder} stores {len(foreign)} weights as {stored[foreign[0]]}, {cut(foreign[0])} first"
+    finding = f"{folder} stores {len(foreign)} weights as {stored[foreign[0]]}, {cut(foreign[0])} first"
     if allowed:
-        return [f"{found}: what is computed takes these as plain numbers, without any scale"]
+        return [f"{finding}: what is computed takes these as plain numbers, without any scale"]
     raise UserError(
-        f"{found}, a quantised form: give the checkpoint it was made from (--allow-unused takes them as plain numbers)"
+        f"{finding}, a quantised form: give the checkpoint it was made from (--allow-unused takes them as plain numbers)"
     )
 
 
@@ -200,8 +200,8 @@ def _refuse_names(folder: Path, inside: list[str], name: str, allowed: bool) -> 
     """
     if not inside:
         return []
-    found = f"{folder} holds {len(inside)} weights that {name} does not take, {cut(inside[0])} first"
+    finding = f"{folder} holds {len(inside)} weights that {name} does not take, {cut(inside[0])} first"
     if allowed:
-        return [f"{found}: what is computed leaves them out"]
+        return [f"{finding}: what is computed leaves them out"]
     hint = next((f" ({text})" for pattern, text in _HINTS.items() if re.search(pattern, inside[0])), "")
-    raise UserError(f"{found}{hint}: what is computed would not be what is stored; --allow-unused leaves them out")
+    raise UserError(f"{finding}{hint}: what is computed would not be what is stored; --allow-unused leaves them out")

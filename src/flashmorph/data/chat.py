@@ -97,11 +97,11 @@ def encode_chat(
         if replies_only and not _MARKS_REPLIES.search(template):
             ids, targets = _find_replies(tokenizer, messages, tools)
         else:
-            found: Any = tokenizer.apply_chat_template(
+            encoded: Any = tokenizer.apply_chat_template(
                 messages, tools=tools, return_dict=True, return_assistant_tokens_mask=replies_only
             )
-            ids = found["input_ids"]
-            targets = [bool(mark) for mark in found["assistant_masks"]] if replies_only else [True] * len(ids)
+            ids = encoded["input_ids"]
+            targets = [bool(mark) for mark in encoded["assistant_masks"]] if replies_only else [True] * len(ids)
     except Unfit:
         raise
     except Exception as error:  # A template is a program, and rows are what they are.

@@ -51,21 +51,21 @@ def data_files(source: Path, columns: Sequence[str]) -> list[Path]:
     """
     if not source.is_dir():
         return [source] if kind_of(source) else []
-    found = sorted(file for file in source.rglob("*") if kind_of(file) and _is_visible(file.relative_to(source)))
-    for file in found:
+    files = sorted(file for file in source.rglob("*") if kind_of(file) and _is_visible(file.relative_to(source)))
+    for file in files:
         if file.is_symlink() and not file.exists():
             raise UserError(f"{file} is a link to a file that is not there")
-    found = [file for file in found if file.is_file()]
-    found = [file for file in found if not _is_metadata(file, columns)] or found
-    rows = [file for file in found if kind_of(file) != TEXT]
+    files = [file for file in files if file.is_file()]
+    files = [file for file in files if not _is_metadata(file, columns)] or files
+    rows = [file for file in files if kind_of(file) != TEXT]
     if rows:
-        found = sorted([*rows, *_texts_beside(rows, [file for file in found if kind_of(file) == TEXT])])
-    examples = {kind_of(file): file for file in reversed(found)}
+        files = sorted([*rows, *_texts_beside(rows, [file for file in files if kind_of(file) == TEXT])])
+    examples = {kind_of(file): file for file in reversed(files)}
     if len(examples) > 1:
         names = {kind: cut(str(file.relative_to(source))) for kind, file in sorted(examples.items())}
         about = " and ".join(f"{kind} such as {name}" for kind, name in names.items())
         raise UserError(f"{source} holds files of several kinds, {about}: give one kind")
-    return found
+    return files
 
 
 def kind_of(path: Path) -> str | None:
@@ -162,10 +162,10 @@ def _text_rows(path: Path, columns: Sequence[str], beside: Sequence[str]) -> Ite
 
 def _parquet_rows(path: Path, columns: Sequence[str], beside: Sequence[str]) -> Iterator[dict[str, Any]]:
     with _open(path) as stream, pq.ParquetFile(_seekable(stream, path)) as file:
-        there = file.schema_arrow.names
-        if not any(name in there for name in columns):
-            raise no_column(str(path), columns[0], there)
-        wanted = [name for name in (*columns, *beside) if name in there]
+        present = file.schema_arrow.names
+        if not any(name in present for name in columns):
+            raise no_column(str(path), columns[0], present)
+        wanted = [name for name in (*columns, *beside) if name in present]
         for batch in file.iter_batches(batch_size=_ROWS_TOGETHER, columns=wanted, use_threads=False):
             yield from batch.to_pylist(maps_as_pydicts="lossy")
 

@@ -30,12 +30,12 @@ _PARTS = re.compile(r"(?P<word>[^\W\d_]+(?:['’][^\W\d_]+)*)|(?P<digits>\d+)|(?
 
 def pieces_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """The text of each token by itself, with the space in front that some tokenizers leave out of single tokens."""
-    found: dict[int, str] = {}
+    classes: dict[int, str] = {}
     for token in set(ids):
         text = str(tokenizer.decode([token]))
         marked = str(tokenizer.convert_ids_to_tokens(token)).startswith("▁")
-        found[token] = " " + text if marked and not text.startswith(" ") else text
-    return [found[token] for token in ids]
+        classes[token] = " " + text if marked and not text.startswith(" ") else text
+    return [classes[token] for token in ids]
 
 
 def kinds(pieces: Sequence[str]) -> list[str]:

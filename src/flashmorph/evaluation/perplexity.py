@@ -137,8 +137,8 @@ def text_losses(
     done, head = 0, Head.of(model)
     for numbers in text.in_batches(batch_tokens):
         batch = text.batch(numbers, model.device)
-        found = batch.losses(lambda ids: model.model(input_ids=ids, use_cache=False).last_hidden_state, head)
-        losses[batch.positions] = found.double().cpu().numpy()
+        of_batch = batch.losses(lambda ids: model.model(input_ids=ids, use_cache=False).last_hidden_state, head)
+        losses[batch.positions] = of_batch.double().cpu().numpy()
         done += len(numbers)
         report(done, len(text.pieces))
     return losses

@@ -91,5 +91,5 @@ class Host(Protocol):
 
 def layer_prefixes(names: Iterable[str]) -> list[str]:
     """The prefixes `model.layers.3.` of the decoder layers whose weights are among `names`."""
-    found = (_LAYER.match(name) for name in names)
-    return list(dict.fromkeys(match.group() for match in found if match))
+    matches = (_LAYER.match(name) for name in names)
+    return list(dict.fromkeys(match.group() for match in matches if match))

@@ -1,4 +1,4 @@
-"""The budget curve: the plan for every number of full layers, and what each can do before distillation."""
+"""The budget curve: the plan for every number of full layers, and its recall before distillation."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -80,7 +80,7 @@ class Curve:
 def budget_curve(run: Run, morphable: Morphable, questions: int, folder: Path, report: Report) -> Curve:
     """Plans of the recipe's strategy for every count of full layers; `questions` generated answers a task for each.
 
-    One search serves all counts where the strategy's scores allow it, else there is one search for each.
+    One search serves all counts if the strategy's scores allow it; else there is one search for each.
 
     Raises:
         UserError: the strategy cannot spend a count of layers.
@@ -151,8 +151,8 @@ def run_curve(run: Run, host: Stage, branches: Stage, questions: int) -> Curve:
         return {"left_out": list(run.left_out), "summary": f"{len(curve.points)} budgets"}
 
     asked = [recipe.select.search.longest, recipe.select.search.questions, task_settings(run)]
-    wanted = {"format": 2, "questions": questions, "asked": asked, **ends(run), **select_settings(run)}
-    stage = run.stage("curve", f"{recipe.select.strategy}, every budget", wanted, [branches.digest], work)
+    stage_settings = {"format": 2, "questions": questions, "asked": asked, **ends(run), **select_settings(run)}
+    stage = run.stage("curve", f"{recipe.select.strategy}, every budget", stage_settings, [branches.digest], work)
     values = read_as(stage.folder / "curve.json", _Curve)
     return Curve(values["strategy"], [Point(**point) for point in values["points"]])
 

@@ -111,13 +111,13 @@ def _gguf_folder(llama_cpp: Path) -> Path:
     own = llama_cpp / "gguf-py" / "gguf"
     if own.is_dir():
         return own
-    found = importlib.util.find_spec("gguf")
-    if not found or not found.origin:
+    spec = importlib.util.find_spec("gguf")
+    if not spec or not spec.origin:
         raise UserError(
             f"the converter in {llama_cpp} needs the package gguf, which is neither beside it (gguf-py) nor installed: "
             "take a whole checkout of llama.cpp, or pip install gguf"
         )
-    return Path(found.origin).parent
+    return Path(spec.origin).parent
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The space of plans, and how scores become one."""
+"""The space of plans, and the best plan for given scores."""
 
 import difflib
 import math
@@ -23,7 +23,7 @@ class Space:
     `cost` is `[groups, options]` in the budget's resource: 1 for a full layer when layers are counted, bytes of cache
     for `kv`.
 
-    Wherever options are equally good, one order decides: `full`, then the cheaper one, then the one named first.
+    Of equally good options the first counts in this order: `full`, then the cheaper one, then the one named first.
     """
 
     groups: tuple[Group, ...]

@@ -1,4 +1,4 @@
-"""A plan that the user gives instead of a search, held against the space of the run's host before any work."""
+"""A plan that the user gives instead of a search, checked against the space of the run's host before any work."""
 
 import re
 from dataclasses import replace
@@ -64,7 +64,7 @@ def plan_of_layers(space: Space, layers: str) -> Plan:
 
 
 def require_fits(plan: Plan, space: Space, name: str) -> None:
-    """Refuse a plan of another model or another host, and one that is no hybrid; `name` is what it is called.
+    """Refuse a plan of another model or another host, and one that is no hybrid; `name` is for messages.
 
     Raises:
         UserError: see above.

@@ -56,8 +56,8 @@ class SourceSettings(Settings):
 
     @model_serializer(mode="wrap")
     def _in_short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A mixture has no source of its own. What was added later is left out where it is not used, so that a stage
-        keeps the digest that it had before."""
+        """A mixture has no source of its own. Settings of later versions are left out unless used, so that a stage
+        keeps its digest."""
         values = handler(self)
         if values.get("mixture"):
             return {name: value for name, value in values.items() if name not in SourceSettings.model_fields}
@@ -74,7 +74,7 @@ class PartSettings(SourceSettings):
 class DataSettings(SourceSettings):
     """The text of a run: one source, or several in `mixture`.
 
-    `haystack` is what facts are hidden in: that text, or one sentence over and over (RULER's NIAH-S1).
+    `haystack` is the text around facts: that text, or one repeated sentence (RULER's NIAH-S1).
     """
 
     source: Name = DEMO

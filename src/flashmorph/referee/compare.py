@@ -223,27 +223,27 @@ def compare(run: Run, settings: CompareSettings, folder: Path) -> Comparison:
     Raises:
         UserError: an unknown strategy, too many plans to enumerate, or a search that cannot run.
     """
-    wanted = list(_wanted(settings))
-    _check(run, wanted)
+    searches = list(_wanted(settings))
+    _check(run, searches)
     referee = Referee(run, settings)
     file = CellFile(folder / "cells.jsonl", referee.context)
     if settings.only_kept:
         kept = [cell for cell in file.cells.values() if cell.budget in (*settings.budgets, FOUND)]
         return Comparison(kept, referee.truths, referee.after(kept))
     cells: list[Cell] = []
-    with run.screen.stage("compare", f"{len(wanted)} searches") as report:
-        for number, (entry, seed, spend, budgets) in enumerate(wanted, 1):
+    with run.screen.stage("compare", f"{len(searches)} searches") as report:
+        for number, (entry, seed, spend, budgets) in enumerate(searches, 1):
             own = entry.at(spend, run.recipe.select.search.questions)
-            found: Selection | None = None
+            selection: Selection | None = None
             for budget in budgets:
                 cell = file.find(entry.label, budget, seed, spend, own)
                 if cell is None:
-                    if found is None or not entry.serves_every_budget:
-                        found = referee.search(entry, budget, seed, own)
-                    cell = referee.judge(entry, found, budget, seed, spend, own)
+                    if selection is None or not entry.serves_every_budget:
+                        selection = referee.search(entry, budget, seed, own)
+                    cell = referee.judge(entry, selection, budget, seed, spend, own)
                     file.add(cell)
                 cells.append(cell)
-            report(number, len(wanted))
+            report(number, len(searches))
     return Comparison(cells, referee.truths, referee.after(cells))
 
 

@@ -14,12 +14,12 @@ _FLOOR = 1e-4
 
 def tips(source: Source) -> dict[str, str]:
     """By group: what the search ranked it by, and how near its branch came to its attention."""
-    found = {}
+    by_group = {}
     errors = source.align.get("errors", [])
     for row, group in enumerate(source.plan.assignments):
         text = f", score {source.plan.scores[row][0]:.3g}" if source.plan.scores else ""
-        found[group] = text + (f", error of the aligned branch {errors[row]:.2f}" if errors else "")
-    return found
+        by_group[group] = text + (f", error of the aligned branch {errors[row]:.2f}" if errors else "")
+    return by_group
 
 
 def scores(source: Source) -> Chart | None:

@@ -25,14 +25,14 @@ def cache(source: Source) -> Chart:
 
 def speed(source: Source) -> Chart | None:
     """Time against context, where `bench` ran."""
-    found = source.benched
-    if not found:
+    measured = source.benched
+    if not measured:
         return None
-    lengths = found["settings"]["lengths"]
+    lengths = measured["settings"]["lengths"]
     panels = []
     for kind, about in _KINDS.items():
         series = []
-        for number, (name, each) in enumerate(found["models"].items()):
+        for number, (name, each) in enumerate(measured["models"].items()):
             rows = each[kind]["by_length"]
             series.append(
                 Series(
@@ -50,7 +50,7 @@ def speed(source: Source) -> Chart | None:
             )
         ticks = {float(length): f"{length:,}" for length in lengths}
         panels.append(Lines(about, "context, tokens", "time, ms", series, log_x=True, log_y=True, x_ticks=ticks))
-    machine = found["machine"]
+    machine = measured["machine"]
     note = f"Medians, bars are quartiles; {machine['device']}, {machine['dtype']}, {machine['threads']} threads."
     return Chart("speed", "Time against context", note, panels)
 

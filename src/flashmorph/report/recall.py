@@ -22,16 +22,16 @@ def by_task(source: Source) -> Chart | None:
     tasks = list(next(iter(models.values()))["recall_by_task"])
     series = []
     for number, (name, figures) in enumerate(models.items()):
-        found = [figures["recall_by_task"][task] for task in tasks]
+        shares = [figures["recall_by_task"][task] for task in tasks]
         series.append(
             Series(
                 label(name),
-                [100 * each["recall"] for each in found],
+                [100 * each["recall"] for each in shares],
                 [dodged(index, number, len(models)) for index in range(len(tasks))],
                 look(name, number),
-                [100 * each["interval"][0] for each in found],
-                [100 * each["interval"][1] for each in found],
-                [f"{label(name)}, {task}: {_figure(each)}" for task, each in zip(tasks, found, strict=True)],
+                [100 * each["interval"][0] for each in shares],
+                [100 * each["interval"][1] for each in shares],
+                [f"{label(name)}, {task}: {_figure(each)}" for task, each in zip(tasks, shares, strict=True)],
             )
         )
     panel = Dots("", "right answers, %", "task", tasks, series, (0, 100))
@@ -43,11 +43,11 @@ def grids(source: Source) -> list[Chart]:
     """Heatmaps of the models side by side, one chart a context length."""
     if not source.evaluated:
         return []
-    found = {name: each["grid"] for name, each in source.evaluated["models"].items() if "grid" in each}
-    rows = [row for grid in found.values() for row in grid["rows"]]
+    by_model = {name: each["grid"] for name, each in source.evaluated["models"].items() if "grid" in each}
+    rows = [row for grid in by_model.values() for row in grid["rows"]]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     lengths = sorted({row["length"] for row in rows})
-    return [_grid(found, tasks, length) for length in lengths]
+    return [_grid(by_model, tasks, length) for length in lengths]
 
 
 def worst(source: Source) -> list[str]:

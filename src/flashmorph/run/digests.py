@@ -63,19 +63,19 @@ def select_settings(run: Run) -> dict[str, Any]:
     recipe = run.recipe
     chosen, strategy = recipe.select, STRATEGIES[recipe.select.strategy]
     own = own_settings(chosen.strategy, chosen.settings)
-    wanted: dict[str, Any] = {"strategy": chosen.strategy, "settings": own, "seed": recipe.seed}
+    values: dict[str, Any] = {"strategy": chosen.strategy, "settings": own, "seed": recipe.seed}
     if not strategy.searches:
-        return wanted
+        return values
     if run.left_out:
-        wanted["left_out"] = list(run.left_out)
-    wanted |= {"search": search_settings(chosen.search, chosen.strategy), "bf16": run.bf16, **task_settings(run)}
+        values["left_out"] = list(run.left_out)
+    values |= {"search": search_settings(chosen.search, chosen.strategy), "bf16": run.bf16, **task_settings(run)}
     if strategy.needs_text:
-        wanted["text"] = text_settings(run)
+        values["text"] = text_settings(run)
     if strategy.needs_training:
         trained = recipe.distill.what_counts(tokens=False)
         asked = {"questions": task_settings(run)} if recipe.distill.retrieval_share else {}
-        wanted["distill"] = {"train": trained, **text_settings(run), **asked}
-    return wanted
+        values["distill"] = {"train": trained, **text_settings(run), **asked}
+    return values
 
 
 def search_settings(search: SearchSettings, strategy: str) -> dict[str, Any]:

@@ -21,8 +21,8 @@ class Watch:
         self._model = model
         self._weights: dict[int, list[nn.Parameter]] = {}
         for name, weight in model.named_parameters():
-            if weight.requires_grad and (found := _LAYER.search(name)):
-                self._weights.setdefault(int(found[1]), []).append(weight)
+            if weight.requires_grad and (match := _LAYER.search(name)):
+                self._weights.setdefault(int(match[1]), []).append(weight)
         self._norms: dict[int, torch.Tensor] = {}
         self._first: float | None = None
 

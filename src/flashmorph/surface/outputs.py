@@ -56,13 +56,13 @@ def claim_output(path: Path, mark: Mark | None, force: bool) -> None:
     if str(path) in _STREAMS or str(path.parent) in _STREAMS:
         raise UserError(f"{path} is no file; give the name of one (where a command has --json, that prints on stdout)")
     try:
-        found = refuse_special(path)
-        if found is None:
+        status = refuse_special(path)
+        if status is None:
             _require_room(path)
             return
-        if stat.S_ISLNK(found.st_mode):
+        if stat.S_ISLNK(status.st_mode):
             raise UserError(f"{path} is a link, which is neither followed nor replaced; give the name of a file")
-        if stat.S_ISDIR(found.st_mode):
+        if stat.S_ISDIR(status.st_mode):
             raise UserError(f"{path} is a folder; give the name of a file in it or beside it")
         _require_writable(path.parent, path)
     except OSError as error:

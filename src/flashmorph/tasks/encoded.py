@@ -20,9 +20,9 @@ def ends_of(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
 
 def _with_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], np.ndarray, np.ndarray]:
     """Tokens, where each begins, and where it ends: never before the one in front."""
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    offsets = np.array(found["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-    return list(found["input_ids"]), offsets[:, 0], np.maximum.accumulate(offsets[:, 1])
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    return list(encoded["input_ids"]), offsets[:, 0], np.maximum.accumulate(offsets[:, 1])
 
 
 class EncodedText:

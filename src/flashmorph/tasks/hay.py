@@ -85,8 +85,8 @@ def hide(lines: Sequence[str], sizes: Sequence[int], facts: Sequence[str], depth
     if len(depths) != len(facts):
         raise UserError(f"depths must give one depth for each of the {len(facts)} facts; got {len(depths)}")
     starts = np.cumsum([0, *sizes])
-    wanted = np.asarray(depths, dtype=float) * starts[-1]
-    before = np.where(wanted < starts[-1], np.searchsorted(starts, wanted, side="left"), len(lines))
+    offsets = np.asarray(depths, dtype=float) * starts[-1]
+    before = np.where(offsets < starts[-1], np.searchsorted(starts, offsets, side="left"), len(lines))
     pieces: list[Piece] = []
     done = 0
     for fact, line in zip(facts, before.tolist(), strict=True):
