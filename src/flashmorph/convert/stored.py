@@ -184,11 +184,11 @@ def _refuse_dtypes(folder: Path, stored: Mapping[str, str], allowed: bool) -> li
     foreign = [name for name, dtype in stored.items() if dtype not in FLOATS]
     if not foreign:
         return []
-    finding = f"{folder} stores {len(foreign)} weights as {stored[foreign[0]]}, {cut(foreign[0])} first"
+    about = f"{folder} stores {len(foreign)} weights as {stored[foreign[0]]}, {cut(foreign[0])} first"
     if allowed:
-        return [f"{finding}: what is computed takes these as plain numbers, without any scale"]
+        return [f"{about}: what is computed takes these as plain numbers, without any scale"]
     raise UserError(
-        f"{finding}, a quantised form: give the checkpoint it was made from (--allow-unused takes them as plain numbers)"
+        f"{about}, a quantised form: give the checkpoint it was made from (--allow-unused takes them as plain numbers)"
     )
 
 

@@ -103,5 +103,5 @@ def _labels(run: Path, folders: Mapping[str, Path]) -> dict[str, str]:
     labels: dict[str, str] = {}
     for name, folder in folders.items():
         label = "teacher" if name == teacher else known.get(folder.resolve(), short[name])
-        labels[name] = next(each for each in (label, short[name], name) if each not in digests.values())
+        labels[name] = next(each for each in (label, short[name], name) if each not in labels.values())
     return labels
