@@ -158,7 +158,7 @@ def short_names(names: Sequence[str], most: int = 20) -> dict[str, str]:
 
 
 def digest_of(value: Any) -> str:
-    """Twelve digits that stand for a JSON value."""
+    """The digest of a JSON value: twelve hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 

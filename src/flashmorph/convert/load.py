@@ -163,7 +163,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     travelling_files(folder)
     config: Any = load_config(folder)
     try:
-        # With our configuration: its own reading of config.json would not be held against anything.
+        # With our configuration: its own reading of config.json would not be checked.
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error

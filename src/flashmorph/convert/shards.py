@@ -94,7 +94,7 @@ class ShardWriter:
             self._parameters, self._bytes = self._parameters + tensor.numel(), self._bytes + size
 
     def finish(self) -> None:
-        """Write what is left, name the files as their number asks for, and write the index if there are several."""
+        """Write the remaining weights, name the files by their number, and write the index if there are several."""
         self._write()
         if len(self._written) == 1:
             self._written[0][0].rename(self._folder / SAFE_WEIGHTS_NAME)

@@ -71,7 +71,7 @@ def without_nulls(value: Any) -> Any:
 
 def spoken(messages: list[Message]) -> str:
     """The messages and tool calls of a conversation, without their roles."""
-    return "\n\n".join(said for message in messages for said in _said(message))
+    return "\n\n".join(part for message in messages for part in _spoken_parts(message))
 
 
 @template_limit
@@ -153,7 +153,7 @@ def _worded(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: 
     return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=invite))
 
 
-def _said(message: Message) -> Iterator[str]:
+def _spoken_parts(message: Message) -> Iterator[str]:
     content = message.get("content")
     if isinstance(content, str):
         yield content

@@ -1,4 +1,4 @@
-"""JSON of an earlier run, held against the shape that its reader goes by: a disk, an editor or a power cut may have
+"""JSON of an earlier run, checked against the shape that its reader needs: a disk, an editor or a power cut may have
 changed it."""
 
 import hashlib

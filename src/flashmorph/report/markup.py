@@ -30,7 +30,7 @@ def listing(lines: Sequence[str]) -> str:
 
 
 def tile(name: str, value: str, about: str) -> str:
-    """One figure that matters, and what it is to be held against."""
+    """One headline figure, and the figure that it is compared with."""
     return (
         f'<div class="tile"><span class="name">{escape(name)}</span><strong>{escape(value)}</strong>'
         f'<span class="about">{escape(about)}</span></div>'
