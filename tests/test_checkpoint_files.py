@@ -181,8 +181,8 @@ def gguf(folder: Path) -> None:
     [
         (adapter, "is an adapter of some/base, no whole model: merge it into its base first"),
         (adapter_alone, "is an adapter of some/base, no whole model: merge it into its base first"),
-        (fsdp, "cut up among processes (FSDP or DeepSpeed)"),
-        (deepspeed, "cut up among processes (FSDP or DeepSpeed)"),
+        (fsdp, "sharded over processes (FSDP or DeepSpeed)"),
+        (deepspeed, "sharded over processes (FSDP or DeepSpeed)"),
         (another_name, "has consolidated.safetensors, but neither model.safetensors nor"),
         (no_index, "lacks model.safetensors.index.json"),
         (not_an_index, "is no index of weights"),

@@ -97,11 +97,11 @@ def test_a_continuation_ends_when_nothing_is_left_to_find(model):
 
 def test_the_grid_asks_every_depth_equally_often(model):
     settings = GridSettings(lengths=(64, 400), depths=4, questions=8, style="lines")
-    assert settings.places == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert settings.depth_values == pytest.approx([0, 1 / 3, 2 / 3, 1])
     asker = Lines(TOKENIZER, Corpus().pool("test", 0, 100_000), seed=0)
     grid = ask_grid(model, TOKENIZER, make_questions(asker, settings))
     rows = {(row.task, row.length): row for row in grid.rows}
-    assert len(rows[("one_key", 64)].scores) == 8 and not rows[("two_hops", 400)].places
+    assert len(rows[("one_key", 64)].scores) == 8 and not rows[("two_hops", 400)].depths
     assert ("sixteen_keys", 64) not in rows and any("sixteen_keys at 64" in text for text in grid.left_out)
     figures = grid.to_dict()
     one_key = next(row for row in figures["rows"] if (row["task"], row["length"]) == ("one_key", 400))

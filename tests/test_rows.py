@@ -17,7 +17,7 @@ from test_corpus import write_jsonl
 import flashmorph.data.corpus
 import flashmorph.data.documents
 import flashmorph.data.rows
-from flashmorph.data.corpus import Corpus, Mixture, Place
+from flashmorph.data.corpus import Corpus, Mixture, Position
 from flashmorph.data.rows import Rows, pack
 from flashmorph.errors import UserError
 from flashmorph.recipe.recipe import DataSettings
@@ -152,7 +152,7 @@ def test_a_reader_goes_on_from_any_place(tmp_path, in_small_steps):
     corpus = sources(tmp_path)["one"]
     whole = list(corpus.read("train", 3))
     for number in (0, 17, 29, 30, 100, len(whole) - 1):
-        place = Place(**json.loads(json.dumps(vars(whole[number][1]))))
+        place = Position(**json.loads(json.dumps(vars(whole[number][1]))))
         rest = [document for document, _ in corpus.read("train", 3, place)]
         assert rest == [document for document, _ in whole[number + 1 :]]
 

@@ -54,8 +54,8 @@ class UnevenRows(Dataset[dict[str, Any]]):
         if with_logits:
             logits = torch.from_numpy(3 * rng.standard_normal((ROWS, LENGTH, 97))).float()
             kept = [top_log_probabilities(each, 8) for each in logits]
-            for row, (values, places) in zip(self._rows, kept, strict=True):
-                row |= {"values": values.numpy(), "places": places.numpy()}
+            for row, (values, indices) in zip(self._rows, kept, strict=True):
+                row |= {"values": values.numpy(), "indices": indices.numpy()}
 
     def __len__(self) -> int:
         return ROWS

@@ -77,12 +77,12 @@ def test_all_other_tokens_are_taken_as_one(monkeypatch, top_k, tokens_at_once):
 
 def test_a_rest_too_small_for_one_minus_the_others_is_kept():
     logits = torch.tensor([[30.0, 29.0, 0.0, -1.0]])
-    values, places = losses.top_log_probabilities(logits, 2)
-    assert places.tolist() == [[0, 1]]
+    values, indices = losses.top_log_probabilities(logits, 2)
+    assert indices.tolist() == [[0, 1]]
     expected = logits.double().log_softmax(-1)[0, 2:].logsumexp(0)
     assert values[0, -1].item() == pytest.approx(expected.item(), rel=1e-5) and expected < -29
     student = torch.eye(4)[:1].requires_grad_(True)
-    losses.top_kl(student, torch.nn.Linear(4, 4), values, places).backward()
+    losses.top_kl(student, torch.nn.Linear(4, 4), values, indices).backward()
     assert torch.isfinite(student.grad).all()
 
 

@@ -12,7 +12,7 @@ import pytest
 from test_corpus import TEXTS, read_all, write_jsonl
 
 import flashmorph.data.corpus
-from flashmorph.data.corpus import Corpus, Mixture, Place, files_of
+from flashmorph.data.corpus import Corpus, Mixture, Position, files_of
 from flashmorph.errors import UserError
 from flashmorph.tasks import SPLITS
 
@@ -264,10 +264,10 @@ def test_a_reader_of_several_files_goes_on_from_any_place(tmp_path, ending, monk
         write_rows(tmp_path / f"{number}.{ending}", [{"text": text, "n": number or "0"} for text in texts])
     corpus = Corpus(str(tmp_path))
     for seed in (1, 2):
-        whole = [(document.text, vars(place)) for document, place in corpus.read("train", seed)]
+        whole = [(document.text, vars(position)) for document, position in corpus.read("train", seed)]
         for number in range(0, len(whole), 9):
-            place = Place(**json.loads(json.dumps(whole[number][1])))
-            assert [document.text for document, _ in corpus.read("train", seed, place)] == [
+            position = Position(**json.loads(json.dumps(whole[number][1])))
+            assert [document.text for document, _ in corpus.read("train", seed, position)] == [
                 text for text, _ in whole[number + 1 :]
             ]
 

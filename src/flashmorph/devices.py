@@ -21,12 +21,12 @@ def pick_device(name: str = "auto") -> torch.device:
     Raises:
         UserError: the device asked for is not there.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    usable_types = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(device for device, available in there.items() if available))
-    if name not in there:
+        return torch.device(next(device for device, available in usable_types.items() if available))
+    if name not in usable_types:
         raise UserError(f"device {name!r} is unknown; there are auto, cpu, cuda and mps")
-    if not there[name]:
+    if not usable_types[name]:
         raise UserError(f"there is no {name} device here; use --device auto")
     return torch.device(name)
 
@@ -41,7 +41,7 @@ def use_bf16(device: torch.device) -> bool:
 
 
 def usable_memory(device: torch.device, processes: int = 1) -> float:
-    """Bytes that one of so many processes on this machine may plan with.
+    """Bytes that each of `processes` ranks on this machine may use.
 
     Each has a GPU of its own; they share the memory of a CPU.
     """

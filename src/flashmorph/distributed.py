@@ -1,7 +1,7 @@
-"""Many processes, started by `torchrun`: what the first does while the others wait, how their figures come together.
+"""Helpers for torch.distributed under `torchrun`; no-ops with a single process.
 
-All run the same program. What must happen once (printing, writing, tokenising) the first does alone. With one process
-every function here is a formality.
+All ranks run the same program. Work that must happen once (printing, writing, tokenising) runs on rank 0 alone, while
+the other ranks wait for its result.
 """
 
 import os
@@ -17,15 +17,15 @@ from flashmorph.errors import UserError
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=2)
-"""How long processes wait for the first: to tokenise a large corpus takes hours. Dead ones are torchrun's business."""
+"""Timeout of collectives: rank 0 may tokenise a large corpus for hours. torchrun notices dead ranks."""
 _alone = False
 
 
 def join(device: torch.device) -> torch.device:
-    """Join the other processes, if torchrun started several; the device of this one.
+    """Join the process group, if torchrun started several processes. Returns the device of this rank.
 
     Raises:
-        UserError: a device that processes cannot share a model on, or a process without a GPU of its own.
+        UserError: the device type does not support several processes, or a rank has no GPU of its own.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started == 1:
@@ -42,7 +42,7 @@ def join(device: torch.device) -> torch.device:
     elif device.type != "cpu":
         raise UserError(f"several processes can share work on cuda and cpu, not on {device.type}")
     if not dist.is_initialized():
-        # What is no tensor of the model goes through gloo, without waiting for the GPU.
+        # Python objects are exchanged over gloo, so that they do not synchronise the GPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     if dist.get_world_size() != started:
         raise ValueError(f"{started} processes were started and {dist.get_world_size()} found each other")
@@ -50,54 +50,54 @@ def join(device: torch.device) -> torch.device:
 
 
 def leave() -> None:
-    """Part from the other processes."""
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def count() -> int:
-    """How many processes share the work at hand."""
+    """The number of ranks that share the current work: 1 inside of `first`."""
     return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
 def are_several() -> bool:
-    """Whether there are other processes, also where the first works alone."""
+    """Whether there are other ranks, also inside of `first`."""
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def rank() -> int:
-    """The number of this process; the first is 0."""
+    """The rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def local_rank() -> int:
-    """The number of this process on its machine."""
+    """The rank of this process on its machine."""
     return int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else 0
 
 
 def local_count() -> int:
-    """How many processes there are on this machine."""
+    """The number of ranks on this machine."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_initialized() else 1
 
 
 def is_first() -> bool:
-    """Whether this process is the one that prints and writes."""
+    """Whether this is rank 0, which prints and writes."""
     return rank() == 0
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait until all ranks have arrived."""
     if count() > 1:
         dist.barrier()
 
 
 def first(work: Callable[[], T]) -> T:
-    """What `work` returns in the first process, in all of them; the others wait for it.
+    """Run `work` on rank 0 and broadcast its result (or its UserError) to all ranks.
 
-    Inside of `work` there is one process.
+    Inside of `work` the helpers here behave as with a single process.
 
     Raises:
-        UserError: `work` raised it, in all processes alike.
+        UserError: `work` raised it; then every rank does.
     """
     if count() == 1:
         return work()
@@ -118,28 +118,28 @@ def first(work: Callable[[], T]) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """Each process's `value`, in their order."""
+    """The `value` of every rank, in the order of ranks."""
     if count() == 1:
         return [value]
-    found: list[Any] = [None] * count()
-    dist.all_gather_object(found, value)
-    return cast(list[T], found)
+    values: list[Any] = [None] * count()
+    dist.all_gather_object(values, value)
+    return cast(list[T], values)
 
 
 def total(values: torch.Tensor) -> torch.Tensor:
-    """The sum over all processes, the same bits in each of them. For small tensors on the CPU."""
-    found = gather(values)
-    return torch.stack(found).sum(0) if len(found) > 1 else values
+    """`values` of any shape, summed over all ranks with the same bits on each. For small tensors on the CPU."""
+    of_ranks = gather(values)
+    return torch.stack(of_ranks).sum(0) if len(of_ranks) > 1 else values
 
 
 def rounds(parts: Sequence[T]) -> list[list[tuple[T, bool]]]:
-    """`parts` in rounds of one for each process, in order.
+    """`parts` in rounds of one part per rank, in order; each part with whether it counts.
 
-    All processes take part in every round, since a sharded model runs in all of them at once: where parts run out, a
-    process is given the round's first one again, with False: it does not count.
+    Every rank takes part in every round, since a sharded model runs on all ranks at once. In the last round a rank
+    without a part of its own repeats the round's first part, which then does not count.
     """
-    size, found = count(), []
+    size, all_rounds = count(), []
     for start in range(0, len(parts), size):
         together = [(part, True) for part in parts[start : start + size]]
-        found.append(together + [(parts[start], False)] * (size - len(together)))
-    return found
+        all_rounds.append(together + [(parts[start], False)] * (size - len(together)))
+    return all_rounds

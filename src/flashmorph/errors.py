@@ -7,21 +7,21 @@ from typing import Any
 
 _LISTED = 180
 _QUOTED = 80
-_SAID = 160
+_MESSAGE = 160
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 2
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = _QUOTED
 
 
 class UserError(ValueError):
-    """Bad input or a state that the user can mend: one sentence that says what is wrong, where, and what is right.
+    """Bad input or a state that the user can mend: one sentence that names the fault, where it is, and the remedy.
 
     The command line prints it without a traceback and exits with 2.
     """
 
 
 class OutOfMemory(UserError):
-    """A device's memory is not enough; of several processes the one that it happened to tells it."""
+    """Raised when a device runs out of memory; reported by the rank on which it happened."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
@@ -35,19 +35,21 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says, in one line that is not long; a first line that ends with a colon says what
-    the second is about."""
+    """The message of another library's error as one short line.
+
+    A first line that ends with a colon introduces the second, which is then kept too.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return cut(" ".join(lines[: 2 if lines[0].endswith(":") else 1]), _SAID)
+    return cut(" ".join(lines[: 2 if lines[0].endswith(":") else 1]), _MESSAGE)
 
 
 def cut(text: str, most: int = _QUOTED) -> str:
-    """A text of a file or a library as it is, its end left out where it is long."""
+    """A text from a file or a library, shortened at the end if it is long."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def quoted(value: Any) -> str:
-    """A value as it was given, cut where it is long: a sentence stays a sentence, however large or nested the value."""
+    """A value as it was given, shortened if it is long, so that a large or nested value does not fill the message."""
     try:
         text = _SHORT.repr(value)
     except ValueError:  # Python does not write out whole numbers of thousands of digits.

@@ -28,12 +28,12 @@ _SPECIAL = {
 
 @contextmanager
 def atomic_path(target: Path, over_folder: bool = False) -> Iterator[Path]:
-    """A temporary path (file or folder, the caller's choice) beside `target` that takes its place on success.
+    """A temporary path (file or folder, the caller's choice) beside `target` that replaces it on success.
 
     An existing file is replaced, and a link, whose target stays; of folders an empty one, and any with `over_folder`.
 
     Raises:
-        UserError: the place cannot be written, is a device, a pipe or a socket, or the disk is full.
+        UserError: `target` cannot be written, is a device, a pipe or a socket, or the disk is full.
     """
     target = Path(target)
     # Without the target's name: that may be as long as the file system allows.
@@ -63,19 +63,19 @@ def is_temporary(path: Path) -> bool:
 
 
 def refuse_special(path: Path) -> os.stat_result | None:
-    """What stands at `path`, links not followed; None where nothing does.
+    """The status of `path`, links not followed; None if it does not exist.
 
     Raises:
         UserError: it is a device, a pipe or a socket.
         OSError: it cannot be looked at.
     """
     try:
-        found = path.lstat()
+        status = path.lstat()
     except FileNotFoundError:
         return None
-    if kind := _SPECIAL.get(stat.S_IFMT(found.st_mode)):
+    if kind := _SPECIAL.get(stat.S_IFMT(status.st_mode)):
         raise UserError(f"{path} is {kind}; give the name of a file")
-    return found
+    return status
 
 
 def read_text(path: Path, name: str = "") -> str:
@@ -131,7 +131,7 @@ def content_digest(path: Path, size: int, changed: int, most: int) -> str:
     number = max(1, most // block)
     starts = range(0, size, block)
     if size > most:
-        starts = [place * (size - block) // number for place in range(number + 1)]
+        starts = [part * (size - block) // number for part in range(number + 1)]
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as stream:
         for start in starts:
@@ -146,7 +146,7 @@ def shortened(digest: Any) -> str:
 
 
 def short_names(names: Sequence[str], most: int = 20) -> dict[str, str]:
-    """What to call folders in a table: the ends of their paths that tell them apart, cut at the front if long."""
+    """Names of folders in a table: the shortest distinct ends of their paths, shortened at the front if long."""
     parts = {name: Path(name).parts for name in names}
     found = {}
     for name, own in parts.items():
@@ -158,16 +158,16 @@ def short_names(names: Sequence[str], most: int = 20) -> dict[str, str]:
 
 
 def digest_of(value: Any) -> str:
-    """Twelve digits that stand for a JSON value."""
+    """The digest of a JSON value: twelve hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def is_whole_array(path: Path, shape: tuple[int, ...] | None = None, dtype: Any = None) -> bool:
     """Whether a file holds the array that its first bytes announce, of this shape and dtype where they are given."""
     try:
-        found = np.load(path, mmap_mode="r")
+        array = np.load(path, mmap_mode="r")
     except Exception:  # The header is read as Python is, and fails in as many ways.
         return False
-    if not isinstance(found, np.ndarray):
+    if not isinstance(array, np.ndarray):
         return False
-    return (shape is None or found.shape == shape) and (dtype is None or found.dtype == dtype)
+    return (shape is None or array.shape == shape) and (dtype is None or array.dtype == dtype)

@@ -15,7 +15,7 @@ LOGITS_BYTES = 128 * 2**20
 
 @dataclass(frozen=True)
 class Head:
-    """From last hidden states `[..., width]` to logits `[..., vocabulary]`, as the model itself goes there."""
+    """The model's own map from last hidden states `[..., width]` to logits `[..., vocabulary]`."""
 
     projection: nn.Linear
     divisor: float = 1.0
@@ -26,13 +26,13 @@ class Head:
         return Head(model.lm_head, getattr(model.config, "logits_scaling", 1.0))
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The logits."""
+        """Logits `[..., vocabulary]` of `hidden` `[..., width]`."""
         logits = self.projection(hidden)
         return logits if self.divisor == 1 else logits / self.divisor
 
     @property
     def out_features(self) -> int:
-        """The number of logits, under the name that a plain projection has for it."""
+        """The size of the vocabulary, named as in `nn.Linear`."""
         return self.projection.out_features
 
 
@@ -58,8 +58,8 @@ def forward_kl(
     def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             target = F.log_softmax(teacher_head(teacher).float(), -1)
-        found = F.log_softmax(student_head(student).float(), -1)
-        return F.kl_div(found, target, log_target=True, reduction="sum")
+        log_probabilities = F.log_softmax(student_head(student).float(), -1)
+        return F.kl_div(log_probabilities, target, log_target=True, reduction="sum")
 
     student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
     return _in_chunks(divergence, chunk_tokens(student_head.out_features), student, teacher) / max(1, len(student))
@@ -92,42 +92,44 @@ def token_losses(hidden: torch.Tensor, head: nn.Linear | Head, labels: torch.Ten
 
 
 def top_log_probabilities(logits: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `number` largest log-probabilities of each token, and the logarithm of what all others have together.
+    """The `number` largest log-probabilities of each token, and the log tail mass of all other tokens.
 
-    `logits` `[tokens, vocabulary]`; gives float32 `[tokens, number + 1]`, and `[tokens, number]` the places in the
+    From `logits` `[tokens, vocabulary]`: float32 values `[tokens, number + 1]`, and indices `[tokens, number]` into the
     vocabulary, ascending.
     """
-    found = F.log_softmax(logits.float(), -1)
-    places = found.topk(number, -1).indices.sort(-1).values
-    return torch.cat([found.gather(-1, places), _of_others(found, places)[:, None]], -1), places
+    all_tokens = F.log_softmax(logits.float(), -1)
+    indices = all_tokens.topk(number, -1).indices.sort(-1).values
+    return torch.cat([all_tokens.gather(-1, indices), _log_tail_mass(all_tokens, indices)[:, None]], -1), indices
 
 
-def top_kl(student: torch.Tensor, head: nn.Linear | Head, values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Mean KL(teacher || student) a token, all tokens of the vocabulary but the teacher's likeliest taken as one.
+def top_kl(student: torch.Tensor, head: nn.Linear | Head, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Mean top-k KL(teacher || student) a token: all tokens but the teacher's k likeliest are one tail bucket.
 
-        Σ over the k of p · log(p / q) + r · log(r / s),    r and s: what teacher and student leave to all others
+        Σ over the k of p · log(p / q) + r · log(r / s),    r and s: tail mass of teacher and student
 
-    From the student's last hidden states `[tokens, width]` and what `top_log_probabilities` kept of the teacher:
-    `values` `[tokens, k + 1]` and `places` `[tokens, k]`. Never more than the full KL (merging outcomes loses
-    information only), and equal to it where k is the vocabulary. Top-k probabilities without the rest are a biased
-    picture of the teacher (Sparse Logit Sampling, arXiv 2503.16870); one more token that carries the rest is the form
+    From the student's last hidden states `[tokens, width]` and the teacher's `top_log_probabilities`: `values`
+    `[tokens, k + 1]` and `indices` `[tokens, k]`. It is never more than the full KL (merging outcomes only loses
+    information), and equal to it if k is the vocabulary. Top-k probabilities without the tail are a biased estimate of
+    the teacher (Sparse Logit Sampling, arXiv 2503.16870); one more outcome that carries the tail is the form
     of Tail-Aware Top-k Distillation (arXiv 2608.14728), there with the reverse KL.
     """
 
-    def divergence(student: torch.Tensor, values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        found = F.log_softmax(head(student).float(), -1)
-        total = F.kl_div(found.gather(-1, places), values[:, :-1], log_target=True, reduction="sum")
-        rest = values[:, -1]
-        left = rest > -torch.inf
-        if left.any():
-            others = _of_others(found[left], places[left])
-            total = total + F.kl_div(others, rest[left], log_target=True, reduction="sum")
+    def divergence(student: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        all_tokens = F.log_softmax(head(student).float(), -1)
+        total = F.kl_div(all_tokens.gather(-1, indices), values[:, :-1], log_target=True, reduction="sum")
+        tail = values[:, -1]
+        has_tail = tail > -torch.inf
+        if has_tail.any():
+            student_tail = _log_tail_mass(all_tokens[has_tail], indices[has_tail])
+            total = total + F.kl_div(student_tail, tail[has_tail], log_target=True, reduction="sum")
         return total
 
-    return _in_chunks(divergence, chunk_tokens(head.out_features), student, values, places) / max(1, len(student))
+    return _in_chunks(divergence, chunk_tokens(head.out_features), student, values, indices) / max(1, len(student))
 
 
-def _of_others(log_probabilities: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """The logarithm of what all but `places` have together, `[tokens]`; summed, not taken from 1, so that little stays
-    exact."""
-    return log_probabilities.scatter(-1, places, -torch.inf).logsumexp(-1)
+def _log_tail_mass(log_probabilities: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """The log of the summed probability `[tokens]` of all tokens but `indices` `[tokens, k]`.
+
+    It is summed, not subtracted from 1, so that a small tail stays exact.
+    """
+    return log_probabilities.scatter(-1, indices, -torch.inf).logsumexp(-1)

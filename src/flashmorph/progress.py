@@ -1,4 +1,4 @@
-"""How long work tells how far it is. Stages call a `Report`; what a person sees is the command line's business."""
+"""Progress reporting: long-running work calls a `Report`; the command line decides how progress is shown."""
 
 from typing import Protocol
 
@@ -12,4 +12,4 @@ class Report(Protocol):
 
 
 def silent(done: float, total: float, **figures: float) -> None:
-    """Shows nothing."""
+    """A `Report` that shows nothing."""

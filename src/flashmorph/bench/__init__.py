@@ -1,4 +1,4 @@
-"""What models cost: time to read and to write, cache and memory, against the first model and against the machine."""
+"""Cost of models: prefill and decode time, cache and memory, against the first model and the machine's limits."""
 
 from flashmorph.bench.growth import Growth, crossing, exponent
 from flashmorph.bench.kernels import kernels_of

@@ -21,7 +21,7 @@ class Growth:
         return [float(np.median(tries)) for tries in self.tries]
 
     def to_list(self) -> list[dict[str, Any]]:
-        """The JSON form: seconds with quartiles."""
+        """Seconds with quartiles, as JSON values."""
         return [{"length": length, **spread(tries)} for length, tries in zip(self.lengths, self.tries, strict=True)]
 
 
@@ -48,7 +48,7 @@ def crossing(lengths: Sequence[int], ratios: Sequence[float]) -> float | None:
     """
     if ratios[-1] >= 1:
         return None
-    last = max((place for place, ratio in enumerate(ratios) if ratio >= 1), default=None)
+    last = max((index for index, ratio in enumerate(ratios) if ratio >= 1), default=None)
     if last is None:
         return float(lengths[0])
     low, high = math.log(ratios[last]), math.log(ratios[last + 1])

@@ -48,7 +48,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 @dataclass(frozen=True)
 class Limit:
-    """What a model must move and do at least: weights `[bytes, operations a token]`, and what its mixers add.
+    """The least bytes that a model moves and operations that it runs: weights `[bytes, operations a token]` and mixers.
 
     An embedding that is not tied to the head is not read as a whole, so it does not count.
     """

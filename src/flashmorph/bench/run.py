@@ -19,7 +19,7 @@ KINDS = ("prefill", "decode")
 
 
 class BenchSettings(BaseModel):
-    """What is timed: one sequence at a time."""
+    """Settings of the timing, of one sequence at a time."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
@@ -57,8 +57,8 @@ def bench(models: Mapping[str, PreTrainedModel], settings: BenchSettings, report
             for kind in KINDS:
                 measured[name].seconds[kind].append([])
         for turn in range(settings.repeats + 1):
-            for place in range(len(names)):
-                name = names[(turn + place) % len(names)]
+            for index in range(len(names)):
+                name = names[(turn + index) % len(names)]
                 if turn == 0:
                     _warm_up(models[name], ids, measured[name], device)
                 else:
@@ -67,11 +67,11 @@ def bench(models: Mapping[str, PreTrainedModel], settings: BenchSettings, report
                 report(done, total)
     rates = before.best(measure_rates(device, dtype))
     lengths = list(settings.lengths)
-    found = {
+    by_model = {
         name: _figures(measured[name], measured[names[0]] if name != names[0] else None, Limit(model, rates), lengths)
         for name, model in models.items()
     }
-    return {"machine": _machine(device, dtype, rates), "settings": settings.model_dump(mode="json"), "models": found}
+    return {"machine": _machine(device, dtype, rates), "settings": settings.model_dump(mode="json"), "models": by_model}
 
 
 def _warm_up(model: PreTrainedModel, ids: torch.Tensor, measured: _Measured, device: torch.device) -> None:
@@ -86,9 +86,9 @@ def _warm_up(model: PreTrainedModel, ids: torch.Tensor, measured: _Measured, dev
 def _time(
     model: PreTrainedModel, ids: torch.Tensor, decode_tokens: int, measured: _Measured, device: torch.device
 ) -> None:
-    found: list[Any] = []
-    measured.seconds["prefill"][-1].append(timed(lambda: found.append(_read(model, ids)), device))
-    cache = found[0].past_key_values
+    parts: list[Any] = []
+    measured.seconds["prefill"][-1].append(timed(lambda: parts.append(_read(model, ids)), device))
+    cache = parts[0].past_key_values
     steps = [timed(lambda: _write(model, ids, cache), device) for _ in range(decode_tokens)]
     measured.seconds["decode"][-1].append(float(np.median(steps)))
 
@@ -140,12 +140,12 @@ def _figures(measured: _Measured, first: _Measured | None, limit: Limit, lengths
             figures[kind]["of_first"] = spreads
             figures[kind]["wins_from"] = crossing(lengths, [each["median"] for each in spreads])
     figures["cache"] = []
-    for place, length in enumerate(lengths):
+    for index, length in enumerate(lengths):
         expected = cache_by_layer(limit.model.config, length)
-        row: dict[str, Any] = {"length": length, "by_layer": measured.cache[place], "expected_by_layer": expected}
+        row: dict[str, Any] = {"length": length, "by_layer": measured.cache[index], "expected_by_layer": expected}
         row["bytes"], row["expected"] = sum(row["by_layer"]), sum(expected)
         if first:
-            row["of_first"] = row["bytes"] / sum(first.cache[place])
+            row["of_first"] = row["bytes"] / sum(first.cache[index])
         figures["cache"].append(row)
     figures["peak_memory"] = [
         {"length": length, "bytes": size} for length, size in zip(lengths, measured.memory, strict=True)

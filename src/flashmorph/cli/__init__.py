@@ -24,13 +24,13 @@ from flashmorph.surface.interrupts import Interrupted, listening, sentence
 from flashmorph.surface.terminal import harmless, stand_in_for_what_cannot_be_shown
 
 _SHARED = ("morph", "align", "select", "build", "distill", "extend")
-"""Commands that several processes run together."""
+"""Commands that several ranks may run together."""
 _LONGEST_WORD = 160
 _CTRL_C = 130
 
 
 def main() -> None:
-    """Run a command; a user's mistake is one sentence and exit code 2. Of several processes the first speaks."""
+    """Run a command; a user's mistake is one sentence and exit code 2. Rank 0 prints it."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # Else it warns of every process that is started.
     processes, is_first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
     if not is_first:
@@ -62,7 +62,7 @@ def _run(processes: int) -> None:
 
 @contextmanager
 def _as_sentences() -> Iterator[None]:
-    """What a file system says of a path (its name is too long, a folder may not be entered), and panics of libraries.
+    """Errors of the file system about a path (a name too long, a folder without permission), and panics of libraries.
 
     Those that read tokenizers and weights are written in Rust, whose panics are no `Exception`.
     """
@@ -79,7 +79,7 @@ def _as_sentences() -> Iterator[None]:
 
 
 def _refuse_undecodable(arguments: list[str]) -> None:
-    """What weights and tokenizers are read with takes names in UTF-8 only."""
+    """The libraries that read weights and tokenizers take names in UTF-8 only."""
     for argument in arguments:
         if any("\ud800" <= char <= "\udfff" for char in argument):
             raise UserError(f"{argument} is no text in the encoding of this system, {sys.getfilesystemencoding()}")

@@ -6,7 +6,7 @@ from typer.core import TyperGroup
 from flashmorph.errors import UserError
 
 _MAY_BE_EMPTY = ("--prompt", "--set")
-"""Options that say themselves what an empty value lacks."""
+"""Options whose own check has a message for an empty value."""
 
 
 class _Commands(TyperGroup):

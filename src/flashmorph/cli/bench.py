@@ -59,10 +59,10 @@ def bench(
     )
     names = list(dict.fromkeys(models))
     check(names, max(settings.lengths) + decode_tokens)
-    place = pick_device(device)
-    wanted: Any = getattr(torch, dtype) if dtype != "auto" else torch.float32 if place.type == "cpu" else "auto"
+    chosen = pick_device(device)
+    wanted: Any = getattr(torch, dtype) if dtype != "auto" else torch.float32 if chosen.type == "cpu" else "auto"
     screen = RichScreen(ERR)
-    loaded = {name: load_model(locate(name)[0], wanted, place, screen.say, allow_unused) for name in names}
+    loaded = {name: load_model(locate(name)[0], wanted, chosen, screen.say, allow_unused) for name in names}
     for model in loaded.values():
         model.config.dtype = model.dtype  # The cache is held in what the model runs in.
     with screen.stage("bench", ", ".join(names)) as report:
@@ -94,14 +94,14 @@ def show(figures: dict[str, Any]) -> None:
 def _times(figures: dict[str, Any], labels: dict[str, str], kind: str, title: str) -> Table:
     first = next(iter(labels.values()))
     table = new_table(title, "tokens", "median", "quartiles", f"of {first}'s", "", "of the limit")
-    for place, length in enumerate(figures["settings"]["lengths"]):
+    for index, length in enumerate(figures["settings"]["lengths"]):
         table.add_row(bold(f"{length:,}"))
         for name, each in figures["models"].items():
-            row = each[kind]["by_length"][place]
+            row = each[kind]["by_length"][index]
             low, high = (_MS * end for end in row["quartiles"])
             ratio, quartiles = "", ""
             if "of_first" in each[kind]:
-                against = each[kind]["of_first"][place]
+                against = each[kind]["of_first"][index]
                 ratio = f"x {against['median']:.2f}"
                 quartiles = f"({against['quartiles'][0]:.2f}-{against['quartiles'][1]:.2f})"
             figure, limit = f"{_MS * row['median']:,.2f}", f"x {row['of_limit']:.1f}"
@@ -112,10 +112,10 @@ def _times(figures: dict[str, Any], labels: dict[str, str], kind: str, title: st
 def _sizes(figures: dict[str, Any], labels: dict[str, str]) -> Table:
     first = next(iter(labels.values()))
     table = new_table("memory, MiB", "tokens", "cache", "by arithmetic", f"of {first}'s", "peak above the weights")
-    for place, length in enumerate(figures["settings"]["lengths"]):
+    for index, length in enumerate(figures["settings"]["lengths"]):
         table.add_row(bold(f"{length:,}"))
         for name, each in figures["models"].items():
-            cache, peak = each["cache"][place], each["peak_memory"][place]["bytes"]
+            cache, peak = each["cache"][index], each["peak_memory"][index]["bytes"]
             ratio = f"x {cache['of_first']:.3f}" if "of_first" in cache else ""
             sizes = (f"{cache['bytes'] / 2**20:,.2f}", f"{cache['expected'] / 2**20:,.2f}")
             table.add_row(f"  {labels[name]}", *sizes, ratio, "" if peak is None else f"{peak / 2**20:,.1f}")
@@ -123,7 +123,7 @@ def _sizes(figures: dict[str, Any], labels: dict[str, str]) -> Table:
 
 
 def verdicts(figures: dict[str, Any], labels: dict[str, str]) -> list[str]:
-    """How time grows, and from where on a model is faster than the first."""
+    """Growth of time, and the context from which a model is faster than the first."""
     first, *_ = labels.values()
     longest, lines = figures["settings"]["lengths"][-1], []
     for name, each in figures["models"].items():

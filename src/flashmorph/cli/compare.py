@@ -67,9 +67,9 @@ def compare(
 ) -> None:
     """Judge strategies by the truth: every plan of every budget, on questions that no search has seen.
 
-    For every strategy, budget and seed: the plan, its rank among all plans (1: cannot be told from the best), its
+    For every strategy, budget and seed: the plan, its rank among all plans (1: not distinguishable from the best), its
     regret (mean loss minus the best plan's, before distillation), recall, and what the search cost. Finished cells are
-    kept, so the same command again goes on. Small teachers only: all plans are run. Without --recipe the recipe is that
+    kept, so the same command resumes. Small teachers only: all plans are run. Without --recipe the recipe is that
     of the first run in --from that has one.
 
     Example: `flashmorph compare tiny --output runs/referee --from runs/demo --budgets 1,2,3 --seeds 5`
@@ -84,7 +84,7 @@ def compare(
     file, picture = folder / "compare.json", folder / "regret.png"
     claim_output(file, json_of("compare"), force)
     claim_output(picture, PICTURE, force)
-    places = tuple(others or ())
+    other_runs = tuple(others or ())
     options = Options(
         teacher=teacher,
         output=output,
@@ -94,7 +94,7 @@ def compare(
         others=others,
         device=device,
         json=as_json,
-        recipe_of=places,
+        recipe_of=other_runs,
         allow_unused=allow_unused,
     )
     run = open_run(options, ["align", "select", "compare"], keep_recipe=False)

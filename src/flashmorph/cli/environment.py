@@ -24,7 +24,7 @@ _PACKAGES = (
 
 
 def describe() -> dict[str, str]:
-    """Facts by name; a kernel's line says what runs on this device and why."""
+    """Facts by name; a kernel's line has what runs on this device, and why."""
     device = pick_device("auto")
     facts = {"flashmorph": own_version(), "python": platform.python_version()}
     facts |= {name: version_of(name) for name in _PACKAGES}

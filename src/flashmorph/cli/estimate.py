@@ -40,7 +40,7 @@ def estimate(
     window: WindowOption = None,
     changes: SetOption = None,
     gpu: Annotated[str | None, typer.Option(help="`h200`, `a100`, `l40s`, ...: gives hours and what fits.")] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs that a batch is divided among.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share a batch.")] = 1,
     utilisation: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Share of the peak that hours assume; yours, if you know it.")
     ] = 0.3,
@@ -48,7 +48,7 @@ def estimate(
     explain: Annotated[bool, typer.Option("--explain", help="Every figure with its formula.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """What a run will take before anything is paid: parameters, cache, operations, memory, hours.
+    """The cost of a run before it starts: parameters, cache, operations, memory, hours.
 
     Reads config.json alone: no weights, no tokenizer, no GPU. Parameters and cache are exact, memory and hours are
     estimates. `morph --dry-run` shows the data of each stage.
@@ -76,15 +76,15 @@ def estimate(
     settings = recipe_of(options)
     config = open_config(teacher)
     settings = fitted(settings, config, RichScreen(ERR if as_json else OUT).say)
-    found = estimated(teacher, config, settings, found_gpu, gpus, utilisation, numbers("--contexts", contexts))
+    outcome = estimated(teacher, config, settings, found_gpu, gpus, utilisation, numbers("--contexts", contexts))
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2))
+        print(json.dumps(outcome.to_dict(), indent=2))
         return
-    _show(found)
+    _show(outcome)
     if explain:
         from flashmorph.estimate.explain import explain as formulas
 
-        for line in formulas(found):
+        for line in formulas(outcome):
             OUT.print(line, highlight=False, soft_wrap=True, markup=False)
 
 

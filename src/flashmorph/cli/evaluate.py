@@ -125,9 +125,9 @@ def evaluate(
     if style not in (None, *_STYLES):
         raise UserError(f"--style {style!r} must be {' or '.join(_STYLES)}")
     asked = style or ("lines" if chosen and settings.style == "lines" else "ruler")
-    settings, told = fit_to_models(models, settings, pick_device(device))
-    if told:
-        RichScreen(ERR).say(told)
+    settings, notice = fit_to_models(models, settings, pick_device(device))
+    if notice:
+        RichScreen(ERR).say(notice)
     grid = _grid_settings(lengths, depths, questions, asked, settings.evaluate) if lengths else None
     harness = (
         Harness(names("--tasks", tasks), {"max_seq_lengths": list(grid.lengths)} if grid else None) if tasks else None

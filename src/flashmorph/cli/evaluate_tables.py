@@ -79,11 +79,11 @@ def by_position(figures: Figures, labels: dict[str, str]) -> Table:
 
         def row(each: Figures, start: int = part["from"]) -> tuple:
             parts, ratio = each["perplexity_by_position"], each.get("minus_first", {}).get("perplexity")
-            place = next((place for place, one in enumerate(parts) if one["from"] == start), None)
-            if place is None:  # Another tokenizer makes other lengths of the same documents.
+            index = next((index for index, one in enumerate(parts) if one["from"] == start), None)
+            if index is None:  # Another tokenizer makes other lengths of the same documents.
                 return "", "", ""
-            shown = _ratio(ratio["by_position"][place]) if ratio else ""
-            return f"{parts[place]['perplexity']:.2f}", span(parts[place]["interval"], "{:.2f}"), shown
+            shown = _ratio(ratio["by_position"][index]) if ratio else ""
+            return f"{parts[index]['perplexity']:.2f}", span(parts[index]["interval"], "{:.2f}"), shown
 
         rows[f"{part['from']:,}-{part['to']:,}"] = row
 
@@ -163,11 +163,11 @@ def harness(figures: Figures, labels: dict[str, str]) -> Table:
     """Tasks of lm-evaluation-harness."""
     first, *_ = figures
     rows: dict[str, Callable[[Figures], tuple]] = {}
-    for place, figure in enumerate(figures[first]["harness"]):
+    for index, figure in enumerate(figures[first]["harness"]):
         key = (figure["task"], figure["metric"])
 
-        def row(each: Figures, place: int = place, key: tuple[str, str] = key) -> tuple:
-            value, minus = each["harness"][place], each.get("minus_first", {}).get("harness", [])
+        def row(each: Figures, index: int = index, key: tuple[str, str] = key) -> tuple:
+            value, minus = each["harness"][index], each.get("minus_first", {}).get("harness", [])
             difference = next((one for one in minus if (one["task"], one["metric"]) == key), None)
             shown = ""
             if difference:

@@ -25,8 +25,8 @@ def export(
 ) -> None:
     """Write a hybrid as a GGUF file for llama.cpp and what is built on it, with the converter of your llama.cpp.
 
-    Tells the converter what the hybrid's class needs, then reads the file back: its list of full and linear layers must
-    be the plan's. Refuses what llama.cpp would run as something else. Smaller types (`Q4_K_M`, ...) are made from the
+    Gives the converter the settings of the hybrid's class, then reads the file back: its list of full and linear layers
+    must be the plan's. Refuses hybrids that llama.cpp would run wrongly. Make smaller types (`Q4_K_M`, ...) from the
     file with llama.cpp's own `llama-quantize`.
 
     Example: `flashmorph export runs/demo --gguf demo.gguf --llama-cpp ~/llama.cpp`

@@ -1,4 +1,4 @@
-"""`flashmorph generate`: models go on from a prompt, side by side."""
+"""`flashmorph generate`: continuations of a prompt by several models, side by side."""
 
 from typing import Annotated
 
@@ -11,7 +11,7 @@ from flashmorph.cli.options import ERR, OUT, DeviceOption, UnusedOption, quiet
 @app.command()
 def generate(
     models: Annotated[list[str], typer.Argument(help="Folders or teachers.", metavar="MODEL...")],
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
     allow_unused: UnusedOption = False,
     device: DeviceOption = "auto",
@@ -25,8 +25,8 @@ def generate(
     from flashmorph.pipeline.prompt import continue_prompt
 
     quiet()
-    tell = RichScreen(ERR).say
+    notify = RichScreen(ERR).say
     for model in models:
-        text = continue_prompt(model, prompt, max_new_tokens, pick_device(device), tell, allow_unused)
+        text = continue_prompt(model, prompt, max_new_tokens, pick_device(device), notify, allow_unused)
         OUT.rule(model, align="left")
         OUT.print(text, highlight=False, markup=False, soft_wrap=True)

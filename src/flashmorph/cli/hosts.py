@@ -18,11 +18,11 @@ def hosts(as_json: JsonOption = False) -> None:
     from flashmorph.hosts.overview import overview
 
     quiet()
-    found = overview()
+    table = overview()
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(table, indent=2))
         return
-    for host in found["hosts"]:
+    for host in table["hosts"]:
         rows = [("teacher", family, about) for family, about in host["teachers"].items()]
         full, *others = host["options"].values()
         rows += [("switched layer", mixer, f"in the place of {full}") for mixer in others]
@@ -35,7 +35,7 @@ def hosts(as_json: JsonOption = False) -> None:
             about += f". {engine['otherwise']}" if engine["otherwise"] else ""
             rows.append(("served by", f"{engine['name']} {engine['version']}", about))
         _print_table(host["host"] + (", with --window" if "window" in host["settings"] else ""), rows)
-    _print_table("no exact host", list(found["refused"].items()))
+    _print_table("no exact host", list(table["refused"].items()))
 
 
 def _print_table(title: str, rows: Sequence[Sequence[str]]) -> None:

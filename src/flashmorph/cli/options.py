@@ -1,4 +1,4 @@
-"""What the commands share: their options, and the run that the options make."""
+"""Options that commands share, and the run that they make."""
 
 import logging
 import warnings
@@ -38,7 +38,7 @@ FromOption = Annotated[list[Path] | None, typer.Option("--from", help="Another r
 RepeatOption = Annotated[bool, typer.Option("--allow-repeat", help="Let stages repeat the text more than 4 times.")]
 UnusedOption = Annotated[
     bool,
-    typer.Option("--allow-unused", help="Go on where stored weights are not used as they are stored, and say which."),
+    typer.Option("--allow-unused", help="Continue where stored weights are not used as stored, and report which."),
 ]
 BaselineOption = Annotated[
     str | None, typer.Option(help="Also train a plan that takes no search, for comparison: `uniform`.")
@@ -63,7 +63,7 @@ WindowOption = Annotated[
 
 @dataclass(kw_only=True)
 class Options:
-    """What every command that works on a run is given."""
+    """The options of every command that works on a run."""
 
     teacher: str
     output: Path
@@ -89,8 +89,8 @@ class Options:
         """The recipe of the first of `recipe_of` that has one; None where there is none, or a recipe is given."""
         from flashmorph.run.folder import RECIPE
 
-        places = (place / RECIPE for place in self.recipe_of if not self.recipe)
-        return next((path for path in places if path.is_file()), None)
+        kept = (folder / RECIPE for folder in self.recipe_of if not self.recipe)
+        return next((path for path in kept if path.is_file()), None)
 
 
 def quiet() -> None:
@@ -129,12 +129,12 @@ def recipe_of(options: Options) -> Any:
 
 
 def fitted(recipe: Any, config: Any, say: Callable[[str], None]) -> Any:
-    """The recipe with its contexts within the teacher's; what that changes is told in one line."""
+    """The recipe with its contexts within the teacher's; the changes are printed in one line."""
     from flashmorph.recipe.fitting import fit
 
-    recipe, told = fit(recipe, config)
-    if told:
-        say(told)
+    recipe, notice = fit(recipe, config)
+    if notice:
+        say(notice)
     return recipe
 
 
@@ -171,10 +171,10 @@ def open_run(options: Options, stages: Collection[str] = EVERY_STAGE, keep_recip
     if tokenizer := teacher.tokenizer():
         distributed.first(lambda: preflight(recipe, tokenizer, config, stages))
         if not (options.output / STAGES).exists():
-            # A run that goes on may have all its text by now.
+            # A resumed run may have all its text already.
             distributed.first(lambda: reach_text(recipe))
     if recipe.shard and not distributed.are_several():
-        raise UserError("shard=true divides weights among processes, and there is one: start it with torchrun")
+        raise UserError("shard=true shards weights over processes, and there is one: start it with torchrun")
     if distributed.are_several():
         atexit.register(distributed.leave)
         screen.say(f"{distributed.count()} processes share the work, this one on {device}")
@@ -204,7 +204,7 @@ def names(option: str, text: str) -> list[str]:
     Raises:
         UserError: there is none.
     """
-    found = [name.strip() for name in text.split(",") if name.strip()]
-    if not found:
+    parts = [name.strip() for name in text.split(",") if name.strip()]
+    if not parts:
         raise UserError(f"{option} needs at least one name")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(parts))

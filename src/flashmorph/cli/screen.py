@@ -1,4 +1,4 @@
-"""What a person sees: a line a stage, a progress bar with loss and time left, one table and the plan at the end."""
+"""The console: a line a stage, a progress bar with loss and time left, one table and the plan at the end."""
 
 import threading
 import time
@@ -19,7 +19,7 @@ from flashmorph.surface.terminal import harmless
 from flashmorph.versions import made_with
 
 _SILENT_SECONDS = 60.0
-"""After how long without news a stage says that it is still at work; each time it waits twice as long."""
+"""Seconds without progress after which a stage prints that it is still at work; the wait doubles each time."""
 
 
 class RichScreen:
@@ -54,7 +54,7 @@ class RichScreen:
 
     @contextmanager
     def _telling_of_silence(self, name: str, news: list[float]) -> Iterator[None]:
-        """What a stage runs may be a stranger's (a tokenizer, a chat template), and take as long as it likes."""
+        """A stage may run third-party code (a tokenizer, a chat template) that takes any time."""
         over = threading.Event()
 
         def watch() -> None:
@@ -79,7 +79,7 @@ class RichScreen:
         self.console.print(line, soft_wrap=True)
 
     def say(self, text: str) -> None:
-        """A line."""
+        """Print a line."""
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def show(self, results: Results) -> None:

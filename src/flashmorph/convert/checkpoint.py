@@ -1,4 +1,4 @@
-"""Which files in a folder are a checkpoint: its weights, and what travels beside them. Says what other folders are."""
+"""Which files in a folder are a checkpoint: its weights, tokenizer and settings. It names other kinds of folders."""
 
 import json
 import re
@@ -37,7 +37,7 @@ _MOST_BYTES = 1 << 28
 _BLOBS = "blobs"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _IN_TRAINING = ("*.distcp", "*/*.distcp", "global_step*", "*/*_optim_states.pt", "zero_pp_rank_*", "rank*.pt")
-"""What FSDP, PyTorch's distributed checkpoints and DeepSpeed leave behind: weights cut up among processes."""
+"""Names of sharded weights of FSDP, PyTorch's distributed checkpoints and DeepSpeed."""
 _QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _SENSES = ("vision", "visual", "audio", "vision_tower", "speech", "vit")
 _PLAIN = re.compile(r"[^/\\\0]{1,240}\.safetensors")
@@ -65,7 +65,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def travelling_files(folder: Path) -> list[Path]:
-    """What goes with the weights wherever they go: tokenizer, chat templates, generation settings; sorted.
+    """The files that are copied with the weights: tokenizer, chat templates, generation settings; sorted.
 
     Regular files under the names that transformers reads, or links to such, as the hub's cache has them; their names
     are those in `folder`. Nothing else that lies there goes with them, so nothing that can be run.
@@ -80,7 +80,7 @@ def travelling_files(folder: Path) -> list[Path]:
 
 
 def travelling_content(path: Path) -> bytes:
-    """What a file that travels has in it, without what names code for a tokenizer: there is none beside it.
+    """The content of a file that is copied, without settings that name code for a tokenizer, which is never copied.
 
     Raises:
         UserError: it is tokenizer_config.json, and no JSON.
@@ -95,7 +95,7 @@ def travelling_content(path: Path) -> bytes:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a tokenizer lies in `folder`.
+    """Whether `folder` has a tokenizer.
 
     Raises:
         UserError: it is a dead link or a git-LFS pointer.
@@ -104,7 +104,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _require_own(folder: Path, path: Path) -> None:
-    """Refuse to take along what does not belong to the checkpoint.
+    """Refuse to copy files that do not belong to the checkpoint.
 
     Raises:
         UserError: a link out of the folder, but to the blobs of the hub's cache; or a file of too many bytes.
@@ -125,7 +125,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def require_config(folder: Path) -> dict[str, Any]:
-    """What config.json in `folder` says, that of a causal language model which transformers can open.
+    """The content of config.json in `folder`, of a causal language model that transformers can open.
 
     Raises:
         UserError: there is none, and what the folder is instead; a dead link or a git-LFS pointer; a checkpoint that is
@@ -171,17 +171,17 @@ def ignored_adapter(folder: Path) -> str:
 
 
 def _matching(folder: Path, *patterns: str) -> set[Path]:
-    """What lies in `folder` under such names, dead links too, which `Path.glob` passes over."""
-    found: set[Path] = set()
+    """Files in `folder` with such names, also dead links, which `Path.glob` skips."""
+    matching: set[Path] = set()
     for parent in {str(Path(pattern).parent) for pattern in patterns if "/" in pattern} | {"."}:
-        place = folder / parent
-        there = {path.relative_to(folder).as_posix(): path for path in (place.iterdir() if place.is_dir() else ())}
-        found |= {path for name, path in there.items() if any(re.fullmatch(pattern, name) for pattern in patterns)}
-    return found
+        inner = folder / parent
+        paths = {path.relative_to(folder).as_posix(): path for path in (inner.iterdir() if inner.is_dir() else ())}
+        matching |= {path for name, path in paths.items() if any(re.fullmatch(pattern, name) for pattern in patterns)}
+    return matching
 
 
 def _refuse_other_kinds(folder: Path, values: dict[str, Any]) -> None:
-    """Say of a config.json what transformers would say late, in many lines, or with a question.
+    """Refuse a config.json that transformers would refuse later, in many lines, or with a question.
 
     Raises:
         UserError: names what the checkpoint is, and what to give instead.
@@ -229,7 +229,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _what_it_is(folder: Path) -> str:
-    """What is in a folder that is no checkpoint of a whole model, and what to do; empty where nothing tells."""
+    """The kind of a folder that is no checkpoint of a whole model, and the remedy; empty if it is not recognised."""
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         base = _base_of(folder / ADAPTER_CONFIG_NAME)
         return (
@@ -238,7 +238,7 @@ def _what_it_is(folder: Path) -> str:
         )
     if any(found for pattern in _IN_TRAINING for found in folder.glob(pattern)):
         return (
-            "holds weights cut up among processes (FSDP or DeepSpeed): have the whole model written first "
+            "holds weights sharded over processes (FSDP or DeepSpeed): have the whole model written first "
             "(accelerate merge-weights, or DeepSpeed's zero_to_fp32.py --safe_serialization), and give that folder"
         )
     return ""
@@ -254,7 +254,7 @@ def _base_of(adapter: Path) -> str:
 
 
 def _weights_instead(folder: Path) -> str:
-    """What there is in place of weights that are read."""
+    """A description of the files that are there instead of readable weights."""
     if shards := sorted(folder.glob("model-*-of-*.safetensors")):
         return f"lacks {SAFE_WEIGHTS_INDEX_NAME}, which says what is in {shards[0].name} and the others"
     if others := sorted(folder.glob("*.safetensors")):

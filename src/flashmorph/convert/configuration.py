@@ -1,7 +1,7 @@
-"""What a config.json says, held against what a model can be, before transformers builds anything of it.
+"""Checks the values of a config.json before transformers builds a model from them.
 
 A number that is no size makes transformers fail in many lines, or build for hours. And what a model is computed with is
-ours to say: nothing in a config.json chooses code, or what a forward returns.
+ours: nothing in a config.json chooses code, or the outputs of a forward.
 """
 
 import math
@@ -97,7 +97,7 @@ class _Rope(BaseModel):
 
 _NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
            "intermediate_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")  # fmt: skip
-"""What a family that has it cannot do without."""
+"""Fields that a family with them requires."""
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 _ROPES = ("rope_parameters", "rope_scaling")
 _NOT_READ = (
@@ -107,7 +107,7 @@ _NOT_READ = (
     "auto_map custom_pipelines quantization_config compression_config use_kernels kernel_config "
     # Other files in place of this one, and what a forward returns.
     "configuration_files name_or_path _name_or_path output_attentions output_hidden_states return_dict use_return_dict "
-    # Traces; and labels of classifiers, as many as a number says.
+    # Traces; and labels of classifiers, in any number.
     "torchscript num_labels id2label label2id"
 ).split()
 
@@ -162,7 +162,7 @@ def _refuse(path: Path, what: str) -> NoReturn:
 
 
 def _require_names(path: Path, values: Mapping[str, Any], maker: type) -> None:
-    """Refuse a value that would stand in the place of a part of transformers' own class."""
+    """Refuse a value that would replace a part of transformers' own class."""
     for name in values:
         own = getattr(maker, name, None)
         if name.startswith("__") or name in ("attribute_map", "per_layer_config") or callable(own):
@@ -221,21 +221,21 @@ def _require_tokens(path: Path, values: Mapping[str, Any]) -> None:
 
 def _require_consistent(path: Path, config: Any) -> None:
     """Look at what transformers has made of the values, with its defaults for those that are not there."""
-    there = {name: getattr(config, name) for name in _Numbers.model_fields if hasattr(config, name)}
-    _require_numbers(path, _Numbers, there)
-    if missing := [name for name in _NEEDED if name in there and there[name] is None]:
+    present = {name: getattr(config, name) for name in _Numbers.model_fields if hasattr(config, name)}
+    _require_numbers(path, _Numbers, present)
+    if missing := [name for name in _NEEDED if name in present and present[name] is None]:
         _refuse(path, f"{missing[0]} must have a value; got null")
-    heads, groups, width = (there.get(name) for name in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
+    heads, groups, width = (present.get(name) for name in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
     if heads and groups and heads % groups:
         _refuse(path, f"num_attention_heads is {heads:,}, no multiple of num_key_value_heads, {groups:,}")
-    if heads and width and not there.get("head_dim") and width % heads:
+    if heads and width and not present.get("head_dim") and width % heads:
         _refuse(path, f"hidden_size is {width:,}, no multiple of num_attention_heads, {heads:,}")
-    if heads and width and (of_head := there.get("head_dim") or width // heads) % 2:
+    if heads and width and (of_head := present.get("head_dim") or width // heads) % 2:
         _refuse(path, f"heads are {of_head:,} wide; rotary embeddings need an even width")
-    experts = there.get("num_experts") or there.get("num_local_experts") or 0
-    if (chosen := there.get("num_experts_per_tok")) and chosen > experts:
+    experts = present.get("num_experts") or present.get("num_local_experts") or 0
+    if (chosen := present.get("num_experts_per_tok")) and chosen > experts:
         _refuse(path, f"num_experts_per_tok is {chosen:,}, more than the {experts:,} experts")
-    types, layers = getattr(config, "layer_types", None), there.get("num_hidden_layers")
+    types, layers = getattr(config, "layer_types", None), present.get("num_hidden_layers")
     if types is not None and (not isinstance(types, list) or len(types) != layers):
         _refuse(path, f"layer_types must have a word for each of the {layers:,} layers; got {quoted(types)}")
     rope = getattr(config, "rope_parameters", None)

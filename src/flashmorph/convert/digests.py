@@ -1,4 +1,4 @@
-"""What the files of a checkpoint are known by: weights, tokenizer and chat templates each by a digest of their own."""
+"""The digests of a checkpoint's files: one of the weights, one of the tokenizer, one of the chat templates."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ def _digest_of_files(folder: Path, paths: Iterable[Path]) -> str:
 
 
 def _settings_of_tokenizer(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json; nothing where it is missing or damaged, which is told when the tokenizer is opened."""
+    """tokenizer_config.json; empty if it is missing or damaged, which is reported when the tokenizer is opened."""
     try:
         values = read_json(folder / TOKENIZER_SETTINGS)
     except UserError:

@@ -23,7 +23,7 @@ NOISE_FACTOR = 2.0
 
 @dataclass(frozen=True)
 class Proof:
-    """How far the host's logits, or a layer's outputs, are from the teacher's on a probe batch, in float32.
+    """The difference of the host's logits, or of a layer's outputs, from the teacher's on a probe batch, in float32.
 
     `largest` is the teacher's largest magnitude there, `noise` its own largest float32-against-float64 difference,
     `tolerance` what was allowed.
@@ -104,11 +104,11 @@ def prove(teacher: PreTrainedModel, model: PreTrainedModel) -> Proof:
     ids, training = probe(teacher.config).to(teacher.device), teacher.training
     teacher = teacher.eval()
     expected = teacher(input_ids=ids, use_cache=False).logits
-    found = model(input_ids=ids, use_cache=False).logits
+    of_host = model(input_ids=ids, use_cache=False).logits
     with in_float64(teacher):
         exact = teacher(input_ids=ids, use_cache=False).logits
     teacher.train(training)
-    return Proof.of(expected, found, exact)
+    return Proof.of(expected, of_host, exact)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Open a checkpoint on disk: its configuration, its weights, its tokenizer, and how its authors generate."""
+"""Open a checkpoint on disk: its configuration, weights, tokenizer and generation settings."""
 
 import copy
 from collections.abc import Callable
@@ -34,7 +34,7 @@ _NO_FOLDER = "no-adapter-is-loaded"
 
 
 def load_config(folder: Path):
-    """The configuration in `folder`, with what it leaves open or says wrongly of its own weights set right.
+    """The configuration in `folder`, corrected where it is wrong or silent about its own weights.
 
     Where it names no dtype that weights can have, it gets the one that most of them are stored in; a pad token outside
     the vocabulary is none.
@@ -54,7 +54,7 @@ def load_config(folder: Path):
 
 
 def _stored_dtype(folder: Path) -> torch.dtype | None:
-    """What most of the weights in `folder` are stored in; None where there are none, as beside a lone config.json."""
+    """The dtype of most weights in `folder`; None if there are none, as beside a lone config.json."""
     try:
         reader = ShardReader(folder)
     except UserError:
@@ -71,7 +71,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The causal language model in `folder`, on `device` (the CPU by default), and nothing of an adapter beside it.
 
-    What is stored and not used goes to `tell`, line by line; `allow_unused` as in `take_stock`.
+    Stored weights that are not used are reported to `tell`, line by line; `allow_unused` as in `take_stock`.
 
     Raises:
         UserError: weights are missing, damaged, do not fit the configuration, or are not what would be computed.
@@ -106,7 +106,7 @@ def require_one_head(model: PreTrainedModel, folder: Path) -> None:
     """Refuse a head that the configuration ties to the embedding where both have values, and not the same.
 
     Raises:
-        UserError: says what to set right.
+        UserError: names the values to correct.
     """
     head, embedding = (cast(Any, each).weight for each in (model.get_output_embeddings(), model.get_input_embeddings()))
     if not (head is embedding or head.is_meta or embedding.is_meta or torch.equal(head, embedding)):
@@ -117,7 +117,7 @@ def require_one_head(model: PreTrainedModel, folder: Path) -> None:
 
 
 def read_generation(folder: Path) -> dict[str, Any]:
-    """What generation_config.json in `folder` says, however transformers judges it; nothing where there is none.
+    """The content of generation_config.json in `folder`, unchecked by transformers; empty if there is none.
 
     Raises:
         UserError: it is damaged.
@@ -130,7 +130,7 @@ def read_generation(folder: Path) -> dict[str, Any]:
 
 
 def load_generation(folder: Path) -> GenerationConfig | None:
-    """How the authors of the checkpoint in `folder` generate; None where they do not say.
+    """The authors' generation settings for the checkpoint in `folder`; None if there are none.
 
     Of settings that contradict each other, which transformers refuses to read, the tokens alone: nothing of ours
     generates by the others.
@@ -163,7 +163,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     travelling_files(folder)
     config: Any = load_config(folder)
     try:
-        # With our configuration: its own reading of config.json would not be held against anything.
+        # With our configuration: its own reading of config.json would not be checked.
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error

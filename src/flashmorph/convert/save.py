@@ -1,4 +1,4 @@
-"""Checkpoints on disk: models with the teacher's tokenizer beside them, and the run's final result."""
+"""Checkpoints on disk: models with the teacher's tokenizer, and the run's final result."""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -31,11 +31,10 @@ from flashmorph.progress import Report
 def save_model(model: PreTrainedModel, folder: Path, origin: Path) -> None:
     """Save `model` in the dtype of the checkpoint in `origin`, with its tokenizer, template and generation settings.
 
-    A folder that an interrupted save left is replaced. Of several processes the first writes; if the model's weights
-    are divided, all must be here.
+    A folder left by an interrupted save is replaced. Rank 0 writes; if the model is sharded, all ranks must call it.
 
     Raises:
-        UserError: the place cannot be written.
+        UserError: `folder` cannot be written.
     """
     dtype = load_config(origin).dtype or torch.float32
     state = None
@@ -54,9 +53,9 @@ def save_model(model: PreTrainedModel, folder: Path, origin: Path) -> None:
 
 @contextmanager
 def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """What a model's configuration alone says of generation, in place of the file that it was opened with.
+    """Within this, the model has the generation settings that its configuration implies.
 
-    That file is copied as it is; transformers does not save all that it reads.
+    The teacher's generation_config.json is copied as a file: transformers does not save everything that it reads.
     """
     kept, model.generation_config = model.generation_config, GenerationConfig.from_model_config(model.config)
     try:
@@ -66,15 +65,15 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
 
 
 def complete(folder: Path, config: PreTrainedConfig, origin: Path) -> None:
-    """Make what transformers has saved in `folder`, with this configuration, what we publish.
+    """Complete the checkpoint of configuration `config` that transformers has saved in `folder`.
 
-    Its config.json says what engines read, not only what transformers does (`Host.serialise`); tokenizer, template and
-    generation settings come from `origin`. None of them says `use_cache: false`, as a teacher's may from its training:
-    whoever generates wants the cache. safetensors writes weights for their owner alone: they get config.json's mode.
+    Its config.json gets the fields that engines read (`Host.serialise`); tokenizer, template and generation settings
+    come from `origin`. `use_cache: false`, which a teacher may have from its training, becomes true: generation needs
+    the cache. safetensors makes weights readable for their owner only: they get the file mode of config.json.
     """
     values = read_json(folder / "config.json")
-    if (wanted := host_of(config).serialise(values)) != values:
-        write_json(folder / "config.json", wanted)
+    if (serialised := host_of(config).serialise(values)) != values:
+        write_json(folder / "config.json", serialised)
     bring(origin, folder)
     for name in (CONFIG, GENERATION):
         if (folder / name).is_file():
@@ -84,13 +83,13 @@ def complete(folder: Path, config: PreTrainedConfig, origin: Path) -> None:
 
 
 def _use_cache(path: Path) -> None:
-    """Say nowhere in a file of settings that generation is to go without a cache."""
+    """Turn `use_cache: false` in a file of settings into true."""
     if (values := read_json(path)).get("use_cache") is False:
         write_json(path, {**values, "use_cache": True})
 
 
 def _copy(path: Path, target: Path) -> None:
-    """Copy one file of a checkpoint as we publish it."""
+    """Copy one file of a checkpoint in its published form."""
     if path.name == TOKENIZER_SETTINGS:
         target.write_bytes(travelling_content(path))
         return
@@ -100,10 +99,10 @@ def _copy(path: Path, target: Path) -> None:
 
 
 def bring(origin: Path, folder: Path) -> None:
-    """Make what travels with the weights in `folder` what it is in `origin`, each file whole.
+    """Copy tokenizer, templates and generation settings from `origin` to `folder`, each file atomically.
 
     Raises:
-        UserError: the place cannot be written.
+        UserError: `folder` cannot be written.
     """
     brought = {path.relative_to(origin): path for path in travelling_files(origin)}
     for name, path in brought.items():
@@ -112,7 +111,7 @@ def bring(origin: Path, folder: Path) -> None:
             with atomic_path(folder / name) as temporary:
                 _copy(path, temporary)
     for path in travelling_files(folder):
-        # Without the teacher's, that which transformers writes says what config.json says.
+        # If the teacher has none, the file that transformers wrote stays: it agrees with config.json.
         if path.relative_to(folder) not in brought and path.name != GENERATION:
             path.unlink()
 
@@ -126,10 +125,20 @@ def write_host(
     allow_unused: bool = False,
     over_folder: bool = False,
 ) -> dict[str, Any]:
-    """Write the host in the teacher's own dtype into `folder`; what the move was proven by, and a `summary`.
+    """Write the host in the teacher's own dtype into `folder`.
 
-    `settings` are the host's own. `notices` in the result are about weights that are stored and were left out. With
-    `over_folder` it replaces what an interrupted move left.
+    Args:
+        teacher: The checkpoint that is transplanted.
+        folder: Must not exist, unless `over_folder`.
+        settings: The host's own, such as `{"mamba_expand": 1}`.
+        device: Where layers are compared.
+        report: Called with the parts done and all parts.
+        allow_unused: Whether stored weights that are not used are reported instead of refused.
+        over_folder: Whether a folder left by an interrupted transplant is replaced.
+
+    Returns:
+        The record of the stage: the proof on logits, one for each part, `notices` about stored weights that were left
+        out, and a `summary` in words.
 
     Raises:
         UserError: see `flashmorph.convert.streamed.transplant_checkpoint`; or `folder` cannot be written.
@@ -149,15 +158,15 @@ def write_host(
 
 
 def replace_checkpoint(folder: Path, source: Path, teacher: Path) -> None:
-    """Make the checkpoint in `folder` that in `source`: its files, and no others that would be opened with them.
+    """Replace the checkpoint in `folder` by that in `source`.
 
-    What travels with the weights is the `teacher`'s as it is now: it may have been edited since `source` was written.
-    Everything is copied before anything changes. Then files take their places, weights first; what is left of an
-    earlier checkpoint goes, such as a single file that would be opened instead of several; and at last config.json is
-    replaced, so that until all of the new one is there the old one is opened. Files of other kinds are not touched.
+    Tokenizer, templates and generation settings come from `teacher`, which may have been edited since `source` was
+    written. First all files are copied under temporary names. Then they are renamed, weights first. Then the
+    rest of an earlier checkpoint is removed, such as a single weight file that would be opened instead of several.
+    config.json is replaced last. Files that belong to no checkpoint are not touched.
 
     Raises:
-        UserError: the place cannot be written.
+        UserError: `folder` cannot be written.
     """
     brought = {path.relative_to(teacher): path for path in travelling_files(teacher)}
     kept = {path for path in travelling_files(source) if path.name != GENERATION}

@@ -48,7 +48,7 @@ class ShardReader:
 
     @property
     def main_dtype(self) -> torch.dtype | None:
-        """What most numbers are stored in; None where no weight is in floating point of 16 bits or more."""
+        """The dtype of most numbers; None if no weight is in floating point of 16 bits or more."""
         numbers: Counter[torch.dtype] = Counter()
         with self.slices(name for name, dtype in self.dtypes.items() if dtype in FLOATS) as slices:
             for name, each in slices.items():
@@ -94,19 +94,19 @@ class ShardWriter:
             self._parameters, self._bytes = self._parameters + tensor.numel(), self._bytes + size
 
     def finish(self) -> None:
-        """Write what is left, name the files as their number asks for, and write the index if there are several."""
+        """Write the remaining weights, name the files by their number, and write the index if there are several."""
         self._write()
         if len(self._written) == 1:
             self._written[0][0].rename(self._folder / SAFE_WEIGHTS_NAME)
             return
-        places: dict[str, str] = {}
+        weight_map: dict[str, str] = {}
         for number, (path, names) in enumerate(self._written, 1):
             stem, ending = SAFE_WEIGHTS_NAME.rsplit(".", 1)
             final = f"{stem}-{number:05d}-of-{len(self._written):05d}.{ending}"
             path.rename(self._folder / final)
-            places |= dict.fromkeys(names, final)
+            weight_map |= dict.fromkeys(names, final)
         metadata = {"total_parameters": self._parameters, "total_size": self._bytes}
-        write_json(self._folder / SAFE_WEIGHTS_INDEX_NAME, {"metadata": metadata, "weight_map": places})
+        write_json(self._folder / SAFE_WEIGHTS_INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
 
     def _write(self) -> None:
         path = self._folder / f"{len(self._written)}.safetensors.part"

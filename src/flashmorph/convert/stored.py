@@ -1,7 +1,7 @@
-"""What a checkpoint's files hold, against what transformers takes of it: the one place that decides about the rest.
+"""The weights in a checkpoint's files, compared with those that transformers uses: the rest is decided here alone.
 
 A proof that compares two models sees what was loaded, not what was left out. So before any weight is read, every stored
-name is followed through the renaming that loading does, and what no part of the model takes is told or refused.
+name is followed through the renaming of loading; weights that no part of the model uses are reported or refused.
 """
 
 import re
@@ -40,7 +40,7 @@ _HINTS = {
 
 @dataclass(frozen=True)
 class Stock:
-    """What is read, as the weight that each stored name goes into, and `notices` about what is not."""
+    """The weights that are read, by stored name, and `notices` about those that are not."""
 
     taken: dict[str, str]
     notices: tuple[str, ...]
@@ -49,8 +49,8 @@ class Stock:
 def take_stock(model: PreTrainedModel, stored: Mapping[str, str], folder: Path, allow_unused: bool = False) -> Stock:
     """Follow the names in `folder`, `stored` with their dtypes as safetensors calls them, into an (empty) `model`.
 
-    Weights of whole parts that the model does not have (prediction of several tokens, a vision tower) are told. With
-    `allow_unused` so is what would be refused of the parts that it has.
+    Weights of whole parts that the model does not have (prediction of several tokens, a vision tower) are reported.
+    With `allow_unused`, so are weights of its own parts that would be refused.
 
     Raises:
         UserError: weights are missing, or named with a wrapper's prefix; a part that is used holds a weight that is
@@ -77,16 +77,16 @@ def take_stock(model: PreTrainedModel, stored: Mapping[str, str], folder: Path, 
 
 
 def require_layers(config: PreTrainedConfig, stored: Iterable[str], folder: Path) -> None:
-    """Refuse a configuration of more layers than the weights are of, before a model of so many is made.
+    """Refuse a configuration with more layers than the weights, before such a model is built.
 
     Raises:
-        UserError: says both numbers.
+        UserError: names both numbers.
     """
     numbers = {int(layer.group(1)) for name in stored if (layer := _LAYER.match(name))}
-    if numbers and (said := getattr(config, "num_hidden_layers", 0)) > (there := max(numbers) + 1):
+    if numbers and (configured := getattr(config, "num_hidden_layers", 0)) > (stored_layers := max(numbers) + 1):
         raise UserError(
-            f"{folder} lacks weights: config.json says num_hidden_layers {said:,}, and there are "
-            f"those of {there:,} layers"
+            f"{folder} lacks weights: config.json says num_hidden_layers {configured:,}, and there are "
+            f"those of {stored_layers:,} layers"
         )
 
 
@@ -98,7 +98,7 @@ def incomplete(folder: Path, missing: list[str]) -> UserError:
 def _follow(model: PreTrainedModel, stored: Iterable[str], folder: Path) -> tuple[dict[str, str], set[str], list[str]]:
     """Which weight of the model each stored one goes into, all that are filled, and the stored ones that are left.
 
-    A weight that is divided when it is loaded goes into several; the first stands for them.
+    A weight that is split when it is loaded goes into several; the first stands for them.
 
     Raises:
         UserError: a weight is stored under two names that do not belong together.
@@ -133,7 +133,7 @@ def _follow(model: PreTrainedModel, stored: Iterable[str], folder: Path) -> tupl
 
 
 def _part_of(name: str) -> str:
-    """What the names of a part begin with: a decoder layer, or a module outside of them."""
+    """The prefix of a part's names: a decoder layer, or a module outside of them."""
     layer = _LAYER.match(name)
     return layer.group() if layer else name[: name.rfind(".") + 1]
 
@@ -148,7 +148,7 @@ def _is_inside(name: str, used: set[str]) -> bool:
 
 
 def _refuse_wrapped(folder: Path, missing: list[str], left: list[str]) -> None:
-    """Say of names in a wrapper's prefix what put it there.
+    """The notice about names with a wrapper's prefix.
 
     Raises:
         UserError: without prefixes, or behind one, the names are those that are missing.
@@ -184,11 +184,11 @@ def _refuse_dtypes(folder: Path, stored: Mapping[str, str], allowed: bool) -> li
     foreign = [name for name, dtype in stored.items() if dtype not in FLOATS]
     if not foreign:
         return []
-    found = f"{folder} stores {len(foreign)} weights as {stored[foreign[0]]}, {cut(foreign[0])} first"
+    about = f"{folder} stores {len(foreign)} weights as {stored[foreign[0]]}, {cut(foreign[0])} first"
     if allowed:
-        return [f"{found}: what is computed takes these as plain numbers, without any scale"]
+        return [f"{about}: what is computed takes these as plain numbers, without any scale"]
     raise UserError(
-        f"{found}, a quantised form: give the checkpoint it was made from (--allow-unused takes them as plain numbers)"
+        f"{about}, a quantised form: give the checkpoint it was made from (--allow-unused takes them as plain numbers)"
     )
 
 
@@ -200,8 +200,8 @@ def _refuse_names(folder: Path, inside: list[str], name: str, allowed: bool) -> 
     """
     if not inside:
         return []
-    found = f"{folder} holds {len(inside)} weights that {name} does not take, {cut(inside[0])} first"
+    finding = f"{folder} holds {len(inside)} weights that {name} does not take, {cut(inside[0])} first"
     if allowed:
-        return [f"{found}: what is computed leaves them out"]
+        return [f"{finding}: what is computed leaves them out"]
     hint = next((f" ({text})" for pattern, text in _HINTS.items() if re.search(pattern, inside[0])), "")
-    raise UserError(f"{found}{hint}: what is computed would not be what is stored; --allow-unused leaves them out")
+    raise UserError(f"{finding}{hint}: what is computed would not be what is stored; --allow-unused leaves them out")

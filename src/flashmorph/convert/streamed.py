@@ -1,8 +1,8 @@
-"""Move a checkpoint on disk into its host layer by layer: it never has to fit into memory.
+"""Transplant a checkpoint on disk layer by layer: it never has to fit into memory.
 
-Each decoder layer is read, moved, run beside the teacher's, written and forgotten before the next one is read. The
-probe batch of `in_memory.py` goes along, in every form of the two models that is compared: so at the end stand the same
-logits, and the same proof, as after a move of whole models, and before it one proof for each layer.
+Each decoder layer is read, converted, run beside the teacher's, written and freed before the next one is read. The
+probe batch of `in_memory.py` passes through the layers in every compared form of the two models. So each layer has its
+own proof, and the final logits and their proof are the same as in a transplant of whole models.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,11 +34,11 @@ _HEAD = "lm_head."
 
 @dataclass(frozen=True)
 class Moved:
-    """How a move went: the proof on logits, one for each part, and what rounding to the checkpoint's dtype costs.
+    """The record of a transplant: the proof on logits, one for each part, and the effect of rounding.
 
-    `rounding` is how much further than the teacher's own rounded form the host's is from the float32 teacher, as a KL
-    on the probe batch; None where nothing is rounded. Which weights round up is chance: single models scatter around 1.
-    `notices` are about what is stored and was left out.
+    `rounding` is the KL between the float32 teacher and the host in the checkpoint's dtype, over that between the
+    float32 teacher and the teacher in that dtype, on the probe batch; None without rounding. Which weights round up is
+    chance: single models scatter around 1. `notices` are about stored weights that were left out.
     """
 
     proof: Proof
@@ -49,9 +49,9 @@ class Moved:
 
 @dataclass(frozen=True)
 class _Part:
-    """What is in memory at once: the embedding, a decoder layer, or the last norm with the head.
+    """The unit in memory: the embedding, a decoder layer, or the last norm with the head.
 
-    `stored` are the names of its weights on disk, `prefixes` what their names in the model begin with.
+    `stored` are the names of its weights on disk, `prefixes` the prefixes of their names in the model.
     """
 
     name: str
@@ -63,20 +63,21 @@ class _Part:
         """The weights of this part among those of a whole model."""
         return {name: weight for name, weight in state.items() if name.startswith(self.prefixes)}
 
-    def run(self, model: PreTrainedModel, given: torch.Tensor) -> torch.Tensor:
-        """What this part of `model` makes of token ids, of hidden states, or at the end of the last ones."""
+    def run(self, model: PreTrainedModel, inputs: torch.Tensor) -> torch.Tensor:
+        """The output of this part of `model`: hidden states `[batch, time, width]` of token ids or hidden states, or
+        logits of the last hidden states."""
         decoder: Any = model.model
         if _HEAD in self.prefixes:
-            return Head.of(model)(decoder.norm(given))
+            return Head.of(model)(decoder.norm(inputs))
         if self.layer is None:
             with _alone(decoder, []):
-                return decoder(input_ids=given, use_cache=False).last_hidden_state
+                return decoder(input_ids=inputs, use_cache=False).last_hidden_state
         layer = decoder.layers[self.layer]
-        # The model prepares the layer's other arguments; what it would do to an embedding was done before.
-        hook = layer.register_forward_pre_hook(lambda module, inputs: (given, *inputs[1:]))
+        # The model prepares the layer's other arguments; its scaling of embeddings was applied in the first part.
+        hook = layer.register_forward_pre_hook(lambda module, arguments: (inputs, *arguments[1:]))
         try:
             with _alone(decoder, [layer]):
-                return decoder(inputs_embeds=given, use_cache=False).last_hidden_state
+                return decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state
         finally:
             hook.remove()
 
@@ -90,14 +91,25 @@ def transplant_checkpoint(
     report: Report = silent,
     allow_unused: bool = False,
 ) -> tuple[PreTrainedConfig, Moved]:
-    """Write the teacher in `source`, moved into its host's class, into the folder `target`: weights and configuration.
+    """Transplant the teacher in `source` into its host's class: weights and configuration in the folder `target`.
 
-    In the dtype of the checkpoint, in files as large as the teacher's; what the host computes is proven in float32.
-    In memory at once, at most: one file of the result; and of one layer the weights in float32 of teacher and host, or
-    the teacher's in float64. `settings` are the host's own (`{"mamba_expand": 1}`); `allow_unused` as in `take_stock`.
+    The files have the checkpoint's dtype and the size of the teacher's; the host's outputs are proven in float32. Peak
+    memory is one file of the result, and of one layer the weights of teacher and host in float32 or the teacher's in
+    float64.
+
+    Args:
+        source: The teacher's folder.
+        target: An existing, empty folder.
+        settings: The host's own, such as `{"mamba_expand": 1}`.
+        device: Where layers are compared; None: the CPU.
+        report: Called with the parts done and all parts.
+        allow_unused: See `take_stock`.
+
+    Returns:
+        The host's configuration, and the record of the transplant.
 
     Raises:
-        UserError: no exact host, a checkpoint that is damaged or incomplete or holds what is not computed, or a part
+        UserError: no exact host, a checkpoint that is damaged, incomplete or has weights that are not used, or a part
             that differs by more than the tolerance.
     """
     config = load_config(source)
@@ -112,15 +124,15 @@ def transplant_checkpoint(
         _buffers_to(each, device)
     dtype = cast(torch.dtype, config.dtype or torch.float32)
     rounded = dtype if dtype in (torch.bfloat16, torch.float16) else None
-    trip = _Trip(host, teacher, model, rounded, probe(config).to(device))
+    compared = _Probe(host, teacher, model, rounded, probe(config).to(device))
     parts = _parts(config, stock.taken)
     for number, part in enumerate(parts):
         report(number, len(parts))
         _read(teacher, part, reader, source, device)
         _fill(model, part, host.state(config, part.of(teacher.state_dict())))
         writer.add(_stored(model, part), dtype)
-        trip.pass_through(part)
-    moved = trip.arrive()
+        compared.run(part)
+    moved = compared.finish()
     writer.finish()
     model.config.dtype, model.config.architectures = dtype, [host.name]
     model.config.save_pretrained(target)
@@ -129,8 +141,8 @@ def transplant_checkpoint(
     return model.config, replace(moved, notices=stock.notices)
 
 
-class _Trip:
-    """The probe batch on its way through the parts, in each form of teacher and host that is compared."""
+class _Probe:
+    """Runs the probe batch through the parts, in each compared form of teacher and host."""
 
     def __init__(
         self,
@@ -141,45 +153,45 @@ class _Trip:
         ids: torch.Tensor,
     ):
         self._host, self._teacher, self._model, self._rounded = host, teacher, model, rounded
-        self._at = dict.fromkeys(("teacher", "host", "exact", "rounded teacher", "rounded host"), ids)
+        self._states = dict.fromkeys(("teacher", "host", "exact", "rounded teacher", "rounded host"), ids)
         self._proofs: dict[str, Proof] = {}
 
-    def pass_through(self, part: _Part) -> None:
-        """Run one part, which is in memory in float32, in each form, and forget it.
+    def run(self, part: _Part) -> None:
+        """Run one part, which is in memory in float32, in each form, and free its weights.
 
         Raises:
             UserError: on the teacher's own hidden states the host's outputs differ by more than the tolerance.
         """
-        at, given = self._at, self._at["teacher"]
-        at["teacher"] = part.run(self._teacher, given)
-        found = part.run(self._model, given)
-        at["host"] = part.run(self._model, at["host"])
+        states, inputs = self._states, self._states["teacher"]
+        states["teacher"] = part.run(self._teacher, inputs)
+        output = part.run(self._model, inputs)
+        states["host"] = part.run(self._model, states["host"])
         if self._rounded:
             _round(self._model, self._rounded)
-            at["rounded host"] = part.run(self._model, at["rounded host"])
-        _forget(self._model)
+            states["rounded host"] = part.run(self._model, states["rounded host"])
+        _free(self._model)
         with in_float64(self._teacher):
-            exact = part.run(self._teacher, given.double() if given.is_floating_point() else given)
-            at["exact"] = part.run(self._teacher, at["exact"])
+            exact = part.run(self._teacher, inputs.double() if inputs.is_floating_point() else inputs)
+            states["exact"] = part.run(self._teacher, states["exact"])
         if self._rounded:
             _round(self._teacher, self._rounded)
-            at["rounded teacher"] = part.run(self._teacher, at["rounded teacher"])
-        _forget(self._teacher)
-        self._proofs[part.name] = Proof.of(at["teacher"], found, exact)
+            states["rounded teacher"] = part.run(self._teacher, states["rounded teacher"])
+        _free(self._teacher)
+        self._proofs[part.name] = Proof.of(states["teacher"], output, exact)
         self._proofs[part.name].require(self._host, f"the outputs of {part.name}")
 
-    def arrive(self) -> Moved:
+    def finish(self) -> Moved:
         """Compare the logits.
 
         Raises:
             UserError: they differ by more than the tolerance.
         """
-        proof = Proof.of(*(self._at[form] for form in ("teacher", "host", "exact")))
+        proof = Proof.of(*(self._states[form] for form in ("teacher", "host", "exact")))
         proof.require(self._host, "logits")
         if not self._rounded:
             return Moved(proof, self._proofs, None)
         exact, *rounded = (
-            F.log_softmax(self._at[form].float(), -1).flatten(0, 1)
+            F.log_softmax(self._states[form].float(), -1).flatten(0, 1)
             for form in ("teacher", "rounded teacher", "rounded host")
         )
         own, hosts = (F.kl_div(each, exact, log_target=True, reduction="batchmean").item() for each in rounded)
@@ -187,11 +199,11 @@ class _Trip:
 
 
 def _parts(config: PreTrainedConfig, taken: Mapping[str, str]) -> list[_Part]:
-    """The parts in the order in which they run; `taken` has the weight that each stored name goes into."""
+    """The parts in the order in which they run; `taken` maps each stored name to a weight of the model."""
 
     def part(name: str, *prefixes: str, also: str = "", layer: int | None = None) -> _Part:
-        wanted = (*prefixes, also) if also else prefixes
-        return _Part(name, [name for name, weight in taken.items() if weight.startswith(wanted)], prefixes, layer)
+        read = (*prefixes, also) if also else prefixes
+        return _Part(name, [name for name, weight in taken.items() if weight.startswith(read)], prefixes, layer)
 
     return [
         part("the embedding", _EMBEDDING),
@@ -201,11 +213,11 @@ def _parts(config: PreTrainedConfig, taken: Mapping[str, str]) -> list[_Part]:
 
 
 def _read(teacher: PreTrainedModel, part: _Part, reader: ShardReader, source: Path, device: torch.device) -> None:
-    """Fill one part of `teacher` in float32, as `from_pretrained` does: weights renamed, experts joined.
+    """Fill one part of `teacher` in float32, as `from_pretrained` does: weights renamed, experts stacked.
 
     Raises:
-        UserError: a weight is damaged, of another shape or not finite; or a head that the configuration ties to the
-            embedding is stored beside it and is another.
+        UserError: a weight is damaged, of another shape or not finite; or a stored head differs from the embedding that
+            the configuration ties it to.
     """
     loading = LoadStateDictConfig(
         dtype=torch.float32,
@@ -218,7 +230,7 @@ def _read(teacher: PreTrainedModel, part: _Part, reader: ShardReader, source: Pa
     except Exception as error:
         raise unreadable(source, error) from error
     if problems := [*info.error_msgs, *info.conversion_errors.values()]:
-        raise unreadable(source, ValueError(problems[0].strip().splitlines()[-1]))  # Before it stands a traceback.
+        raise unreadable(source, ValueError(problems[0].strip().splitlines()[-1]))  # A traceback comes before it.
     for name, found, expected in info.mismatched_keys:
         raise unreadable(source, ValueError(f"{name} has shape {list(found)}, not {list(expected)}"))
     if teacher.config.tie_word_embeddings:
@@ -240,7 +252,7 @@ def _fill(model: PreTrainedModel, part: _Part, state: dict[str, torch.Tensor]) -
 
 
 def _stored(model: PreTrainedModel, part: _Part) -> dict[str, torch.Tensor]:
-    """The weights of one part as `save_pretrained` stores them: experts apart, and no head that is the embedding."""
+    """The weights of one part as `save_pretrained` stores them: experts one by one, no tied head."""
     state = part.of(model.state_dict())
     if model.config.tie_word_embeddings:
         state = {name: weight for name, weight in state.items() if not name.startswith(_HEAD)}
@@ -249,13 +261,13 @@ def _stored(model: PreTrainedModel, part: _Part) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _alone(decoder: Any, layers: list[nn.Module]):
-    """A decoder that has these layers only, and no norm at its end."""
-    every, norm = decoder.layers, decoder.norm
+    """Within this, the decoder has these layers only and no final norm."""
+    all_layers, norm = decoder.layers, decoder.norm
     decoder.layers, decoder.norm = nn.ModuleList(layers), nn.Identity()
     try:
         yield
     finally:
-        decoder.layers, decoder.norm = every, norm
+        decoder.layers, decoder.norm = all_layers, norm
 
 
 def _round(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -264,8 +276,8 @@ def _round(model: PreTrainedModel, dtype: torch.dtype) -> None:
         weight.data = weight.data.to(dtype)
 
 
-def _forget(model: PreTrainedModel) -> None:
-    """Leave shapes of weights only, in float32."""
+def _free(model: PreTrainedModel) -> None:
+    """Replace all weights by their shapes, on the device `meta` in float32."""
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             empty = torch.empty_like(weight, device="meta", dtype=torch.float32)
@@ -273,7 +285,7 @@ def _forget(model: PreTrainedModel) -> None:
 
 
 def _buffers_to(model: PreTrainedModel, device: torch.device) -> None:
-    """Move what is not trained, the rotary frequencies; weights are not there to be moved."""
+    """Move the buffers, such as rotary frequencies; weights are on the device `meta`."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))

@@ -61,7 +61,7 @@ class Teacher:
         return load_tokenizer(self.folder)
 
     def generation(self) -> dict[str, Any]:
-        """What generation_config.json says, however transformers judges it; nothing where there is none.
+        """The content of generation_config.json, unchecked by transformers; empty if there is none.
 
         Raises:
             UserError: it is no JSON.
@@ -119,7 +119,7 @@ def open_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, by folder or name; in float32 on a CPU, else in its own dtype.
 
-    What is stored and not used goes to `tell`; see `load_model`.
+    Stored weights that are not used are reported to `tell`; see `load_model`.
 
     Raises:
         UserError: nothing there, damaged, or without a tokenizer.

@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from flashmorph.surface.interrupts import template_limit
 
 CHAT_COLUMNS = ("messages", "conversations")
-"""Where a row's conversation is looked for, in this order."""
+"""Columns that may hold a conversation, in order of preference."""
 TOOLS_COLUMN = "tools"
-"""Where the tools are that a conversation may call."""
+"""The column of the tools that a conversation may call."""
 NO_REPLY = "no message is a reply"
-"""How the reason of `Unfit` begins where nothing of a conversation would be learnt."""
+"""The beginning of the reason of `Unfit` if a conversation has no target."""
 _MARKS_REPLIES = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REPLY = "assistant"
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -26,7 +26,7 @@ _ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-"""What ShareGPT's rows call their speakers."""
+"""Roles by ShareGPT's names of speakers."""
 
 Message = dict[str, Any]
 
@@ -70,18 +70,18 @@ def without_nulls(value: Any) -> Any:
 
 
 def spoken(messages: list[Message]) -> str:
-    """What is said in a conversation and what tools are called, without who says it."""
-    return "\n\n".join(said for message in messages for said in _said(message))
+    """The messages and tool calls of a conversation, without their roles."""
+    return "\n\n".join(part for message in messages for part in _spoken_parts(message))
 
 
 @template_limit
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], replies_only: bool, tools: Any = None
 ) -> tuple[list[int], list[bool]]:
-    """The tokens of a conversation under the tokenizer's chat template, and which of them are learnt.
+    """The tokens of a conversation under the tokenizer's chat template, and which of them are targets of the loss.
 
     They are those of `apply_chat_template(messages, tools=tools)`, where the template takes the messages as they are;
-    see `_as_taken`. With `replies_only` the replies and what ends them are learnt. Some templates mark them
+    see `_as_taken`. With `replies_only` the replies and their end tokens are targets. Some templates mark them
     (`{% generation %}`). For the others, a reply begins where the conversation before it, put into words with an
     invitation to reply, ends; it ends with the conversation up to it, or, where the template words earlier replies in
     another way than the last, with the first special token.
@@ -95,21 +95,21 @@ def encode_chat(
         template = tokenizer.get_chat_template(tools=tools)
         messages = _as_taken(messages, lambda each: _worded(tokenizer, each, tools))
         if replies_only and not _MARKS_REPLIES.search(template):
-            ids, learnt = _find_replies(tokenizer, messages, tools)
+            ids, targets = _find_replies(tokenizer, messages, tools)
         else:
-            found: Any = tokenizer.apply_chat_template(
+            encoded: Any = tokenizer.apply_chat_template(
                 messages, tools=tools, return_dict=True, return_assistant_tokens_mask=replies_only
             )
-            ids = found["input_ids"]
-            learnt = [bool(mark) for mark in found["assistant_masks"]] if replies_only else [True] * len(ids)
+            ids = encoded["input_ids"]
+            targets = [bool(mark) for mark in encoded["assistant_masks"]] if replies_only else [True] * len(ids)
     except Unfit:
         raise
     except Exception as error:  # A template is a program, and rows are what they are.
         raise Unfit((str(error).splitlines() or [type(error).__name__])[0]) from error
-    if not any(learnt):
+    if not any(targets):
         roles = ", ".join(repr(role) for role in dict.fromkeys(message["role"] for message in messages))
         raise Unfit(f"{NO_REPLY} with tokens of its own: replies are those of {_REPLY!r}, and the roles are {roles}")
-    return ids, learnt
+    return ids, targets
 
 
 def _check(messages: list[Message], tools: Any) -> None:
@@ -153,7 +153,7 @@ def _worded(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: 
     return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=invite))
 
 
-def _said(message: Message) -> Iterator[str]:
+def _spoken_parts(message: Message) -> Iterator[str]:
     content = message.get("content")
     if isinstance(content, str):
         yield content
@@ -197,13 +197,13 @@ def _shows_parts(text: str, message: Message) -> bool:
 
 
 def _shows(text: str, part: str) -> bool:
-    """Whether the text of a part stands in `text`, as it is or as JSON."""
+    """Whether `text` contains the text of a part, as it is or as JSON."""
     part = part.strip()
     return part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text
 
 
 def _from_json(value: Any) -> Any:
-    """What a string that begins as a list or an object in JSON holds; everything else as it is."""
+    """The content of a string that begins as a list or an object in JSON; every other value as it is."""
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     try:
@@ -220,7 +220,7 @@ def _find_replies(
     ids: list[int] = encoded["input_ids"]
     begins = [begin for begin, _ in encoded["offset_mapping"]]
     special = set(tokenizer.all_special_ids)
-    learnt = [False] * len(ids)
+    targets = [False] * len(ids)
     for number, message in enumerate(messages):
         if message["role"] != _REPLY:
             continue
@@ -230,14 +230,14 @@ def _find_replies(
         upto = _worded(tokenizer, messages[: number + 1], tools)
         if not whole.startswith(before):
             raise Unfit("the template words the beginning of a conversation in another way than the whole")
-        places = [place for place, begin in enumerate(begins) if begin >= len(before)]
+        reply = [index for index, begin in enumerate(begins) if begin >= len(before)]
         if whole.startswith(upto):
-            places = [place for place in places if begins[place] < len(upto)]
+            reply = [index for index in reply if begins[index] < len(upto)]
         else:
-            last = next((place for place in places if ids[place] in special), None)
+            last = next((index for index in reply if ids[index] in special), None)
             if last is None:
-                raise Unfit("the end of a reply cannot be told from what follows it")
-            places = [place for place in places if place <= last]
-        for place in places:
-            learnt[place] = True
-    return ids, learnt
+                raise Unfit("the end of a reply cannot be found in the tokens after it")
+            reply = [index for index in reply if index <= last]
+        for index in reply:
+            targets[index] = True
+    return ids, targets

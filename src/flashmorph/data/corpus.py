@@ -1,4 +1,4 @@
-"""Text: where it comes from, its four disjoint splits, and where a reader of it stands."""
+"""Text: its sources, its four disjoint splits, and the position of a reader."""
 
 import hashlib
 import json
@@ -26,17 +26,17 @@ _POOL_CHARACTERS = 8_000_000
 
 def split_of(text: str) -> str:
     """The split that a document belongs to, from the digest of its text alone: no order or seed can move it."""
-    place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
+    point = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
     for split, share in _HELD_OUT_SHARES.items():
-        if place < share:
+        if point < share:
             return split
-        place -= share
+        point -= share
     return "train"
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text, or a conversation: then `text` is what is said in it, and `tools` what it may call."""
+    """A text, or a conversation: then `text` joins its messages, and `tools` are the tools that it may call."""
 
     text: str
     messages: list[Message] | None = None
@@ -49,11 +49,11 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a pass over a corpus stands, as JSON values.
+class Position:
+    """The position of a pass over a corpus, as JSON values.
 
-    `reader` is the state of the stream in front of a block of rows, `blocks` the number of blocks before it, `given`
-    the number of documents that it has given.
+    `reader` is the state of the stream before a block of rows, `blocks` the number of blocks before it, `given` the
+    number of documents already read from the block.
     """
 
     reader: dict[str, Any] | None = None
@@ -69,8 +69,8 @@ class Corpus:
     zst) or the name of a dataset, which is streamed; `config` and `column` belong to the latter two, `split` to a
     dataset. A txt or md file is one document, unless it is long: then it is cut, so that one big file has all splits
     too (`textfiles.py`). A row is a conversation where `column` holds one, or where that holds nothing but one of
-    `CHAT_COLUMNS` does; `TOOLS_COLUMN` holds what it may call. `replies_only`: of conversations, only the assistant's
-    words are learnt.
+    `CHAT_COLUMNS` does; `TOOLS_COLUMN` holds the tools that it may call. `replies_only`: in conversations, only the
+    assistant's words are targets of the loss.
     """
 
     source: str = DEMO
@@ -81,19 +81,19 @@ class Corpus:
 
     @property
     def is_chat(self) -> bool:
-        """Whether its settings alone say that it has conversations."""
+        """Whether its settings alone show that it has conversations."""
         return self.replies_only or self.column in CHAT_COLUMNS
 
     def documents(self, split: str, seed: int) -> Iterator[str]:
         """The text of one pass over the documents of `split`; see `read`."""
         return (document.text for document, _ in self.read(split, seed) if document.text)
 
-    def read(self, split: str, seed: int, place: Place | None = None) -> Iterator[tuple[Document, Place]]:
-        """One pass over the documents of `split`, from `place` on, each with the place behind it.
+    def read(self, split: str, seed: int, position: Position | None = None) -> Iterator[tuple[Document, Position]]:
+        """One pass over the documents of `split`, from `position` on, each with the position after it.
 
         The files of a source are read in turns, in an order that `seed` shuffles, and each `_BLOCK` rows are shuffled
-        among themselves. So a place needs no more than the stream's own state: `datasets` shuffles through a buffer
-        whose content is lost when a stream goes on from its state.
+        among themselves. So a position needs no more than the stream's own state: `datasets` would shuffle through a
+        buffer whose content is lost when a stream is restored.
 
         Raises:
             ValueError: `split` is unknown.
@@ -101,33 +101,36 @@ class Corpus:
         """
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
-        for block, at in self._blocks(seed, place or Place()):
-            found = (self._document_in(row, where) for where, row in block)
-            wanted = (document for document in found if document and document.split == split)
-            for number, document in enumerate(islice(wanted, at.given, None), at.given + 1):
-                yield document, Place(at.reader, at.blocks, number)
+        for block, start in self._blocks(seed, position or Position()):
+            documents = (self._document_in(row, where) for where, row in block)
+            of_split = (document for document in documents if document and document.split == split)
+            for number, document in enumerate(islice(of_split, start.given, None), start.given + 1):
+                yield document, Position(start.reader, start.blocks, number)
 
     def every(self) -> Iterator[Document]:
         """One pass over the documents of all splits; see `read`."""
-        for block, _ in self._blocks(0, Place()):
+        for block, _ in self._blocks(0, Position()):
             yield from (document for where, row in block if (document := self._document_in(row, where)))
 
-    def _blocks(self, seed: int, place: Place) -> Iterator[tuple[list[tuple[str, dict[str, Any]]], Place]]:
-        """Shuffled blocks of rows, each row with the file or dataset that it is from, each block with its place;
-        whatever a reader stumbles over becomes one sentence."""
+    def _blocks(self, seed: int, position: Position) -> Iterator[tuple[list[tuple[str, dict[str, Any]]], Position]]:
+        """Shuffled blocks of rows, each row with its file or dataset, each block with its position.
+
+        Raises:
+            UserError: any error of the reader, in one sentence.
+        """
         order = np.random.default_rng(seed)
-        for _ in range(place.blocks):
+        for _ in range(position.blocks):
             order.permutation(_BLOCK)
         try:
             paths = self.paths()
             stream = self._from_hub() if paths is None else stream_of(paths, self._columns, (TOOLS_COLUMN,))
             stream = stream.shuffle(seed=seed, buffer_size=1)
-            if place.reader:
-                stream.load_state_dict(place.reader)
+            if position.reader:
+                stream.load_state_dict(position.reader)
             rows = ((self.source, row) if paths is None else (row["file"], row["row"]) for row in stream)
             while block := list(islice(rows, _BLOCK)):
-                yield [block[number] for number in order.permutation(len(block))], place
-                place = Place(stream.state_dict(), place.blocks + 1)
+                yield [block[number] for number in order.permutation(len(block))], position
+                position = Position(stream.state_dict(), position.blocks + 1)
         except UserError:
             raise
         except StopIteration as error:
@@ -154,11 +157,11 @@ class Corpus:
 
     @property
     def _columns(self) -> tuple[str, ...]:
-        """Where text or a conversation is looked for, in this order."""
+        """The columns that may hold text or a conversation, in order of preference."""
         return tuple(dict.fromkeys((self.column, *CHAT_COLUMNS)))
 
     def pool(self, split: str, seed: int, characters: int = _POOL_CHARACTERS) -> list[str]:
-        """Documents of `split` up to about `characters` characters: what haystacks are made of.
+        """Documents of `split` up to about `characters` characters, for haystacks.
 
         Raises:
             UserError: the corpus has no document in this split.
@@ -226,5 +229,5 @@ def files_of(corpus: Corpus | Mixture) -> list[Path]:
 
 
 def no_text(corpus: Corpus, split: str) -> UserError:
-    """What to say of a corpus without a document in `split`."""
+    """The error for a corpus without a document in `split`."""
     return UserError(f"{corpus.source} has no text for the split {split!r}: it needs more documents")

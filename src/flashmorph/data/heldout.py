@@ -1,4 +1,4 @@
-"""Held-out text: what perplexity is measured on, each document by itself and none twice."""
+"""Held-out text for perplexity: each document by itself and none twice."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,18 +21,18 @@ _ARRAYS = ("ids", "sizes", "documents", "special", "asked")
 
 
 class Batch(NamedTuple):
-    """Pieces that are run at once.
+    """Pieces of one forward.
 
-    `ids` `[pieces, time]` are padded on the right, where causal layers do not look; `predicted` `[pieces, time]` is
-    True at each token that is predicted, and `places` are where those stand among all of the text.
+    `ids` `[pieces, time]` are padded on the right, which causal layers do not see; `predicted` `[pieces, time]` is True
+    at each token that is predicted; `positions` `[tokens]` are the indices of those among all predicted tokens.
     """
 
     ids: torch.Tensor
     predicted: torch.Tensor
-    places: np.ndarray
+    positions: np.ndarray
 
     def losses(self, run: Callable[[torch.Tensor], torch.Tensor], head: Head) -> torch.Tensor:
-        """The cross-entropy in nats of each predicted token, in the order of `places`, `[tokens]`.
+        """The cross-entropy in nats of each predicted token, in the order of `positions`, `[tokens]`.
 
         `run(ids)` gives last hidden states `[pieces, time, width]`.
         """
@@ -41,11 +41,11 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Text in pieces that are each read by themselves: a document, or a window of one that is longer than `length`.
+    """Text in pieces that are scored separately: a document, or a window of one that is longer than `length` tokens.
 
-    Every piece begins with the special tokens that the tokenizer puts before a text (`special` says how many); they
-    are not predicted, nor is a first token, which nothing stands before. `documents` is the number of each piece's
-    document. `wanted` tokens of text were asked for; `tokens` there are.
+    Every piece begins with the special tokens that the tokenizer puts before a text, `special` of them; they are not
+    predicted, nor is a first token, which has no context. `documents` has the number of each piece's document. The text
+    has `tokens` tokens, of `wanted`.
     """
 
     pieces: list[list[int]]
@@ -56,17 +56,17 @@ class HeldOut:
 
     @property
     def tokens(self) -> int:
-        """Tokens of text, special ones before it left out."""
+        """Tokens of text, without the special ones before it."""
         return sum(map(len, self.pieces)) - sum(self.special)
 
     @cached_property
     def firsts(self) -> list[int]:
-        """The first token of each piece that is predicted."""
+        """The index of the first predicted token of each piece."""
         return [max(1, special) for special in self.special]
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        """Where each piece's tokens begin among those that are predicted, and their number, `[pieces + 1]`."""
+        """Offsets `[pieces + 1]` of each piece among all predicted tokens, and their number."""
         sizes = [len(piece) - first for piece, first in zip(self.pieces, self.firsts, strict=True)]
         return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
@@ -87,17 +87,17 @@ class HeldOut:
         return batches
 
     def batch(self, numbers: Sequence[int], device: torch.device) -> Batch:
-        """The pieces of these numbers."""
+        """The pieces with these `numbers`, padded."""
         rows = [torch.tensor(self.pieces[number], device=device) for number in numbers]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         time = torch.arange(ids.shape[1], device=device)
         first = torch.tensor([self.firsts[number] for number in numbers], device=device)
         size = torch.tensor([len(row) for row in rows], device=device)
-        places = [np.arange(self.offsets[number], self.offsets[number + 1]) for number in numbers]
-        return Batch(ids, (time >= first[:, None]) & (time < size[:, None]), np.concatenate(places))
+        positions = [np.arange(self.offsets[number], self.offsets[number + 1]) for number in numbers]
+        return Batch(ids, (time >= first[:, None]) & (time < size[:, None]), np.concatenate(positions))
 
     def save(self, path: Path) -> None:
-        """Write it to `path`, whole or not at all."""
+        """Write it to `path` atomically."""
         with atomic_path(path) as temporary, temporary.open("wb") as stream:
             np.savez(
                 stream,
@@ -110,15 +110,15 @@ class HeldOut:
 
     @classmethod
     def load(cls, path: Path) -> "HeldOut":
-        """What `save` wrote.
+        """Read what `save` wrote.
 
         Raises:
-            UserError: the file is missing, cut or something else.
+            UserError: the file is missing, truncated or of another kind.
         """
         try:
             with np.load(path) as kept:
                 ids, sizes, documents, special, asked = (kept[name] for name in _ARRAYS)
-        except Exception as error:  # It is an archive whose parts are read as Python is: that fails in many ways.
+        except Exception as error:  # Reading an archive of arrays fails in many ways.
             raise UserError(f"{path} is damaged: it cannot be read") from error
         whole = all(each.ndim == 1 and each.dtype.kind in "iu" for each in (ids, sizes, documents, special, asked))
         if not whole or not len(sizes) == len(documents) == len(special) or sum(sizes.tolist()) != len(ids):
@@ -137,9 +137,15 @@ def hold_out(
     tokens: int,
     seed: int,
 ) -> HeldOut:
-    """`tokens` tokens of the documents of `split` in pieces of at most `length`, or all that there are.
+    """`tokens` tokens of the documents of `split` in pieces, or all text of the split if it has less.
 
-    A mixture gives each source its share of them for as long as it has text.
+    Args:
+        corpus: The text; of a mixture, each source gives its share as long as it has text.
+        tokenizer: The teacher's.
+        split: Documents of this split only.
+        length: The most tokens of a piece.
+        tokens: Tokens of text in all.
+        seed: Of the order of documents.
 
     Raises:
         UserError: a source has no text in this split, or cannot be read; or special tokens fill `length`.
@@ -163,7 +169,7 @@ def hold_out(
         if left <= 0:
             break
     for part in parts:
-        part.tell()
+        part.report_left_out()
     if not pieces:
         raise no_text(shares_of(corpus)[0][0], split)
     return HeldOut(pieces, documents, special, length, tokens)

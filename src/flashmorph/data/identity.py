@@ -1,4 +1,4 @@
-"""What the text of a run is known by, so that other text is another result and the same text elsewhere is not."""
+"""The identity of a run's text, which changes with the text and not with its folder."""
 
 from functools import cache
 from itertools import islice
@@ -15,7 +15,7 @@ _DIGESTED, _LEAST_DIGESTED = 1 << 28, 1 << 20
 
 
 def identity_of(corpus: Corpus | Mixture) -> list[dict[str, Any]]:
-    """What the text of a corpus depends on, as JSON values, part by part.
+    """The values that the text of a corpus depends on, as JSON values, part by part.
 
     Local text is known by what is in its files and by their names, wherever they lie; a dataset by what names it.
     """
@@ -23,7 +23,7 @@ def identity_of(corpus: Corpus | Mixture) -> list[dict[str, Any]]:
 
 
 def has_conversations(corpus: Corpus | Mixture) -> bool:
-    """Whether text is worded by the teacher's chat template: as the settings say, or the first documents of local
+    """Whether text is worded by the teacher's chat template: by the settings, or by the first documents of local
     files."""
     return any(part.is_chat or _starts_with_chat(part, str(_identity(part))) for part, _ in shares_of(corpus))
 
@@ -51,10 +51,10 @@ def _contents(source: Path, paths: list[Path]) -> list[tuple[str, int, str]]:
 
 @cache
 def _starts_with_chat(part: Corpus, identity: str) -> bool:
-    """Whether local files that are what `identity` says begin with conversations."""
+    """Whether the local files with this `identity` begin with conversations."""
     if part.source == DEMO or part.paths() is None:
         return False
     try:
         return any(document.messages is not None for document in islice(part.every(), _FIRST_DOCUMENTS))
     except Exception:
-        return False  # Whoever reads the text says why it cannot be read.
+        return False  # Reading the text reports why it cannot be read.

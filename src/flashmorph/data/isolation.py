@@ -1,7 +1,7 @@
-"""Several documents in one row, kept apart: nothing of one reaches another, through attention, state or convolution.
+"""Document isolation in packed rows: no attention, recurrent state or convolution crosses a boundary.
 
-Where all mixers of a host take the boundaries, rows go through as they are (`marked`); elsewhere they are cut at the
-boundaries into batches of single documents (`cut`). `apart` says which, and a stage keeps it in its record.
+If all mixers of a host support varlen, rows run as they are, with boundary arguments (`marked`). Otherwise they are
+split at the boundaries into batches of single documents (`cut`). `apart` chooses, and a stage records the choice.
 """
 
 from dataclasses import dataclass, field, replace
@@ -14,11 +14,11 @@ from flashmorph import distributed
 
 @dataclass(frozen=True)
 class Packed:
-    """What one forward is given: `input_ids` `[batch, time]`, and `boundaries`, further arguments of the model.
+    """The input of one forward: `input_ids` `[batch, time]` and `boundaries`, keyword arguments of the decoder.
 
-    `real` `[batch, time]` is False at padding, `continues` `[batch, time]` where a token does not follow another of its
-    document; None: no padding, and each row is one document. `loss_mask` `[batch, time]` is False at tokens that are
-    not learnt; None: all are.
+    `real` `[batch, time]` is False at padding; None: there is none. `continues` `[batch, time]` is False at the first
+    token of each document; None: each row is one document. `loss_mask` `[batch, time]` is False at tokens that are
+    not targets of the loss; None: all are.
     """
 
     input_ids: torch.Tensor
@@ -28,33 +28,34 @@ class Packed:
     loss_mask: torch.Tensor | None = None
 
     def run(self, decoder: Any) -> torch.Tensor:
-        """Last hidden states of each token, `[tokens, width]`, padding left out.
+        """Last hidden states of each token, `[tokens, width]`, without padding.
 
-        Without a cache and a mask: with either, transformers does not look for boundaries.
+        It passes neither a cache nor a mask: with either, transformers ignores the boundaries.
         """
         return self.tokens(decoder(input_ids=self.input_ids, use_cache=False, **self.boundaries).last_hidden_state)
 
     def tokens(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`hidden` `[batch, time, ...]` of each token that is none of padding, `[tokens, ...]`."""
+        """`hidden` `[batch, time, ...]` without padding, `[tokens, ...]`."""
         return hidden.flatten(0, 1) if self.real is None else hidden[self.real]
 
     def next_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Places among `tokens` that have a next token in their document that is learnt, and those next tokens."""
+        """Indices into `tokens` whose next token is a target of the loss in the same document, and those targets; both
+        `[targets]`."""
         labels = self._continues() if self.loss_mask is None else self._continues() & self.loss_mask
         (labelled,) = self.tokens(labels).nonzero(as_tuple=True)
         return labelled - 1, self.tokens(self.input_ids)[labelled]
 
     def predicting(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Of `hidden` `[tokens, ...]`, as `tokens` gives it, what predicts a token that is learnt.
+        """The entries of `hidden` `[tokens, ...]` (as from `tokens`) that predict a target of the loss.
 
-        The last token of a document, whose next one is not there, counts where it is learnt itself.
+        The last token of a document has no next one; it is included if it is a target itself.
         """
         if self.loss_mask is None:
             return hidden
         followed = self._continues()[:, 1:]
-        learnt = self.loss_mask.clone()
-        learnt[:, :-1] = torch.where(followed, self.loss_mask[:, 1:], self.loss_mask[:, :-1])
-        return hidden[self.tokens(learnt)]
+        targets = self.loss_mask.clone()
+        targets[:, :-1] = torch.where(followed, self.loss_mask[:, 1:], self.loss_mask[:, :-1])
+        return hidden[self.tokens(targets)]
 
     def _continues(self) -> torch.Tensor:
         if self.continues is not None:
@@ -67,11 +68,11 @@ class Packed:
 def apart(
     input_ids: torch.Tensor, starts: torch.Tensor | None, varlen: bool, loss_mask: torch.Tensor | None = None
 ) -> list[Packed]:
-    """The documents of `input_ids` `[batch, time]`, apart.
+    """The documents of `input_ids` `[batch, time]`, isolated from each other.
 
-    `varlen`: whether the model's mixers keep them apart in one row (`hosts.supports_varlen`). `starts` `[batch, time]`
-    is True at each document's first token (None: each row is one document), `loss_mask` `[batch, time]` at each token
-    that is learnt (None: all).
+    `varlen`: whether the model's mixers isolate documents within a row (`hosts.supports_varlen`). `starts`
+    `[batch, time]` is True at each document's first token (None: each row is one document), `loss_mask`
+    `[batch, time]` at each target of the loss (None: all tokens).
     """
     if starts is None:
         return [Packed(input_ids, loss_mask=loss_mask)]
@@ -81,10 +82,9 @@ def apart(
 
 
 def as_often_everywhere(batches: list[Packed]) -> list[Packed]:
-    """`batches`, and so many empty ones that every process has the same number.
+    """`batches`, padded with empty ones so that every rank has the same number. All ranks must call it.
 
-    A model whose weights are divided runs in all processes at once. Of an empty one no token counts. To be made by all
-    at once.
+    A sharded model runs on all ranks at once. No token of an empty batch counts.
     """
     first = batches[0]
     nothing = torch.zeros_like(first.input_ids, dtype=torch.bool)
@@ -95,25 +95,25 @@ def as_often_everywhere(batches: list[Packed]) -> list[Packed]:
 def token_order(
     input_ids: torch.Tensor, starts: torch.Tensor | None, varlen: bool, loss_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Where the tokens that `apart` runs, and that predict one of the mask, stand in `input_ids` `[batch, time]` end to
-    end, in its order, `[tokens]`."""
-    places = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)
-    packed = apart(places, starts, varlen, loss_mask)
+    """Indices `[tokens]` into the flattened `input_ids` `[batch, time]` of the positions that enter the loss, in the
+    order in which `apart` runs them."""
+    indices = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)
+    packed = apart(indices, starts, varlen, loss_mask)
     return torch.cat([each.predicting(each.tokens(each.input_ids)) for each in packed])
 
 
 def how_apart(isolated: bool, varlen: bool) -> str:
-    """In words, for a stage's record."""
+    """How documents are isolated, in words for a stage's record."""
     if not isolated:
         return "joined"
     return "apart by kernels" if varlen else "apart, rows cut at the boundaries"
 
 
 def marked(input_ids: torch.Tensor, starts: torch.Tensor, loss_mask: torch.Tensor | None = None) -> Packed:
-    """Rows as they are, with the arguments that tell each kind of layer where documents begin.
+    """Rows as they are, with the arguments that give each kind of layer the document boundaries.
 
     `position_ids` and `cu_seq_lens_*` are for attention, `cu_seq_lens_q` also for linear states, `seq_idx` for short
-    convolutions. A row's first token begins a document whatever `starts` says.
+    convolutions. Shapes as in `apart`; a row's first token always begins a document.
     """
     starts = _with_rows(starts)
     time = torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -130,7 +130,7 @@ def marked(input_ids: torch.Tensor, starts: torch.Tensor, loss_mask: torch.Tenso
 
 
 def cut(input_ids: torch.Tensor, starts: torch.Tensor, loss_mask: torch.Tensor | None = None) -> list[Packed]:
-    """One document a row, padded on the right, where causal layers do not look.
+    """One document a row, padded on the right, which causal layers do not see. Shapes as in `apart`.
 
     Documents whose lengths lie between the same two powers of two share a batch, so that less than half is padding.
     """
@@ -143,20 +143,20 @@ def cut(input_ids: torch.Tensor, starts: torch.Tensor, loss_mask: torch.Tensor |
         chosen, first = lengths[sizes == size], edges[:-1][sizes == size]
         time = torch.arange(int(chosen.max()), device=input_ids.device)
         real = time < chosen[:, None]
-        places = (first[:, None] + time).clamp_max(len(flat) - 1)
-        ids = torch.where(real, flat[places], 0)
-        learnt = None if loss_mask is None else loss_mask.flatten()[places] & real
-        batches.append(Packed(ids, real=real, continues=real & (time > 0), loss_mask=learnt))
+        indices = (first[:, None] + time).clamp_max(len(flat) - 1)
+        ids = torch.where(real, flat[indices], 0)
+        targets = None if loss_mask is None else loss_mask.flatten()[indices] & real
+        batches.append(Packed(ids, real=real, continues=real & (time > 0), loss_mask=targets))
     return batches
 
 
 def _with_rows(starts: torch.Tensor) -> torch.Tensor:
-    """`starts`, and the first token of each row."""
+    """`starts` `[batch, time]`, also True at the first token of each row."""
     starts = starts.clone()
     starts[:, 0] = True
     return starts
 
 
 def _edges(starts: torch.Tensor) -> torch.Tensor:
-    """Where documents begin in the rows end to end, and the end of the last, `[documents + 1]`."""
+    """Offsets `[documents + 1]` of the documents in the flattened rows, and the end of the last one."""
     return torch.cat([starts.flatten().nonzero()[:, 0], starts.new_tensor([starts.numel()], dtype=torch.long)])

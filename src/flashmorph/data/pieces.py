@@ -7,7 +7,7 @@ from typing import TextIO
 _LONG, _PIECE = 60_000, 20_000
 _EMPTY_LINE = re.compile(r"\n\s*\n")
 _OTHER_ENDS = tuple(map(re.compile, (r"\n", r"[.!?…][\"'”’»)\]]*\s+|[。！？]", r"\s")))
-"""Where a piece without an empty line may end: with a line, else a sentence, else a word."""
+"""Possible ends of a piece without an empty line: a line, else a sentence, else a word."""
 
 
 def in_pieces(stream: TextIO) -> Iterator[str]:

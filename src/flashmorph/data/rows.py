@@ -1,4 +1,4 @@
-"""Rows of tokens on disk: packed from a corpus before a stage trains, and read as they are needed."""
+"""Packed rows of tokens on disk: written from a corpus before a stage trains, then memory-mapped."""
 
 import logging
 import os
@@ -27,12 +27,12 @@ _LOG = logging.getLogger(__name__)
 
 
 class Rows(Dataset[dict[str, list[int]]]):
-    """Rows of token ids `[rows, length]`, mapped from a file and read as they are needed.
+    """Rows of token ids `[rows, length]`, memory-mapped from a file.
 
-    The highest bit of an id marks the first token of a document; `starts` are the places of those tokens in a row, its
-    first among them. The next bit marks a token that is read but not learnt; `ignored` are the places of those. Each
-    document begins with the special tokens that the tokenizer puts before a text, and so does the rest of one at the
-    start of a row. They are not learnt, nor is the first token of such a rest, which nothing before it announces.
+    The highest bit of an id marks the first token of a document; `starts` are the positions of those tokens in a row,
+    always with position 0. The next bit marks a token that is no target of the loss; `ignored` are the positions of
+    those. Each document begins with the special tokens that the tokenizer puts before a text, and so does the rest of a
+    document at the start of a row. They are no targets, nor is the first token of such a rest, which has no context.
     """
 
     def __init__(self, path: Path):
@@ -43,15 +43,15 @@ class Rows(Dataset[dict[str, list[int]]]):
 
     def __getitem__(self, row: int) -> dict[str, list[int]]:
         stored = self._ids[row]
-        places = np.flatnonzero(stored[1:] & FIRST) + 1
+        positions = np.flatnonzero(stored[1:] & FIRST) + 1
         return {
             "input_ids": (stored & ~(FIRST | IGNORED)).tolist(),
-            "starts": [0, *places.tolist()],
+            "starts": [0, *positions.tolist()],
             "ignored": np.flatnonzero(stored & IGNORED).tolist(),
         }
 
     def mean_context(self, apart: bool) -> float:
-        """The tokens before a token that it can attend to, on average; `apart`: documents do not see each other."""
+        """The mean number of earlier tokens that a token attends to; `apart`: documents are isolated."""
         length = self._ids.shape[1]
         if not apart:
             return (length - 1) / 2
@@ -79,21 +79,32 @@ def pack(
 ) -> Rows:
     """Tokenise documents of `split`, join them end to end and cut rows of `length` tokens into the file `path`.
 
-    Where documents begin is kept, so that training can hold them apart (`isolation.py`), and which tokens of
-    conversations are learnt; a row in which nothing is learnt gives way to the next one. With `long_documents` only
-    those are taken that fill a row on their own, each as many whole rows as it fills. `others` are rows of that length
-    that stand among those of text at regular intervals, made when it is their turn.
+    The file marks the first token of each document, so that training can isolate them (`isolation.py`), and the tokens
+    of conversations that are no targets of the loss. A row without targets is skipped.
 
-    The rows are on disk before training starts: any step can be resumed at without reading the text again. An existing
-    file is taken as it is, unless it was cut: then it is made again.
+    All rows are on disk before training starts, so training can resume at any step without reading the text again. An
+    existing file is reused, unless it is truncated: then it is written again.
 
-    Until it is whole, the file stands in a folder of its own (`.partial`) beside the place in the text that it has come
-    to. Packing that was killed goes on from there, and ends with the same file.
+    An unfinished file is in a folder of its own (`.partial`), with the position that packing has reached. If
+    packing is killed, the next call continues there and writes the same file.
+
+    Args:
+        corpus: The text, or several with their shares.
+        tokenizer: The teacher's.
+        split: Documents of this split only.
+        length: Tokens of a row.
+        rows: Number of rows, `others` included.
+        seed: Of the order of documents.
+        path: The file of rows, uint32 `[rows, length]`.
+        max_passes: How often the text may be read; None: as often as needed.
+        report: Called with the rows written and all rows.
+        others: Further rows of `length` token ids, placed among the rows of text at regular intervals.
+        long_documents: Only use documents that fill a row on their own, each for as many rows as it fills.
 
     Raises:
-        UserError: the text would have to be repeated more than `max_passes` times (None: as often as it takes), cannot
-            be read, has conversations that the tokenizer has no template for or none with a token to learn, or no
-            document that is long enough, or the place cannot be written.
+        UserError: the text would be repeated more than `max_passes` times, cannot be read, has conversations but the
+            tokenizer no chat template, has no conversation with a target or no document that is long enough, or `path`
+            cannot be written.
     """
     partial = path.with_name(path.name + PARTIAL)
     if path.exists() and not is_whole_array(path, (rows, length), np.uint32):
@@ -112,19 +123,19 @@ def pack(
             if isinstance(error, OSError):
                 raise UserError(f"cannot write {path}: {error.strerror}") from error
             raise
-        text.tell()
+        text.report_left_out()
     shutil.rmtree(partial, ignore_errors=True)
     return Rows(path)
 
 
 def _write(partial: Path, text: "_Text", others: Sequence[list[int]], shape: tuple[int, int], report: Report) -> None:
-    """Write the rows into `partial`, from the place kept there on."""
+    """Write rows of `shape` into `partial`, from the position stored there on."""
     rows, length = shape
-    kept = _kept(partial, shape, text)
-    done = text.restore(kept) if kept else 0
-    free, wanted = shutil.disk_usage(partial).free, 4 * (rows - done) * length
-    if wanted > free:
-        raise UserError(f"{partial.parent} has {free:,} bytes free and the rows of text need {wanted:,}: free some")
+    position = _stored_position(partial, shape, text)
+    done = text.restore(position) if position else 0
+    free, needed = shutil.disk_usage(partial).free, 4 * (rows - done) * length
+    if needed > free:
+        raise UserError(f"{partial.parent} has {free:,} bytes free and the rows of text need {needed:,}: free some")
     others_before = np.arange(rows + 1) * len(others) // rows
     every = max(1, _KEEP_TOKENS // length)
     with open(partial / _ROWS, "r+b" if done else "wb") as stream:
@@ -143,7 +154,7 @@ def _write(partial: Path, text: "_Text", others: Sequence[list[int]], shape: tup
 
 
 class _Position(Shape):
-    """Where packing has come to; the parts are for `Part.restore`."""
+    """The position that packing has reached; `parts` are for `Part.restore`."""
 
     datasets: str
     rows: Count
@@ -151,23 +162,25 @@ class _Position(Shape):
     parts: list[dict[str, Any]]
 
 
-def _kept(partial: Path, shape: tuple[int, int], text: "_Text") -> dict[str, Any] | None:
-    """The position that interrupted packing can go on from, if there is one that is whole.
+def _stored_position(partial: Path, shape: tuple[int, int], text: "_Text") -> dict[str, Any] | None:
+    """The position that interrupted packing can continue from, if there is an undamaged one.
 
-    Another version of `datasets` may read in another order: then packing begins again.
+    Another version of `datasets` may read in another order: then packing starts over.
     """
     rows, length = shape
     try:
-        kept = read_as(partial / _POSITION, _Position)
+        position = read_as(partial / _POSITION, _Position)
         size = (partial / _ROWS).stat().st_size
     except (OSError, UserError):
         return None
-    whole = not has_broken_seal(kept) and kept["rows"] <= rows and size >= 4 * kept["rows"] * length
-    return kept if whole and kept["datasets"] == datasets.__version__ and text.has_as_many_parts(kept) else None
+    done = position["rows"]
+    usable = not has_broken_seal(position) and done <= rows and size >= 4 * done * length
+    same_reader = usable and position["datasets"] == datasets.__version__ and text.has_as_many_parts(position)
+    return position if same_reader else None
 
 
 class _Text:
-    """Running text as rows of `length` tokens, of each corpus its share; it knows where it stands."""
+    """Running text as rows of `length` tokens, of each corpus its share; its state can be stored and restored."""
 
     def __init__(
         self,
@@ -180,6 +193,18 @@ class _Text:
         length: int,
         long_documents: bool,
     ):
+        """The arguments of `pack`.
+
+        Args:
+            corpus: The text, or several with their shares.
+            tokenizer: The teacher's.
+            split: Documents of this split only.
+            seed: Of the order of documents.
+            max_passes: How often the text may be read; None: as often as needed.
+            needed: Tokens of text in all rows.
+            length: Tokens of a row.
+            long_documents: Only use documents that fill a row on their own.
+        """
         before = before_text(tokenizer)
         room_for_text(length, before)
         whole_rows = length if long_documents else None
@@ -191,15 +216,15 @@ class _Text:
         self._before = marked(before, None, before) if before else self._left
 
     def take(self) -> np.ndarray:
-        """The next row in which something is learnt.
+        """The next row with a target.
 
         Raises:
-            UserError: there is none in a whole pass over the text, or see `pack`.
+            UserError: a whole pass over the text has none, or see `pack`.
         """
         last_pass = self._passes() + 1
-        while not _teaches(row := self._next()):
+        while not _has_target(row := self._next()):
             if self._passes() > last_pass:
-                raise self._nothing_learnt()
+                raise self._no_target()
             for part in self._parts:
                 part.needed += round(part.share * self._length)
         return row
@@ -207,7 +232,7 @@ class _Text:
     def _next(self) -> np.ndarray:
         """The next row; the next document is always of the corpus that lags most behind its share.
 
-        The rest of a document is read as a text of its own: it begins with the special tokens too.
+        The rest of a document is a text of its own: it too begins with the special tokens.
         """
         self._gather(1)
         is_rest = bool(len(self._before)) and not self._left[0] & FIRST
@@ -222,8 +247,8 @@ class _Text:
         return row
 
     def _unread(self, room: int) -> int:
-        """Of a document whose special tokens do not all fit at the end of a row: those that the next row begins with
-        anyway."""
+        """The number of special tokens to drop after this row: those of a document whose special tokens do not all fit
+        at its end. The next row begins with them anyway."""
         size = len(self._before)
         for begin in range(max(0, room - size + 1), room):
             if self._left[begin] & FIRST:
@@ -233,42 +258,42 @@ class _Text:
         return 0
 
     def _gather(self, number: int) -> None:
-        """Have at least so many tokens ready."""
+        """Read documents until at least `number` tokens are ready."""
         while len(self._left) < number:
             part = min(self._parts, key=lambda part: part.made / part.share)
             self._left = np.concatenate([self._left, part.next()])
 
     def _passes(self) -> int:
-        """How often all of the text was read."""
+        """The number of complete passes over the text."""
         return min(part.passes for part in self._parts)
 
-    def _nothing_learnt(self) -> UserError:
+    def _no_target(self) -> UserError:
         sources = " and ".join(part.source for part in self._parts)
         return UserError(
             f"{sources}: no row of {self._length:,} tokens has one to learn: give longer rows or other text"
         )
 
     def state(self) -> dict[str, Any]:
-        """Where it stands, as JSON values."""
+        """The position in the text, as JSON values."""
         return {"left": self._left.tolist(), "parts": [part.state() for part in self._parts]}
 
-    def has_as_many_parts(self, kept: dict[str, Any]) -> bool:
-        """Whether a state is of as many corpora."""
-        return len(kept["parts"]) == len(self._parts)
+    def has_as_many_parts(self, state: dict[str, Any]) -> bool:
+        """Whether a state has as many corpora."""
+        return len(state["parts"]) == len(self._parts)
 
-    def restore(self, kept: dict[str, Any]) -> int:
-        """Go on from a state; the rows that were written until then."""
-        self._left = np.array(kept["left"], np.uint32)
-        for part, state in zip(self._parts, kept["parts"], strict=True):
-            part.restore(state)
-        return kept["rows"]
+    def restore(self, state: dict[str, Any]) -> int:
+        """Continue from a state. Returns the number of rows written until then."""
+        self._left = np.array(state["left"], np.uint32)
+        for part, its_state in zip(self._parts, state["parts"], strict=True):
+            part.restore(its_state)
+        return state["rows"]
 
-    def tell(self) -> None:
-        """Say what was left out."""
+    def report_left_out(self) -> None:
+        """Log the conversations that were left out."""
         for part in self._parts:
-            part.tell()
+            part.report_left_out()
 
 
-def _teaches(row: np.ndarray) -> bool:
-    """Whether a token of the row is learnt: not the first of the row or of a document, which nothing predicts."""
+def _has_target(row: np.ndarray) -> bool:
+    """Whether a row `[length]` has a target: the first token of a row or document has no context and is none."""
     return not (row & IGNORED).any() or not (row[1:] & (FIRST | IGNORED)).all()

@@ -1,4 +1,4 @@
-"""How much local text there is, before any of it is packed: which splits have some, and at most how many tokens.
+"""The amount of local text before any is packed: the splits that have some, and the most tokens that they have.
 
 Read is no more than it takes to know that there is enough, or a sample; then sizes of files tell the most that there
 can be. Nothing is fetched.
@@ -23,12 +23,12 @@ _READ = 16_000_000
 _TOGETHER = 100_000
 _SAMPLE = 1 << 22
 _MARGIN = 1.5
-"""How much more than a sample says there may be: nothing is refused that could be enough."""
+"""How much more text there may be than a sample suggests: no text is refused that could be enough."""
 _AROUND = 32
 """Tokens that a chat template puts around each message, at most."""
 _OPEN: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".xz": lzma.open}
 _MOST_COMPRESSED = 20
-"""How many times longer text may be than its file where it cannot be looked into (zst)."""
+"""The most that text can be longer than its compressed file (zst)."""
 
 
 class Supply(NamedTuple):
@@ -43,7 +43,7 @@ class Supply(NamedTuple):
 
 
 def measure(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, enough: float, splits: set[str]) -> Supply:
-    """What a local corpus has, read until there are `enough` tokens and each of `splits` has a document.
+    """The amount of text in a local corpus, read until there are `enough` tokens and each of `splits` has a document.
 
     Raises:
         UserError: the text cannot be read, or is no text, or no conversation, where that is needed.

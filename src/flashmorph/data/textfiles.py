@@ -31,7 +31,7 @@ _NOTES = re.compile(
     r"(md5|sha\d+)(sums?)?|requirements|terms|data[ _-]?(sheet|card))(?![a-z])",
     re.IGNORECASE,
 )
-"""What files are called that tell of data and are none."""
+"""Names of files that describe data and are none."""
 _LARGEST_METADATA_BYTES = 1 << 24
 _ROWS_TOGETHER = 1_000
 _NOT_SPACE = re.compile(r"\S")
@@ -43,33 +43,33 @@ _LFS_POINTER = b"version https://git-lfs"
 def data_files(source: Path, columns: Sequence[str]) -> list[Path]:
     """The files that are read of a folder, or the file itself, sorted; none where no name has one of the `ENDINGS`.
 
-    Of a folder, names that begin with a dot are left out, and what only tells of the data: beside rows (JSON, parquet)
-    notes in text, beside anything else JSON files of a single object without one of the `columns`.
+    Of a folder, names that begin with a dot are left out, and files that only describe the data: beside rows (JSON,
+    parquet) notes in text, beside anything else JSON files of a single object without one of the `columns`.
 
     Raises:
         UserError: data of two kinds, or a link to nothing.
     """
     if not source.is_dir():
         return [source] if kind_of(source) else []
-    found = sorted(file for file in source.rglob("*") if kind_of(file) and _is_visible(file.relative_to(source)))
-    for file in found:
+    files = sorted(file for file in source.rglob("*") if kind_of(file) and _is_visible(file.relative_to(source)))
+    for file in files:
         if file.is_symlink() and not file.exists():
             raise UserError(f"{file} is a link to a file that is not there")
-    found = [file for file in found if file.is_file()]
-    found = [file for file in found if not _is_metadata(file, columns)] or found
-    rows = [file for file in found if kind_of(file) != TEXT]
+    files = [file for file in files if file.is_file()]
+    files = [file for file in files if not _is_metadata(file, columns)] or files
+    rows = [file for file in files if kind_of(file) != TEXT]
     if rows:
-        found = sorted([*rows, *_texts_beside(rows, [file for file in found if kind_of(file) == TEXT])])
-    examples = {kind_of(file): file for file in reversed(found)}
+        files = sorted([*rows, *_texts_beside(rows, [file for file in files if kind_of(file) == TEXT])])
+    examples = {kind_of(file): file for file in reversed(files)}
     if len(examples) > 1:
         names = {kind: cut(str(file.relative_to(source))) for kind, file in sorted(examples.items())}
         about = " and ".join(f"{kind} such as {name}" for kind, name in names.items())
         raise UserError(f"{source} holds files of several kinds, {about}: give one kind")
-    return found
+    return files
 
 
 def kind_of(path: Path) -> str | None:
-    """What a file of this name holds, compressed or not; None for all that is not read."""
+    """The kind of a file by its name, compressed or not; None for files that are not read."""
     suffixes = [suffix for suffix in _suffixes(path) if suffix not in _DECOMPRESS]
     return _KINDS.get(suffixes[-1]) if suffixes else None
 
@@ -77,9 +77,9 @@ def kind_of(path: Path) -> str | None:
 def stream_of(
     files: Sequence[Path], columns: tuple[str, ...], beside: tuple[str, ...] = ()
 ) -> datasets.IterableDataset:
-    """The rows of `files`, each as `{"file": its file, "row": the columns that it has}`, with a state to go on from.
+    """The rows of `files`, each as `{"file": its file, "row": the columns that it has}`, with a state to resume from.
 
-    Nothing but `columns` and `beside` is read, so the others may differ from file to file, and each file says for
+    Nothing but `columns` and `beside` is read, so the others may differ from file to file, and each file declares for
     itself what these hold. Text comes in pieces (`pieces.py`), in the first of the columns. A JSON file holds an object
     a line, one list of objects, or one object; only of lists all is in memory at a time. Rows in which JSON has none of
     the `columns` are passed over.
@@ -94,7 +94,7 @@ def stream_of(
 
 
 def no_column(where: str, column: str, there: Sequence[str]) -> UserError:
-    """What to say of rows without the wanted column."""
+    """The error for rows without the wanted column."""
     return UserError(f"{where} has no column {column!r}; it has {', '.join(map(repr, there))}")
 
 
@@ -138,7 +138,7 @@ def _is_metadata(file: Path, columns: Sequence[str]) -> bool:
     try:
         with _open(file) as stream:
             values = list(islice(_json_values(stream, file), 2))
-    except Exception:  # It is damaged: reading it says so.
+    except Exception:  # It is damaged: reading it reports that.
         return False
     if len(values) != 1 or not isinstance(values[0][1], dict):
         return False
@@ -162,10 +162,10 @@ def _text_rows(path: Path, columns: Sequence[str], beside: Sequence[str]) -> Ite
 
 def _parquet_rows(path: Path, columns: Sequence[str], beside: Sequence[str]) -> Iterator[dict[str, Any]]:
     with _open(path) as stream, pq.ParquetFile(_seekable(stream, path)) as file:
-        there = file.schema_arrow.names
-        if not any(name in there for name in columns):
-            raise no_column(str(path), columns[0], there)
-        wanted = [name for name in (*columns, *beside) if name in there]
+        present = file.schema_arrow.names
+        if not any(name in present for name in columns):
+            raise no_column(str(path), columns[0], present)
+        wanted = [name for name in (*columns, *beside) if name in present]
         for batch in file.iter_batches(batch_size=_ROWS_TOGETHER, columns=wanted, use_threads=False):
             yield from batch.to_pylist(maps_as_pydicts="lossy")
 

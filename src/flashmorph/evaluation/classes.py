@@ -1,4 +1,4 @@
-"""What kind of token each token of a text is, and what of it stood there before."""
+"""The class of each token of a text, and the n-grams that occurred before it."""
 
 import re
 from collections.abc import Sequence
@@ -30,12 +30,12 @@ _PARTS = re.compile(r"(?P<word>[^\W\d_]+(?:['’][^\W\d_]+)*)|(?P<digits>\d+)|(?
 
 def pieces_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """The text of each token by itself, with the space in front that some tokenizers leave out of single tokens."""
-    found: dict[int, str] = {}
+    classes: dict[int, str] = {}
     for token in set(ids):
         text = str(tokenizer.decode([token]))
         marked = str(tokenizer.convert_ids_to_tokens(token)).startswith("▁")
-        found[token] = " " + text if marked and not text.startswith(" ") else text
-    return [found[token] for token in ids]
+        classes[token] = " " + text if marked and not text.startswith(" ") else text
+    return [classes[token] for token in ids]
 
 
 def kinds(pieces: Sequence[str]) -> list[str]:
@@ -61,7 +61,7 @@ def _kind(group: str, text: str) -> str:
 
 
 def repeats(ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """For each token the length of the longest n-gram ending with it that stood there before, and how far back.
+    """For each token the length of the longest n-gram ending with it that occurred before, and how far back.
 
     Both `[time]`, in tokens; a token that is new has length 0 and distance 0. Of several earlier places with the
     longest n-gram the last one counts.
@@ -69,11 +69,11 @@ def repeats(ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     tokens = np.asarray(ids)
     lengths, distances = np.zeros(len(tokens), dtype=int), np.zeros(len(tokens), dtype=int)
     before = np.zeros(0, dtype=int)
-    for place in range(1, len(tokens)):
+    for position in range(1, len(tokens)):
         # `runs[s]` is the length of the common end of the text up to here and the text up to s.
-        runs = np.where(tokens[:place] == tokens[place], 1 + np.concatenate([[0], before]), 0)
-        lengths[place] = runs.max()
-        if lengths[place]:
-            distances[place] = 1 + np.argmax(runs[::-1])
+        runs = np.where(tokens[:position] == tokens[position], 1 + np.concatenate([[0], before]), 0)
+        lengths[position] = runs.max()
+        if lengths[position]:
+            distances[position] = 1 + np.argmax(runs[::-1])
         before = runs
     return lengths, distances

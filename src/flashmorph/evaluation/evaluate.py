@@ -1,4 +1,4 @@
-"""What a model can do: recall by task, perplexity, cache. One `Score` a model, comparable question by question."""
+"""Recall by task, perplexity and cache of a model, as a `Score` that is comparable question by question."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ _USUAL_TOKENS = 32_768
 
 
 class EvaluateSettings(Settings):
-    """What is asked, and of how long a context."""
+    """Number and length of questions, and the text of perplexity."""
 
     questions: Many = Field(default=200, description="questions a task")
     length: Length = Field(default=4096, description="context length in tokens")
@@ -34,15 +34,15 @@ class EvaluateSettings(Settings):
 
     @property
     def tokens_at_once(self) -> int:
-        """Tokens run at once; a usual number while `auto` is not resolved (`estimate/auto.py`)."""
+        """Tokens run at once; a default until `auto` is resolved (`estimate/auto.py`)."""
         return _USUAL_TOKENS if self.batch_tokens == "auto" else self.batch_tokens
 
 
 @dataclass(frozen=True)
 class Score:
-    """`right[task]` tells question by question whether the answer was right; `text` how perplexity came about.
+    """`right[task]` has for each question whether the answer was right; `text` has the losses behind the perplexity.
 
-    `losses` `[tokens]` are those of each token of the text that is predicted, where they are kept.
+    `losses` `[tokens]`, where they are kept, are those of all predicted tokens in nats.
     """
 
     right: dict[str, list[bool]]
@@ -58,7 +58,7 @@ class Score:
 
     @property
     def text_read(self) -> dict[str, int] | None:
-        """The text that perplexity is on, which may be less than was wanted."""
+        """The size of the text behind the perplexity, which may be less than was wanted."""
         if not self.text:
             return None
         documents = len(set(self.text.documents))
@@ -69,10 +69,10 @@ class Score:
         pooled = [hit for right in self.right.values() for hit in right]
         text = {}
         if self.text:
-            found = self.text.perplexity
+            perplexity = self.text.perplexity
             text = {
-                "perplexity_interval": found["interval"],
-                "perplexity_over": found["over"],
+                "perplexity_interval": perplexity["interval"],
+                "perplexity_over": perplexity["over"],
                 "perplexity_text": self.text_read,
                 "perplexity_by_position": self.text.by_position,
             }
@@ -98,7 +98,17 @@ def evaluate(
     cache_bytes: dict[str, int] | None = None,
     report: Report = silent,
 ) -> Score:
-    """Recall on `questions` (a list for each task) and perplexity on `text`."""
+    """Recall on `questions` and perplexity on `text`.
+
+    Args:
+        model: In evaluation mode, on its device.
+        tokenizer: The teacher's.
+        questions: The examples of each task, by its name.
+        text: Held-out text.
+        settings: Tokens run at once.
+        cache_bytes: The cache of one sequence in bytes by its length, as in the record.
+        report: Called with the questions and pieces of text done, and all of them.
+    """
     total = sum(map(len, questions.values())) + len(text.pieces)
     done = 0
     right = {}
@@ -110,8 +120,8 @@ def evaluate(
         right[task] = answers_right(model, tokenizer, examples, settings.tokens_at_once, report_all)
         done += len(examples)
     losses = text_losses(model, text, settings.tokens_at_once, report_all)
-    found = RangeLosses.of(losses, text)
-    return Score(right, found.perplexity["perplexity"], cache_bytes or {}, found, losses)
+    by_range = RangeLosses.of(losses, text)
+    return Score(right, by_range.perplexity["perplexity"], cache_bytes or {}, by_range, losses)
 
 
 def recall_difference(first: Score, second: Score) -> dict[str, Any]:
@@ -122,7 +132,7 @@ def recall_difference(first: Score, second: Score) -> dict[str, Any]:
 
 
 def perplexity_ratio(first: Score, second: Score) -> dict[str, Any] | None:
-    """Perplexity of `first` over that of `second` on the same text, as a whole and by position.
+    """Perplexity of `first` over that of `second` on the same text, overall and by position.
 
     The 95 % intervals are paired; see `RangeLosses.over`. None where either was scored without its losses, or on
     another text.

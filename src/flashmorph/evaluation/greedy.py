@@ -1,4 +1,4 @@
-"""Greedy decoding that is nothing but that, whatever the checkpoint's generation_config.json says."""
+"""Greedy decoding, whatever the checkpoint's generation_config.json has."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -16,7 +16,7 @@ from flashmorph.tasks import Lines, Prompt, Ruler
 
 
 class Asker(Protocol):
-    """Where a grid's questions come from."""
+    """A source of a grid's questions."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -42,7 +42,7 @@ ASKERS = {"lines": Lines, "ruler": Ruler}
 
 
 class GridSettings(BaseModel):
-    """What a grid asks."""
+    """Settings of a grid."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     lengths: tuple[int, ...]
@@ -59,34 +59,34 @@ class GridSettings(BaseModel):
         return self
 
     @property
-    def places(self) -> list[float]:
+    def depth_values(self) -> list[float]:
         """The depths, from the start of the context to its end; a single one is the middle."""
         return np.linspace(0, 1, self.depths).tolist() if self.depths > 1 else [0.5]
 
 
 @dataclass(frozen=True)
 class GridRow:
-    """The scores of one task at one length, question by question; question i asks at `places[i % len(places)]`.
+    """The scores of one task at one length, question by question; question i asks at `depths[i % len(depths)]`.
 
-    `places` is empty where a task has no single needle.
+    `depths` is empty where a task has no single needle.
     """
 
     task: str
     length: int
-    places: tuple[float, ...]
+    depths: tuple[float, ...]
     scores: list[float]
 
     def by_depth(self) -> dict[float | None, list[float]]:
         """Scores by depth; all under None where there is no depth."""
-        if not self.places:
+        if not self.depths:
             return {None: self.scores}
-        return {place: self.scores[number :: len(self.places)] for number, place in enumerate(self.places)}
+        return {depth: self.scores[number :: len(self.depths)] for number, depth in enumerate(self.depths)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Recall with its interval, as a whole and by depth."""
+        """Recall with its interval, overall and by depth."""
         figures = {"task": self.task, "length": self.length, **_figure(self.scores)}
-        cells = self.by_depth() if self.places else {}
-        return {**figures, "depths": [{"depth": place, **_figure(cell)} for place, cell in cells.items()]}
+        cells = self.by_depth() if self.depths else {}
+        return {**figures, "depths": [{"depth": depth, **_figure(cell)} for depth, cell in cells.items()]}
 
 
 @dataclass(frozen=True)
@@ -132,11 +132,10 @@ class Grid:
 
 @dataclass(frozen=True)
 class GridQuestions:
-    """A grid's prompts by task and length, the depths by task (none where it has no single needle), and what does not
-    fit."""
+    """A grid's prompts by task and length, depths by task (empty without a single needle), tasks that do not fit."""
 
     prompts: dict[tuple[str, int], list[Prompt]]
-    places: dict[str, tuple[float, ...]]
+    depths: dict[str, tuple[float, ...]]
     left_out: list[str]
     batch_tokens: int
 
@@ -147,22 +146,23 @@ def make_questions(asker: Asker, settings: GridSettings, report: Report = silent
     Raises:
         UserError: no task fits into any length.
     """
-    places = {name: tuple(settings.places) if asker.has_depth(name) else () for name in asker.names}
+    depths = {name: tuple(settings.depth_values) if asker.has_depth(name) else () for name in asker.names}
     prompts: dict[tuple[str, int], list[Prompt]] = {}
     left_out: list[str] = []
     pairs = [(name, length) for name in asker.names for length in settings.lengths]
     for done, (name, length) in enumerate(pairs, 1):
-        depths = places[name] or (None,)
+        of_task = depths[name] or (None,)
         try:
             prompts[name, length] = [
-                asker.prompt(name, length, number, depths[number % len(depths)]) for number in range(settings.questions)
+                asker.prompt(name, length, number, of_task[number % len(of_task)])
+                for number in range(settings.questions)
             ]
         except UserError as error:
             left_out.append(f"{name} at {length}: {error}")
         report(done, len(pairs))
     if not prompts:
         raise UserError(f"no task fits into {max(settings.lengths)} tokens; {left_out[0]}")
-    return GridQuestions(prompts, places, left_out, settings.batch_tokens)
+    return GridQuestions(prompts, depths, left_out, settings.batch_tokens)
 
 
 def ask_grid(
@@ -178,7 +178,7 @@ def ask_grid(
     for (name, length), asked in questions.prompts.items():
         scores = answer_scores(model, tokenizer, asked, questions.batch_tokens, report_all)
         done += len(asked)
-        rows.append(GridRow(name, length, questions.places[name], scores))
+        rows.append(GridRow(name, length, questions.depths[name], scores))
     return Grid(rows, questions.left_out)
 
 

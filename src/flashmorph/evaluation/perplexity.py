@@ -137,15 +137,15 @@ def text_losses(
     done, head = 0, Head.of(model)
     for numbers in text.in_batches(batch_tokens):
         batch = text.batch(numbers, model.device)
-        found = batch.losses(lambda ids: model.model(input_ids=ids, use_cache=False).last_hidden_state, head)
-        losses[batch.places] = found.double().cpu().numpy()
+        of_batch = batch.losses(lambda ids: model.model(input_ids=ids, use_cache=False).last_hidden_state, head)
+        losses[batch.positions] = of_batch.double().cpu().numpy()
         done += len(numbers)
         report(done, len(text.pieces))
     return losses
 
 
 def text_in_words(figures: dict[str, Any]) -> str:
-    """What text perplexity is on; `figures` as in `Score.to_dict`."""
+    """The text behind a perplexity, in words; `figures` as in `Score.to_dict`."""
     text = figures.get("perplexity_text")
     if not text:
         return "held-out text"
@@ -154,6 +154,6 @@ def text_in_words(figures: dict[str, Any]) -> str:
 
 
 def shortage(figures: dict[str, Any]) -> str | None:
-    """What to say where perplexity is on less text than asked for; `figures` as in `Score.to_dict`."""
+    """The notice where perplexity is on less text than asked for; `figures` as in `Score.to_dict`."""
     text = figures.get("perplexity_text")
     return f"perplexity is on {text_in_words(figures)}" if text and text["tokens"] < text["wanted"] else None

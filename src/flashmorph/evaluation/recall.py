@@ -90,9 +90,9 @@ class _Judge(StoppingCriteria):
         return [self._score(row, prompt) for row, prompt in zip(rows, self._batch, strict=True)]
 
     def _score(self, row: list[int], prompt: Prompt) -> float:
-        """A row goes on behind its end, with padding, and behind the tokens that it may take, while others go on."""
+        """The score of a row, cut at its end token and its most tokens: it continues while others are unfinished."""
         made = row[: prompt.answer_tokens]
-        end = next((place for place, token in enumerate(made) if token in self._ends), None)
+        end = next((position for position, token in enumerate(made) if token in self._ends), None)
         text = continuation(self._tokenizer, prompt.input_ids, made[:end])
         return prompt.score(text, ended=end is not None)
 

@@ -62,7 +62,7 @@ class TokenClasses:
     def compare(self, losses: np.ndarray, first: np.ndarray) -> dict[str, Any]:
         """Mean loss and mean difference `losses - first` in nats by class; both `[tokens]`.
 
-        Each interval says what it is `over` (`mean_of_blocks`).
+        Each interval names what it is `over` (`mean_of_blocks`).
         """
         difference = losses - first
         classes = []

@@ -46,12 +46,12 @@ def host_for(config: PreTrainedConfig, settings: Mapping[str, Any] | None = None
 
 
 def takes_with_windows(config: PreTrainedConfig) -> bool:
-    """Whether some host takes this family of teachers when a window is set, whatever the others say."""
+    """Whether some host takes this family of teachers when a window is set, whatever the others do."""
     return any(config.model_type in host.teachers for host in WINDOW_HOSTS)
 
 
 def host_settings(host: Host, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The host's settings: its defaults, and what is `given` in their place, as its `config`'s signature wants them.
+    """The host's settings: its defaults, replaced by what is `given`, as its `config`'s signature wants them.
 
     Raises:
         UserError: names a setting that the host does not have, or one that is of a wrong type or out of its range.
@@ -128,7 +128,7 @@ def mixing_operations(config: PreTrainedConfig, context: int) -> int:
 
 
 def layer_products(host: Host, config: PreTrainedConfig, part: str, context: int) -> list[Products]:
-    """What one decoder layer does for each token: the mixer of an option, or `FEED_FORWARD`."""
+    """The matrix products of one decoder layer for each token: of the mixer of an option, or of `FEED_FORWARD`."""
     return host.feed_forward(config) if part == FEED_FORWARD else host.mixers[part].products(config, context)
 
 
@@ -140,7 +140,7 @@ def with_branches_to_train(host: Host) -> bool:
 def supports_varlen(host: Host, device: torch.device) -> bool:
     """Whether all its mixers keep documents in one row apart on this device; where not, rows are cut at the boundaries.
 
-    The arguments that tell them where documents begin are those of `packing.marked`.
+    The boundary arguments are those of `isolation.marked`.
     """
     return all(mixer.supports_varlen(device) for mixer in host.mixers.values())
 
@@ -177,7 +177,7 @@ def layer_space(host: Host, config: PreTrainedConfig, budget: Budget) -> Space:
 
 
 def cache_by_context(config: PreTrainedConfig) -> dict[str, int]:
-    """`cache_bytes` at each of `CACHE_CONTEXTS`, the context as text, as it stands in results.json."""
+    """`cache_bytes` at each of `CACHE_CONTEXTS`, the context as text, as in results.json."""
     return {str(context): cache_bytes(config, context) for context in CACHE_CONTEXTS}
 
 

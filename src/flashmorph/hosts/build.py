@@ -13,7 +13,7 @@ from flashmorph.hosts import use_kernels
 from flashmorph.hosts.host import Host
 
 _PLAIN = ("eager", "sdpa")
-"""What computes attention without any package beside PyTorch."""
+"""Implementations of attention that need no package beside PyTorch."""
 
 
 def without_weights(
@@ -22,7 +22,7 @@ def without_weights(
     """The causal language model of a configuration in float32, of its own class or `model_class`, without values.
 
     Its buffers, the rotary frequencies, have theirs unless `with_buffers` is false. What computes its attention is
-    transformers' own, whatever the configuration says: a name of a repository there would be fetched and run.
+    transformers' own, whatever the configuration has: a name of a repository there would be fetched and run.
 
     Raises:
         UserError: no model can be made of the configuration.

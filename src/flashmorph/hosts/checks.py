@@ -1,4 +1,4 @@
-"""What hosts share in looking at a teacher: its settings, and the parts that they cannot compute exactly."""
+"""Checks of teachers that hosts share: settings, and parts that they cannot compute exactly."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ LLAMA_SETTINGS = (
     "max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings attention_dropout pad_token_id "
     "bos_token_id eos_token_id"
 ).split()
-"""What the configuration of a Llama-shaped teacher and of its host say alike."""
+"""Fields that the configurations of a Llama-shaped teacher and of its host share."""
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 """Rotary embeddings that transformers computes by one code in all Llama-shaped classes."""
 

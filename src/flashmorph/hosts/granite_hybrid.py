@@ -27,13 +27,13 @@ from flashmorph.plan import FULL
 
 _MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 _BIASED = ("qwen2",)
-"""Teachers whose configuration does not say that queries, keys and values have a bias."""
+"""Teachers whose queries, keys and values have a bias that their configuration does not mention."""
 _STARTING_ANEW = ("phi3",)
 """Teachers that drop the cache in `generate` where the other list of rope factors begins."""
 _OLDER_WORDS = {"full_attention": "attention", "linear_attention": "mamba"}
 _CONVOLUTION = 4
 _SQUARE = "heads × head_dim = hidden size"
-# llama.cpp takes a Granite hybrid for one without rope, and its context for boundless, unless the file says otherwise.
+# llama.cpp takes a Granite hybrid for one without rope, and its context for boundless, unless the file has both fields.
 _GGUF = Gguf(
     lambda fields: [heads == 0 for heads in fields["attention.head_count_kv"]],
     fields=lambda config: {
@@ -161,7 +161,7 @@ class GraniteHybridHost(Host):
         return state
 
     def serialise(self, values: dict[str, Any]) -> dict[str, Any]:
-        """What Granite's own checkpoints say, and engines read: the older words for layers, and rope as it was named.
+        """The fields of Granite's own checkpoints, which engines read: the older words for layers and rope.
 
         transformers reads both. llama.cpp's converter takes every layer for Mamba where it finds the newer words, and
         SGLang refuses them; it also looks for `rope_theta` and `rope_scaling` instead of `rope_parameters`.

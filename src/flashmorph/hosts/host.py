@@ -1,4 +1,4 @@
-"""What a host is: a stock hybrid architecture that a teacher can be moved into without changing what it computes."""
+"""`Host`: a stock hybrid architecture into which a teacher is transplanted without changing its outputs."""
 
 import copy
 import re
@@ -20,7 +20,7 @@ class Host(Protocol):
     """One host architecture; with its mixers the only code that knows names of model types, modules and weights.
 
     `teachers` maps their `model_type`s to what they are in words; `mixers` maps the options of a layer to what a layer
-    is then, in the order of `Space.options`. `settings` says in words what each setting of `config` does; `engines` run
+    is then, in the order of `Space.options`. `settings` describes each setting of `config`; `engines` run
     the checkpoints. What is written out here is the same in most hosts.
     """
 
@@ -67,7 +67,7 @@ class Host(Protocol):
         ...
 
     def feed_forward(self, config: PreTrainedConfig) -> list[Products]:
-        """What a layer does for each token beside its mixer; of experts those that a token goes through."""
+        """The matrix products of a layer beside its mixer, for each token; of experts, those that are active."""
         ...
 
     def with_plan(self, config: PreTrainedConfig, options: Sequence[str]) -> PreTrainedConfig:
@@ -81,11 +81,11 @@ class Host(Protocol):
         return "self_attn"
 
     def serialise(self, values: dict[str, Any]) -> dict[str, Any]:
-        """What config.json shall say, given what transformers writes: some engines read other words."""
+        """The content of config.json, from what transformers writes: some engines read other fields."""
         return values
 
 
 def layer_prefixes(names: Iterable[str]) -> list[str]:
-    """What the names of each decoder layer's weights begin with, `model.layers.3.`, of the layers among `names`."""
-    found = (_LAYER.match(name) for name in names)
-    return list(dict.fromkeys(match.group() for match in found if match))
+    """The prefixes `model.layers.3.` of the decoder layers whose weights are among `names`."""
+    matches = (_LAYER.match(name) for name in names)
+    return list(dict.fromkeys(match.group() for match in matches if match))

@@ -7,7 +7,7 @@ from flashmorph.hosts.refused import REFUSED
 
 
 def overview() -> dict[str, Any]:
-    """What `flashmorph hosts --json` prints: `hosts`, and `refused` families with their reasons."""
+    """The content of `flashmorph hosts --json`: `hosts`, and `refused` families with their reasons."""
     hosts = [
         {
             "host": host.name,

@@ -133,7 +133,7 @@ class Qwen35Host(Host):
         return dict(state)
 
     def with_plan(self, config: PreTrainedConfig, options: Sequence[str]) -> PreTrainedConfig:
-        """A copy; periodic plans also carry `full_attention_interval`, which SGLang places layers by."""
+        """A copy; periodic plans also carry `full_attention_interval`, which SGLang goes by."""
         config = super().with_plan(config, options)
         if interval := full_interval(options):
             config.full_attention_interval = interval

@@ -1,6 +1,6 @@
-"""Qwen3's mixtures of experts in Qwen3.5's: as `qwen3_5.py`, and a shared expert that says nothing.
+"""Qwen3's mixtures of experts in Qwen3.5's: as `qwen3_5.py`, plus a shared expert with a zero down projection.
 
-Qwen3.5 adds the output of an expert that all tokens share. Its down projection is zero at the start.
+Qwen3.5 adds the output of an expert that all tokens share; at the start it contributes nothing.
 """
 
 from collections.abc import Mapping

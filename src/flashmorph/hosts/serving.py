@@ -1,4 +1,4 @@
-"""What runs a host's checkpoints besides transformers: as data, for the table of hosts and for every model card."""
+"""Engines that run a host's checkpoints besides transformers, for the table of hosts and for every model card."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from flashmorph.plan import FULL
 
 @dataclass(frozen=True)
 class Gguf:
-    """How llama.cpp's converter makes a GGUF file of a host's checkpoint, and what the file must say; for `export`.
+    """How llama.cpp's converter makes a GGUF file of a host's checkpoint, and its required fields; for `export`.
 
-    `switched` tells from the file's fields, by the names without the architecture in front, which layers the engine
-    will not run as full ones. `flags` go to the converter. `fields` are what the file must say: what the converter
-    writes otherwise is replaced. Where `irregular` is set, only converters whose `GGUFWriter` has this method write
+    `switched` finds, from the file's fields (names without the architecture in front), the layers that the engine
+    will not run as full ones. `flags` go to the converter. `fields` are those that the file must have: other values of
+    the converter are replaced. Where `irregular` is set, only converters whose `GGUFWriter` has this method write
     plans that are not periodic.
     """
 
@@ -29,8 +29,8 @@ class Gguf:
 class Engine:
     """Software that runs checkpoints of one host.
 
-    `version` is the oldest one known to; `known` says how: it was run, or its source was read. `takes` is what has to
-    be done besides. Where a checkpoint must be of a kind, `needs` says it and `fits` tells it from the configuration;
+    `version` is the oldest one known to; `known` is the evidence: it was run, or its source was read. `takes` are extra
+    steps. If a checkpoint must be of a kind, `needs` describes it and `fits` checks the configuration for it;
     `otherwise` is a sentence on what the engine does with another one, where it does not refuse it.
     `gguf` is set where the engine reads GGUF files.
     """
@@ -57,6 +57,6 @@ TRANSFORMERS = Engine("transformers", "5.23", RUN)
 def full_interval(options: Sequence[str]) -> int:
     """n where every n-th layer is full and no other is; 0 where full layers stand otherwise."""
     interval = options.index(FULL) + 1 if FULL in options else 0
-    if interval and all((option == FULL) == (place % interval == 0) for place, option in enumerate(options, 1)):
+    if interval and all((option == FULL) == (number % interval == 0) for number, option in enumerate(options, 1)):
         return interval
     return 0

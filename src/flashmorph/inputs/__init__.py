@@ -1,1 +1,1 @@
-"""What a user or an earlier run wrote, held against what it must be: JSON and shapes, YAML, settings and signatures."""
+"""Validation of files from a user or an earlier run: JSON and shapes, YAML, settings and signatures."""

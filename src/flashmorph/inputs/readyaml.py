@@ -83,9 +83,9 @@ def _cut(text: str) -> str:
 
 
 def sentence(error: ValidationError, model: type[BaseModel], replaced: Mapping[str, str] | None = None) -> str:
-    """A problem with the settings of `model`, in words; an unknown key is told with the nearest known name.
+    """A problem with the settings of `model`, in words; an unknown key is reported with the nearest known name.
 
-    `replaced` are names of earlier versions, each with what to say in its place.
+    `replaced` are names of earlier versions, each with the message about its replacement.
     """
     # Where one value may be several things, what went furthest is what was meant.
     problem = max(error.errors(include_url=False), key=lambda problem: len(problem["loc"]))
@@ -101,7 +101,7 @@ def sentence(error: ValidationError, model: type[BaseModel], replaced: Mapping[s
 
 
 def _place(location: tuple[int | str, ...], model: Any) -> tuple[list[str], Any]:
-    """A place in the settings as people write it, `data.mixture[0].weight`, and the settings class that holds it.
+    """A path in the settings as people write it, `data.mixture[0].weight`, and the settings class that holds it.
 
     pydantic also names which member of a union it tried; that is left out.
     """

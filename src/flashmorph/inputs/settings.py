@@ -65,11 +65,11 @@ def _has_truth(value: Any) -> bool:
 def resolve(
     function: Callable[..., Any], given: Mapping[str, Any], handed: Collection[str], owner: str, prefix: str
 ) -> dict[str, Any]:
-    """All settings of `function`: its defaults, and what is `given` in their place, as their annotations want them.
+    """All settings of `function`: its defaults, replaced by what is `given`, as their annotations require.
 
     Parameters named in `handed` are no settings. Text is read where a number is wanted (`"1e-3"`, which YAML 1.1 does
     not take for one); a truth value is no number. `owner` and `prefix` are for sentences: whose settings these are, and
-    what stands before a setting's name.
+    the prefix of a setting's name.
 
     Raises:
         UserError: names a setting that there is not, or one that is wrong, with what would be right.
@@ -100,7 +100,7 @@ def _checked(annotation: Any, value: Any, name: str) -> Any:
 
 
 def in_words(schema: Mapping[str, Any]) -> str:
-    """What a JSON schema of one plain value asks for."""
+    """The requirement of a JSON schema of one plain value, in words."""
     if "enum" in schema:
         return " or ".join(map(str, schema["enum"]))
     words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "null"}

@@ -1,4 +1,4 @@
-"""JSON of an earlier run, held against the shape that its reader goes by: a disk, an editor or a power cut may have
+"""JSON of an earlier run, checked against the shape that its reader needs: a disk, an editor or a power cut may have
 changed it."""
 
 import hashlib
@@ -39,7 +39,7 @@ class Shape(BaseModel):
 
 
 def read_as(path: Path, shape: Any) -> Any:
-    """The JSON value in `path`, as it stands there; `shape` is a type that pydantic knows.
+    """The JSON value in `path`, unchanged; `shape` is a type that pydantic knows.
 
     Raises:
         UserError: the file is missing, is no JSON, or holds something else.
@@ -60,13 +60,13 @@ def require_shape(value: Any, shape: Any, name: str) -> None:
 
 
 def misfit(value: Any, shape: Any) -> str:
-    """How a value of JSON is not of this `shape`, and where in it; nothing if it is."""
+    """The difference of a JSON value from this `shape`, and its path; empty if there is none."""
     try:
         TypeAdapter(shape).validate_python(value, strict=True)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in problem["loc"] if part != "[key]")
-        where = f"{place if len(place) <= _LONGEST else place[: _LONGEST - 1] + '…'}: " if place else ""
+        key = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+        where = f"{key if len(key) <= _LONGEST else key[: _LONGEST - 1] + '…'}: " if key else ""
         # A limit of 1e100 would be written with all its digits.
         message = _ENDLESS.sub(
             lambda number: f"{float(number[0]):.0e}".replace("+", ""), problem["msg"].removeprefix("Value error, ")

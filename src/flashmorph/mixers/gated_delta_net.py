@@ -50,7 +50,7 @@ class GatedDeltaNet:
         return module(hidden_states=hidden, **boundaries_in(arguments))
 
     def supports_varlen(self, device: torch.device) -> bool:
-        """Where the delta rule's kernel runs; the convolution can do with PyTorch."""
+        """On devices with the delta rule's kernel; the convolution can run in PyTorch."""
         assert self.kernels
         return kernel_runs(self.kernels, device)
 

@@ -41,7 +41,7 @@ def dispatch_by_device(
 
 
 def implementation_in_use(module_name: str, function: str) -> str:
-    """What the decorated function would call on CUDA tensors: the module it comes from."""
+    """The module of the function that the decorated one would call on CUDA tensors."""
     decorated = getattr(importlib.import_module(module_name), function)
     return _implementation(getattr(decorated, "decorated", decorated))
 
@@ -64,7 +64,7 @@ def in_one_row(function: Callable, first: torch.Tensor, *args, **kwargs) -> tupl
 
 
 def boundaries_in(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells a linear mixer where documents begin, among the arguments of a decoder layer's attention."""
+    """The document boundaries for a linear mixer, among the arguments of a decoder layer's attention."""
     return {name: arguments[name] for name in ("cu_seq_lens_q", "seq_idx") if name in arguments}
 
 

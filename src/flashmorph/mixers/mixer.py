@@ -1,4 +1,4 @@
-"""What a mixer is: one way in which a decoder layer passes information between tokens, and what it costs."""
+"""`Mixer`: one way in which a decoder layer passes information between tokens, and its cost."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ LAYER_TYPES: Mapping[str, str] = {FULL: "full_attention", LINEAR: "linear_attent
 class Products(NamedTuple):
     """Matrix products that one part of a decoder layer does for each token; a multiply-add counts as two.
 
-    `kind` says what a backward adds to them: `input` multiplies the part's own input by weights, `weights` something
+    `kind` is what a backward adds to them: `input` multiplies the part's own input by weights, `weights` something
     computed by weights, `state` two computed things. `formula` is how `flops` came about, in the names of the
     configuration. `causal` is what kernels do over that: they leave out scores that a causal mask or a window hides,
     and take longer chunks, which may be more. `step` are the operations of mixing, projections left out, for one
@@ -51,7 +51,7 @@ class Kernels(NamedTuple):
 class Mixer(Protocol):
     """One kind of mixer, as an option of a host's layers. Its modules are transformers' own.
 
-    `name` says in words what a layer is then. A mixer that is not `trainable` has no weights of its own: it runs on
+    `name` is the mixer in words. A mixer that is not `trainable` has no weights of its own: it runs on
     those of the attention, and there is nothing to align. `separable_by_head`: what enters its output projection, the
     submodule `projection`, divides evenly into parts that belong to one key-value head each, and no part depends on
     which others are used.
@@ -64,7 +64,7 @@ class Mixer(Protocol):
     kernels: Kernels | None
 
     def build(self, config: PreTrainedConfig, layer: int, attention: nn.Module) -> nn.Module:
-        """An untrained mixer for one layer of a host's configuration, to stand beside `attention`."""
+        """An untrained mixer for one layer of a host's configuration, to run beside `attention`."""
         ...
 
     def initialise(self, module: Any, attention: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
@@ -84,7 +84,7 @@ class Mixer(Protocol):
         ...
 
     def products(self, config: PreTrainedConfig, context: int) -> list[Products]:
-        """What a forward of one layer's mixer does for each token of a sequence of `context` tokens.
+        """The products of one layer's mixer in a forward, for each token of a sequence of `context` tokens.
 
         Counted as `torch.utils.flop_counter.FlopCounterMode` counts eager attention and PyTorch's reference of a linear
         mixer: all of the scores, also those above the diagonal; but of a window none outside it.
@@ -101,7 +101,7 @@ def gated(
     bias, which all heads share, the mean of their gates remains.
 
     Raises:
-        ValueError: a gate for each head, and the mixer cannot be divided.
+        ValueError: a gate for each head, and the mixer is not separable by head.
     """
     if not mixer.separable_by_head:
         if len(gate) > 1:

@@ -1,4 +1,4 @@
-"""What attention and feed-forward cost, alike in all hosts: operations and cache; operations of a backward."""
+"""Operations and cache of attention and feed-forward, the same in all hosts; operations of a backward."""
 
 from collections.abc import Sequence
 from typing import cast

@@ -1,4 +1,4 @@
-"""How a linear branch starts: what mixers need to read off the attention that it stands beside."""
+"""Initialisation of a linear branch: statistics of the attention that it is trained to reproduce."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ _RIDGE = 1e-2
 
 
 def softplus_inverse(value: torch.Tensor) -> torch.Tensor:
-    """What softplus turns into `value`, which must be positive."""
+    """The inverse of softplus at `value`, which must be positive."""
     return value + torch.log(-torch.expm1(-value))
 
 

@@ -2,7 +2,7 @@
 
     layer output = sum over options o of W_o (gate[layer, o] * heads_o(hidden)) + gate[layer, o] * b_o
 
-W_o and b_o are the branch's output projection. Every branch runs whatever its gate is, so that a gate that stands at 0
+W_o and b_o are the branch's output projection. Every branch runs whatever its gate is, so that a gate at 0
 still gets a gradient. Only under `no_grad` with a one-hot gate does a layer run the one branch that counts.
 """
 
@@ -119,7 +119,7 @@ class Morphable(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return self.model.device
 
     def space(self, budget: Budget) -> Space:
@@ -148,17 +148,17 @@ class Morphable(nn.Module):
 
     @torch.no_grad()
     def each_plan(self, input_ids: torch.Tensor, gates: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """For every plan in `gates` `[plans, groups, options]`, hard ones: its place and its last hidden states.
+        """Index and last hidden states `[batch, time, width]` of each plan: one-hot `gates` `[plans, groups, options]`.
 
-        What two plans have in common from the first layer up is computed once: plans are run in the order of their
+        Layers that two plans share from the first one up are computed once: plans are run in the order of their
         assignments, each from the first layer on that differs from the plan before. One hidden state is kept for each
-        depth at which plans part. The order of the results is that of the runs.
+        depth at which plans diverge. The order of the results is that of the runs.
         """
         order = run_order(gates, [layer.rows for layer in self.layers])
         decoder = self.model.model
         every = decoder.layers
         kept: dict[int, torch.Tensor] = {}
-        for turn, (place, start) in enumerate(order):
+        for turn, (index, start) in enumerate(order):
             stops = {later for _, later in order[turn + 1 :] if later > start}
             hooks = [
                 every[stop].register_forward_pre_hook(
@@ -169,12 +169,12 @@ class Morphable(nn.Module):
             try:
                 if start:
                     decoder.layers = nn.ModuleList([_Resume(kept[start]), *every[start:]])
-                hidden = decoder(input_ids=input_ids, use_cache=False, gates=gates[place]).last_hidden_state
+                hidden = decoder(input_ids=input_ids, use_cache=False, gates=gates[index]).last_hidden_state
             finally:
                 decoder.layers = every
                 for hook in hooks:
                     hook.remove()
-            yield place, hidden
+            yield index, hidden
 
     def branch_parameters(self) -> list[list[nn.Parameter]]:
         """The weights that alignment trains, one list a branch."""
@@ -256,7 +256,7 @@ def _is_one_hot(gates: torch.Tensor) -> bool:
 
 
 def run_order(gates: torch.Tensor, layers: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """(place, first layer to run) of each hard plan in `gates` `[plans, groups, options]`, neighbours together.
+    """(index, first layer to run) of each hard plan in `gates` `[plans, groups, options]`, neighbours together.
 
     `layers` are the rows of each layer among the groups (`Space.layers`). A plan that equals the one before starts with
     the last layer, so that something is run.
@@ -264,13 +264,13 @@ def run_order(gates: torch.Tensor, layers: Sequence[Sequence[int]]) -> list[tupl
     chosen = [tuple(tuple(plan[row] for row in rows) for rows in layers) for plan in gates.argmax(-1).tolist()]
     order: list[tuple[int, int]] = []
     before: tuple[tuple[int, ...], ...] | None = None
-    for place in sorted(range(len(chosen)), key=chosen.__getitem__):
-        plan = chosen[place]
+    for index in sorted(range(len(chosen)), key=chosen.__getitem__):
+        plan = chosen[index]
         start = 0
         if before is not None:
             differing = [layer for layer in range(len(plan)) if plan[layer] != before[layer]]
             start = differing[0] if differing else len(plan) - 1
-        order.append((place, start))
+        order.append((index, start))
         before = plan
     return order
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 
 KEPT_BYTES = 2**30
-"""What a forward may keep for the gradient of the gates; beyond that, layers run again."""
+"""Bytes of activations that a forward may keep for the gradient of the gates; beyond that, layers are recomputed."""
 _KEPT_FOR_EACH_CHANNEL = 100
 """Bytes that all branches and the feed-forward of a layer keep of a token, over its width: 83 in bfloat16 and 140 in
 float32 for the shape of Qwen3-1.7B, counted as in `estimate/memory.py`."""

@@ -1,8 +1,8 @@
-"""Models that are too large for one device: their weights divided among all processes by FSDP2 (`fully_shard`).
+"""Models that are too large for one device, sharded over all ranks with FSDP2 (`fully_shard`).
 
-What trains is divided whole. Of what is frozen the matrices of the decoder layers are; the rest (embedding, norms,
-head) stays on every device. `fully_shard` is called here and Trainer is told so: there is one path on every device, and
-no launcher's settings that could fall back to whole copies.
+Trainable modules are fully sharded. Of a frozen model only the decoder layers' matrices are; embedding, norms and head
+are replicated. `fully_shard` is called here and Trainer is set not to wrap the model again: every device takes the same
+path, and no launcher's settings can fall back to replicas.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ Model = TypeVar("Model", PreTrainedModel, Morphable)
 
 
 def shard_student(model: PreTrainedModel, device: torch.device, bf16: bool = False) -> PreTrainedModel:
-    """Divide a model that trains, a decoder layer a unit; `shard_loss` takes the rest.
+    """Shard a model that trains, one unit per decoder layer; `shard_loss` shards the rest.
 
     `model` may be on the CPU: its weights go to `device` unit by unit. With `bf16` layers are gathered in bfloat16, for
     forwards under autocast.
@@ -35,30 +35,33 @@ def shard_student(model: PreTrainedModel, device: torch.device, bf16: bool = Fal
 
 
 def shard_loss(loss: nn.Module, student: PreTrainedModel) -> None:
-    """Make the module that computes the loss the root of a divided student, so that embedding and head, which may be
-    one matrix, are whole wherever its forward needs them. Nothing where the student is whole."""
+    """Make the module that computes the loss the root unit of a sharded student.
+
+    Its forward then has the embedding and the head, which may be one matrix, unsharded. No-op if the student is not
+    sharded.
+    """
     if is_sharded(student):
         fully_shard(loss, mesh=_mesh(next(student.model.layers.parameters()).device.type))
 
 
 def shard_teacher(model: PreTrainedModel, device: torch.device, bf16: bool = False) -> PreTrainedModel:
-    """Divide the decoder layers of a model that does not train."""
+    """Shard the decoder layers of a frozen model."""
     _shard_parts(model, device, bf16)
     return model
 
 
 def shard_morphable(morphable: Morphable, device: torch.device, bf16: bool = False) -> Morphable:
-    """Divide the decoder layers with all their branches."""
+    """Shard the decoder layers with all their branches."""
     _shard_parts(morphable.model, device, bf16)
     return morphable
 
 
 def _shard_parts(model: PreTrainedModel, device: torch.device, bf16: bool) -> None:
-    """A unit for each mixer and feed-forward, and a root without weights.
+    """One unit per mixer and feed-forward, and a root without weights.
 
     Not for each layer: a branch's error and a mixer's output reach the loss without passing through the end of their
-    decoder layer, so the layer's hooks would not have the weights back for the backward. What no unit holds is frozen,
-    and needs no reduction.
+    decoder layer, so the layer's hooks would not gather the weights again for the backward. Weights outside every unit
+    are frozen and need no reduction.
     """
     mesh = _mesh(device.type)
     for layer in model.model.layers:
@@ -73,26 +76,23 @@ def _shard_parts(model: PreTrainedModel, device: torch.device, bf16: bool) -> No
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether weights of `model` are divided."""
+    """Whether weights of `model` are sharded."""
     return any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
 @torch.no_grad()
 def whole(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`state` on the CPU with its divided tensors put together, in the first process; empty in the others.
-
-    To be called by all at once.
-    """
-    found = {}
+    """`state` unsharded, on the CPU of rank 0; empty on the other ranks. All ranks must call it."""
+    unsharded = {}
     for name, tensor in state.items():
-        together = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if distributed.is_first():
-            found[name] = together.detach().cpu()
-    return found
+            unsharded[name] = full.detach().cpu()
+    return unsharded
 
 
 def in_turn(make: Callable[[], Model]) -> Model:
-    """What `make` returns, made by one process of a machine after the other: each holds a whole model until then."""
+    """Run `make` on one rank of each machine after the other: until its model is sharded, a rank holds all of it."""
     made: list[Model] = []
     for turn in range(distributed.local_count()):
         if turn == distributed.local_rank():
@@ -102,8 +102,8 @@ def in_turn(make: Callable[[], Model]) -> Model:
 
 
 def _policy(bf16: bool) -> MixedPrecisionPolicy:
-    """Weights are gathered in bfloat16, which autocast would otherwise copy them to and keep for the backward after
-    their unit has given them back. Activations are autocast's business, as without units."""
+    """Weights are gathered in bfloat16: autocast would otherwise keep a bfloat16 copy for the backward after their unit
+    has freed them. Activations are left to autocast, as without sharding."""
     dtype = torch.bfloat16 if bf16 else None
     return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 

@@ -31,7 +31,7 @@ kernels where they can be imported, and they do not run there.
 
 
 def model_card(run: Run, results: Results) -> str:
-    """README.md of the output: what it is, what it can do, what serves it, how it was made."""
+    """README.md of the output: the model, its scores, engines that serve it, and how it was made."""
     host, config = configure(load_config(run.teacher.folder), run.recipe.host)
     plan = results.plan
     used = [option for option in host.mixers if option != FULL and option in plan.assignments.values()]
@@ -87,7 +87,7 @@ Made with the following command; `recipe.yaml`, `plan.json` and `results.json` l
 
 
 def _front_matter(run: Run, mixers: list[str]) -> str:
-    """What the hub reads. It links a base model that has a name there; others are named in the text."""
+    """The metadata that the hub reads. It links a base model that has a name there; others are named in the text."""
     values: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if run.teacher.revision:
         values |= {"base_model": run.teacher.name, "base_model_relation": "finetune"}
@@ -96,7 +96,7 @@ def _front_matter(run: Run, mixers: list[str]) -> str:
 
 
 def served_by(engine: Engine, config: PreTrainedConfig) -> str:
-    """One line of the table of engines, about this very checkpoint."""
+    """One line of the table of engines, about this checkpoint."""
     if not engine.fits(config):
         return f"| {engine.name} | no: it needs {engine.needs}. {engine.otherwise}".rstrip() + " |"
     takes = f"; {engine.takes}" if engine.takes else ""
@@ -104,11 +104,11 @@ def served_by(engine: Engine, config: PreTrainedConfig) -> str:
 
 
 def _worth(results: Results) -> str:
-    """What the choice of layers is worth, where the uniform layout was trained as well."""
-    found = results.to_dict().get(f"recall_hybrid_minus_{BASELINE}")
-    if not found:
+    """The gain of the choice over the baseline, if that was trained as well."""
+    gain = results.to_dict().get(f"recall_hybrid_minus_{BASELINE}")
+    if not gain:
         return ""
-    worth, low, high = (100 * value for value in (found["difference"], *found["interval"]))
+    worth, low, high = (100 * value for value in (gain["difference"], *gain["interval"]))
     return (
         f"\nThe choice of layers is worth {worth:.1f} points of recall ({low:.1f} to {high:.1f}, paired) over\n"
         "the uniform layout of the same budget and training.\n"

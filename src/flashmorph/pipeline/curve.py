@@ -1,4 +1,4 @@
-"""The budget curve: the plan for every number of full layers, and what each can do before distillation."""
+"""The budget curve: the plan for every number of full layers, and its recall before distillation."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -38,7 +38,7 @@ class Point:
 
     @property
     def num_full(self) -> int:
-        """How many groups are full."""
+        """The number of full groups."""
         return sum(option == FULL for option in self.assignments.values())
 
 
@@ -80,7 +80,7 @@ class Curve:
 def budget_curve(run: Run, morphable: Morphable, questions: int, folder: Path, report: Report) -> Curve:
     """Plans of the recipe's strategy for every count of full layers; `questions` generated answers a task for each.
 
-    One search serves all counts where the strategy's scores allow it, else there is one search for each.
+    One search serves all counts if the strategy's scores allow it; else there is one search for each.
 
     Raises:
         UserError: the strategy cannot spend a count of layers.
@@ -108,15 +108,15 @@ def find_plans(run: Run, morphable: Morphable, space: Space, folder: Path, repor
     settings = dict(recipe.select.settings)
     record, reuse = STRATEGIES[strategy], reuse_of(strategy, settings)
     if reuse == "order" and len(space.options) > 2:
-        reuse = "nothing"  # An order of layers says nothing of options.
+        reuse = "nothing"  # An order of layers has no options.
     if reuse == "order":
         settings |= record.order_settings
 
     def search(budget: Budget) -> Selection:
-        place = folder / (f"{strategy}-{budget}" if reuse == "nothing" else strategy)
+        state = folder / (f"{strategy}-{budget}" if reuse == "nothing" else strategy)
         chosen = recipe.select.model_copy(update={"settings": settings})
         own = replace(run, recipe=recipe.model_copy(update={"select": chosen}))
-        return run_search(own, morphable, budget, place, report, folder / "evaluations")
+        return run_search(own, morphable, budget, state, report, folder / "evaluations")
 
     if reuse in ("nothing", "state"):
         return [search(budget).plan for budget in budgets]
@@ -129,7 +129,7 @@ def run_curve(run: Run, host: Stage, branches: Stage, questions: int) -> Curve:
     """The budget curve of an aligned run, as a stage of its own.
 
     Raises:
-        UserError: the strategy cannot spend a count of layers, or weights are divided; or see `with_signal`.
+        UserError: the strategy cannot spend a count of layers, or weights are sharded; or see `with_signal`.
     """
     if run.shards:
         raise UserError("a curve asks whole models for answers: go on with --set shard=false")
@@ -144,8 +144,8 @@ def run_curve(run: Run, host: Stage, branches: Stage, questions: int) -> Curve:
         return {"left_out": list(run.left_out), "summary": f"{len(curve.points)} budgets"}
 
     asked = [recipe.select.search.longest, recipe.select.search.questions, task_settings(run)]
-    wanted = {"format": 2, "questions": questions, "asked": asked, **ends(run), **select_settings(run)}
-    stage = run.stage("curve", f"{recipe.select.strategy}, every budget", wanted, [branches.digest], work)
+    stage_settings = {"format": 2, "questions": questions, "asked": asked, **ends(run), **select_settings(run)}
+    stage = run.stage("curve", f"{recipe.select.strategy}, every budget", stage_settings, [branches.digest], work)
     values = read_as(stage.folder / "curve.json", _Curve)
     return Curve(values["strategy"], [Point(**point) for point in values["points"]])
 

@@ -40,22 +40,22 @@ from flashmorph.run.folder import STAGES
 
 
 class Screen(Protocol):
-    """What shows how far the work is."""
+    """The console of an evaluation."""
 
     def stage(self, name: str, about: str) -> AbstractContextManager[Report]:
-        """A model at work: its progress goes to the report."""
+        """Show the evaluation of a model; its progress goes to the report."""
         ...
 
     def say(self, text: str) -> None:
-        """A line."""
+        """Print a line."""
         ...
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of every model: the recipe's tasks and text; the rest where asked for.
+    """What is measured of every model: the recipe's tasks and text, and optional parts.
 
-    With `allow_unused` weights that are stored and not used are told, not refused.
+    With `allow_unused`, stored weights that are not used are reported, not refused.
     """
 
     recipe: Recipe
@@ -77,7 +77,7 @@ class Wanted:
 
 @dataclass
 class Found:
-    """What one model did."""
+    """The results of one model."""
 
     score: Score
     vocabulary: dict[str, int]
@@ -88,7 +88,7 @@ class Found:
 
 
 def homes(names: Sequence[str]) -> tuple[Path, ...]:
-    """Where models come from: their folders, and of what a stage wrote the folder of its run.
+    """The folders of models; of a stage's model, the folder of its run.
 
     Raises:
         UserError: there is no such model.
@@ -107,16 +107,16 @@ def fit_to_models(names: Sequence[str], recipe: Recipe, device: torch.device) ->
     for name, config in zip(names, configs, strict=True):
         require_known(config, name)
     shortest = min(configs, key=lambda config: config.max_position_embeddings)
-    recipe, told = fit(recipe, shortest, ["evaluate.length"])
+    recipe, notice = fit(recipe, shortest, ["evaluate.length"])
     if not asked(recipe, "evaluate"):
-        return recipe, told
+        return recipe, notice
     models = [model_in(config) for config in configs]
     room = Room(usable_memory(device))
     every = [
         choose("evaluate", recipe, model, count_sizes(model.host, model.config, model.config, device), room).values
         for model in models
     ]
-    return with_settings(recipe, {key: min(values[key] for values in every) for key in every[0]}), told
+    return with_settings(recipe, {key: min(values[key] for values in every) for key in every[0]}), notice
 
 
 def check(names: Sequence[str], longest: int) -> None:
@@ -161,7 +161,7 @@ def compare_models(names: Sequence[str], wanted: Wanted, device: torch.device, s
 
 
 def _judge(name: str, wanted: Wanted, device: torch.device, screen: Screen, first: Found | None = None) -> Found:
-    """What one model can do; on the very text of the `first` where it has the same tokens."""
+    """The results of one model, on the same text as the `first` if it has the same vocabulary."""
     recipe, corpus = wanted.recipe, wanted.corpus
     model, tokenizer = open_model(name, device, screen.say, wanted.allow_unused)
     vocabulary = tokenizer.get_vocab()

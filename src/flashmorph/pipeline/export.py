@@ -1,4 +1,4 @@
-"""A hybrid as a GGUF file: by the converter of the user's own llama.cpp, told what the host needs, its file checked."""
+"""A hybrid as a GGUF file, written by the user's own llama.cpp converter with the host's settings, and checked."""
 
 import importlib
 import importlib.util
@@ -47,8 +47,8 @@ def export_gguf(
     form, options = gguf_form(folder, config)
     weight_files(folder)
     require_converter(llama_cpp, form, options)
-    with TemporaryDirectory() as place, atomic_path(target) as file:
-        source = Path(place) / (folder.resolve().name or "model")
+    with TemporaryDirectory() as temporary, atomic_path(target) as file:
+        source = Path(temporary) / (folder.resolve().name or "model")
         lay_out(folder, config, source)
         outtype = dtype or _OUTTYPES.get(str(config.dtype).removeprefix("torch."), "auto")
         _convert([sys.executable, str(llama_cpp / CONVERTER), str(source), "--outfile", str(file), "--outtype", outtype,
@@ -92,7 +92,7 @@ def require_converter(llama_cpp: Path, form: Gguf, options: Sequence[str]) -> No
     """Refuse a folder that is no llama.cpp, or one whose converter does not write such a plan.
 
     Raises:
-        UserError: says what is missing.
+        UserError: names what is missing.
     """
     if not (llama_cpp / CONVERTER).is_file():
         raise UserError(f"{llama_cpp} has no {CONVERTER}: give the folder of a checkout of llama.cpp")
@@ -107,51 +107,51 @@ def require_converter(llama_cpp: Path, form: Gguf, options: Sequence[str]) -> No
 
 
 def _gguf_folder(llama_cpp: Path) -> Path:
-    """Where the converter finds the package `gguf`: beside itself, else where it is installed."""
+    """The folder in which the converter finds the package `gguf`: beside itself, else where it is installed."""
     own = llama_cpp / "gguf-py" / "gguf"
     if own.is_dir():
         return own
-    found = importlib.util.find_spec("gguf")
-    if not found or not found.origin:
+    spec = importlib.util.find_spec("gguf")
+    if not spec or not spec.origin:
         raise UserError(
             f"the converter in {llama_cpp} needs the package gguf, which is neither beside it (gguf-py) nor installed: "
             "take a whole checkout of llama.cpp, or pip install gguf"
         )
-    return Path(found.origin).parent
+    return Path(spec.origin).parent
 
 
 @contextmanager
 def _gguf_package(llama_cpp: Path) -> Iterator[Any]:
     """The package `gguf` that the converter used."""
-    place = str(_gguf_folder(llama_cpp).parent)
-    sys.path.insert(0, place)
+    package = str(_gguf_folder(llama_cpp).parent)
+    sys.path.insert(0, package)
     try:
         yield importlib.import_module("gguf")
     finally:
-        sys.path.remove(place)
+        sys.path.remove(package)
 
 
-def lay_out(folder: Path, config: PreTrainedConfig, place: Path) -> None:
-    """Make `place` a copy of the checkpoint in `folder`: links to its weights, what goes with them, and a config.json
-    that engines read. No code that lies there, nor a word that names some: the converter would run it."""
-    place.mkdir()
+def lay_out(folder: Path, config: PreTrainedConfig, target_folder: Path) -> None:
+    """Make `target_folder` a copy of the checkpoint in `folder`: links to its weights, its other files, a config.json
+    that engines read. Code, and settings that name code, are left out: the converter would run it."""
+    target_folder.mkdir()
     for path in weight_files(folder):
-        os.symlink(path.resolve(), place / path.name)
+        os.symlink(path.resolve(), target_folder / path.name)
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     for path in [*travelling_files(folder), *([index] if index.is_file() else [])]:
-        target = place / path.relative_to(folder)
+        target = target_folder / path.relative_to(folder)
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(travelling_content(path))
     values = {name: value for name, value in read_json(folder / "config.json").items() if name != "auto_map"}
     values.setdefault("rope_parameters", config.rope_parameters)
-    write_json(place / "config.json", host_of(config).serialise(values))
+    write_json(target_folder / "config.json", host_of(config).serialise(values))
 
 
 def _convert(command: list[str], folder: Path, llama_cpp: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode == 0:
         return
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()] or ["it says nothing"]
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()] or ["it printed nothing"]
     if any(_UNKNOWN_TOKENIZER in line for line in lines):
         raise UserError(
             f"llama.cpp does not know the tokenizer in {folder}, which it must to cut text as that does: use a teacher "
@@ -189,7 +189,7 @@ def require_layers(fields: Mapping[str, Any], form: Gguf, options: Sequence[str]
     """Refuse a file whose layers are not those of the plan.
 
     Raises:
-        UserError: says which layers would be run as full ones.
+        UserError: names the layers that would be run as full ones.
     """
     found, wanted = form.switched(fields), [option != FULL for option in options]
     if found != wanted:
@@ -204,7 +204,7 @@ def _full(switched: Sequence[bool]) -> str:
 
 
 def require_fields(fields: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse a file that does not say what it must.
+    """Refuse a file without the required fields.
 
     Raises:
         UserError: names the field.

@@ -1,4 +1,4 @@
-"""A model goes on from a prompt."""
+"""Generation from a prompt."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -21,7 +21,15 @@ def continue_prompt(
     tell: Callable[[str], None] = lambda notice: None,
     allow_unused: bool = False,
 ) -> str:
-    """Greedy continuation of `prompt`, with the cache; `tell` and `allow_unused` as in `open_model`.
+    """Greedy continuation of `prompt`, with the cache.
+
+    Args:
+        name: Of the model: a folder, or a checkpoint of the hub.
+        prompt: Text, of at least one token with the special tokens before it.
+        max_new_tokens: The most tokens that are generated.
+        device: Where the model runs.
+        tell: Called with each notice about stored weights that are not used.
+        allow_unused: Whether such weights are reported instead of refused.
 
     Raises:
         UserError: see `open_model`; or the prompt is empty.
@@ -29,10 +37,13 @@ def continue_prompt(
     model, tokenizer = open_model(name, device, tell, allow_unused)
     ids = [*before_text(tokenizer), *tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids]
     if not ids:
-        raise UserError("the prompt is empty; give some text to go on from")
-    given = torch.tensor([ids], device=device)
+        raise UserError("the prompt is empty; give some text to continue")
+    input_ids = torch.tensor([ids], device=device)
     with greedy(model, tokenizer) as config:
-        made = cast(Any, model).generate(
-            given, attention_mask=torch.ones_like(given), generation_config=config, max_new_tokens=max_new_tokens
+        generated = cast(Any, model).generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=config,
+            max_new_tokens=max_new_tokens,
         )
-    return continuation(tokenizer, ids, made[0, len(ids) :].tolist())
+    return continuation(tokenizer, ids, generated[0, len(ids) :].tolist())

@@ -15,11 +15,20 @@ def publish(
 ) -> None:
     """Make `folder` itself the checkpoint of the stage in `model`, with plan, results, recipe and card beside it.
 
-    What an earlier run published stays in its stage's folder, and nowhere else: see `replace_checkpoint`. The
-    checkpoint is opened before anything is replaced.
+    An earlier result is replaced (`replace_checkpoint`) and stays in its stage's folder only. The new checkpoint is
+    checked before anything is replaced.
+
+    Args:
+        folder: The run's folder.
+        model: The folder of the stage, with the checkpoint in `model/model`.
+        teacher: The teacher's folder, whose tokenizer, templates and generation settings are copied.
+        plan: Saved as `plan.json`.
+        results: Saved as `results.json`.
+        recipe: Saved as `recipe.yaml`.
+        card: The text of `README.md`.
 
     Raises:
-        UserError: the checkpoint is not whole, or the place cannot be written.
+        UserError: the checkpoint is incomplete, or `folder` cannot be written.
     """
     require_whole(model / "model")
     replace_checkpoint(folder, model / "model", teacher)

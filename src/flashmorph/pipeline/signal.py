@@ -1,4 +1,4 @@
-"""Can the teacher do it? Where it cannot answer, a search chooses layers by noise.
+"""Signal of tasks: if the teacher cannot answer one, a search on it chooses layers by noise.
 
 Asked twice: of the teacher alone before `align` is paid for, and before a search of full attention against none of it,
 on the search's own questions. Tasks without signal are left out of the search.
@@ -38,7 +38,7 @@ _REMEDY = (
 
 
 def run_teacher(run: Run, host: Stage) -> Stage | None:
-    """The teacher's own answers by task, as a stage; None where no search will go by them.
+    """The teacher's own answers by task, as a stage; None if no search will use them.
 
     The questions are the first of each task in the search-validation split, as long as the search's longest.
     """
@@ -53,15 +53,15 @@ def run_teacher(run: Run, host: Stage) -> Stage | None:
             recipe, run.corpus, run.tokenizer, "validation", number, length, recipe.chat_template
         )
         tokens = run.at_once("teacher", folder, alone=True).evaluate.tokens_at_once
-        found = ask_teacher(model, run.tokenizer, questions, tokens, report)
-        at_chance = [name for name, figures in found.items() if figures["at_chance"]]
+        by_task = ask_teacher(model, run.tokenizer, questions, tokens, report)
+        at_chance = [name for name, figures in by_task.items() if figures["at_chance"]]
         if at_chance:
             run.screen.say(f"the teacher is at chance in {', '.join(at_chance)}: {_REMEDY}")
-        return {"tasks": found, "at_chance": at_chance, "summary": ", ".join(map(_in_short, found.items()))}
+        return {"tasks": by_task, "at_chance": at_chance, "summary": ", ".join(map(_in_short, by_task.items()))}
 
-    wanted = {"questions": number, "length": length, **task_settings(run)}
+    settings = {"questions": number, "length": length, **task_settings(run)}
     about = f"{number} questions a task of {length:,} tokens"
-    return run.stage("teacher", about, wanted, [host.digest], work, alone=True)
+    return run.stage("teacher", about, settings, [host.digest], work, alone=True)
 
 
 def ask_teacher(
@@ -71,14 +71,14 @@ def ask_teacher(
     batch_tokens: int = 16_384,
     report: Report = silent,
 ) -> dict[str, dict[str, Any]]:
-    """By task: `recall` (greedy generation), `loss` (mean cross-entropy of the last answer's tokens, in nats), what
-    `guessing` its digits would cost, and whether the model is `at_chance`.
+    """By task: `recall` (greedy generation), `loss` (mean cross-entropy of the last answer's tokens, in nats), that of
+    `guessing` its digits, and whether the model is `at_chance`.
 
     At chance is a task in which no question is answered and the answers are no likelier than guessed digits: the paired
     95 % interval of the difference of the two losses reaches 0. Recall alone would not do: a teacher that knows the
-    number and words its answer otherwise has a loss that a search can go by.
+    number and words its answer otherwise has a loss that a search can use.
     """
-    found = {}
+    by_task = {}
     for number, (name, examples) in enumerate(questions.items(), 1):
         right = answers_right(model, tokenizer, examples, batch_tokens)
         losses = [_answer_loss(model, example) for example in examples]
@@ -86,9 +86,9 @@ def ask_teacher(
         low, _ = paired_interval([guesses], [losses])
         figures = {name: float(np.mean(each)) for name, each in (("recall", right), ("loss", losses))}
         at_chance = not any(right) and low <= 0
-        found[name] = {**figures, "guessing": float(np.mean(guesses)), "at_chance": at_chance}
+        by_task[name] = {**figures, "guessing": float(np.mean(guesses)), "at_chance": at_chance}
         report(number, len(questions))
-    return found
+    return by_task
 
 
 @torch.no_grad()
@@ -100,7 +100,7 @@ def _answer_loss(model: PreTrainedModel, example: Example) -> float:
 
 
 def _guessing(example: Example) -> float:
-    """The same of who knows how an answer is written and none of its digits; the first of a number is not 0."""
+    """The same for a guess that knows the form of an answer and none of its digits; the first digit is not 0."""
     numbers = re.findall(r"\d+", example.answer)
     nats = sum(math.log(9) + (len(number) - 1) * math.log(10) for number in numbers)
     return nats / (len(example.input_ids) - example.prompt_tokens)
@@ -113,9 +113,9 @@ def _in_short(task: tuple[str, dict[str, Any]]) -> str:
 
 
 def with_signal(run: Run, host: Stage, branches: Stage) -> Run:
-    """`run` as a search sees it: tasks in which full attention makes no difference are left out, and named.
+    """`run` for a search, without the tasks in which full attention makes no difference; these are reported.
 
-    Nothing is measured where no search goes by answers, or the recipe does not require it.
+    Nothing is measured if no search uses answers, or if the recipe does not require it.
 
     Raises:
         UserError: no task is left.
@@ -127,13 +127,13 @@ def with_signal(run: Run, host: Stage, branches: Stage) -> Run:
     left_out = record["left_out"]
     if not left_out:
         return run
-    told = ", ".join(_difference(name, record["tasks"][name]) for name in left_out)
+    differences = ", ".join(_difference(name, record["tasks"][name]) for name in left_out)
     if len(left_out) == len(recipe.tasks):
         raise UserError(
             "there is nothing to choose layers by: without any full layer the teacher answers no worse than with all "
-            f"of them (answer loss, all switched less all full: {told}): {_REMEDY}"
+            f"of them (answer loss, all switched less all full: {differences}): {_REMEDY}"
         )
-    run.screen.say(f"left out of the search, as full attention makes no difference there: {told}")
+    run.screen.say(f"left out of the search, as full attention makes no difference there: {differences}")
     tasks = {name: task for name, task in recipe.tasks.items() if name not in left_out}
     return replace(run, recipe=recipe.model_copy(update={"tasks": tasks}), left_out=tuple(left_out))
 
@@ -141,7 +141,7 @@ def with_signal(run: Run, host: Stage, branches: Stage) -> Run:
 def run_signal(run: Run, host: Stage, branches: Stage) -> Stage:
     """The answer loss of the plan with all layers full and of that with none, by task, as a stage.
 
-    The questions are the search's own, and further ones where it has fewer than `LEAST_QUESTIONS` a task.
+    The questions are the search's own, and further ones if it has fewer than `LEAST_QUESTIONS` a task.
     """
     recipe, search = run.recipe, run.recipe.select.search
     number = signal_questions(recipe)
@@ -151,13 +151,13 @@ def run_signal(run: Run, host: Stage, branches: Stage) -> Stage:
         search = fitted.recipe.select.search.model_copy(update={"questions": number})
         morphable = divided(run, lambda: open_morphable(run, host, branches), shard_morphable)
         objective = open_objective(fitted, morphable, folder, search)
-        found = measure_signal(list(recipe.tasks), morphable.space(Budget("layers", 1)), objective, report)
-        left_out = [name for name, figures in found.items() if figures["interval"][0] <= 0]
-        summary = ", ".join(_difference(name, figures) for name, figures in found.items())
-        return {"tasks": found, "left_out": left_out, "summary": summary}
+        by_task = measure_signal(list(recipe.tasks), morphable.space(Budget("layers", 1)), objective, report)
+        left_out = [name for name, figures in by_task.items() if figures["interval"][0] <= 0]
+        summary = ", ".join(_difference(name, figures) for name, figures in by_task.items())
+        return {"tasks": by_task, "left_out": left_out, "summary": summary}
 
-    wanted = {"questions": number, "length": search.longest, **task_settings(run)}
-    return run.stage("signal", "answer loss, no layer full less all full", wanted, [branches.digest], work)
+    settings = {"questions": number, "length": search.longest, **task_settings(run)}
+    return run.stage("signal", "answer loss, no layer full less all full", settings, [branches.digest], work)
 
 
 def measure_signal(
@@ -168,12 +168,12 @@ def measure_signal(
     budget = Budget("layers", 1)
     plans = [space.plan(space.groups, budget), space.plan([], budget)]
     full, empty = objective.evaluate(plans, report=lambda share: report(share, 1))
-    found = {}
-    for place, name in enumerate(tasks):
-        with_all, with_none = full[place :: len(tasks)], empty[place :: len(tasks)]
+    by_task = {}
+    for index, name in enumerate(tasks):
+        with_all, with_none = full[index :: len(tasks)], empty[index :: len(tasks)]
         interval = paired_interval([with_none], [with_all])
-        found[name] = {"full": float(with_all.mean()), "empty": float(with_none.mean()), "interval": list(interval)}
-    return found
+        by_task[name] = {"full": float(with_all.mean()), "empty": float(with_none.mean()), "interval": list(interval)}
+    return by_task
 
 
 def _difference(name: str, figures: dict[str, Any]) -> str:

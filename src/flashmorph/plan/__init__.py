@@ -1,4 +1,4 @@
-"""What is chosen: the space of choices, the budget, and the plan that results.
+"""The choice: its space, the budget, and the resulting plan.
 
 A choice is one option (`full`, `linear`, ...) for each group: a layer, or a key-value head of one. Everything that
 discretises scores goes through `Space.best`, so every strategy spends a budget in the same way.

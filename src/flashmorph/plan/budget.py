@@ -1,4 +1,4 @@
-"""Budgets: a resource, and how much of it a plan may spend."""
+"""Budgets: a resource and the amount of it that a plan may use."""
 
 import re
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _FORMS = "7 (layers), 25% (of the layers) or kv=64MiB@32768 (cache of one sequen
 
 @dataclass(frozen=True)
 class Budget:
-    """A resource and how much of it a plan may spend.
+    """A resource and the amount of it that a plan may use.
 
     `resource` is `layers` (a count, spent exactly), `share` (a share of the groups, rounded down, at least one) or `kv`
     (bytes of cache at `context` tokens, at most).
@@ -60,5 +60,5 @@ class Budget:
 
 
 def _decimal(value: float) -> str:
-    """All digits that matter, without an exponent: `Budget.parse` reads them again."""
+    """All significant digits, without an exponent, so that `Budget.parse` reads the same value."""
     return np.format_float_positional(round(value, 12), trim="-")

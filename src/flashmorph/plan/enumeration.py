@@ -38,7 +38,7 @@ def every_plan(space: Space, budget: Budget) -> Iterator[Plan]:
 
 
 def count_plans(space: Space, budget: Budget, most: int) -> int:
-    """How many plans `every_plan` gives; where bytes are spent, counted no further than `most + 1`.
+    """The number of plans of `every_plan`; for budgets in bytes, counted no further than `most + 1`.
 
     Sums of bytes may all differ, so that plans of bytes cannot be counted without going through them.
     """

@@ -1,4 +1,4 @@
-"""Groups: what a plan chooses an option for, a layer or one key-value head of a layer."""
+"""Groups: the units that a plan assigns an option to, layers or key-value heads."""
 
 import re
 from functools import cached_property
@@ -32,8 +32,8 @@ class Group(str):
         return None if self._match[2] is None else int(self._match[2])
 
     @property
-    def place(self) -> tuple[int, int]:
-        """What groups are sorted by: layer, then head."""
+    def sort_key(self) -> tuple[int, int]:
+        """Groups are sorted by layer, then by head."""
         return self.layer, -1 if self.kv_head is None else self.kv_head
 
     @property

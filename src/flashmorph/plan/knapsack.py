@@ -14,11 +14,11 @@ def knapsack(scores: np.ndarray, cost: np.ndarray, limit: float, exact: bool) ->
     kept: list[np.ndarray] = []
     cheapest = np.append(0.0, np.cumsum(cost.min(1))[:-1])
     for row in reversed(range(len(cost))):
-        # Option by option, so that where plans stand is how they compare by their options.
+        # Option by option, so that the order of plans is that of their options.
         total, value = (totals + cost[row][:, None]).ravel(), (sums + values[row][:, None]).ravel()
-        place = (np.arange(cost.shape[1])[:, None] * len(rank) + rank).ravel()
+        order = (np.arange(cost.shape[1])[:, None] * len(rank) + rank).ravel()
         fits = np.flatnonzero(total + cheapest[row] <= limit)
-        fits = fits[np.lexsort((place[fits], -value[fits]))]
+        fits = fits[np.lexsort((order[fits], -value[fits]))]
         # From here on `fits` is in order of preference; sorted by cost, a number is how many are preferred.
         by_cost = np.argsort(total[fits], kind="stable")
         if exact:
@@ -28,7 +28,7 @@ def knapsack(scores: np.ndarray, cost: np.ndarray, limit: float, exact: bool) ->
         fits = fits[by_cost[keep[: len(by_cost)]]]
         kept.append(fits)
         totals, sums = total[fits], value[fits]
-        rank = np.argsort(np.argsort(place[fits]))
+        rank = np.argsort(np.argsort(order[fits]))
     allowed = np.flatnonzero(totals == limit) if exact else np.arange(len(totals))
     if not len(allowed):
         return None

@@ -38,7 +38,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         groups = {Group(group): option for group, option in self.assignments.items()}
-        in_order = dict(sorted(groups.items(), key=lambda item: item[0].place))
+        in_order = dict(sorted(groups.items(), key=lambda item: item[0].sort_key))
         object.__setattr__(self, "assignments", in_order)
 
     @classmethod
@@ -133,7 +133,7 @@ class Plan:
 
 
 class _PlanFile(Shape):
-    """What a plan's file must hold; other keys are left alone."""
+    """The required keys of a plan's file; other keys are ignored."""
 
     assignments: Annotated[dict[_Word, _Word], Field(min_length=1, max_length=_MOST_GROUPS)]
     budget: str

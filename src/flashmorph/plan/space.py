@@ -1,4 +1,4 @@
-"""The space of plans, and how scores become one."""
+"""The space of plans, and the best plan for given scores."""
 
 import difflib
 import math
@@ -18,12 +18,12 @@ from flashmorph.units import byte_size
 
 @dataclass(frozen=True)
 class Space:
-    """All plans: `groups`, `options`, and what each option of each group costs.
+    """All plans: `groups`, `options`, and the cost of each option of each group.
 
     `cost` is `[groups, options]` in the budget's resource: 1 for a full layer when layers are counted, bytes of cache
     for `kv`.
 
-    Wherever options are equally good, one order decides: `full`, then the cheaper one, then the one named first.
+    Of equally good options the first counts in this order: `full`, then the cheaper one, then the one named first.
     """
 
     groups: tuple[Group, ...]
@@ -126,7 +126,7 @@ class Space:
         return scores[:, full] - np.delete(scores, full, 1).max(1)
 
     def best(self, scores: np.ndarray, budget: Budget) -> Plan:
-        """The plan of the largest summed score under the budget: the only place where scores become a plan.
+        """The plan of the largest summed score under the budget: the only function that turns scores into a plan.
 
         Exact: a multiple-choice knapsack (`knapsack`). A count of layers is spent exactly, bytes at most. Of plans
         with the same sum the first one is taken, compared group by group from the first on in `order`: the lower layers
@@ -147,7 +147,7 @@ class Space:
         return self.of_options(np.take_along_axis(order, np.array(chosen)[:, None], 1)[:, 0].tolist(), budget)
 
     def cost_of(self, plan: Plan) -> float:
-        """What a plan spends."""
+        """The cost of a plan in the budget's resource."""
         return float((self.one_hot(plan) * self.cost).sum())
 
     def of_options(self, chosen: Sequence[int], budget: Budget) -> Plan:
@@ -166,13 +166,13 @@ class Space:
                 f"the plan has {len(plan.assignments)} groups ({', '.join(list(plan.assignments)[:3])}, ...) and the "
                 f"model {len(self.groups)} ({', '.join(self.groups[:3])}, ...): it belongs to another model"
             )
-        for place, group in enumerate(self.groups):
+        for index, group in enumerate(self.groups):
             option = plan.assignments[group]
             if option not in self.options:
                 raise UserError(
                     f"the plan gives {group} the option {quoted(option)}; it can be {', '.join(self.options)}"
                 )
-            gates[place, self.options.index(option)] = 1.0
+            gates[index, self.options.index(option)] = 1.0
         return gates
 
     def plan(self, full_groups: Sequence[str], budget: Budget) -> Plan:

@@ -12,8 +12,8 @@ LENGTHS = ("align.length", "select.search.length", "distill.length", "extend.len
 
 
 def fit(recipe: Recipe, config: PreTrainedConfig, keys: Sequence[str] = LENGTHS) -> tuple[Recipe, str]:
-    """The recipe with every length that was not given (`Recipe.given`) within the teacher's limit, and a line that says
-    which were capped; empty where none was. Tokens and batches stay: rows become more."""
+    """The recipe with every length that was not given (`Recipe.given`) within the teacher's limit, and a line with
+    those that were capped; empty where none was. Tokens and batches stay, so there are more rows."""
     limit = config.max_position_embeddings
     capped: dict[str, Any] = {}
     for key in keys:
@@ -22,8 +22,10 @@ def fit(recipe: Recipe, config: PreTrainedConfig, keys: Sequence[str] = LENGTHS)
             capped[key] = min(value, limit) if isinstance(value, int) else tuple(min(end, limit) for end in value)
     if not capped:
         return recipe, ""
-    told = ", ".join(f"{key} {_told(setting(recipe, key))} -> {_told(value)}" for key, value in capped.items())
-    return with_settings(recipe, capped), f"the teacher's limit is {limit:,} tokens: {told}"
+    changes = ", ".join(
+        f"{key} {_in_words(setting(recipe, key))} -> {_in_words(value)}" for key, value in capped.items()
+    )
+    return with_settings(recipe, capped), f"the teacher's limit is {limit:,} tokens: {changes}"
 
 
 def require_within_limit(recipe: Recipe, config: PreTrainedConfig) -> None:
@@ -43,5 +45,5 @@ def _longest(value: Any) -> int:
     return value if isinstance(value, int) else max(value)
 
 
-def _told(value: Any) -> str:
+def _in_words(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else "-".join(f"{end:,}" for end in value)

@@ -1,4 +1,4 @@
-"""A plan that the user gives instead of a search, held against the space of the run's host before any work."""
+"""A plan that the user gives instead of a search, checked against the space of the run's host before any work."""
 
 import re
 from dataclasses import replace
@@ -55,16 +55,16 @@ def plan_of_layers(space: Space, layers: str) -> Plan:
     if not all(_NUMBER.fullmatch(part) for part in parts):
         raise UserError(f"--layers {quoted(layers)} must be layer numbers with commas, for example 1,2,6")
     numbers, last = [int(part) for part in parts], len(space.groups) - 1
-    for place, number in enumerate(numbers):
+    for index, number in enumerate(numbers):
         if not 0 <= number <= last:
             raise UserError(f"--layers: there is no layer {number}; the layers are 0 to {last}")
-        if number in numbers[:place]:
+        if number in numbers[:index]:
             raise UserError(f"--layers: layer {number} stands twice")
     return space.plan([f"layers.{number}" for number in numbers], Budget("layers", len(numbers)))
 
 
 def require_fits(plan: Plan, space: Space, name: str) -> None:
-    """Refuse a plan of another model or another host, and one that is no hybrid; `name` is what it is called.
+    """Refuse a plan of another model or another host, and one that is no hybrid; `name` is for messages.
 
     Raises:
         UserError: see above.

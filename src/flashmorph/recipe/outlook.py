@@ -1,4 +1,4 @@
-"""Before anything is spent: what can be known to fail, and what each stage will take."""
+"""Preflight checks and the dry-run table."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -21,15 +21,15 @@ from flashmorph.stages import TrainSettings, logits_on_disk
 from flashmorph.tasks.turns import template_words
 
 LEAST_QUESTIONS = 8
-"""Questions a task, at least, that a task is left out by: an interval of fewer says little."""
+"""The fewest questions that decide whether a task is left out: an interval of fewer is too wide."""
 
 
 def check(teacher: Teacher, recipe: Recipe, processes: int = 1) -> None:
-    """What can be known to fail before anything is written.
+    """Refuse a run that is bound to fail, before anything is written.
 
     Raises:
         UserError: see `check_recipe`; a tokenizer that does not fit or has no words for conversations, a damaged
-            generation_config.json, or a batch that so many processes cannot share.
+            generation_config.json, or a batch that does not divide among so many ranks.
     """
     check_recipe(load_config(teacher.folder), recipe)
     for settings in (recipe.align, recipe.distill, recipe.extend):
@@ -48,7 +48,7 @@ def check(teacher: Teacher, recipe: Recipe, processes: int = 1) -> None:
 
 
 def check_recipe(config: PreTrainedConfig, recipe: Recipe) -> None:
-    """What a teacher's configuration and a recipe alone tell.
+    """Check a teacher's configuration and a recipe.
 
     Raises:
         UserError: a budget that leaves no choice or saves nothing, settings that the host or the strategy does not
@@ -65,7 +65,7 @@ def check_recipe(config: PreTrainedConfig, recipe: Recipe) -> None:
 
 
 def goes_by_answers(recipe: Recipe) -> bool:
-    """Whether a search by this recipe goes by answers, and must have something to go by."""
+    """Whether a search by this recipe uses answers, and the recipe requires tasks with a signal."""
     return recipe.select.require_signal and asks_questions(recipe.select.strategy, recipe.select.settings)
 
 
@@ -75,10 +75,10 @@ def signal_questions(recipe: Recipe) -> int:
 
 
 def outlook(name: str, config: PreTrainedConfig, recipe: Recipe, given: bool = False) -> list[dict[str, Any]]:
-    """What each stage will spend on a teacher of this configuration: tokens, length and data; and the mean context.
+    """The cost of each stage for a teacher of this configuration: tokens, length and data; and the mean context.
 
     That is how many tokens before it a token of a training row can attend to. Tokens are None where they show on the
-    way, the mean context where nothing is trained or the lengths of the documents tell. A `given` plan stands for the
+    way, the mean context where nothing is trained or the lengths of documents decide it. A `given` plan replaces the
     search.
     """
     source = recipe.data.about
@@ -108,9 +108,9 @@ def outlook(name: str, config: PreTrainedConfig, recipe: Recipe, given: bool = F
     tokens = settings.questions * settings.length * len(recipe.tasks) + settings.perplexity_tokens
     about = f"{models} models, {settings.questions} questions a task"
     rows.append(("evaluate", tokens * models, settings.length, about))
-    found = [dict(zip(("stage", "tokens", "length", "data"), row, strict=True)) for row in rows]
+    stages = [dict(zip(("stage", "tokens", "length", "data"), row, strict=True)) for row in rows]
     contexts = {name: context for name, (context, _) in training_contexts(config, recipe).items()}
-    return [{**row, "mean_context": contexts.get(row["stage"])} for row in found]
+    return [{**row, "mean_context": contexts.get(row["stage"])} for row in stages]
 
 
 def training_contexts(config: PreTrainedConfig, recipe: Recipe) -> dict[str, tuple[float | None, str]]:
@@ -138,9 +138,9 @@ def num_models(recipe: Recipe) -> int:
 
 
 def search_tokens(recipe: Recipe) -> tuple[int | None, float]:
-    """Tokens that a search reads, and the mean length of the rows that they stand in.
+    """Tokens that a search reads, and the mean length of their rows.
 
-    Known beforehand where a strategy follows gradients or searches nothing; None where it goes by what it finds.
+    Known beforehand for strategies that follow gradients or search nothing; None if it depends on the search.
     """
     search, strategy = recipe.select.search, recipe.select.strategy
     if not STRATEGIES[strategy].searches:
@@ -154,7 +154,7 @@ def search_tokens(recipe: Recipe) -> tuple[int | None, float]:
 
 
 def race_places(recipe: Recipe) -> int:
-    """Places of the plan that are raced for when the steps of the search are done."""
+    """The number of full layers whose swaps are compared after the steps of the search."""
     strategy = recipe.select.strategy
     return STRATEGIES[strategy].raced(own_settings(strategy, recipe.select.settings))
 

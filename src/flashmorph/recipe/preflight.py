@@ -59,12 +59,12 @@ def check_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stages: Colle
             continue
         needed = {settings.stage: round(share * _text_tokens(settings)) for settings in _trained(recipe, stages)}
         enough = max(needed.values(), default=0) / passes if passes else 0
-        found = measure(part, tokenizer, enough, splits)
-        if found.whole and (missing := [split for split in sorted(splits) if split not in found.splits]):
+        supply = measure(part, tokenizer, enough, splits)
+        if supply.whole and (missing := [split for split in sorted(splits) if split not in supply.splits]):
             raise no_text(part, missing[0])
         for stage, tokens in needed.items():
-            if passes and found.tokens * passes < tokens:
-                raise UserError(f"{stage}: {too_small(part, 'train', int(found.tokens), tokens, passes)}")
+            if passes and supply.tokens * passes < tokens:
+                raise UserError(f"{stage}: {too_small(part, 'train', int(supply.tokens), tokens, passes)}")
 
 
 def check_tasks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stages: Collection[str], limit: int) -> None:
@@ -114,12 +114,12 @@ def _searches(recipe: Recipe, stages: Collection[str]) -> bool:
 def _splits(recipe: Recipe, stages: Collection[str]) -> set[str]:
     """The splits of the text that are read."""
     hidden = recipe.data.haystack == "text"
-    found = {"train"} if _trained(recipe, stages) or hidden else set()
+    splits = {"train"} if _trained(recipe, stages) or hidden else set()
     if _searches(recipe, stages) and (hidden or STRATEGIES[recipe.select.strategy].needs_text):
-        found.add("validation")
+        splits.add("validation")
     if "evaluate" in stages:
-        found.add("test")
-    return found | ({"referee"} if COMPARE in stages else set())
+        splits.add("test")
+    return splits | ({"referee"} if COMPARE in stages else set())
 
 
 def _contexts(recipe: Recipe, stages: Collection[str]) -> Iterator[tuple[str, str, int]]:

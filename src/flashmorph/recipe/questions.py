@@ -17,7 +17,7 @@ def open_layout(
     split: str,
     chat_template: bool | None = None,
 ) -> Layout:
-    """What lays problems out in the recipe's text of one split; through the chat template as for a search unless told.
+    """The layout of problems in the recipe's text of one split; `chat_template` defaults to that of a search.
 
     Raises:
         UserError: the corpus has no text in this split, or the tokenizer no template.
@@ -37,7 +37,22 @@ def open_questions(
     length: int | None = None,
     chat_template: bool | None = None,
 ) -> dict[str, Sequence[Example]]:
-    """The recipe's questions of one split, by task; as many, as long and asked as its evaluation's unless told."""
+    """The recipe's questions of one split, by task.
+
+    Number, length and chat template default to the recipe's `evaluate` section.
+
+    Args:
+        recipe: Names tasks, style, seed and the section `evaluate`.
+        corpus: The text that problems are laid out in.
+        tokenizer: The teacher's.
+        split: `train`, `validation`, `referee` or `test`; splits share neither text nor names.
+        number: Questions of each task.
+        length: Tokens of each example, answers included.
+        chat_template: Whether questions are asked through the tokenizer's chat template.
+
+    Returns:
+        The examples of each task, by the task's name.
+    """
     style, settings = STYLES[recipe.style], recipe.evaluate
     templated = settings.chat_template if chat_template is None else chat_template
     layout, length = open_layout(recipe, corpus, tokenizer, split, templated), length or settings.length

@@ -1,4 +1,4 @@
-"""Everything that a run can be told, in one validated file. `demo`, `default` and `chat` are shipped."""
+"""All settings of a run, in one validated file. `demo`, `default` and `chat` are shipped."""
 
 from collections.abc import Iterator
 from importlib.resources import files
@@ -35,11 +35,11 @@ _REPLACED = {
     "extend.isolate_documents": "say `extend.documents: joined` (documents in a row see each other) or `long` (only "
     "documents that fill rows on their own)",
 }
-"""Settings of earlier versions, and what to say in their place."""
+"""Settings of earlier versions, each with the message about its replacement."""
 
 
 class SourceSettings(Settings):
-    """Where text comes from: `demo`, a file, a folder, or the name of a dataset, which is streamed.
+    """The source of text: `demo`, a file, a folder, or the name of a dataset, which is streamed.
 
     A row with `messages` or `conversations` in place of `column` is a conversation; `tools` is what it may call.
     """
@@ -48,7 +48,7 @@ class SourceSettings(Settings):
     config: Name | None = None
     column: Name = "text"
     split: Name = Field(default="train", description="which split of a dataset is read; ours are taken from it")
-    loss_on: Literal["all", "replies"] = Field(default="all", description="which tokens of conversations are learnt")
+    loss_on: Literal["all", "replies"] = Field(default="all", description="the targets of the loss in conversations")
 
     @property
     def single(self) -> Corpus:
@@ -57,8 +57,8 @@ class SourceSettings(Settings):
 
     @model_serializer(mode="wrap")
     def _in_short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A mixture has no source of its own. What was added later is left out where it is not used, so that a stage
-        keeps the digest that it had before."""
+        """A mixture has no source of its own. Settings of later versions are left out unless used, so that a stage
+        keeps its digest."""
         values = handler(self)
         if values.get("mixture"):
             return {name: value for name, value in values.items() if name not in SourceSettings.model_fields}
@@ -75,7 +75,7 @@ class PartSettings(SourceSettings):
 class DataSettings(SourceSettings):
     """The text of a run: one source, or several in `mixture`.
 
-    `haystack` is what facts are hidden in: that text, or one sentence over and over (RULER's NIAH-S1).
+    `haystack` is the text around facts: that text, or one repeated sentence (RULER's NIAH-S1).
     """
 
     source: Name = DEMO
@@ -110,7 +110,7 @@ class DataSettings(SourceSettings):
 
 
 class SelectSettings(Settings):
-    """How layers are chosen. `settings` are the strategy's own (`flashmorph select --help`).
+    """The search for layers. `settings` are the strategy's own (`flashmorph select --help`).
 
     With `require_signal` (`pipeline/signal.py`) tasks that the teacher cannot do are left out of the search.
     """
@@ -123,7 +123,7 @@ class SelectSettings(Settings):
 
 
 def _as_text(value: Any) -> str:
-    """`budget: 2` is `budget: "2"`; what is no budget at all is told so by `Budget.parse`."""
+    """`budget: 2` is `budget: "2"`; `Budget.parse` refuses what is no budget."""
     return value if isinstance(value, str) else quoted(value)
 
 
@@ -139,7 +139,7 @@ class Recipe(Settings):
     budget: Annotated[str, BeforeValidator(_as_text)] = "25%"
     seed: int = Field(default=0, ge=0, lt=2**32, strict=True)
     bf16: Literal["auto"] | bool = "auto"
-    shard: bool = Field(default=False, description="divide weights among processes (`model/sharding.py`)")
+    shard: bool = Field(default=False, description="shard weights over processes (`model/sharding.py`)")
     baseline: Annotated[str, AfterValidator(_is_baseline)] | None = None
     style: Literal["lines", "prose"] = "prose"
     chat_template: bool = Field(

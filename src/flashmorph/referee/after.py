@@ -1,4 +1,4 @@
-"""Does the choice still matter once a plan has been trained? The same short distillation for several plans."""
+"""Regret after training: the same short distillation for several plans."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,10 +24,21 @@ def after_distillation(
     search: SearchSettings,
     work: Path,
 ) -> list[dict[str, Any]]:
-    """One entry for the best plan before distillation, and for the plan of each strategy in `cells` (of seed 0).
+    """Distill the best plan and the plan of each strategy in `cells` (of seed 0) for a few steps each.
 
-    `loss` is the mean answer loss on the referee's questions after `steps` steps, `regret` what it is more than the
-    optimum's, `text_loss` that on the referee's text. Finished distillations are kept in `work`.
+    Args:
+        run: Recipe, teacher and device.
+        morphable: The host with its aligned branches.
+        cells: Results of the strategies.
+        truth: Losses of all plans of the budget.
+        steps: Optimiser steps of each distillation.
+        search: Sizes of the referee's questions.
+        work: Where finished distillations are kept.
+
+    Returns:
+        One entry per plan, the best plan before distillation first. `loss` is the mean answer loss on the referee's
+        questions after distillation in nats, `regret` that loss minus the first entry's, `text_loss` the loss on the
+        referee's text.
     """
     budget = truth.best.budget
     plans: dict[str, Plan] = {OPTIMUM: truth.best}
@@ -40,7 +51,7 @@ def after_distillation(
             run, morphable, work, search, "referee", evaluations=work, needs_text=True, needs_training=True
         )
         for number, (name, plan) in enumerate(plans.items(), 1):
-            found = objective.distill([plan], steps)
+            trained = objective.distill([plan], steps)
             rows.append(
                 {
                     "strategy": name,
@@ -48,9 +59,9 @@ def after_distillation(
                     "steps": steps,
                     "assignments": plan.assignments,
                     "loss_before": truth.loss(plan),
-                    "loss": float(found.losses.mean()),
-                    "text_loss": found.text_loss,
-                    "kl": found.kl,
+                    "loss": float(trained.losses.mean()),
+                    "text_loss": trained.text_loss,
+                    "kl": trained.kl,
                 }
             )
             report(number, len(plans))

@@ -13,7 +13,7 @@ from flashmorph.plan import Group
 
 @dataclass(frozen=True)
 class Cell:
-    """What one search found and spent.
+    """The result and cost of one search.
 
     `spend` is the share of the strategy's own number of steps or questions; `loss` and `regret` (nats), `rank` and
     `recall` are the referee's, before any distillation. `details` has the score of each layer, and what `tolerance`
@@ -35,7 +35,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """What the cell is about, without what it found."""
+        """The key of the cell: its search, without the result."""
         return cell_key(self.strategy, self.budget, self.seed, self.spend, self.settings)
 
 

@@ -1,4 +1,4 @@
-"""Run strategies over budgets and seeds, and let the referee judge every plan they find."""
+"""Run strategies over budgets and seeds; the referee ranks every plan that they choose."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,13 +28,13 @@ from flashmorph.selection.search import check_search, own_settings, reuse_of
 
 REFEREE_SEED = 1_000_003
 FOUND = "found"
-"""Stands for the budget of strategies that find it themselves."""
+"""The name of the budget in cells of strategies that choose their own."""
 
 
 class CompareSettings(BaseModel):
-    """What is compared.
+    """Settings of a comparison.
 
-    A strategy may bring settings of its own: `race+confidence=0.8`, `budgeted-gates+steps=50+random_budget=true`.
+    A strategy may have settings of its own: `race+confidence=0.8`, `budgeted-gates+steps=50+random_budget=true`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -53,7 +53,7 @@ class CompareSettings(BaseModel):
 
 @dataclass(frozen=True)
 class Comparison:
-    """All cells, the truth about every budget by its name, and what plans can do after the same distillation."""
+    """All cells, the losses of all plans by budget, and the results after the same short distillation."""
 
     cells: list[Cell]
     truths: dict[str, Truth]
@@ -62,7 +62,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Entry:
-    """One strategy with its settings; `label` is how it was asked for."""
+    """One strategy with its settings; `label` is its form on the command line."""
 
     label: str
     strategy: str
@@ -86,21 +86,21 @@ class Entry:
 
     @property
     def record(self) -> Strategy:
-        """What there is to know of the strategy."""
+        """The entry of the strategy in `STRATEGIES`."""
         return STRATEGIES[self.strategy]
 
     @property
     def serves_every_budget(self) -> bool:
-        """Whether one search's scores can be cut at every count."""
+        """Whether the scores of one search give the plan of every budget."""
         return reuse_of(self.strategy, self.settings) == "scores"
 
     @property
     def knob(self) -> str | None:
-        """The setting that says how much the strategy spends."""
+        """The setting that scales the cost of the strategy."""
         return next((name for name in ("steps", "num_questions") if name in own_settings(self.strategy)), None)
 
     def at(self, spend: float, questions: int) -> dict[str, Any]:
-        """All settings, defaults written out, at a share of the spend; `questions` is how many there are."""
+        """All settings, with defaults, at the share `spend` of the full cost; there are `questions` questions."""
         settings = own_settings(self.strategy, self.settings)
         if self.knob and spend != 1:
             settings[self.knob] = max(1, round(spend * (settings[self.knob] or questions)))
@@ -108,10 +108,10 @@ class Entry:
 
 
 class Referee:
-    """Knows the truth about one aligned teacher, searches on its behalf, and judges what is found."""
+    """Evaluates every plan of one aligned teacher, runs searches on it, and ranks their plans."""
 
     def __init__(self, run: Run, settings: CompareSettings):
-        """Transplant and align where that is not done yet, then evaluate every plan of every budget.
+        """Transplant and align unless that is done, then evaluate every plan of every budget.
 
         Raises:
             UserError: too many plans to enumerate; or see `with_signal`.
@@ -131,7 +131,7 @@ class Referee:
         self.truths = self._enumerate()
 
     def search(self, entry: Entry, budget: str, seed: int, settings: dict[str, Any]) -> Selection:
-        """One search, its evaluations shared with the others of the same seed."""
+        """Run one search; searches of the same seed share their evaluations."""
         alike = reuse_of(entry.strategy, settings) in ("state", "scores")
         about = [seed, settings] if alike else [budget, seed, settings]
         folder = self._work / f"{entry.strategy}-{digest_of(about)}"
@@ -145,11 +145,24 @@ class Referee:
     def judge(
         self, entry: Entry, found: Selection, budget: str, seed: int, spend: float, settings: dict[str, Any]
     ) -> Cell:
-        """What a search's plan for `budget` is worth."""
+        """The result of a search for one budget.
+
+        Args:
+            entry: The strategy.
+            found: What it chose.
+            budget: By its name.
+            seed: Of the search.
+            spend: The share of the full cost that the search had.
+            settings: All settings of the strategy.
+
+        Returns:
+            The plan with its loss in nats, regret and rank among all plans, the cost of the search and, where asked
+            for, recall.
+        """
         plan, truth = found.plan, self.truths.get(budget)
         if entry.serves_every_budget:
-            wanted = Budget.parse(budget)
-            plan = self._morphable.space(wanted).best(found.scores, wanted)
+            parsed = Budget.parse(budget)
+            plan = self._morphable.space(parsed).best(found.scores, parsed)
         details: dict[str, Any] = {"scores": self._morphable.space(plan.budget).worth(found.scores).tolist()}
         if budget == FOUND:
             details["trace"] = found.trace
@@ -174,7 +187,7 @@ class Referee:
         )
 
     def after(self, cells: list[Cell]) -> list[dict[str, Any]]:
-        """What the settings' plans can do after the same short distillation; nothing where none is asked for."""
+        """The results after the same short distillation; empty unless the settings ask for it."""
         settings = self._settings
         truth = self.truths.get(settings.distill_budget)
         if not settings.distill_steps or not truth:
@@ -185,7 +198,7 @@ class Referee:
         )
 
     def _enumerate(self) -> dict[str, Truth]:
-        """The truth about every budget, on the referee's split."""
+        """The losses of all plans of every budget, on the referee's split."""
         with self._run.screen.stage("referee", "every plan") as report:
             run = replace(self._run, recipe=self._run.recipe.model_copy(update={"seed": REFEREE_SEED}))
             work = self._work / "referee"
@@ -196,44 +209,44 @@ class Referee:
 
 
 def compare(run: Run, settings: CompareSettings, folder: Path) -> Comparison:
-    """Run every search that is not done yet and judge it. Cells are kept in `folder`; an interrupted run goes on.
+    """Run every search that is not finished and rank its plan. Cells are kept in `folder`, so that a run can resume.
 
-    With `only_kept` the result is all cells of these budgets that are there, whatever their strategy, seed or spend.
+    With `only_kept` no search runs: the result has all kept cells of these budgets, of any strategy, seed and spend.
 
     Raises:
         UserError: an unknown strategy, too many plans to enumerate, or a search that cannot run.
     """
-    wanted = list(_wanted(settings))
-    _check(run, wanted)
+    searches = list(_wanted(settings))
+    _check(run, searches)
     referee = Referee(run, settings)
     file = CellFile(folder / "cells.jsonl", referee.context)
     if settings.only_kept:
         kept = [cell for cell in file.cells.values() if cell.budget in (*settings.budgets, FOUND)]
         return Comparison(kept, referee.truths, referee.after(kept))
     cells: list[Cell] = []
-    with run.screen.stage("compare", f"{len(wanted)} searches") as report:
-        for number, (entry, seed, spend, budgets) in enumerate(wanted, 1):
+    with run.screen.stage("compare", f"{len(searches)} searches") as report:
+        for number, (entry, seed, spend, budgets) in enumerate(searches, 1):
             own = entry.at(spend, run.recipe.select.search.questions)
-            found: Selection | None = None
+            selection: Selection | None = None
             for budget in budgets:
                 cell = file.find(entry.label, budget, seed, spend, own)
                 if cell is None:
-                    if found is None or not entry.serves_every_budget:
-                        found = referee.search(entry, budget, seed, own)
-                    cell = referee.judge(entry, found, budget, seed, spend, own)
+                    if selection is None or not entry.serves_every_budget:
+                        selection = referee.search(entry, budget, seed, own)
+                    cell = referee.judge(entry, selection, budget, seed, spend, own)
                     file.add(cell)
                 cells.append(cell)
-            report(number, len(wanted))
+            report(number, len(searches))
     return Comparison(cells, referee.truths, referee.after(cells))
 
 
 def _budget(name: str) -> Budget:
-    """A budget by its name; one layer for strategies that look at none."""
+    """A budget by its name; one layer for strategies that choose their own."""
     return Budget("layers", 1) if name == FOUND else Budget.parse(name)
 
 
 def _check(run: Run, wanted: Sequence[tuple[Entry, int, float, tuple[str, ...]]]) -> None:
-    """Refuse searches that cannot run before the first one does.
+    """Before the first search, refuse searches that cannot run.
 
     Raises:
         UserError: see `check_search`.

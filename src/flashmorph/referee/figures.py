@@ -19,12 +19,12 @@ _FLOOR = 1e-4
 def draw_regret(summary: dict[str, Any], path: Path) -> None:
     """Regret against search FLOPs, one panel a budget, one line a strategy over its spends, the default's black; a PNG.
 
-    Strategies that search nothing stand at the left edge as horizontal lines.
+    Strategies without a search are horizontal lines at the left edge.
     """
     budgets = list(summary["truths"])
     figure, panels = plt.subplots(1, len(budgets), figsize=(5 * len(budgets), 4.5), squeeze=False, sharey=True)
     strategies = sorted({row["strategy"] for row in summary["rows"]})
-    colours = {name: plt.get_cmap("tab20")(place % 20) for place, name in enumerate(strategies)}
+    colours = {name: plt.get_cmap("tab20")(index % 20) for index, name in enumerate(strategies)}
     colours[DEFAULT_STRATEGY] = (0.0, 0.0, 0.0, 1.0)
     for panel, budget in zip(panels[0], budgets, strict=True):
         for name in strategies:

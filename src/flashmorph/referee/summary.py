@@ -36,7 +36,7 @@ def _truth(truth: Truth) -> dict[str, Any]:
         "best": truth.best.assignments,
         "best_loss": float(means.min()),
         "median_loss": float(np.median(means)),
-        "first": [truth.plans[place].assignments for place in order if truth.rank(truth.plans[place]) == 1],
+        "first": [truth.plans[index].assignments for index in order if truth.rank(truth.plans[index]) == 1],
     }
 
 

@@ -39,7 +39,7 @@ class Truth:
         return float(self.means[self._place(plan)] - self.means.min())
 
     def rank(self, plan: Plan) -> int:
-        """1 where `plan` cannot be told from the best one, else 1 + the number of plans that are better.
+        """1 where `plan` is not distinguishable from the best one, else 1 + the number of plans that are better.
 
         Better means that the paired bootstrap's 95 % interval of the difference of mean losses lies below 0; questions
         are drawn anew `RESAMPLES` times, the same ones for all plans.
@@ -52,9 +52,9 @@ class Truth:
         return 1 + int(better.sum()) if better[int(self.means.argmin())] else 1
 
     def _place(self, plan: Plan) -> int:
-        for place, other in enumerate(self.plans):
+        for index, other in enumerate(self.plans):
             if other.assignments == plan.assignments:
-                return place
+                return index
         raise ValueError(f"{plan.strip()} is no plan of budget {self.plans[0].budget}")
 
 

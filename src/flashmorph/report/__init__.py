@@ -1,4 +1,4 @@
-"""One page that tells what a run kept, lost and won. It reads files of the run and opens no model."""
+"""One page with the results of a run. It reads files of the run and opens no model."""
 
 from flashmorph.report.kept import claim_kept, keep, require_finished
 from flashmorph.report.write import PAGE_NAME, write_report

@@ -76,10 +76,10 @@ class Chart:
     @property
     def legend(self) -> list[Series]:
         """Each name once."""
-        found: dict[str, Series] = {}
+        by_name: dict[str, Series] = {}
         for panel in self.panels:
             if not isinstance(panel, Heat):
                 for series in panel.series:
                     if series.listed:
-                        found.setdefault(series.name, series)
-        return list(found.values())
+                        by_name.setdefault(series.name, series)
+        return list(by_name.values())

@@ -1,4 +1,4 @@
-"""What was chosen, how the search came to it, and how good the choice is among all plans."""
+"""The plan, its search, and its rank among all plans."""
 
 from typing import Any
 
@@ -14,16 +14,16 @@ _FLOOR = 1e-4
 
 def tips(source: Source) -> dict[str, str]:
     """By group: what the search ranked it by, and how near its branch came to its attention."""
-    found = {}
+    by_group = {}
     errors = source.align.get("errors", [])
-    for place, group in enumerate(source.plan.assignments):
-        text = f", score {source.plan.scores[place][FULL]:.3g}" if source.plan.scores else ""
-        found[group] = text + (f", error of the aligned branch {errors[place]:.2f}" if errors else "")
-    return found
+    for row, group in enumerate(source.plan.assignments):
+        text = f", score {source.plan.scores[row][FULL]:.3g}" if source.plan.scores else ""
+        by_group[group] = text + (f", error of the aligned branch {errors[row]:.2f}" if errors else "")
+    return by_group
 
 
 def scores(source: Source) -> Chart | None:
-    """What the search ranked layers by."""
+    """The scores of the search."""
     plan = source.plan
     if not plan.scores:
         return None
@@ -34,8 +34,8 @@ def scores(source: Source) -> Chart | None:
         ("stays full", True, Look(colour(0), line=False)),
         ("gets a mixer", False, Look(QUIET, line=False)),
     ):
-        places = [place for place, group in enumerate(groups) if (plan.assignments[group] == FULL) == kept]
-        series.append(Series(name, [values[place] for place in places], places, look))
+        rows = [row for row, group in enumerate(groups) if (plan.assignments[group] == FULL) == kept]
+        series.append(Series(name, [values[row] for row in rows], rows, look))
     numbers = [str(number) for number in range(len(groups))]
     panel = Dots("", "score of staying full", "layer", numbers, series)
     return Chart("scores", "What the choice was made by", f"The score that {plan.strategy} gives each layer.", [panel])
@@ -54,9 +54,9 @@ def gates(source: Source) -> Chart | None:
     others = [layer for layer in range(len(source.plan.assignments)) if layer not in kept]
     series = []
     for layer in [*others, *kept]:
-        place = kept.index(layer) if layer in kept else None
-        look = Look(QUIET if place is None else colour(place), mark=None)
-        name = f"layer {layer}" if place is not None else "other layers"
+        index = kept.index(layer) if layer in kept else None
+        look = Look(QUIET if index is None else colour(index), mark=None)
+        name = f"layer {layer}" if index is not None else "other layers"
         values = [entry["logits"][layer] for entry in thinned]
         series.append(Series(name, steps, values, look, hover=[f"layer {layer}"] * len(steps)))
     known = STRATEGIES.get(source.plan.strategy)
@@ -76,8 +76,8 @@ def regret(source: Source) -> Chart | None:
         here = [row for row in rows if row["budget"] == budget]
         spent = [row["flops"] for row in here if row["flops"]] or [1.0]
         series = [
-            _regrets(name, colour(place), some, (min(spent), max(spent)))
-            for place, name in enumerate(names)
+            _regrets(name, colour(index), some, (min(spent), max(spent)))
+            for index, name in enumerate(names)
             if (some := sorted((row for row in here if row["strategy"] == name), key=lambda row: row["flops"]))
         ]
         title = f"budget {budget}: {truth['plans']} plans, best {_short(truth['best'])}"

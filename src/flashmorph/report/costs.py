@@ -1,4 +1,4 @@
-"""What the hybrid saves, and what making it took."""
+"""Savings of the hybrid, and the cost of making it."""
 
 from flashmorph.report.charts import Chart, Lines, Series
 from flashmorph.report.looks import label, look
@@ -9,7 +9,7 @@ _KINDS = {"prefill": "reading the whole context", "decode": "writing one token a
 
 
 def cache(source: Source) -> Chart:
-    """Cache of one sequence against context. Plans of the same budget need the same, so two lines say it all."""
+    """Cache of one sequence against context. Plans of the same budget need the same, so two lines are enough."""
     series = []
     for name in ("teacher", "hybrid"):
         found = source.models[name]["cache_bytes"]
@@ -25,14 +25,14 @@ def cache(source: Source) -> Chart:
 
 def speed(source: Source) -> Chart | None:
     """Time against context, where `bench` ran."""
-    found = source.benched
-    if not found:
+    measured = source.benched
+    if not measured:
         return None
-    lengths = found["settings"]["lengths"]
+    lengths = measured["settings"]["lengths"]
     panels = []
     for kind, about in _KINDS.items():
         series = []
-        for number, (name, each) in enumerate(found["models"].items()):
+        for number, (name, each) in enumerate(measured["models"].items()):
             rows = each[kind]["by_length"]
             series.append(
                 Series(
@@ -50,13 +50,13 @@ def speed(source: Source) -> Chart | None:
             )
         ticks = {float(length): f"{length:,}" for length in lengths}
         panels.append(Lines(about, "context, tokens", "time, ms", series, log_x=True, log_y=True, x_ticks=ticks))
-    machine = found["machine"]
+    machine = measured["machine"]
     note = f"Medians, bars are quartiles; {machine['device']}, {machine['dtype']}, {machine['threads']} threads."
     return Chart("speed", "Time against context", note, panels)
 
 
 def stages(source: Source) -> str:
-    """What each stage cost."""
+    """The cost of each stage."""
     rows, seconds, tokens = [], 0.0, 0
     for stage in source.results["stages"]:
         seconds, tokens = seconds + stage["seconds"], tokens + (stage["tokens"] or 0)

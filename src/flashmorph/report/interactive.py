@@ -52,8 +52,8 @@ def _height(panel: Panel) -> int:
 
 
 def _most_in_a_row(panel: Dots) -> int:
-    places = [round(place) for series in panel.series for place in series.y]
-    return max((places.count(place) for place in set(places)), default=1)
+    rows = [round(row) for series in panel.series for row in series.y]
+    return max((rows.count(row) for row in set(rows)), default=1)
 
 
 def _error(series: Series, middle: list[float]) -> dict[str, Any] | None:

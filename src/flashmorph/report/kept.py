@@ -45,7 +45,7 @@ def claim_kept(run: Path, kind: str, force: bool) -> None:
 
 
 def kept(run: Path, kind: str, shape: Any) -> tuple[dict[str, Any] | None, str]:
-    """What `keep` wrote, of this `shape`, and a sentence where it is about a hybrid that is no longer the run's.
+    """The content that `keep` wrote, of this `shape`, and a sentence if its hybrid is no longer the run's.
 
     None where there is nothing, or nothing that still holds.
 
@@ -55,11 +55,11 @@ def kept(run: Path, kind: str, shape: Any) -> tuple[dict[str, Any] | None, str]:
     path = run / f"{kind}.json"
     if not path.is_file():
         return None, ""
-    found = read_kept(path, shape, kind)
-    weights = found.get("weights", {}).get(HYBRID)
+    content = read_kept(path, shape, kind)
+    weights = content.get("weights", {}).get(HYBRID)
     if weights and weights != _judged(run):
         return None, f"{kind}.json is about an earlier hybrid of this run and left out: run it again."
-    return found, ""
+    return content, ""
 
 
 def read_kept(path: Path, shape: Any, command: str) -> dict[str, Any]:
@@ -68,12 +68,12 @@ def read_kept(path: Path, shape: Any, command: str) -> dict[str, Any]:
     Raises:
         UserError: the file holds something else.
     """
-    problem = misfit(found := read_json(path), shape)
+    problem = misfit(content := read_json(path), shape)
     if problem:
         raise UserError(
             f"{path} does not hold what `flashmorph {command}` finds: {problem}; remove it, or run that again"
         )
-    return found
+    return content
 
 
 def require_finished(run: Path) -> None:
@@ -89,7 +89,7 @@ def require_finished(run: Path) -> None:
 
 
 def _judged(folder: Path) -> str:
-    """What figures about the model in `folder` belong to: its weights and its tokens."""
+    """The identity of the model in `folder` that figures belong to: its weights and its tokens."""
     return f"{weights_digest(folder)}-{tokenizer_digest(folder)}"
 
 
@@ -101,8 +101,8 @@ def _labels(run: Path, folders: Mapping[str, Path]) -> dict[str, str]:
         if label in last:
             known[(run / "stages" / last[label] / "model").resolve()] = name
     short = short_names(list(folders))
-    found: dict[str, str] = {}
+    labels: dict[str, str] = {}
     for name, folder in folders.items():
         label = "teacher" if name == teacher else known.get(folder.resolve(), short[name])
-        found[name] = next(each for each in (label, short[name], name) if each not in found.values())
-    return found
+        labels[name] = next(each for each in (label, short[name], name) if each not in labels.values())
+    return labels

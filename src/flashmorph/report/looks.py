@@ -1,4 +1,4 @@
-"""What models are called, and the colour and mark that each has in every figure."""
+"""Names, colours and marks of models in all figures."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +17,7 @@ Mark = Literal["circle", "diamond"]
 
 @dataclass(frozen=True)
 class Look:
-    """How a series is drawn; with `mark` None it is a line without points."""
+    """The style of a series; with `mark` None it is a line without points."""
 
     colour: str
     mark: Mark | None = "circle"
@@ -36,16 +36,16 @@ _KNOWN = {
 }
 
 
-def colour(place: int) -> str:
+def colour(index: int) -> str:
     """The colour of the nth of many."""
-    return _PALETTE[place % len(_PALETTE)]
+    return _PALETTE[index % len(_PALETTE)]
 
 
 def label(name: str) -> str:
-    """What a model of results.json is called; other names are their own."""
+    """The label of a model of results.json; other names are their own."""
     return _KNOWN[name][0] if name in _KNOWN else name
 
 
-def look(name: str, place: int = 0) -> Look:
-    """How a model is drawn; `place` tells unknown ones apart."""
-    return _KNOWN[name][1] if name in _KNOWN else Look(colour(place + 2))
+def look(name: str, index: int = 0) -> Look:
+    """The style of a model; `index` gives unknown ones different colours."""
+    return _KNOWN[name][1] if name in _KNOWN else Look(colour(index + 2))

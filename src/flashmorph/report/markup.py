@@ -12,9 +12,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], strong: int | No
     """A table of plain texts, its first column on the left; row `strong` stands out."""
     head = "".join(f"<th>{escape(text)}</th>" for text in header)
     lines = []
-    for place, row in enumerate(rows):
+    for number, row in enumerate(rows):
         cells = "".join(f"<td>{escape(text)}</td>" for text in row)
-        kind = ' class="strong"' if place == strong else ""
+        kind = ' class="strong"' if number == strong else ""
         lines.append(f"<tr{kind}>{cells}</tr>")
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
@@ -30,7 +30,7 @@ def listing(lines: Sequence[str]) -> str:
 
 
 def tile(name: str, value: str, about: str) -> str:
-    """One figure that matters, and what it is to be held against."""
+    """One headline figure, and the figure that it is compared with."""
     return (
         f'<div class="tile"><span class="name">{escape(name)}</span><strong>{escape(value)}</strong>'
         f'<span class="about">{escape(about)}</span></div>'
@@ -38,7 +38,7 @@ def tile(name: str, value: str, about: str) -> str:
 
 
 def strip(plan: Plan, tips: dict[str, str]) -> str:
-    """A plan as a row of layers; `tips` is what hovering says of a group."""
+    """A plan as a row of layers; `tips` are the tooltips of groups."""
     cells = []
     for number, (group, option) in enumerate(plan.assignments.items()):
         tip = f"{group}: {option}{tips.get(group, '')}"
@@ -65,7 +65,7 @@ def size(num_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them, on one line."""
+    """Seconds in words, on one line."""
     minutes, rest = divmod(seconds, 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -1,4 +1,4 @@
-"""What the models find in their context."""
+"""Recall of the models."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ _ROOM = 0.7
 _ALL = "all"
 
 
-def dodged(place: int, number: int, total: int) -> float:
-    """Where the nth of `total` series stands beside the others of a category."""
-    return place + _ROOM * ((number + 0.5) / total - 0.5)
+def dodged(index: int, number: int, total: int) -> float:
+    """The coordinate of the nth of `total` series in a category, dodged beside the others."""
+    return index + _ROOM * ((number + 0.5) / total - 0.5)
 
 
 def by_task(source: Source) -> Chart | None:
@@ -22,16 +22,16 @@ def by_task(source: Source) -> Chart | None:
     tasks = list(next(iter(models.values()))["recall_by_task"])
     series = []
     for number, (name, figures) in enumerate(models.items()):
-        found = [figures["recall_by_task"][task] for task in tasks]
+        shares = [figures["recall_by_task"][task] for task in tasks]
         series.append(
             Series(
                 label(name),
-                [100 * each["recall"] for each in found],
-                [dodged(place, number, len(models)) for place in range(len(tasks))],
+                [100 * each["recall"] for each in shares],
+                [dodged(index, number, len(models)) for index in range(len(tasks))],
                 look(name, number),
-                [100 * each["interval"][0] for each in found],
-                [100 * each["interval"][1] for each in found],
-                [f"{label(name)}, {task}: {_figure(each)}" for task, each in zip(tasks, found, strict=True)],
+                [100 * each["interval"][0] for each in shares],
+                [100 * each["interval"][1] for each in shares],
+                [f"{label(name)}, {task}: {_figure(each)}" for task, each in zip(tasks, shares, strict=True)],
             )
         )
     panel = Dots("", "right answers, %", "task", tasks, series, (0, 100))
@@ -43,11 +43,11 @@ def grids(source: Source) -> list[Chart]:
     """Heatmaps of the models side by side, one chart a context length."""
     if not source.evaluated:
         return []
-    found = {name: each["grid"] for name, each in source.evaluated["models"].items() if "grid" in each}
-    rows = [row for grid in found.values() for row in grid["rows"]]
+    by_model = {name: each["grid"] for name, each in source.evaluated["models"].items() if "grid" in each}
+    rows = [row for grid in by_model.values() for row in grid["rows"]]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     lengths = sorted({row["length"] for row in rows})
-    return [_grid(found, tasks, length) for length in lengths]
+    return [_grid(by_model, tasks, length) for length in lengths]
 
 
 def worst(source: Source) -> list[str]:
@@ -89,11 +89,11 @@ def _grid(found: dict[str, Any], tasks: list[str], length: int) -> Chart:
             cells = {cell["depth"]: cell for cell in row["depths"]} if row else {}
             shown = [*(cells.get(depth) for depth in depths), row]
             values.append([100 * cell["recall"] if cell else None for cell in shown])
-            places = [*(f"depth {100 * depth:.0f} %" for depth in depths), "all depths"]
+            names = [*(f"depth {100 * depth:.0f} %" for depth in depths), "all depths"]
             hover.append(
                 [
-                    f"{label(name)}\n{task}, {place}\n{_figure(cell)}" if cell else ""
-                    for place, cell in zip(places, shown, strict=True)
+                    f"{label(name)}\n{task}, {depth_name}\n{_figure(cell)}" if cell else ""
+                    for depth_name, cell in zip(names, shown, strict=True)
                 ]
             )
         columns = [*(f"{100 * depth:.0f}" for depth in depths), _ALL]

@@ -79,7 +79,7 @@ class _Evaluation(Shape):
 
 
 class Recipe(Shape):
-    """What is read of recipe.yaml."""
+    """The fields of recipe.yaml that are read."""
 
     evaluate: _Evaluation
 
@@ -92,7 +92,7 @@ class Step(Shape):
 
 
 class Errors(Shape):
-    """What is read of the record of `align`."""
+    """The fields of the record of `align` that are read."""
 
     errors: list[float] = []
 

@@ -1,4 +1,4 @@
-"""What a run's folder holds, read once and held against the shapes that a report goes by.
+"""The content of a run's folder, read once and checked against the shapes that a report needs.
 
 What is damaged is refused, or left out with a note.
 """
@@ -48,7 +48,7 @@ class Source:
 
 
 def models_in(results: Figures) -> dict[str, Figures]:
-    """What results.json holds of models, by their names."""
+    """The scores in results.json, by the names of models."""
     return {name: each for name, each in results.items() if isinstance(each, dict) and "perplexity" in each}
 
 

@@ -26,16 +26,16 @@ def draw(chart: Chart, path: Path) -> None:
     """Every panel of a chart in one picture, its title above and its legend below.
 
     Raises:
-        UserError: the place cannot be written.
+        UserError: a file cannot be written.
     """
     columns = min(_PER_ROW, len(chart.panels))
     rows = -(-len(chart.panels) // columns)
     width = _WIDE if columns == 1 else _NARROW * columns
     height = rows * max(map(_height, chart.panels))
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
-    for place, axis in enumerate(axes.flat):
-        if place < len(chart.panels):
-            _draw(axis, chart.panels[place])
+    for index, axis in enumerate(axes.flat):
+        if index < len(chart.panels):
+            _draw(axis, chart.panels[index])
         else:
             axis.set_axis_off()
     figure.suptitle(_plain(chart.title), fontsize=11)

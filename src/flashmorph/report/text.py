@@ -1,4 +1,4 @@
-"""What the models make of text: perplexity by position, losses by class of token."""
+"""Losses on text: perplexity by position, losses by class of token."""
 
 from html import escape
 from typing import Any
@@ -62,17 +62,17 @@ def _compared(source: Source) -> dict[str, dict[str, Any]]:
 
 def classes(source: Source) -> Chart | None:
     """Loss by class of token, minus the first model's."""
-    found = _compared(source)
-    if not found or not source.evaluated:
+    compared = _compared(source)
+    if not compared or not source.evaluated:
         return None
     first = label(next(iter(source.evaluated["models"])))
     groups: dict[str, list[str]] = {}
-    for each in next(iter(found.values()))["classes"]:
+    for each in next(iter(compared.values()))["classes"]:
         groups.setdefault(each["group"], []).append(each["class"])
     groups["kind"] = groups.pop("all") + groups.get("kind", [])
     ends = [
         end
-        for each in found.values()
+        for each in compared.values()
         for one in each["classes"]
         for end in (*(one["interval"] or ()), one["difference"])
     ]
@@ -81,14 +81,14 @@ def classes(source: Source) -> Chart | None:
     panels = []
     for group, names in groups.items():
         series = []
-        for number, (name, each) in enumerate(found.items()):
+        for number, (name, each) in enumerate(compared.items()):
             rows = {one["class"]: one for one in each["classes"]}
-            some = [(place, rows[kind]) for place, kind in enumerate(names) if kind in rows]
+            some = [(index, rows[kind]) for index, kind in enumerate(names) if kind in rows]
             series.append(
                 Series(
                     label(name),
                     [row["difference"] for _, row in some],
-                    [dodged(place, number, len(found)) for place, _ in some],
+                    [dodged(index, number, len(compared)) for index, _ in some],
                     look(name, number),
                     [(row["interval"] or [row["difference"]])[0] for _, row in some],
                     [(row["interval"] or [row["difference"]])[-1] for _, row in some],
@@ -107,12 +107,12 @@ def classes(source: Source) -> Chart | None:
 
 def samples(source: Source) -> str:
     """The beginning of the text, each token in the colour of what it lost or gained."""
-    found = _compared(source)
-    if not found or not source.evaluated:
+    compared = _compared(source)
+    if not compared or not source.evaluated:
         return ""
     first = label(next(iter(source.evaluated["models"])))
     blocks = []
-    for name, each in found.items():
+    for name, each in compared.items():
         sample, spans = each["sample"], []
         for token, kind, loss, difference in list(
             zip(sample["tokens"], sample["kinds"], sample["first"], sample["difference"], strict=True)

@@ -27,7 +27,7 @@ def write_report(run: Path, output: Path | None = None, force: bool = False) -> 
     """Write the report of a finished run to `output` (`report.html` in the run), its charts to `figures` beside it.
 
     Raises:
-        UserError: `run` is no finished run, a file of it is damaged, or the place cannot be written; without `force`
+        UserError: `run` is no finished run, a file of it is damaged, or a file cannot be written; without `force`
             also that a file there is not ours. Then nothing is written.
     """
     source = read_run(run)
@@ -65,7 +65,7 @@ def _head(name: str, source: Source) -> str:
 
 
 def _teacher(plan: Plan) -> list[str]:
-    """What to call the teacher: a folder by its own name, without the way to it."""
+    """The name of the teacher: of a folder its own name, without its path."""
     return [plan.teacher if plan.revision else Path(plan.teacher).name] if plan.teacher else []
 
 

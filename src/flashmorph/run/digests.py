@@ -1,7 +1,7 @@
-"""What the result of each stage depends on, as JSON values: what its folder is named by (`folder.py`).
+"""The settings that enter the digest of each stage, as JSON values; the digest names its folder (`folder.py`).
 
-Both ways: what changes a result stands here, and nothing else. How many tokens run at once, when checkpoints are
-written, what is shown and how often text may be repeated do not.
+Every setting that changes a result is here, and no other: not the micro-batch size, the checkpoint interval, the
+progress display or the limit on repeated text.
 """
 
 from collections.abc import Iterable
@@ -21,15 +21,15 @@ from flashmorph.tokens.special_tokens import end_tokens
 
 
 def text_settings(run: Run) -> dict[str, Any]:
-    """What rows of text depend on: the text, its order, its tokens, and of conversations their wording."""
+    """Settings that rows of text depend on: text, order, tokenizer and, for conversations, the chat template."""
     template = {"template": run.teacher.template_digest} if has_conversations(run.corpus) else {}
     return {**_read(run), "tokenizer": run.teacher.tokenizer_digest, **template}
 
 
 def task_settings(run: Run, chat_template: bool | None = None) -> dict[str, Any]:
-    """What questions depend on: the tasks, what their facts are hidden in, and the words around them.
+    """Settings that questions depend on: tasks, haystack, style, tokenizer and chat template.
 
-    With `chat_template` these are the teacher's template's; None: as for a search.
+    `chat_template`: whether questions use the teacher's; None: as in a search.
     """
     recipe = run.recipe
     templated = recipe.chat_template if chat_template is None else chat_template
@@ -41,7 +41,7 @@ def task_settings(run: Run, chat_template: bool | None = None) -> dict[str, Any]
 
 
 def row_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
-    """What the rows of a stage that trains depend on."""
+    """Settings that the rows of a training stage depend on."""
     questions = settings.questions
     asked = {"questions": [questions, task_settings(run)]} if questions else {}
     long = {"documents": "long"} if settings.takes_long_documents else {}
@@ -49,37 +49,37 @@ def row_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
 
 
 def training_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
-    """What the result of a stage that trains depends on."""
+    """Settings that the result of a training stage depends on."""
     return {"train": settings.what_counts(), "bf16": run.bf16, **row_settings(run, settings)}
 
 
 def logit_settings(run: Run, settings: TrainSettings, top_k: int) -> dict[str, Any]:
-    """What the teacher's logits on the rows of a stage that trains depend on."""
+    """Settings that enter the digest of a stage that reads another stage's training rows (`logits`)."""
     return {"top_k": top_k, "isolate_documents": settings.keeps_apart, "bf16": run.bf16, **row_settings(run, settings)}
 
 
 def select_settings(run: Run) -> dict[str, Any]:
-    """What a search depends on, the strategy's defaults written out; what it does not ask for is left out."""
+    """Settings that a search depends on, with the strategy's defaults written out; unused ones are left out."""
     recipe = run.recipe
     chosen, strategy = recipe.select, STRATEGIES[recipe.select.strategy]
     own = own_settings(chosen.strategy, chosen.settings)
-    wanted: dict[str, Any] = {"strategy": chosen.strategy, "settings": own, "seed": recipe.seed}
+    values: dict[str, Any] = {"strategy": chosen.strategy, "settings": own, "seed": recipe.seed}
     if not strategy.searches:
-        return wanted
+        return values
     if run.left_out:
-        wanted["left_out"] = list(run.left_out)
-    wanted |= {"search": search_settings(chosen.search, chosen.strategy), "bf16": run.bf16, **task_settings(run)}
+        values["left_out"] = list(run.left_out)
+    values |= {"search": search_settings(chosen.search, chosen.strategy), "bf16": run.bf16, **task_settings(run)}
     if strategy.needs_text:
-        wanted["text"] = text_settings(run)
+        values["text"] = text_settings(run)
     if strategy.needs_training:
         trained = recipe.distill.what_counts(tokens=False)
         asked = {"questions": task_settings(run)} if recipe.distill.retrieval_share else {}
-        wanted["distill"] = {"train": trained, **text_settings(run), **asked}
-    return wanted
+        values["distill"] = {"train": trained, **text_settings(run), **asked}
+    return values
 
 
 def search_settings(search: SearchSettings, strategy: str) -> dict[str, Any]:
-    """What the data of a search depends on: steps are of the strategies that follow gradients."""
+    """Settings that the data of a search depends on; only gradient strategies have steps."""
     judged = {"longest": search.longest, "questions": search.questions}
     if not STRATEGIES[strategy].gradient_loss:
         return judged
@@ -87,7 +87,7 @@ def search_settings(search: SearchSettings, strategy: str) -> dict[str, Any]:
 
 
 def evaluate_settings(run: Run) -> dict[str, Any]:
-    """What scores depend on; answers are kept by the name of their task."""
+    """Settings that scores depend on; answers are stored by the name of their task."""
     settings = run.recipe.evaluate.model_dump(mode="json", exclude={"batch_tokens"})
     names = {name: task.model_dump(mode="json") for name, task in run.recipe.tasks.items()}
     asked = task_settings(run, run.recipe.evaluate.chat_template)
@@ -95,13 +95,13 @@ def evaluate_settings(run: Run) -> dict[str, Any]:
 
 
 def ends(run: Run) -> dict[str, Any]:
-    """What generated answers depend on besides the model: the tokens that end them."""
+    """Settings that generated answers depend on besides the model: the end tokens."""
     configs = load_config(run.teacher.folder), SimpleNamespace(**run.teacher.generation())
     return {"end_tokens": end_tokens(run.tokenizer, *configs)}
 
 
 def budget_settings(run: Run) -> str:
-    """The budget, however it was written."""
+    """The budget in its canonical form."""
     return str(Budget.parse(run.recipe.budget))
 
 
@@ -111,5 +111,5 @@ def plain(tasks: Iterable[TaskSettings]) -> list[dict[str, Any]]:
 
 
 def _read(run: Run) -> dict[str, Any]:
-    """The text, and what its order and all draws from it depend on."""
+    """The identity of the text, and the seed of its order and of all draws from it."""
     return {"text": identity_of(run.corpus), "seed": run.recipe.seed}

@@ -2,8 +2,8 @@
 
 A stage works in `stages/<name>-<digest>.partial` and is renamed when it is finished, so a folder without that ending
 was whole once; its record lists its files, and each use compares them. The same digest means the same result: such a
-stage is not run again, also if it stands in another run's folder.
-Of several processes the first holds the lock and writes; the others learn from it what there is.
+stage is not run again, also if it is in another run's folder.
+Rank 0 holds the lock and writes; it broadcasts the records to the other ranks.
 """
 
 import logging
@@ -28,7 +28,7 @@ from flashmorph.versions import own_version, versions
 
 MARKER = "flashmorph.json"
 RECIPE = "recipe.yaml"
-"""What the folder's stages were told: of what is published there, or else of the last command that made some."""
+"""The recipe of the folder's stages: of the published result, or else of the last command that made some."""
 STAGES = "stages"
 _WRITTEN = (STAGES, "data", "compare", "figures")
 """The folders in a run's folder that runs write into."""
@@ -38,7 +38,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class _Marker(Shape):
-    """What the file holds that marks a folder as a run: by what the last run called its stages, their folders."""
+    """The content of the file that marks a folder as a run: its stages' folders, by their labels in the last run."""
 
     last: dict[str, Annotated[str, StringConstraints(pattern=r"^[a-z_]+-[0-9a-f]{12}$")]]
 
@@ -47,7 +47,7 @@ def last_stages(run: Path) -> dict[str, str]:
     """The folders that the last run in `run` used, by what it called its stages.
 
     Raises:
-        UserError: the file that says so is missing or damaged.
+        UserError: the file that marks it is missing or damaged.
     """
     return read_as(run / MARKER, _Marker)["last"]
 
@@ -58,7 +58,7 @@ def _holds_anything(folder: Path) -> bool:
 
 
 def _leftovers(folder: Path) -> list[Path]:
-    """What a killed run was writing: by the exact form of its name, and only where runs write."""
+    """Partial files of a killed run: by the exact form of their names, and only where runs write."""
     below = [path for name in _WRITTEN for path in (folder / name).rglob("*")]
     return [path for path in (*folder.iterdir(), *below) if is_temporary(path)]
 
@@ -85,12 +85,12 @@ class RunFolder:
                 no run.
         """
         self.path = path
-        self._places = [place / STAGES for place in (path, *others)]
+        self._stage_folders = [run / STAGES for run in (path, *others)]
         distributed.first(self._claim)
 
     def _claim(self) -> None:
         path = self.path
-        for other in self._places[1:]:
+        for other in self._stage_folders[1:]:
             if not other.is_dir():
                 raise UserError(f"{other.parent} is no run of flashmorph's: it has no folder {STAGES!r}")
         if path.exists() and not path.is_dir():
@@ -106,7 +106,7 @@ class RunFolder:
             for finished in (path / STAGES).glob(f"*/{_RECORD}"):
                 if finished.parent.suffix != _PARTIAL:
                     shutil.rmtree(finished.parent / CHECKPOINTS, ignore_errors=True)
-            # Of a run that was killed while it wrote; what it can go on from has other names.
+            # Left by a run that was killed while it wrote; resumable state has other names.
             for leftover in _leftovers(path):
                 if leftover.is_dir() and not leftover.is_symlink():
                     shutil.rmtree(leftover, ignore_errors=True)
@@ -133,7 +133,7 @@ class RunFolder:
 
     @property
     def data(self) -> Path:
-        """Where tokenised rows are kept."""
+        """The folder of tokenised rows."""
         return self.path / "data"
 
     def keep_recipe(self, text: str) -> None:
@@ -155,8 +155,8 @@ class RunFolder:
         digest = digest_of([name, settings, inputs])
 
         def look() -> Stage | None:
-            for place in self._places:
-                folder = place / f"{name}-{digest}"
+            for stages in self._stage_folders:
+                folder = stages / f"{name}-{digest}"
                 if folder.is_dir():
                     return Stage(name, digest, folder, self._whole_record(folder, digest), reused=True)
             return None
@@ -171,7 +171,7 @@ class RunFolder:
         except UserError as error:
             record, problem = {}, str(error)
         if problem:
-            own = folder.parent == self._places[0]
+            own = folder.parent == self._stage_folders[0]
             way_out = "" if own else f", or leave out --from {folder.parent.parent}"
             raise UserError(f"{folder} is damaged: {problem}; remove that folder, and the stage runs again{way_out}")
         return record
@@ -204,7 +204,7 @@ class RunFolder:
         if done := self.find(name, settings, inputs):
             return done
         digest = digest_of([name, settings, inputs])
-        final = self._places[0] / f"{name}-{digest}"
+        final = self._stage_folders[0] / f"{name}-{digest}"
         partial = final.with_name(final.name + _PARTIAL)
 
         def begin() -> float:
@@ -221,7 +221,7 @@ class RunFolder:
                 return arrive()
 
         def arrive() -> Stage:
-            # Only what is renamed is finished: until then a killed stage goes on from its checkpoints.
+            # A stage is finished once its folder is renamed: until then a killed one resumes from its checkpoints.
             os.replace(partial, final)
             for leftover in (CHECKPOINTS, _SPENT):
                 _remove(final / leftover)
@@ -251,7 +251,7 @@ def _is_finished(partial: Path) -> bool:
 
 
 def _seconds_before(partial: Path) -> float:
-    """What interrupted work has taken so far; 0 where it did not come to say."""
+    """Seconds that interrupted work has taken so far; 0 if they were not recorded."""
     try:
         seconds = read_as(partial / _SPENT, Finite)
     except UserError:

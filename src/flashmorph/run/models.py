@@ -1,4 +1,4 @@
-"""The models of a run, opened: whole or divided among processes, with branches, and as a search asks them."""
+"""Open a run's checkpoints: plain, sharded, with branches, or as a search objective."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,17 +28,17 @@ SEARCH_TEXT_TOKENS = 16_384
 
 
 def open_stage(run: Run, stage: Stage) -> PreTrainedModel:
-    """The model that a stage saved, in float32: training keeps its master weights in it and casts by itself."""
+    """The model that a stage saved, in float32: it holds the master weights of training, which casts by itself."""
     return load_model(stage.folder / "model", torch.float32, run.loads_on)
 
 
 def divided(run: Run, make: Callable[[], Model], shard: Callable[[Model, torch.device, bool], Model]) -> Model:
-    """What `make` returns; where the recipe says so, its weights divided among the processes."""
+    """The model that `make` returns, sharded over the ranks if the recipe sets `shard`."""
     if not run.shards:
         return make()
     model = in_turn(lambda: shard(make(), run.device, run.bf16))
     if not is_sharded(model):
-        raise ValueError(f"{type(model).__name__} has no weights that are divided")
+        raise ValueError(f"{type(model).__name__} has no sharded weights")
     return model
 
 
@@ -95,17 +95,17 @@ def open_objective(
     needs_text: bool = False,
     needs_training: bool = False,
 ) -> MorphableObjective:
-    """What a search asks of the model.
+    """The objective of a search: losses of plans, their gradients, and short distillations.
 
     Args:
-        run: Its recipe has tasks, text and, without `search`, the questions.
+        run: Teacher, recipe and device.
         morphable: The host with its aligned branches.
         folder: The search's own.
-        search: Number and length of the questions.
-        judging: The split whose questions are asked.
-        evaluations: Where losses of plans are kept; by default inside `folder`.
-        needs_text: Whether the loss on text is asked for.
-        needs_training: Whether plans are distilled.
+        search: Sizes of its data; None: the recipe's.
+        judging: The split whose questions it sees.
+        evaluations: Where losses of evaluated plans are kept; None: in `folder`.
+        needs_text: Whether it also has the loss on held-out text.
+        needs_training: Whether it can also distill plans.
     """
     recipe, search = run.recipe, search or run.recipe.select.search
     text, distiller = None, None

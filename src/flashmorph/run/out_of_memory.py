@@ -1,4 +1,4 @@
-"""Where a device's memory is not enough: one sentence that says what to lower."""
+"""The message when a device runs out of memory: one sentence with the setting to lower."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from flashmorph.recipe.recipe import Recipe
 
 @contextmanager
 def within_memory(stage: str, recipe: Recipe) -> Iterator[None]:
-    """Tell what to lower if `stage` needs more memory than the device has.
+    """Name the setting to lower if `stage` needs more memory than the device has.
 
     Raises:
         OutOfMemory: it does; whatever checkpoint there is stays.

@@ -1,4 +1,4 @@
-"""What a plan can answer before it is distilled."""
+"""Recall of a plan before distillation."""
 
 from pathlib import Path
 
@@ -17,9 +17,19 @@ from flashmorph.selection.cache import kept
 def recall_of_plan(
     run: Run, morphable: Morphable, plan: Plan, split: str, seed: int, questions: int, folder: Path
 ) -> float:
-    """Recall of a plan before distillation: `questions` generated answers a task to questions of `split`.
+    """Recall of a plan before distillation, by generated answers.
 
-    They are as long as the search's. The figure is kept in `folder`.
+    Args:
+        run: Recipe, tokenizer and text.
+        morphable: The host with its aligned branches.
+        plan: The option of each group.
+        split: The split of the questions.
+        seed: Of the questions.
+        questions: Questions of each task, each as long as the search's longest.
+        folder: Where the figure is kept, and read on the next call.
+
+    Returns:
+        The mean over tasks of the share of right answers, 0 to 1.
     """
     path = folder / f"recall-{digest_of([plan.assignments, split, seed, questions])}.json"
     if kept(path, run.screen.say, Finite) is None:

@@ -1,4 +1,4 @@
-"""One run: what goes in, where it goes, what shows it, and what it found."""
+"""`Run`: teacher, recipe, output folder, device and console of one `morph`; `Results`."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -29,27 +29,27 @@ from flashmorph.selection import BASELINE
 
 
 class Screen(Protocol):
-    """What a person sees of a run."""
+    """The console of a run."""
 
     def stage(self, name: str, about: str) -> AbstractContextManager[Report]:
-        """A stage at work: its progress goes to the report."""
+        """Show a running stage; its progress goes to the report."""
         ...
 
     def done(self, stage: Stage, about: str, figures: str) -> None:
-        """A stage that is finished, or was already."""
+        """Show a stage that has finished, now or in an earlier run."""
         ...
 
     def say(self, text: str) -> None:
-        """A line."""
+        """Print a line."""
         ...
 
 
 @dataclass
 class Run:
-    """One `flashmorph morph`: what goes in, where it goes, and what shows it. A `given` plan stands for a search.
+    """Teacher, recipe, output folder, device and console of one `flashmorph morph`. A `given` plan replaces the search.
 
-    With `allow_unused` weights that are stored in the teacher and not used are told, not refused. `left_out` names the
-    tasks that its recipe had before `signal.with_signal` took them out.
+    With `allow_unused`, stored weights of the teacher that are not used are reported, not refused. `left_out` names the
+    tasks that `signal.with_signal` removed from the recipe.
     """
 
     teacher: Teacher
@@ -74,12 +74,12 @@ class Run:
 
     @property
     def shards(self) -> bool:
-        """Whether weights are divided among the processes."""
+        """Whether weights are sharded over the ranks."""
         return self.recipe.shard and distributed.are_several()
 
     @property
     def loads_on(self) -> torch.device:
-        """Where models are opened: on the device, unless it is too small for a whole one."""
+        """The device on which models are opened: the CPU if they are sharded afterwards."""
         return torch.device("cpu") if self.shards else self.device
 
     @property
@@ -95,9 +95,9 @@ class Run:
         return tokenizer
 
     def at_once(self, stage: str, folder: Path, alone: bool = False) -> Recipe:
-        """The recipe with numbers for what is `auto` in `stage`, from this device's memory; kept in its `folder`.
+        """The recipe with every `auto` of `stage` resolved from this device's memory; kept in the stage's `folder`.
 
-        `alone`: the first process does the stage.
+        `alone`: the stage runs on rank 0 only.
         """
         if not asked(self.recipe, stage):
             return self.recipe
@@ -128,9 +128,15 @@ class Run:
         work: Callable[[Path, Report], dict | None],
         alone: bool = False,
     ) -> Stage:
-        """Run one stage, or find that it is done, and show it.
+        """Run one stage unless it is finished already, and show it.
 
-        Every process does the `work`, or the first `alone` while the others wait.
+        Args:
+            name: Of the stage, which begins the name of its folder.
+            about: A few words for the console.
+            settings: JSON values that enter the stage's digest.
+            inputs: Digests of the stages that it reads.
+            work: Called with the stage's folder and a report; returns figures for its record.
+            alone: Whether `work` runs on rank 0 only, while the other ranks wait.
         """
         label = f"{name} {about.split()[0]}" if name == "evaluate" or about.startswith(BASELINE) else name
         before, done = self.folder.last(label), self.folder.find(name, settings, inputs)
@@ -156,14 +162,14 @@ class Run:
 
 @dataclass
 class Results:
-    """What `morph` found: scores by model, and the stages that made them."""
+    """The results of `morph`: plan, scores by model, and stages."""
 
     plan: Plan
     scores: dict[str, Score]
     stages: list[Stage]
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form, `results.json`."""
+        """The content of `results.json`."""
         values: dict[str, Any] = {name: score.to_dict() for name, score in self.scores.items()}
         if BASELINE in self.scores:
             for after in ("", "_undistilled"):

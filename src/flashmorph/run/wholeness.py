@@ -23,7 +23,7 @@ Listing = dict[str, dict[str, Any]]
 
 
 class _Record(Shape):
-    """What is read of a stage's record, whatever the stage."""
+    """The fields of every stage's record that are read."""
 
     stage: str
     digest: str
@@ -55,7 +55,7 @@ def listing(folder: Path) -> Listing:
 
 
 def damage(folder: Path, record: Any, digest: str | None = None) -> str:
-    """What is wrong with a finished stage, given what its stage.json holds; nothing if it is whole.
+    """The damage of a finished stage in words, from its stage.json; empty if it is complete.
 
     `digest` is the stage's, where that is known.
     """
@@ -70,7 +70,7 @@ def damage(folder: Path, record: Any, digest: str | None = None) -> str:
 
 
 def _difference(path: Path, name: str, kept: dict[str, Any]) -> str:
-    """How a file is not what it was; nothing if it is."""
+    """The change of a file since it was recorded, in words; empty if there is none."""
     try:
         size = path.stat().st_size if path.is_file() else None
     except OSError:  # A name that no file can have.

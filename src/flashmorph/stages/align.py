@@ -1,8 +1,8 @@
-"""Alignment: every linear branch learns to give its own attention's output, on the teacher's own hidden states.
+"""Alignment: every linear branch learns to reproduce its layer's attention output on the teacher's hidden states.
 
 The layers are independent: layer l's input comes from the teacher's forward, not from the branches below it. The loss
 is the sum over layers of `|M(h) - A(h)|^2 / |A(h)|^2` (stage 1 of FlashMorph and HALO, there without the division).
-Both are summed over all tokens of a step, whatever micro-batches it is run in.
+Both are summed over all tokens of a step, whatever its micro-batches.
 """
 
 from collections.abc import Sequence
@@ -36,10 +36,10 @@ class AlignSettings(IsolatedTrainSettings):
 
 
 class AlignmentLoss(nn.Module):
-    """Teacher forward with every branch's error beside it.
+    """A teacher forward that also computes every branch's error.
 
-    Memory is a layer's input and output for each layer, and one branch at a time: each error is checkpointed, and
-    neither input nor target carries a gradient, so nothing flows from layer to layer.
+    Memory holds the input and output of each layer, and the activations of one branch at a time: each error is
+    checkpointed. Neither input nor target carries a gradient, so none flows between layers.
     """
 
     def __init__(self, morphable: Morphable):
@@ -53,10 +53,10 @@ class AlignmentLoss(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """The summed loss for `input_ids` `[batch, time]`, and each layer's part `[layers]`, detached.
 
-        Documents are kept apart where `starts` `[batch, time]` marks their first tokens. Alignment has no targets, so
-        `loss_mask` changes nothing.
+        `starts` `[batch, time]` is True at the first token of each document (None: not isolated). Alignment has
+        no targets, so `loss_mask` is ignored.
         """
-        found: list[torch.Tensor] = []
+        parts: list[torch.Tensor] = []
         packed = apart(input_ids, starts, supports_varlen(self.morphable.host, input_ids.device))
         if self._is_sharded:
             packed = as_often_everywhere(packed)
@@ -71,10 +71,10 @@ class AlignmentLoss(nn.Module):
             ) -> None:
                 for branch in layer.trained.values():
                     values = (branch, hidden.detach(), arguments, output.detach(), each)
-                    found.append(checkpoint(_squares, *values, use_reentrant=False))
+                    parts.append(checkpoint(_squares, *values, use_reentrant=False))
 
             self.morphable(each.input_ids, boundaries=each.boundaries, observer=compare)
-        difference, size = torch.stack(found).unflatten(0, (len(packed), -1)).sum(0).unbind(1)
+        difference, size = torch.stack(parts).unflatten(0, (len(packed), -1)).sum(0).unbind(1)
         errors = difference / size
         return {"loss": errors.sum(), "errors": errors.detach(), "sums": difference, "sizes": size.detach()}
 
@@ -82,12 +82,12 @@ class AlignmentLoss(nn.Module):
 def _squares(
     branch: Branch, hidden: torch.Tensor, arguments: dict[str, Any], target: torch.Tensor, packed: Packed
 ) -> torch.Tensor:
-    """`|M(h) - A(h)|^2` and `|A(h)|^2` over all tokens that are none of padding."""
+    """`|M(h) - A(h)|^2` and `|A(h)|^2` over all tokens but padding, `[2]`."""
     return squares(packed.tokens(branch(hidden, arguments)), packed.tokens(target))
 
 
 class _ClipEachBranch(TrainerCallback):
-    """One branch with a large gradient must not slow down all others."""
+    """Clips each branch by itself: one with a large gradient must not slow down the others."""
 
     def __init__(self, morphable: Morphable, largest: float):
         self._branches, self._largest = morphable.branch_parameters(), largest
@@ -107,12 +107,22 @@ def align(
     report: Report = silent,
     report_to: Sequence[str] = (),
 ) -> None:
-    """Train the branches of `morphable` in place; all else stays as it is.
+    """Train the branches of `morphable` in place; its other weights stay frozen.
 
-    Interrupted work goes on from the last whole checkpoint in `folder`. `report_to`: see `train`.
+    An interrupted call continues from the last complete checkpoint in `folder`.
+
+    Args:
+        morphable: The teacher's weights with their branches, in float32, unsharded or sharded by `shard_morphable`.
+        rows: Rows of `settings.length` tokens.
+        settings: Tokens, batch, learning rate and clipping.
+        folder: For checkpoints and the log.
+        seed: Of the order of rows.
+        bf16: Whether forwards run under bfloat16 autocast.
+        report: Called after each step with the steps done, all steps and the loss.
+        report_to: Trackers (`tensorboard`, `trackio`, `wandb`) that get the log too.
 
     Raises:
-        UserError: the loss is not finite, or the processes cannot share a step evenly.
+        UserError: the loss is not finite, or a step does not divide evenly among the ranks.
     """
     for weights in morphable.branch_parameters():
         for weight in weights:
@@ -127,9 +137,9 @@ def align(
 
 @torch.no_grad()
 def alignment_errors(morphable: Morphable, input_ids: torch.Tensor, starts: torch.Tensor | None = None) -> list[float]:
-    """Relative error of each layer's branch on `input_ids` `[batch, time]`: below 1 is better than a silent branch.
+    """Relative error of each layer's branch on `input_ids` `[batch, time]`: a branch with output 0 has 1.
 
-    Documents are kept apart where `starts` `[batch, time]` marks their first tokens.
+    `starts` `[batch, time]` is True at the first token of each document (None: they are not isolated).
     """
     starts = None if starts is None else starts.to(morphable.device)
     return AlignmentLoss(morphable)(input_ids.to(morphable.device), starts)["errors"].tolist()

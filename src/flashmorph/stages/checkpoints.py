@@ -1,4 +1,4 @@
-"""Which of Trainer's checkpoints can be gone on from: those that were written whole and still are."""
+"""Trainer's checkpoints that training can resume from: those that are complete and undamaged."""
 
 import json
 import logging
@@ -19,13 +19,13 @@ from flashmorph.inputs.shapes import Count, require_shape
 FINISHED = "finished"
 _NAME = re.compile(r"checkpoint-(\d{1,18})")
 _STATE = "trainer_state.json"
-_WHOLE, _DIVIDED = ("trainable.safetensors", "optimizer.pt"), ("shards/.metadata",)
-"""What holds the weights and the optimiser: of a process that has all, of several that share them."""
+_UNSHARDED, _SHARDED = ("trainable.safetensors", "optimizer.pt"), ("shards/.metadata",)
+"""The files that hold the weights and the optimiser, of an unsharded model and of a sharded one."""
 _LOG = logging.getLogger(__name__)
 
 
 def finish(checkpoint: Path) -> None:
-    """Mark a checkpoint as whole, when all of it is on the disk; the mark holds the size of each file."""
+    """Mark a checkpoint as complete once it is flushed to disk; the mark holds the size of each file."""
     sizes = {}
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != FINISHED):
         with path.open("rb") as stream:
@@ -35,37 +35,37 @@ def finish(checkpoint: Path) -> None:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written whole, or None."""
+    """The newest complete checkpoint, or None."""
     whole = [path.parent for path in (folder / "checkpoints").glob(f"checkpoint-*/{FINISHED}")]
     steps = {int(match[1]): path for path in whole if (match := _NAME.fullmatch(path.name))}
     return str(steps[max(steps)]) if steps else None
 
 
 def drop_damaged(folder: Path) -> None:
-    """Remove checkpoints that are not whole: a killed write's, and any that was damaged since, which is said.
+    """Remove incomplete checkpoints, from a killed write, and damaged ones, which are logged.
 
-    Trainer keeps the last two, whole or not: with a damaged one among them, a kill could leave none to go on from.
+    Trainer keeps the last two, complete or not: if one of them is damaged, a kill could leave none to resume from.
     """
     for checkpoint in sorted((folder / "checkpoints").glob("checkpoint-*")):
-        found = _damage(checkpoint) if (checkpoint / FINISHED).exists() else "it was not finished"
-        if found:
+        damage = _damage(checkpoint) if (checkpoint / FINISHED).exists() else "it was not finished"
+        if damage:
             if (checkpoint / FINISHED).exists():
-                _LOG.warning("%s is damaged (%s): going on from the one before it", checkpoint, found)
+                _LOG.warning("%s is damaged (%s): going on from the one before it", checkpoint, damage)
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint; nothing if it can be read. Marks of earlier versions hold no sizes."""
+    """The damage of a checkpoint in words; empty if it can be read. Marks of earlier versions hold no sizes."""
     try:
         sizes = json.loads((checkpoint / FINISHED).read_text() or "{}")
         require_shape(sizes, dict[str, Count], FINISHED)
-        needed = [_STATE, "scheduler.pt", *(_DIVIDED if (checkpoint / "shards").exists() else _WHOLE)]
+        needed = [_STATE, "scheduler.pt", *(_SHARDED if (checkpoint / "shards").exists() else _UNSHARDED)]
         if missing := [name for name in needed if not (checkpoint / name).is_file()]:
             return f"{missing[0]} is not there"
         for name, size in sizes.items():
-            found = (checkpoint / name).stat().st_size
-            if found != size:
-                return f"{name} has {found:,} bytes of {size:,}"
+            actual = (checkpoint / name).stat().st_size
+            if actual != size:
+                return f"{name} has {actual:,} bytes of {size:,}"
         for path in checkpoint.iterdir():
             if path.suffix == ".safetensors":
                 with safe_open(path, "pt"):

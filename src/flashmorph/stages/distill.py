@@ -1,6 +1,6 @@
 """Distillation: the hybrid learns the teacher's distribution of next tokens on text (forward KL on all tokens).
 
-The teacher runs beside the student, or what it says was written before (`teacher_logits.py`).
+The teacher runs beside the student, or its logits were written before (`teacher_logits.py`).
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ class DistillSettings(IsolatedTrainSettings):
 
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What was trained before there was `teacher_logits` keeps its digest."""
+        """Without `teacher_logits`, settings keep the digest that they had before the setting existed."""
         values = handler(self)
         if self.teacher_logits is None:
             del values["teacher_logits"]
@@ -63,20 +63,23 @@ class DistillationLoss(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, starts: torch.Tensor | None = None, loss_mask: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """The loss for `input_ids` `[batch, time]`, documents apart where `starts` `[batch, time]` marks their first
-        tokens; of what predicts the tokens at which `loss_mask` `[batch, time]` is True."""
+        """The loss for `input_ids` `[batch, time]`.
+
+        `starts` `[batch, time]` is True at the first token of each document (None: they are not isolated), `loss_mask`
+        `[batch, time]` at each target of the loss (None: all tokens).
+        """
         (teacher,) = self._teacher
         packed = apart(input_ids, starts, supports_varlen(self._host, input_ids.device), loss_mask)
         if self._is_sharded:
             packed = as_often_everywhere(packed)
         with torch.no_grad():
             target = torch.cat([each.predicting(each.run(teacher.model)) for each in packed])
-        found = torch.cat([each.predicting(each.run(self.student.model)) for each in packed])
-        return token_mean(forward_kl(found, Head.of(self.student), target, Head.of(teacher)), len(found))
+        hidden = torch.cat([each.predicting(each.run(self.student.model)) for each in packed])
+        return token_mean(forward_kl(hidden, Head.of(self.student), target, Head.of(teacher)), len(hidden))
 
 
 class StoredDistillationLoss(nn.Module):
-    """Mean forward KL of student to a teacher of which the likeliest tokens are known, all others taken as one."""
+    """Mean forward top-k KL of student to stored teacher logits; the teacher's other tokens are one tail bucket."""
 
     def __init__(self, student: PreTrainedModel):
         super().__init__()
@@ -87,20 +90,22 @@ class StoredDistillationLoss(nn.Module):
         self,
         input_ids: torch.Tensor,
         values: torch.Tensor,
-        places: torch.Tensor,
+        indices: torch.Tensor,
         starts: torch.Tensor | None = None,
         loss_mask: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The loss for `input_ids` `[batch, time]`, given the teacher's `values` `[batch, time, k + 1]` at `places`
-        `[batch, time, k]`; documents apart where `starts` `[batch, time]` marks their first tokens; of what predicts
-        the tokens at which `loss_mask` `[batch, time]` is True."""
+        """The loss for `input_ids` `[batch, time]`, from the teacher's log-probabilities.
+
+        `values` `[batch, time, k + 1]` are those of the tokens `indices` `[batch, time, k]` and of the tail; `starts`
+        and `loss_mask` as in `DistillationLoss`.
+        """
         packed = apart(input_ids, starts, supports_varlen(self._host, input_ids.device), loss_mask)
         if self._is_sharded:
             packed = as_often_everywhere(packed)
-        found = torch.cat([each.predicting(each.run(self.student.model)) for each in packed])
+        hidden = torch.cat([each.predicting(each.run(self.student.model)) for each in packed])
         order = token_order(input_ids, starts, supports_varlen(self._host, input_ids.device), loss_mask)
-        values, places = (each.flatten(0, 1)[order] for each in (values, places))
-        return token_mean(top_kl(found, Head.of(self.student), values, places), len(found))
+        values, indices = (each.flatten(0, 1)[order] for each in (values, indices))
+        return token_mean(top_kl(hidden, Head.of(self.student), values, indices), len(hidden))
 
 
 def distill(
@@ -114,14 +119,24 @@ def distill(
     report: Report = silent,
     report_to: Sequence[str] = (),
 ) -> None:
-    """Train all weights of `student` in place towards `teacher`, or towards what `rows` have of it if it is None.
+    """Train all weights of `student` in place towards `teacher`.
 
-    A step's loss is the mean over all its learnt tokens. Dropout is off, in `student` from here on; its configuration
-    keeps the teacher's value.
-    Interrupted work goes on from the last whole checkpoint in `folder`. `report_to`: see `train`.
+    A step's loss is the mean over all its targets. Dropout is switched off in `student`; its configuration keeps the
+    teacher's value. An interrupted call continues from the last complete checkpoint in `folder`.
+
+    Args:
+        student: The hybrid, in float32, unsharded or sharded by `shard_student`.
+        teacher: The model that is imitated; None: its logits are in `rows`.
+        rows: Rows of `settings.length` tokens, `RowsWithLogits` without a teacher.
+        settings: Tokens, batch, learning rate and memory options.
+        folder: For checkpoints and the log.
+        seed: Of the order of rows.
+        bf16: Whether forwards run under bfloat16 autocast.
+        report: Called after each step with the steps done, all steps and the loss.
+        report_to: Trackers (`tensorboard`, `trackio`, `wandb`) that get the log too.
 
     Raises:
-        UserError: the vocabularies differ, the loss is not finite, or the processes cannot share a step evenly.
+        UserError: the vocabularies differ, the loss is not finite, or a step does not divide evenly among the ranks.
     """
     if teacher and student.config.vocab_size != teacher.config.vocab_size:
         sizes = student.config.vocab_size, teacher.config.vocab_size

@@ -24,8 +24,8 @@ from flashmorph.stages.training import TrainSettings, keep_activations, train
 class ExtendSettings(TrainSettings):
     """The published budget: 1B tokens at length 16K, constant learning rate 1e-5.
 
-    The published rows are documents end to end that see each other. Most documents of the web are far shorter than
-    such a row, so kept apart they would teach nothing about its length.
+    The published rows are concatenated documents that see each other. Most documents of the web are far shorter than
+    such a row: isolated, they would teach nothing about its length.
     """
 
     stage: ClassVar[str] = "extend"
@@ -48,7 +48,7 @@ class ExtendSettings(TrainSettings):
 
 
 class NextTokenLoss(nn.Module):
-    """Mean next-token cross-entropy; logits exist a chunk of tokens at a time. The model loses its dropout."""
+    """Mean next-token cross-entropy; logits exist a chunk of tokens at a time. Dropout of the model is switched off."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -58,19 +58,21 @@ class NextTokenLoss(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, starts: torch.Tensor | None = None, loss_mask: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """The loss for `input_ids` `[batch, time]`, of the tokens at which `loss_mask` `[batch, time]` is True; where
-        `starts` `[batch, time]` marks the first tokens of documents, they are kept apart and those tokens are not
-        predicted."""
+        """The loss for `input_ids` `[batch, time]`.
+
+        With `starts` `[batch, time]`, True at the first token of each document, documents are isolated and those tokens
+        are no targets. `loss_mask` `[batch, time]` is True at each target (None: all tokens).
+        """
         packed = apart(input_ids, starts, supports_varlen(self._host, input_ids.device), loss_mask)
         if self._is_sharded:
             packed = as_often_everywhere(packed)
         hidden, labels = [], []
         for each in packed:
-            places, following = each.next_tokens()
-            hidden.append(each.run(self.student.model)[places])
-            labels.append(following)
-        every = torch.cat(labels)
-        return token_mean(label_loss(torch.cat(hidden), Head.of(self.student), every), len(every))
+            positions, targets = each.next_tokens()
+            hidden.append(each.run(self.student.model)[positions])
+            labels.append(targets)
+        targets = torch.cat(labels)
+        return token_mean(label_loss(torch.cat(hidden), Head.of(self.student), targets), len(targets))
 
 
 def extend(
@@ -83,14 +85,23 @@ def extend(
     report: Report = silent,
     report_to: Sequence[str] = (),
 ) -> None:
-    """Train all weights of `model` in place on rows longer than before.
+    """Train all weights of `model` in place on longer rows.
 
-    A step's loss is the mean over all its learnt tokens. Dropout is off, in `model` from here on; its configuration
-    keeps the teacher's value.
-    Interrupted work goes on from the last whole checkpoint in `folder`. `report_to`: see `train`.
+    A step's loss is the mean over all its targets. Dropout is switched off in `model`; its configuration keeps the
+    teacher's value. An interrupted call continues from the last complete checkpoint in `folder`.
+
+    Args:
+        model: The hybrid, in float32, unsharded or sharded by `shard_student`.
+        rows: Rows of `settings.length` tokens.
+        settings: Tokens, batch, learning rate and clipping.
+        folder: For checkpoints and the log.
+        seed: Of the order of rows.
+        bf16: Whether forwards run under bfloat16 autocast.
+        report: Called after each step with the steps done, all steps and the loss.
+        report_to: Trackers (`tensorboard`, `trackio`, `wandb`) that get the log too.
 
     Raises:
-        UserError: the loss is not finite, or the processes cannot share a step evenly.
+        UserError: the loss is not finite, or a step does not divide evenly among the ranks.
     """
     keep_activations(model.requires_grad_(True).train(), settings.activation_checkpointing is not True)
     loss = NextTokenLoss(model)

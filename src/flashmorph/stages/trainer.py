@@ -1,4 +1,4 @@
-"""`transformers.Trainer` for stages: it saves what it trains and nothing else, whole or divided among processes."""
+"""`transformers.Trainer` for stages: it saves trainable weights only, unsharded or sharded over ranks."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -32,24 +32,24 @@ _TRAINABLE = StateDictOptions(ignore_frozen_params=True)
 
 
 class StageTrainer(Trainer):
-    """Trainer that saves what it trains, and nothing else.
+    """A Trainer that saves trainable weights only.
 
     The model is a wrapper whose forward returns the loss; frozen weights and tied ones stay out of its checkpoints.
-    Sharded weights (`model/sharding.py`) are saved as they lie, with the optimiser's moments, and can be read by any
-    number of processes, also by one that holds them whole. The gradient of a step is that of its mean over all
-    micro-batches and processes (`StepMean`). A step whose loss or gradient is not finite never reaches the weights.
+    Sharded weights (`model/sharding.py`) are saved sharded, with the optimiser's moments; any number of ranks can load
+    them, also one that is not sharded. The gradient of a step is that of its mean over all micro-batches and ranks
+    (`StepMean`). A step whose loss or gradient is not finite never reaches the weights.
     """
 
-    # Trainer's own word for a loss that it must not divide by the number of micro-batches.
+    # Trainer's flag for a loss that it must not divide by the number of micro-batches.
     loss_is_scaled_for_ga = True
 
     def __init__(self, model: nn.Module, args: TrainingArguments, watch: Watch, **settings: Any):
         super().__init__(model=model, args=args, **settings)
         self._watch, self._problem = watch, ""
         self._step = StepMean(getattr(model, "terms", None) or [[*_trainable(model).values()]])
-        self._divided = is_sharded(model)
-        # Trainer's own word for a model that it must neither place nor wrap: gradients are reduced by the model.
-        self.is_distributed_loading_by_transformers = self._divided
+        self._is_sharded = is_sharded(model)
+        # Trainer's flag for a model that it must neither move nor wrap: the model reduces its gradients.
+        self.is_distributed_loading_by_transformers = self._is_sharded
 
     def compute_loss(
         self,
@@ -58,7 +58,7 @@ class StageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """See `Trainer`; not yet divided: `training_step` does that when the step is whole."""
+        """See `Trainer`; the sum, which `training_step` divides at the end of the step."""
         outputs = model(**inputs)
         loss = self._step.add(outputs)
         return (loss, outputs) if return_outputs else loss
@@ -66,28 +66,28 @@ class StageTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """See `Trainer`; the loss of the whole step with its last micro-batch, 0 before; a look at what comes out."""
+        """See `Trainer`; the step's loss with its last micro-batch, 0 before. It checks losses and gradients."""
         kept = dict(inputs)
         part = super().training_step(model, inputs, num_items_in_batch)
         whole = self.accelerator.sync_gradients
         loss = torch.full_like(part, self._step.finish() if whole else 0.0)
-        self._problem = self._problem or self._look_at(part, kept) or (self._look_at_step(loss) if whole else "")
+        self._problem = self._problem or self._check(part, kept) or (self._check_step(loss) if whole else "")
         if whole or distributed.count() == 1:
-            # What one process finds stops all of them, in words.
-            if told := [problem for problem in distributed.gather(self._problem) if problem]:
-                raise UserError(told[0])
+            # A problem on one rank stops all of them, with the same message.
+            if problems := [problem for problem in distributed.gather(self._problem) if problem]:
+                raise UserError(problems[0])
         return loss
 
-    def _look_at(self, part: torch.Tensor, inputs: dict[str, Any]) -> str:
-        """What is wrong with a part of a step, or nothing."""
-        # Where processes share a model, a forward needs all of them.
+    def _check(self, part: torch.Tensor, inputs: dict[str, Any]) -> str:
+        """The problem with a micro-batch in words, or an empty string."""
+        # A forward of a sharded model needs all ranks.
         again = (lambda: self._forward(inputs)) if distributed.count() == 1 else None
-        return _told(lambda: self._watch.check_loss(part, self.state.global_step + 1, again))
+        return _problem_in(lambda: self._watch.check_loss(part, self.state.global_step + 1, again))
 
-    def _look_at_step(self, loss: torch.Tensor) -> str:
-        """What is wrong with a whole step, or nothing."""
+    def _check_step(self, loss: torch.Tensor) -> str:
+        """The problem with a whole step in words, or an empty string."""
         step = self.state.global_step + 1
-        return _told(lambda: self._watch.check_loss(loss, step, None)) or _told(
+        return _problem_in(lambda: self._watch.check_loss(loss, step, None)) or _problem_in(
             lambda: self._watch.check_gradients(step)
         )
 
@@ -106,14 +106,14 @@ class StageTrainer(Trainer):
             ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save or self._divided:
+        if not self.args.should_save or self._is_sharded:
             return
         folder = Path(output_dir or self.args.output_dir or "")
         folder.mkdir(parents=True, exist_ok=True)
         save_file(trainable_state(_module(self.model)), folder / _WEIGHTS)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self._divided:
+        if not self._is_sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return
         state = {"weights": self._weights(), "moments": self._moments()}
@@ -128,8 +128,8 @@ class StageTrainer(Trainer):
             state_dict_loader.load({"weights": weights}, checkpoint_id=folder / _SHARDS)
             set_model_state_dict(_module(self.model), weights, options=StateDictOptions(strict=False))
             return
-        if self._divided:
-            raise UserError(f"{folder} was written by processes that hold all weights: go on with --set shard=false")
+        if self._is_sharded:
+            raise UserError(f"{folder} was written without sharding: resume with --set shard=false")
         state = load_file(folder / _WEIGHTS)
         with torch.no_grad():
             for name, weight in trainable_state(_module(self.model)).items():
@@ -145,7 +145,7 @@ class StageTrainer(Trainer):
         self._schedule().load_state_dict(torch.load(Path(checkpoint) / _SCHEDULE, weights_only=True))
 
     def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
-        """Gradients of divided weights are reduced after each micro-batch, so that no device ever holds them whole."""
+        """Gradients of sharded weights are reduced after each micro-batch, so that no device holds unsharded ones."""
         return nullcontext()
 
     def _weights(self) -> dict[str, Any]:
@@ -170,10 +170,10 @@ def _module(model: Any) -> nn.Module:
     return model
 
 
-def _told(look: Callable[[], None]) -> str:
-    """What a look says, or nothing."""
+def _problem_in(check: Callable[[], None]) -> str:
+    """The message of the error that `check` raises, or an empty string."""
     try:
-        look()
+        check()
     except UserError as error:
         return str(error)
     return ""

@@ -1,4 +1,4 @@
-"""What all training stages share: settings, `transformers.Trainer` made safe to kill, and its progress."""
+"""The training loop of all training stages: settings, a `transformers.Trainer` that resumes after a kill, progress."""
 
 import itertools
 import json
@@ -31,9 +31,9 @@ _NOT_IN_RESULTS = {"tokens", "batch_tokens", "micro_batch_tokens", "activation_c
 
 
 class Division(NamedTuple):
-    """How processes divide a step: each runs `rows` rows at once, `accumulation` times.
+    """How a step is divided among ranks: each runs micro-batches of `rows` rows, `accumulation` of them.
 
-    Where there are more processes than micro-batches, `sharing` processes in a row hold one together.
+    If there are more ranks than micro-batches, `sharing` consecutive ranks share one.
     """
 
     rows: int
@@ -42,7 +42,7 @@ class Division(NamedTuple):
 
 
 class TrainSettings(Settings):
-    """How long and how fast a stage trains."""
+    """Tokens, batch, learning rate and checkpoint interval of a training stage."""
 
     stage: ClassVar[str] = "training"
     tokens: Tokens = Field(description="tokens to train on, in all")
@@ -60,12 +60,12 @@ class TrainSettings(Settings):
 
     @property
     def keeps_apart(self) -> bool:
-        """Whether documents in one row do not see each other."""
+        """Whether documents in one row are isolated from each other."""
         return False
 
     @property
     def takes_long_documents(self) -> bool:
-        """Whether only documents are taken that fill a row on their own."""
+        """Whether only documents that fill a row on their own are used."""
         return False
 
     @property
@@ -85,7 +85,7 @@ class TrainSettings(Settings):
 
     @property
     def tokens_run(self) -> int:
-        """Tokens in all steps: `tokens` less what does not fill a step."""
+        """Tokens in all steps: `tokens` without the remainder that does not fill a step."""
         return self.rows * self.length
 
     @property
@@ -94,23 +94,24 @@ class TrainSettings(Settings):
         return round(self.retrieval_share * self.rows)
 
     def what_counts(self, tokens: bool = True) -> dict[str, Any]:
-        """What the result depends on, as JSON values, with or without how long is trained.
+        """The settings that the result depends on, as JSON values; without `tokens` also without the steps.
 
-        Left out is what only trades time for memory, and what a run may lose if it is killed.
+        Settings that only trade time for memory and the checkpoint interval are left out.
         """
         shape = {"batch_rows": self.batch_rows, **({"steps": self.steps} if tokens else {})}
         return {**self.model_dump(mode="json", exclude=_NOT_IN_RESULTS), **shape}
 
     def division(self, processes: int) -> Division:
-        """The step divided among so many processes, with the same micro-batches as in one: `micro_batch_tokens`, or
-        the whole batch (also for `auto`, as long as `estimate/auto.py` has not said what that is). Only where there are
-        fewer of them than processes do several processes hold one together.
+        """A step divided among `processes` ranks, with the same micro-batches as on one rank.
+
+        A micro-batch has `micro_batch_tokens` tokens, or the whole batch (also for `auto` until `estimate/auto.py` has
+        resolved it). Several ranks share a micro-batch only if there are fewer micro-batches than ranks.
 
         Raises:
-            UserError: the rows of a step do not divide.
+            UserError: the rows of a step do not divide evenly.
         """
-        if found := self._divided(self.batch_rows, processes):
-            return found
+        if division := self._divided(self.batch_rows, processes):
+            return division
         enough = next(rows for rows in itertools.count(self.batch_rows) if self._divided(rows, processes))
         raise UserError(
             f"{self.stage}.batch_tokens={self.batch_tokens} is {self.batch_rows} rows of {self.length:,} tokens in a "
@@ -134,14 +135,14 @@ def _smallest_divisor(number: int, least: int) -> int:
 
 
 class _Entry(Shape):
-    """What is read of a line of the log."""
+    """The fields of a line of the log that are read."""
 
     step: Count
     loss: Finite
 
 
 class IsolatedTrainSettings(TrainSettings):
-    """The same of a stage that may keep the documents in one row apart."""
+    """`TrainSettings` of a stage that may isolate the documents in one row."""
 
     isolate_documents: bool = Field(default=True, description="documents in one row do not see each other")
 
@@ -163,16 +164,28 @@ def train(
     clip: bool = True,
     report_to: Sequence[str] = (),
 ) -> None:
-    """Train `model` in place, from the last whole checkpoint in `folder` on if there is one.
+    """Train `model` in place, from the last complete checkpoint in `folder` on if there is one.
 
-    `model(input_ids)` returns `{"loss": ...}`; where documents are isolated and a row has several, `starts`
-    `[batch, time]` tells it the first token of each, and where some tokens are not learnt, `loss_mask` which are. How
-    micro-batches come together is told by `sums` and `sizes` beside the loss (`StepMean`). The log is
-    `folder/log.jsonl`, one line a step, and goes to each of `report_to` as well, whose files stand in `folder`.
+    The log is `folder/log.jsonl`, one line a step.
+
+    Args:
+        model: A module that returns `{"loss", "sums", "sizes"}` (`StepMean` combines micro-batches by the latter two)
+            for `input_ids` `[batch, time]`. If documents are isolated and a row has several, it also gets `starts`
+            `[batch, time]`, True at the first token of each; if some tokens are not targets, `loss_mask`
+            `[batch, time]`, True at targets.
+        rows: Rows of `settings.length` tokens; see `collate`.
+        settings: Steps, batch, learning rate, clipping and checkpoint interval.
+        folder: For checkpoints and the log.
+        seed: Of the order of rows.
+        bf16: Whether forwards run under bfloat16 autocast.
+        report: Called after each step with the steps done, all steps and the loss.
+        callbacks: Further callbacks of Trainer.
+        clip: Whether Trainer clips the gradient of all weights together to `settings.max_grad_norm`.
+        report_to: Trackers (`tensorboard`, `trackio`, `wandb`) that get the log too; their files are in `folder`.
 
     Raises:
-        UserError: a loss or gradient is not finite, the loss has exploded, a checkpoint cannot be written, or the
-            processes cannot share a step evenly.
+        UserError: a loss or gradient is not finite, the loss has exploded, a checkpoint cannot be written, or a step
+            does not divide evenly among the ranks.
     """
     distributed.first(lambda: drop_damaged(folder))
     watch = Watch(model)
@@ -206,7 +219,7 @@ def train(
         dataloader_pin_memory=device.type == "cuda",
         ddp_find_unused_parameters=False,
     )
-    # One process, one device: DataParallel over all that it sees would multiply the batch.
+    # One device per rank: DataParallel over all visible ones would multiply the batch.
     arguments._n_gpu = min(1, arguments.n_gpu)
     if arguments.world_size != distributed.count():
         raise ValueError(f"{distributed.count()} processes share the work and Trainer sees {arguments.world_size}")
@@ -229,10 +242,14 @@ def train(
 
 @contextmanager
 def _reports_in(folder: Path) -> Iterator[None]:
-    """Trackers that Trainer reports to keep their files in `folder`; their own choice is a place outside the run."""
-    places = {"TENSORBOARD_LOGGING_DIR": folder / "tensorboard", "TRACKIO_DIR": folder / "trackio", "WANDB_DIR": folder}
-    before = {name: os.environ.get(name) for name in places}
-    os.environ.update({name: str(place) for name, place in places.items()})
+    """Set the trackers' folders to `folder`: by default they write outside the run."""
+    folders = {
+        "TENSORBOARD_LOGGING_DIR": folder / "tensorboard",
+        "TRACKIO_DIR": folder / "trackio",
+        "WANDB_DIR": folder,
+    }
+    before = {name: os.environ.get(name) for name in folders}
+    os.environ.update({name: str(path) for name, path in folders.items()})
     try:
         yield
     finally:
@@ -241,7 +258,7 @@ def _reports_in(folder: Path) -> Iterator[None]:
 
 
 def keep_activations(model: PreTrainedModel, keep: bool) -> None:
-    """Keep what the backward needs of each decoder layer, or compute it again from the layer's input."""
+    """Keep the activations of decoder layers for the backward, or recompute them from each layer's input."""
     if keep:
         model.activation_checkpointing_disable()
     else:
@@ -249,32 +266,32 @@ def keep_activations(model: PreTrainedModel, keep: bool) -> None:
 
 
 def collate(batch: Sequence[dict[str, Any]], isolate: bool = True) -> dict[str, torch.Tensor]:
-    """Rows as `input_ids` `[batch, time]`, and whatever arrays they have besides.
+    """Rows as `input_ids` `[batch, time]` and, stacked, their other arrays.
 
-    With `starts` `[batch, time]`, True at first tokens, if documents are to be kept apart and a row has several; with
-    `loss_mask` `[batch, time]`, False at tokens that are not learnt, if there are such.
+    With `starts` `[batch, time]`, True at first tokens, if `isolate` and a row has several documents; with `loss_mask`
+    `[batch, time]`, False at tokens that are not targets, if there are any.
     """
     ids = torch.tensor([row["input_ids"] for row in batch])
     others = batch[0].keys() - {"input_ids", "starts", "ignored"}
     tensors = {"input_ids": ids, **{name: torch.from_numpy(np.stack([row[name] for row in batch])) for name in others}}
     if isolate and any(len(row["starts"]) > 1 for row in batch):
-        tensors["starts"] = _at(ids, [row["starts"] for row in batch])
+        tensors["starts"] = _mask(ids, [row["starts"] for row in batch])
     ignored = [row.get("ignored", ()) for row in batch]
     if any(ignored):
-        tensors["loss_mask"] = ~_at(ids, ignored)
+        tensors["loss_mask"] = ~_mask(ids, ignored)
     return tensors
 
 
-def _at(ids: torch.Tensor, places: Sequence[Sequence[int]]) -> torch.Tensor:
-    """`[batch, time]`, True at the places of each row."""
+def _mask(ids: torch.Tensor, positions: Sequence[Sequence[int]]) -> torch.Tensor:
+    """A mask of the shape of `ids` `[batch, time]`, True at the `positions` of each row."""
     marks = torch.zeros_like(ids, dtype=torch.bool)
-    for number, row in enumerate(places):
+    for number, row in enumerate(positions):
         marks[number, list(row)] = True
     return marks
 
 
 def logged(folder: Path) -> list[dict[str, float]]:
-    """What `train` wrote into its log in `folder`, a step each; lines that were cut or damaged are left out."""
+    """The log of `train` in `folder`, one entry a step; truncated or damaged lines are left out."""
     log = folder / _LOG
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     return [entry for line in lines if (entry := _entry(line))]
@@ -290,7 +307,7 @@ def _entry(line: str) -> dict[str, float] | None:
 
 
 class _Keeper(TrainerCallback):
-    """Marks whole checkpoints, writes the log, shows the progress and stops at a loss that is not finite."""
+    """Marks complete checkpoints, writes the log, shows the progress and stops at a loss that is not finite."""
 
     def __init__(self, folder: Path, report: Report, watch: Watch):
         self._folder, self._log, self._report, self._watch = folder, folder / _LOG, report, watch
@@ -301,14 +318,14 @@ class _Keeper(TrainerCallback):
             self._watch.check_growth(first, 1)
 
     def _cut_log(self, step: int) -> float | None:
-        """Forget what was logged behind `step`; the loss of the first step, if there is one."""
+        """Remove log entries after `step`. Returns the loss of the first step, if it is logged."""
         kept = [entry for entry in logged(self._folder) if entry["step"] <= step]
         with atomic_path(self._log) as temporary:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         return kept[0]["loss"] if kept else None
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        distributed.wait()  # Each process writes its own random state.
+        distributed.wait()  # Each rank writes its own random state.
         if distributed.is_first():
             finish(Path(args.output_dir or "") / f"checkpoint-{state.global_step}")
 

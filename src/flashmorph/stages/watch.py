@@ -1,4 +1,4 @@
-"""A step that went wrong is stopped before it reaches the weights, and told with the layer in which it did."""
+"""Stop training on non-finite losses or gradients before the optimiser step, naming the layer."""
 
 import re
 from collections.abc import Callable
@@ -15,19 +15,19 @@ _ADVICE = "the last good checkpoint is kept: lower learning_rate and run again"
 
 
 class Watch:
-    """Looks at the loss and at the gradients of a model's decoder layers, step by step."""
+    """Checks the loss and the gradients of a model's decoder layers, step by step."""
 
     def __init__(self, model: nn.Module):
         self._model = model
         self._weights: dict[int, list[nn.Parameter]] = {}
         for name, weight in model.named_parameters():
-            if weight.requires_grad and (found := _LAYER.search(name)):
-                self._weights.setdefault(int(found[1]), []).append(weight)
+            if weight.requires_grad and (match := _LAYER.search(name)):
+                self._weights.setdefault(int(match[1]), []).append(weight)
         self._norms: dict[int, torch.Tensor] = {}
         self._first: float | None = None
 
     def check_loss(self, loss: torch.Tensor, step: int, run: Callable[[], Any] | None) -> None:
-        """Look at the loss of a part of a step; `run` is its forward once more, to find the layer with.
+        """Check the loss of a micro-batch; `run` repeats its forward, to find the layer.
 
         Raises:
             UserError: it is not finite.
@@ -37,7 +37,7 @@ class Watch:
             raise UserError(f"the loss is {loss.item()} at step {step}{where}; {_ADVICE}")
 
     def check_gradients(self, step: int) -> None:
-        """Look at the gradients of a step, before they are clipped.
+        """Check the gradients of a step, before they are clipped.
 
         Raises:
             UserError: one is not finite.
@@ -53,7 +53,7 @@ class Watch:
             raise UserError(f"the gradient is not finite at step {step}, in {where}; {_ADVICE}")
 
     def check_growth(self, loss: float, step: int) -> None:
-        """Look at the loss of a whole step against the first one's.
+        """Check the loss of a whole step against that of the first.
 
         Raises:
             UserError: it has exploded.
@@ -69,28 +69,28 @@ class Watch:
 
     @torch.no_grad()
     def _first_broken(self, run: Callable[[], Any]) -> str:
-        """Where something that is not finite first comes out of a module."""
-        found: list[str] = []
+        """The first layer with a module whose output is not finite, in words."""
+        broken: list[str] = []
 
-        def look(layer: str) -> Callable[..., None]:
+        def check(layer: str) -> Callable[..., None]:
             def hook(module: nn.Module, inputs: Any, output: Any) -> None:
                 outputs = output if isinstance(output, tuple) else (output,)
-                if not found and not all(torch.isfinite(each).all() for each in outputs if torch.is_tensor(each)):
-                    found.append(layer)
+                if not broken and not all(torch.isfinite(each).all() for each in outputs if torch.is_tensor(each)):
+                    broken.append(layer)
 
             return hook
 
         named = [(_LAYER.search(name), module) for name, module in self._model.named_modules()]
-        hooks = [module.register_forward_hook(look(layer[1])) for layer, module in named if layer]
+        hooks = [module.register_forward_hook(check(layer[1])) for layer, module in named if layer]
         try:
             run()
         finally:
             for hook in hooks:
                 hook.remove()
-        return f"first in layer {found[0]}" if found else "in no decoder layer: look at the teacher and the head"
+        return f"first in layer {broken[0]}" if broken else "in no decoder layer: look at the teacher and the head"
 
 
 def _local(gradient: torch.Tensor) -> torch.Tensor:
-    """This process's part of a sharded gradient; the gradient itself elsewhere."""
+    """This rank's shard of a gradient; the gradient itself if it is not sharded."""
     part: Any = getattr(gradient, "to_local", None)
     return part() if part else gradient

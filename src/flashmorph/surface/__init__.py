@@ -1,1 +1,1 @@
-"""Where a name or a signal of any kind meets the terminal, a shell, a page or a file that a user names."""
+"""The surface to the outside: terminal, shell, signals, pages, and files that a user names."""

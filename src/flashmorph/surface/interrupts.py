@@ -1,7 +1,6 @@
-"""Ctrl-C and SIGTERM, and time limits for what strangers wrote. Imports next to nothing: it is there before all else.
+"""Ctrl-C and SIGTERM, and time limits for what strangers wrote. Imports next to nothing, since it is loaded first.
 
-Files are whole or not there at all, so a process may end at any moment; what is left to do is to say so, and not to
-hang.
+Files are written atomically, so a process may end at any moment; what remains is to report it, and not to hang.
 """
 
 import os
@@ -23,13 +22,13 @@ _KEEP_NOTHING = ("transplant", "plan", "evaluate", "bench", "generate", "export"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _STOP = 0
 _PATIENCE_SECONDS = 10.0
-"""How long a command has to leave by itself; temporary files are removed on the way."""
+"""Seconds for a command to exit by itself, which removes temporary files."""
 _TEMPLATE_SECONDS = 20
 """Of computing: a chat template is a program."""
 
 
 class Interrupted(SystemExit):
-    """What a signal raises wherever the program is; it exits with 128 and the signal's number."""
+    """Raised by a signal; the program exits with 128 plus the signal's number."""
 
 
 class _TooLong(BaseException):
@@ -73,7 +72,7 @@ class _Listener:
         signal.set_wakeup_fd(-1)
 
     def hear(self, number: int) -> None:
-        """Say so, the first time."""
+        """Print it, the first time."""
         with self._lock:
             if not self.heard:
                 self.heard = number
@@ -82,7 +81,7 @@ class _Listener:
 
     def _handle(self, number: int, frame: Any) -> None:
         self.hear(number)
-        # Of processes that work together each may be inside of a collective: their threads end them.
+        # Under torchrun each rank may be inside of a collective: a thread ends it.
         if not self._raised and not self._together:
             self._raised = True
             raise Interrupted(128 + number)
@@ -112,9 +111,9 @@ _listener: _Listener | None = None
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Within this, Ctrl-C and SIGTERM say `sentence()` and raise `Interrupted`; a second one ends the process at once.
+    """Within this, Ctrl-C and SIGTERM print `sentence()` and raise `Interrupted`; a second one exits at once.
 
-    So does the first where torchrun started several processes, of which the first one speaks. Whatever the interruption
+    So does the first one under torchrun with several ranks, of which rank 0 prints. Whatever the interruption
     leads to (a library may turn it into another error, or go on), it ends as `Interrupted`, at the latest after some
     seconds. Inside of itself, and in another thread than the main one, it changes nothing.
     """
@@ -154,7 +153,7 @@ def leave(code: Any) -> NoReturn:
 
 
 def sentence() -> str:
-    """What to say of a command that is interrupted."""
+    """The message of a command that is interrupted."""
     return ANEW if sys.argv[1:2] and sys.argv[1] in _KEEP_NOTHING else SENTENCE
 
 

@@ -31,7 +31,7 @@ PICTURE = Mark(b"\x89PNG\r\n\x1a\n", b"tEXtSoftware\0flashmorph ")
 
 
 def signature() -> str:
-    """What stands in a page or a picture as the software that made it."""
+    """The name of the software in the metadata of pages and pictures."""
     return f"flashmorph {own_version()}"
 
 
@@ -51,18 +51,18 @@ def claim_output(path: Path, mark: Mark | None, force: bool) -> None:
     `mark` is that of what will be written; None where files of its kind carry none.
 
     Raises:
-        UserError: says what stands there, or why nothing can; without `force` also that a file there is not ours.
+        UserError: the path cannot be written, with the reason; without `force` also that a file there is not ours.
     """
     if str(path) in _STREAMS or str(path.parent) in _STREAMS:
         raise UserError(f"{path} is no file; give the name of one (where a command has --json, that prints on stdout)")
     try:
-        found = refuse_special(path)
-        if found is None:
+        status = refuse_special(path)
+        if status is None:
             _require_room(path)
             return
-        if stat.S_ISLNK(found.st_mode):
+        if stat.S_ISLNK(status.st_mode):
             raise UserError(f"{path} is a link, which is neither followed nor replaced; give the name of a file")
-        if stat.S_ISDIR(found.st_mode):
+        if stat.S_ISDIR(status.st_mode):
             raise UserError(f"{path} is a folder; give the name of a file in it or beside it")
         _require_writable(path.parent, path)
     except OSError as error:
@@ -76,7 +76,7 @@ def claim_folder(folder: Path) -> None:
     """Refuse a path where no new folder can be put; an empty folder gives way to it.
 
     Raises:
-        UserError: it holds anything, is a link or a mount point, or the place cannot be written.
+        UserError: it holds anything, is a link or a mount point, or cannot be written.
     """
     try:
         if refuse_special(folder) is None:
@@ -118,7 +118,7 @@ def _require_room(path: Path) -> None:
     while not os.path.lexists(parent := missing[-1].parent):
         missing.append(parent)
     for part in missing:
-        refuse_special(parent / part.name)  # A name that is too long says so only beside something that is there.
+        refuse_special(parent / part.name)  # A name that is too long fails only beside an existing file.
     _require_writable(parent, path)
 
 

@@ -54,8 +54,8 @@ def stand_in_for_what_cannot_be_shown() -> None:
 def _stand_in(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    found = error.object[error.start : error.end]
-    return "".join(_STAND_INS.get(char) or ascii(char)[1:-1] for char in found), error.end
+    text = error.object[error.start : error.end]
+    return "".join(_STAND_INS.get(char) or ascii(char)[1:-1] for char in text), error.end
 
 
 codecs.register_error("flashmorph", _stand_in)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 
 SHARE = 20
-"""A line is at most this part of the context: so far can a fact be from the depth that it was meant for."""
+"""The longest line as a share of the context: the most that a fact can be off its intended depth."""
 _SENTENCE_ENDS = re.compile(r"[.!?…]+[\"'”’)\]]*\s+|[。！？｡]+[」』”’）]*\s*")
 _SPACES = re.compile(r"\s+")
 
@@ -24,6 +24,6 @@ def broken(text: str, furthest: Callable[[int], int]) -> list[str]:
 
 
 def _last(pattern: re.Pattern[str], text: str, begin: int, limit: int) -> int | None:
-    """Where the last match ends that has some text before it."""
+    """The end of the last match that has some text before it."""
     ends = [match.end() for match in pattern.finditer(text, begin, limit) if text[begin : match.start() + 1].strip()]
     return ends[-1] if ends else None

@@ -83,13 +83,13 @@ def hide(lines: Sequence[str], sizes: Sequence[int], facts: Sequence[str], depth
         UserError: there is not one depth for each fact.
     """
     if len(depths) != len(facts):
-        raise UserError(f"depths must name one place for each of the {len(facts)} facts; got {len(depths)}")
+        raise UserError(f"depths must give one depth for each of the {len(facts)} facts; got {len(depths)}")
     starts = np.cumsum([0, *sizes])
-    wanted = np.asarray(depths, dtype=float) * starts[-1]
-    places = np.where(wanted < starts[-1], np.searchsorted(starts, wanted, side="left"), len(lines))
+    offsets = np.asarray(depths, dtype=float) * starts[-1]
+    before = np.where(offsets < starts[-1], np.searchsorted(starts, offsets, side="left"), len(lines))
     pieces: list[Piece] = []
     done = 0
-    for fact, place in zip(facts, places.tolist(), strict=True):
-        pieces += [Piece("".join(lines[done:place]), "hay"), Piece(fact, "fixed")]
-        done = place
+    for fact, line in zip(facts, before.tolist(), strict=True):
+        pieces += [Piece("".join(lines[done:line]), "hay"), Piece(fact, "fixed")]
+        done = line
     return [*pieces, Piece("".join(lines[done:]), "hay")]

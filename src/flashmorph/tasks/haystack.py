@@ -1,4 +1,4 @@
-"""What facts are hidden in: lines of real text, or one sentence over and over (RULER's NIAH-S1)."""
+"""Haystacks: lines of real text, or one repeated sentence (RULER's NIAH-S1)."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +26,9 @@ class Haystack:
         return cls([REPEATED], whole_lines=True)
 
     def lines(self, rng: random.Random, break_up: Callable[[str], list[str]] = _as_it_is) -> Iterator[str]:
-        """Lines from a random place on, then from another document, and so on; `break_up` makes several of a long one.
+        """Lines from a random position on, then from another document, and so on; `break_up` splits a long line.
 
-        Where the first line is broken, the place is in one of its parts.
+        Where the first line is broken, the position is in one of its parts.
         """
         break_up = _as_it_is if self._whole_lines else break_up
         while True:

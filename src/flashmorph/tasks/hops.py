@@ -1,6 +1,6 @@
 """Variable tracking: a chain of links that ends at a value (RULER's vt, with one value asked for).
 
-Several chains stand in the text. With a single one, copying the only value in sight looks like following it.
+The text has several chains: with a single one, copying its only value would look like following the chain.
 """
 
 import random
@@ -15,7 +15,15 @@ def hops(
 ) -> Problem:
     """`num_chains` chains of `num_hops` statements each (a root with a value, then links), interleaved at random.
 
-    A link stands after what it points to. The questions are for the last name of `num_asked` chains.
+    A link comes after its target. The questions are for the last names of chains.
+
+    Args:
+        rng: Draws names, values and the order of statements.
+        style: The wording of facts and questions.
+        names: The names of the split.
+        num_chains: Chains in the context.
+        num_hops: Statements of a chain, at least 2.
+        num_asked: Chains that are asked for.
 
     Raises:
         UserError: a number is out of range, or a split has too few names.
@@ -33,11 +41,12 @@ def hops(
     depth = [0] * num_chains
     facts = []
     for chain in turns:
-        key, place = chains[chain][depth[chain]], depth[chain]
-        if place == 0:
+        position = depth[chain]
+        key = chains[chain][position]
+        if position == 0:
             facts.append(style.fact.format(key=key, value=values[chain]))
         else:
-            facts.append(style.link.format(key=key, target=chains[chain][place - 1]))
+            facts.append(style.link.format(key=key, target=chains[chain][position - 1]))
         depth[chain] += 1
     asked = rng.sample(range(num_chains), num_asked)
     return Problem(tuple(facts), tuple(ask(style, chains[chain][-1], values[chain]) for chain in asked))

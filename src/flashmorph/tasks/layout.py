@@ -111,7 +111,7 @@ class Layout:
         return Example(row.ids, [False] + [True] * (length - 1), prompt_tokens=1, answer="", stop="")
 
     def _asked(self, problem: Problem) -> list[Piece]:
-        """What stands before the context, and the questions with their answers and the words around them."""
+        """The text before the context, and the questions with their answers and the words around them."""
         opening, *words = self._words(len(problem.questions))
         pieces = [Piece(opening, "fixed")]
         for number, (question, answer) in enumerate(problem.questions):
@@ -165,7 +165,7 @@ class Layout:
         return Example(row.ids, marks, prompt_tokens, answer, self._stop, reading)
 
     def _stop_as_read(self) -> str:
-        """How the style's `stop` reads behind an answer: some tokenizers make a space of a line end."""
+        """The style's `stop` as decoded after an answer: some tokenizers make a space of a line end."""
         answer, stop = self._style.answer.format(value="1"), self._style.stop
 
         def read(text: str) -> str:
@@ -200,15 +200,15 @@ class _Row:
         if len(out) < surplus:
             return False
         gone = set(out[:surplus])
-        self.ids = [token for place, token in enumerate(self.ids) if place not in gone]
+        self.ids = [token for index, token in enumerate(self.ids) if index not in gone]
         self.answers = [(begin - surplus, end - surplus) for begin, end in self.answers]
         return True
 
     def with_filler(self, filler: list[int]) -> "_Row":
         """This row with tokens of text before its facts."""
-        _, _, place = self._spans[0]
-        token, clean = self._text.at(place)
-        at = self._start + token + (not clean)
-        self.ids[at:at] = filler
+        _, _, end = self._spans[0]
+        token, clean = self._text.at(end)
+        index = self._start + token + (not clean)
+        self.ids[index:index] = filler
         self.answers = [(begin + len(filler), end + len(filler)) for begin, end in self.answers]
         return self

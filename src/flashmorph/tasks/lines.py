@@ -58,11 +58,11 @@ class Lines:
         problem = TASKS[task.task](rng, self._style, names("test"), **task.settings)
         depths = sorted(rng.random() for _ in problem.facts)
         if depth is not None and problem.needle is not None:
-            # The facts are exchangeable: the one asked for takes the place that its depth has among the others.
+            # The facts are exchangeable: the one asked for takes the rank that its depth has among the others.
             others = sorted(rng.random() for _ in problem.facts[1:])
-            place = sum(other < depth for other in others)
+            rank = sum(other < depth for other in others)
             facts = [fact for number, fact in enumerate(problem.facts) if number != problem.needle]
-            facts.insert(place, problem.facts[problem.needle])
-            problem, depths = replace(problem, facts=tuple(facts), needle=place), sorted([*others, depth])
+            facts.insert(rank, problem.facts[problem.needle])
+            problem, depths = replace(problem, facts=tuple(facts), needle=rank), sorted([*others, depth])
         layout = self._repeated if name == _REPEATED else self._text
         return layout.lay_out(problem, length, rng, depths).prompt

@@ -1,4 +1,4 @@
-"""What a task makes: facts to hide in a text and questions to ask at its end."""
+"""`Problem`, the output of a task: facts to hide in a text and questions to ask at its end."""
 
 import random
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from flashmorph.tasks.style import Style
 class Problem:
     """`facts` keep their order in the text; `questions` are (prompt, answer) pairs, asked one after the other.
 
-    `needle` is the place in `facts` of the one that the last question is about, where it is about one and the order of
+    `needle` is the index in `facts` of the one that the last question is about, where it is about one and the order of
     the facts is of no account.
     """
 

@@ -1,4 +1,4 @@
-"""What a model is given to go on from, and how far its continuation is right."""
+"""A prompt and how its continuation is scored."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class Prompt:
     """`input_ids` and the `references` that the next `answer_tokens` tokens must hold.
 
-    With `anywhere`, each reference counts wherever it stands, in upper or lower case (RULER's string_match_all);
-    without, the continuation must start with it, and `stop` must follow, or the continuation must end there.
+    With `anywhere`, each reference counts at any position, in upper or lower case (RULER's string_match_all). Without,
+    the continuation must start with it and then either contain `stop` or end.
     """
 
     input_ids: list[int]
@@ -18,7 +18,7 @@ class Prompt:
     stop: str = ""
 
     def score(self, generated: str, ended: bool = False) -> float:
-        """The share of references that a continuation holds; `ended` if the model said that nothing follows."""
+        """The share of references that a continuation holds; `ended` if the model generated an end token."""
         if self.anywhere:
             text = generated.lower()
             hits = [reference.lower() in text for reference in self.references]

@@ -22,7 +22,7 @@ TASKS: dict[str, Task] = {"many_keys": many_keys, "many_values": many_values, "h
 
 
 class TaskSettings(Settings):
-    """One task and what it is called with: `{task: many_keys, num_keys: 8}`."""
+    """One task with its settings: `{task: many_keys, num_keys: 8}`."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     task: Annotated[str, Field(description=f"one of {', '.join(TASKS)}")]
@@ -44,7 +44,7 @@ class TaskSettings(Settings):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the task is called with."""
+        """The arguments of the task, by name."""
         return dict(self.model_extra or {})
 
 
@@ -58,7 +58,17 @@ def make_example(
     number: int,
     depths: Sequence[float] | None = None,
 ) -> Example:
-    """Question `number` of `task`, `length` tokens long.
+    """One question of `task` with its answer.
+
+    Args:
+        task: The task and its settings.
+        layout: Lays problems out in a haystack.
+        style: The wording of facts and questions.
+        split: `train`, `validation`, `referee` or `test`: the names that are used.
+        length: Tokens of the example.
+        seed: With split, task, length and number, fixes the question.
+        number: Of the question.
+        depths: Of the facts, 0 the start and 1 the end; None: at random.
 
     Raises:
         UserError: the task does not fit into `length`, or asks for more names than the split has.

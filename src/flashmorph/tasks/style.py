@@ -1,4 +1,4 @@
-"""How a fact, a link and a question are written. The tasks themselves know no wording."""
+"""The wording of facts, links and questions; tasks have none of their own."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ class Style:
     turn: str = ""
 
     def split(self, question: str) -> tuple[str, str]:
-        """What a user asks, and the beginning of the reply."""
+        """The user's message, and the beginning of the reply."""
         if not self.turn:
             return question, ""
         asked, _, reply = question.partition(self.turn)

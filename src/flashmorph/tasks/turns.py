@@ -10,7 +10,7 @@ _ROLES = ("user", "assistant")
 
 
 def plain_words(style: Style, questions: int) -> list[str]:
-    """What stands before each question and each reply, in turn `[2 * questions]`, in a text without a template."""
+    """The text before each question and each reply, in turn `[2 * questions]`, in a text without a template."""
     return ["", style.turn] + [style.stop, style.turn] * (questions - 1)
 
 

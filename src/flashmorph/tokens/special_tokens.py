@@ -41,12 +41,12 @@ def room_for_text(length: int, before: Sequence[int]) -> int:
 
 
 def count_before(ids: Sequence[int], before: Sequence[int]) -> int:
-    """How many of the first tokens of a text are the special ones `before`: all of them, or none."""
+    """The number of special tokens `before` at the start of a text: all of them, or none."""
     return len(before) if list(ids[: len(before)]) == list(before) else 0
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, *configs: Any) -> list[int]:
-    """The tokens after which a teacher has nothing more to say, sorted.
+    """The tokens that end a teacher's answer, sorted.
 
     Those that its configurations (`config`, `generation_config`) name as `eos_token_id`, one or several, and the
     tokenizer's own.

@@ -26,7 +26,7 @@ class Form:
     has_depth: bool = False
 
     def settings_at(self, length: int) -> dict[str, Any]:
-        """What it is written with at a context length."""
+        """The arguments of its writer at a context length."""
         if self.write is common_words:
             return {"long": length >= _LONG}
         if self.write is frequent_words:

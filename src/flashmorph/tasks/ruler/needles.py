@@ -13,7 +13,7 @@ _ASK = (
     "provided text?"
 )
 _PREFIX = "The special magic {kind} for {query} mentioned in the provided text {are}"
-_DEPTHS = [round(place * 100 / 39) / 100 for place in range(40)]
+_DEPTHS = [round(step * 100 / 39) / 100 for step in range(40)]
 
 
 def needles(
@@ -30,19 +30,28 @@ def needles(
 ) -> Written:
     """`num_keys` keys with `num_values` values each; the question is for all values of `num_queries` keys.
 
-    `haystack` is `repeat` (the same five sentences), `needle` (other needles) or `text`; `units` are its sentences or,
-    for text, its words. The needles that are asked for stand at `depth` (0 the start, 1 the end), all others at random
-    places; with None all do.
+    Args:
+        rng: Draws keys, values and depths.
+        material: Words, values and running text.
+        units: Sentences of the haystack; of `text`, words.
+        depth: Of the needles that are asked for, 0 the start and 1 the end; all others are at random depths. None: all
+            are.
+        haystack: `repeat` (the same five sentences), `needle` (other needles) or `text`.
+        num_keys: Keys in the context.
+        num_values: Values of each key.
+        num_queries: Keys that are asked for.
+        key_kind: `words`, `numbers` or `uuids`.
+        value_kind: The same of values.
     """
     keys = [material.draw(rng, key_kind) for _ in range(num_keys)]
     facts = {key: [material.draw(rng, value_kind) for _ in range(num_values)] for key in keys}
     asked = rng.sample(list(facts), num_queries)
     pairs = [(key, value) for key, values in facts.items() for value in values]
     rng.shuffle(pairs)
-    places = rng.sample(_DEPTHS, len(pairs))
+    depths = rng.sample(_DEPTHS, len(pairs))
     if depth is not None:
-        places = [depth if key in asked else place for place, (key, _) in zip(places, pairs, strict=True)]
-    context = _hide(rng, material, units, haystack, sorted(zip(places, pairs, strict=True)), (key_kind, value_kind))
+        depths = [depth if key in asked else drawn for drawn, (key, _) in zip(depths, pairs, strict=True)]
+    context = _hide(rng, material, units, haystack, sorted(zip(depths, pairs, strict=True)), (key_kind, value_kind))
     query = ", ".join(asked[:-1]) + ", and " + asked[-1] if len(asked) > 1 else asked[0]
     one = num_queries * num_values == 1
     kind = value_kind.removesuffix("s") if one else value_kind
@@ -62,7 +71,16 @@ def _hide(
     needles: list[tuple[float, tuple[str, str]]],
     kinds: tuple[str, str],
 ) -> str:
-    """The haystack with each needle before the sentence that its depth lies in; `needles` are sorted by depth."""
+    """The haystack with each needle before the sentence at its depth.
+
+    Args:
+        rng: Draws the haystack.
+        material: Words, values and running text.
+        units: Sentences of the haystack; of `text`, words.
+        haystack: See `needles`.
+        needles: (depth, (key, value)) of each needle, sorted by depth.
+        kinds: Of keys and of values.
+    """
     key_kind, value_kind = kinds
     if haystack == "text":
         hay, joint = material.sentences(rng, units), " "

@@ -21,7 +21,7 @@ class Ruler:
     """Questions of every task in `FORMS`; the same seed, task, length and number always give the same one.
 
     As in RULER, prompt and answer together take at most the context length. The haystack's text comes from `documents`
-    where RULER has Paul Graham's essays, and each question takes it from another place on. With `chat_template` a
+    where RULER has Paul Graham's essays, and each question takes it from another position on. With `chat_template` a
     question is the user's message and the beginning of the answer the assistant's, as in RULER for such models.
     """
 

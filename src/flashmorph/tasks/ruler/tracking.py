@@ -20,9 +20,17 @@ _EXAMPLE_UNITS = (6, 15)
 def tracking(
     rng: random.Random, material: Material, units: int, depth: float | None, num_chains: int = 1, num_hops: int = 4
 ) -> Written:
-    """`num_chains` chains of a value and `num_hops` further names in `units` lines of the repeated sentences.
+    """`num_chains` chains of a value and `num_hops` further names in lines of repeated sentences.
 
-    The example before it has about 500 tokens as in RULER, and less in short contexts: a tenth of the lines.
+    The solved example before it has about 500 tokens as in RULER, fewer in short contexts: a tenth of the lines.
+
+    Args:
+        rng: Draws names, values and lines.
+        material: Unused: the haystack is RULER's repeated sentences.
+        units: Lines of the haystack.
+        depth: Unused: the statements are spread over the text.
+        num_chains: Chains in the context; the first is asked for.
+        num_hops: Names of a chain after its first.
     """
     least, most = _EXAMPLE_UNITS
     example = _chains(rng, min(most, max(least, units // 10)), num_chains, num_hops, 3)
@@ -41,9 +49,9 @@ def _chains(rng: random.Random, units: int, num_chains: int, num_hops: int, lett
     for chain, value in zip(chains, values, strict=True):
         statements = [f"VAR {chain[0]} = {value}"]
         statements += [f"VAR {name} = VAR {before} " for before, name in zip(chain, chain[1:], strict=False)]
-        places = sorted(rng.sample(range(len(lines)), len(statements)))
-        for moved, (place, statement) in enumerate(zip(places, statements, strict=True)):
-            lines.insert(place + moved, statement)
+        positions = sorted(rng.sample(range(len(lines)), len(statements)))
+        for inserted, (position, statement) in enumerate(zip(positions, statements, strict=True)):
+            lines.insert(position + inserted, statement)
     return Written(
         _ASK.format(context=" ".join(lines), value=values[0]),
         _PREFIX.format(number=num_hops + 1, value=values[0]),

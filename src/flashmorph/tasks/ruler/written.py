@@ -30,7 +30,7 @@ class Written:
 
     @property
     def prompt(self) -> str:
-        """What a base model goes on from."""
+        """The prompt of a base model."""
         return f"{self.question} {self.prefix}"
 
 
@@ -59,7 +59,7 @@ class Material:
         return makers[kind]()
 
     def sentences(self, rng: random.Random, words: int) -> list[str]:
-        """`words` words of running text from a random place on, in sentences; those that are long are broken."""
+        """`words` words of running text from a random position on, in sentences; those that are long are broken."""
         start = rng.randrange(len(self._essay))
         text = "".join(self._essay[(start + word) % len(self._essay)] for word in range(words)).rstrip()
         most = max(1, len(text) // SHARE)
