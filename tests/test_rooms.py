@@ -13,7 +13,8 @@ import flashmorph
 from flashmorph.cli import app
 
 FLOORS = """
-    errors progress versions units
+    errors progress units records
+    versions
     files losses devices distributed
     inputs
     surface

@@ -1,7 +1,8 @@
 """The versions that a result was computed with."""
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+
+from flashmorph.records import Figures
 
 _COMPUTE = ("torch", "transformers", "tokenizers", "datasets")
 
@@ -27,7 +28,7 @@ def versions() -> dict[str, str]:
     return {"flashmorph": own_version(), **{name: version_of(name) for name in _COMPUTE}}
 
 
-def made_with(record: dict[str, Any]) -> str:
+def made_with(record: Figures) -> str:
     """The versions in a stage's record that are others now, in words; nothing where they are the same or not known."""
     now = versions()
     then = record.get("versions", {})

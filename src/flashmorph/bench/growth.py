@@ -3,9 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+
+from flashmorph.records import Figures
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,12 @@ class Growth:
         """The median of each length."""
         return [float(np.median(tries)) for tries in self.tries]
 
-    def to_list(self) -> list[dict[str, Any]]:
+    def to_list(self) -> list[Figures]:
         """Seconds with quartiles, as JSON values."""
         return [{"length": length, **spread(tries)} for length, tries in zip(self.lengths, self.tries, strict=True)]
 
 
-def spread(figures: Sequence[float]) -> dict[str, Any]:
+def spread(figures: Sequence[float]) -> Figures:
     """The median and the quartiles."""
     low, high = np.percentile(figures, [25, 75])
     return {"median": float(np.median(figures)), "quartiles": (float(low), float(high))}

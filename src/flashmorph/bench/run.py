@@ -14,6 +14,7 @@ from flashmorph.bench.limit import Limit, Rates, measure_rates, timed
 from flashmorph.bench.memory import peak_bytes
 from flashmorph.hosts import cache_by_layer
 from flashmorph.progress import Report, silent
+from flashmorph.records import Figures
 
 KINDS = ("prefill", "decode")
 
@@ -38,7 +39,7 @@ class _Measured:
 
 
 @torch.no_grad()
-def bench(models: Mapping[str, PreTrainedModel], settings: BenchSettings, report: Report = silent) -> dict[str, Any]:
+def bench(models: Mapping[str, PreTrainedModel], settings: BenchSettings, report: Report = silent) -> Figures:
     """Seconds to read contexts and to write a token after them, cache and memory, of models on one device.
 
     Every round gives each model its turn at a length, in an order that rotates. The first round warms up and measures
@@ -120,8 +121,8 @@ def _layer_bytes(layer: Any) -> int:
     return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
 
-def _figures(measured: _Measured, first: _Measured | None, limit: Limit, lengths: list[int]) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
+def _figures(measured: _Measured, first: _Measured | None, limit: Limit, lengths: list[int]) -> Figures:
+    figures: Figures = {}
     for kind in KINDS:
         growth = Growth(lengths, measured.seconds[kind])
         bound = [getattr(limit, kind)(length) for length in lengths]
@@ -142,7 +143,7 @@ def _figures(measured: _Measured, first: _Measured | None, limit: Limit, lengths
     figures["cache"] = []
     for index, length in enumerate(lengths):
         expected = cache_by_layer(limit.model.config, length)
-        row: dict[str, Any] = {"length": length, "by_layer": measured.cache[index], "expected_by_layer": expected}
+        row: Figures = {"length": length, "by_layer": measured.cache[index], "expected_by_layer": expected}
         row["bytes"], row["expected"] = sum(row["by_layer"]), sum(expected)
         if first:
             row["of_first"] = row["bytes"] / sum(first.cache[index])
@@ -153,7 +154,7 @@ def _figures(measured: _Measured, first: _Measured | None, limit: Limit, lengths
     return figures
 
 
-def _machine(device: torch.device, dtype: torch.dtype, rates: Rates) -> dict[str, Any]:
+def _machine(device: torch.device, dtype: torch.dtype, rates: Rates) -> Figures:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     facts = {"device": name, "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
     return {**facts, **rates.to_dict()}

@@ -11,6 +11,7 @@ from flashmorph.cli.evaluate_tables import new_table
 from flashmorph.cli.options import ERR, OUT, DeviceOption, JsonOption, UnusedOption, numbers, quiet
 from flashmorph.errors import UserError
 from flashmorph.files import short_names
+from flashmorph.records import Figures
 from flashmorph.surface.terminal import bold
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -73,7 +74,7 @@ def bench(
     show(figures)
 
 
-def show(figures: dict[str, Any]) -> None:
+def show(figures: Figures) -> None:
     """Print what `bench` found."""
     machine = figures["machine"]
     copies, multiplies = machine["bytes_per_second"] / 1e9, machine["operations_per_second"] / 1e9
@@ -91,7 +92,7 @@ def show(figures: dict[str, Any]) -> None:
         OUT.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _times(figures: dict[str, Any], labels: dict[str, str], kind: str, title: str) -> Table:
+def _times(figures: Figures, labels: dict[str, str], kind: str, title: str) -> Table:
     first = next(iter(labels.values()))
     table = new_table(title, "tokens", "median", "quartiles", f"of {first}'s", "", "of the limit")
     for index, length in enumerate(figures["settings"]["lengths"]):
@@ -109,7 +110,7 @@ def _times(figures: dict[str, Any], labels: dict[str, str], kind: str, title: st
     return table
 
 
-def _sizes(figures: dict[str, Any], labels: dict[str, str]) -> Table:
+def _sizes(figures: Figures, labels: dict[str, str]) -> Table:
     first = next(iter(labels.values()))
     table = new_table("memory, MiB", "tokens", "cache", "by arithmetic", f"of {first}'s", "peak above the weights")
     for index, length in enumerate(figures["settings"]["lengths"]):
@@ -122,7 +123,7 @@ def _sizes(figures: dict[str, Any], labels: dict[str, str]) -> Table:
     return table
 
 
-def verdicts(figures: dict[str, Any], labels: dict[str, str]) -> list[str]:
+def verdicts(figures: Figures, labels: dict[str, str]) -> list[str]:
     """Growth of time, and the context from which a model is faster than the first."""
     first, *_ = labels.values()
     longest, lines = figures["settings"]["lengths"][-1], []

@@ -8,9 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from flashmorph.files import short_names
+from flashmorph.records import Figures
 from flashmorph.surface.terminal import bold
-
-Figures = dict[str, Any]
 
 
 def show_figures(console: Console, figures: Figures) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from flashmorph.errors import UserError, quoted
+from flashmorph.records import SettingValues
 from flashmorph.surface.terminal import Terminal
 
 OUT, ERR = Terminal(), Terminal(stderr=True)
@@ -111,7 +112,7 @@ def recipe_of(options: Options) -> Any:
     from flashmorph.convert.teacher import EMBEDDED
     from flashmorph.recipe.recipe import load_recipe, parse_changes
 
-    changes: dict[str, Any] = {}
+    changes: SettingValues = {}
     if options.data:
         changes |= {"data.source": options.data, "data.config": None, "data.mixture": None}
     changes |= parse_changes(options.changes or [])

@@ -4,11 +4,11 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from flashmorph.convert.checkpoint import CONFIG, GENERATION, TOKENIZER_SETTINGS, travelling_files, weight_files
 from flashmorph.errors import UserError
 from flashmorph.files import read_json, shortened
+from flashmorph.records import SettingValues
 
 _TEMPLATE = "chat_template"
 _NOT_OF_TOKENS = (_TEMPLATE, "auto_map")
@@ -52,7 +52,7 @@ def _digest_of_files(folder: Path, paths: Iterable[Path]) -> str:
     return shortened(digest)
 
 
-def _settings_of_tokenizer(folder: Path) -> dict[str, Any]:
+def _settings_of_tokenizer(folder: Path) -> SettingValues:
     """tokenizer_config.json; empty if it is missing or damaged, which is reported when the tokenizer is opened."""
     try:
         values = read_json(folder / TOKENIZER_SETTINGS)

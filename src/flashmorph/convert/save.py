@@ -26,6 +26,7 @@ from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.hosts import host_of
 from flashmorph.model.sharding import is_sharded, whole
 from flashmorph.progress import Report
+from flashmorph.records import Figures
 
 
 def save_model(model: PreTrainedModel, folder: Path, origin: Path) -> None:
@@ -124,7 +125,7 @@ def write_host(
     report: Report,
     allow_unused: bool = False,
     over_folder: bool = False,
-) -> dict[str, Any]:
+) -> Figures:
     """Write the host in the teacher's own dtype into `folder`.
 
     Args:
@@ -148,7 +149,7 @@ def write_host(
         config, moved = transplant_checkpoint(teacher.folder, temporary, settings, device, report, allow_unused)
         complete(temporary, config, teacher.folder)
     proof, parts = moved.proof, {name: part.to_dict() for name, part in moved.parts.items()}
-    record: dict[str, Any] = {"proof": proof.to_dict(), "proof_of_parts": parts, "notices": list(moved.notices)}
+    record: Figures = {"proof": proof.to_dict(), "proof_of_parts": parts, "notices": list(moved.notices)}
     summary = f"logits differ by at most {proof.difference:.1e} (allowed: {proof.tolerance:.1e})"
     if moved.rounding is not None:
         record["rounding"] = moved.rounding

@@ -16,6 +16,7 @@ import numpy as np
 from flashmorph.data.chat import CHAT_COLUMNS, TOOLS_COLUMN, Message, messages_in, spoken, tools_in
 from flashmorph.data.textfiles import ENDINGS, data_files, kind_of, no_column, stream_of
 from flashmorph.errors import UserError, first_line
+from flashmorph.records import Figures
 from flashmorph.tasks.words import SPLITS
 
 DEMO = "demo"
@@ -139,7 +140,7 @@ class Corpus:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{self.source} cannot be read: {reason}") from error
 
-    def _document_in(self, row: dict[str, Any], where: str) -> Document | None:
+    def _document_in(self, row: Figures, where: str) -> Document | None:
         if not any(name in row for name in self._columns):
             raise no_column(where, self.column, list(row))
         column = next((name for name in self._columns if row.get(name) is not None), None)

@@ -8,13 +8,14 @@ from typing import Any
 from flashmorph.data.corpus import DEMO, Corpus, Mixture, shares_of
 from flashmorph.data.textfiles import TEXT, kind_of
 from flashmorph.files import content_digest
+from flashmorph.records import SettingValues
 
 _FIRST_DOCUMENTS = 100
 _DIGESTED, _LEAST_DIGESTED = 1 << 28, 1 << 20
 """Bytes that are read to know local text again: of all files together, and of each at least."""
 
 
-def identity_of(corpus: Corpus | Mixture) -> list[dict[str, Any]]:
+def identity_of(corpus: Corpus | Mixture) -> list[SettingValues]:
     """The values that the text of a corpus depends on, as JSON values, part by part.
 
     Local text is known by what is in its files and by their names, wherever they lie; a dataset by what names it.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from flashmorph import distributed
+from flashmorph.mixers.mixer import LayerArguments
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Packed:
     """
 
     input_ids: torch.Tensor
-    boundaries: dict[str, Any] = field(default_factory=dict)
+    boundaries: LayerArguments = field(default_factory=dict)
     real: torch.Tensor | None = None
     continues: torch.Tensor | None = None
     loss_mask: torch.Tensor | None = None

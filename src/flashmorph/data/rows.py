@@ -18,6 +18,7 @@ from flashmorph.errors import UserError
 from flashmorph.files import is_whole_array, write_json
 from flashmorph.inputs.shapes import Count, Shape, has_broken_seal, read_as, sealed
 from flashmorph.progress import Report, silent
+from flashmorph.records import Figures
 from flashmorph.tokens.special_tokens import before_text, room_for_text
 
 PARTIAL = ".partial"
@@ -159,7 +160,7 @@ class _Position(Shape):
     datasets: str
     rows: Count
     left: list[Count]
-    parts: list[dict[str, Any]]
+    parts: list[Figures]
 
 
 def _stored_position(partial: Path, shape: tuple[int, int], text: "_Text") -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ choice does not depend on what else runs there. No result depends on it, so it i
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
@@ -18,6 +18,7 @@ from flashmorph.estimate.work import Model
 from flashmorph.files import write_json
 from flashmorph.inputs.shapes import read_as
 from flashmorph.recipe.recipe import Recipe, setting, with_settings
+from flashmorph.records import Figures, SettingValues
 from flashmorph.selection import STRATEGIES
 
 AUTO = "auto"
@@ -47,7 +48,7 @@ class Room(NamedTuple):
 class Choice(NamedTuple):
     """What `auto` comes to: the value by the name of its setting; `too_large` are the sections that no row fits of."""
 
-    values: dict[str, Any]
+    values: SettingValues
     too_large: list[str]
 
 
@@ -97,7 +98,7 @@ def resolved(
     return with_settings(recipe, {key: kept[key] for key in asked(recipe, stage) if key in kept}), too_large
 
 
-def chosen(folder: Path) -> dict[str, Any]:
+def chosen(folder: Path) -> Figures:
     """What was chosen for the stage in `folder`, by the names of the settings."""
     if not (folder / _FILE).exists():
         return {}
@@ -129,12 +130,12 @@ def _settings_of(recipe: Recipe, stage: str) -> Iterator[str]:
 
 def _of_training(
     name: str, section: str, recipe: Recipe, model: Model, sizes: Sizes, room: Room
-) -> tuple[dict[str, Any], bool]:
+) -> tuple[SettingValues, bool]:
     """The values of one stage that trains, and whether a row of it fits."""
     settings = getattr(recipe, section)
     length, number = settings.length, settings.micro_batch_tokens
     micro, again = f"{section}.micro_batch_tokens", f"{section}.activation_checkpointing"
-    values: dict[str, Any] = {}
+    values: SettingValues = {}
 
     def within() -> int:
         memory = stage_memory(model, sizes, with_settings(recipe, values), room.processes, room.bf16)[name]
@@ -151,7 +152,7 @@ def _of_training(
     return values, most >= length
 
 
-def _of_search(recipe: Recipe, model: Model, sizes: Sizes, room: Room) -> tuple[dict[str, Any], bool, Memory]:
+def _of_search(recipe: Recipe, model: Model, sizes: Sizes, room: Room) -> tuple[SettingValues, bool, Memory]:
     """As many rows as fit, at most those of a step of the longest; a search that would keep much runs layers again."""
     search, key = recipe.select.search, "select.search.micro_batch_tokens"
     if search.micro_batch_tokens != AUTO:
@@ -164,7 +165,7 @@ def _of_search(recipe: Recipe, model: Model, sizes: Sizes, room: Room) -> tuple[
     return {key: search.longest}, False, memory
 
 
-def _of_evaluation(recipe: Recipe, model: Model, sizes: Sizes, room: Room) -> tuple[dict[str, Any], bool]:
+def _of_evaluation(recipe: Recipe, model: Model, sizes: Sizes, room: Room) -> tuple[SettingValues, bool]:
     """As many questions as fit, at most all of a task, or the text."""
     settings = recipe.evaluate
     most = stage_memory(model, sizes, recipe, 1, room.bf16)["evaluate"].tokens_within(room.bytes)

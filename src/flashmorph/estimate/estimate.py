@@ -30,6 +30,7 @@ from flashmorph.hosts import cache_bytes
 from flashmorph.plan import FULL, Budget
 from flashmorph.recipe.outlook import check_recipe, outlook
 from flashmorph.recipe.recipe import Recipe, with_settings
+from flashmorph.records import Figures, SettingValues
 from flashmorph.selection import STRATEGIES
 
 UTILISATION = 0.3
@@ -52,7 +53,7 @@ class Stage:
     data: str
     work: Work | None
     memory: Memory | None
-    auto: dict[str, Any]
+    auto: SettingValues
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Estimate:
         """Bytes of weights in the teacher's dtype."""
         return parameters * torch.empty(0, dtype=cast(Any, self.model.config.dtype)).element_size()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Figures:
         """The JSON form: bytes, hours, operations."""
         models = {"teacher": (self.sizes.teacher, 0), "hybrid": (self.hybrid_parameters, 1)}
         return {
@@ -205,7 +206,7 @@ def estimate(
 
 def _at_once(
     recipe: Recipe, model: Model, sizes: Sizes, gpu: Gpu | None, num_gpus: int, bf16: bool
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Figures]:
     """What `auto` would choose on the GPU, by stage; where none is named, one row at once and layers kept."""
     room = Room(usable(gpu.memory_bytes) if gpu else 0.0, num_gpus, recipe.shard, bf16)
     stages = ("transplant", "teacher", "align", "signal", "select", "build", "logits", "distill", "extend", "evaluate")

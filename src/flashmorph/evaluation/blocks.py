@@ -1,11 +1,11 @@
 """Text in blocks of tokens, and the intervals that draw whole documents, or blocks where there are few documents."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from flashmorph.data.heldout import HeldOut
+from flashmorph.evaluation.figures import BlockMean
 from flashmorph.evaluation.intervals import ratio_interval
 
 FEWEST_DOCUMENTS = 20
@@ -54,7 +54,7 @@ class Blocks:
         return np.bincount(self.numbers, values, minlength=len(self.ranges))
 
 
-def mean_of_blocks(sums: np.ndarray, counts: np.ndarray, documents: np.ndarray) -> dict[str, Any]:
+def mean_of_blocks(sums: np.ndarray, counts: np.ndarray, documents: np.ndarray) -> BlockMean:
     """The `mean` of tokens, from their sums and counts `[blocks]`, its 95 % `interval` and what that is `over`.
 
     Whole documents are drawn, since the tokens of a text depend on each other; blocks, where fewer than twenty

@@ -2,18 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmorph.data.heldout import HeldOut
+from flashmorph.evaluation.figures import Difference, TextRatio, TextSize
 from flashmorph.evaluation.intervals import paired_interval, share_interval
 from flashmorph.evaluation.perplexity import RangeLosses, text_losses
 from flashmorph.evaluation.recall import answers_right
 from flashmorph.inputs.settings import Length, Many, Settings, Tokens, TokensAtOnce
 from flashmorph.progress import Report, silent
+from flashmorph.records import Figures
 from flashmorph.tasks import Example
 
 _USUAL_TOKENS = 32_768
@@ -57,14 +59,14 @@ class Score:
         return float(np.mean([np.mean(right) for right in self.right.values()]))
 
     @property
-    def text_read(self) -> dict[str, int] | None:
+    def text_read(self) -> TextSize | None:
         """The size of the text behind the perplexity, which may be less than was wanted."""
         if not self.text:
             return None
         documents = len(set(self.text.documents))
         return {"tokens": self.text.tokens, "wanted": self.text.wanted, "documents": documents}
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Figures:
         """The figures with their 95 % intervals."""
         pooled = [hit for right in self.right.values() for hit in right]
         text = {}
@@ -124,14 +126,14 @@ def evaluate(
     return Score(right, by_range.perplexity["perplexity"], cache_bytes or {}, by_range, losses)
 
 
-def recall_difference(first: Score, second: Score) -> dict[str, Any]:
+def recall_difference(first: Score, second: Score) -> Difference:
     """Recall of `first` minus that of `second`, with the paired 95 % interval."""
     pairs = [(first.right[task], second.right[task]) for task in first.right]
     low, high = paired_interval([one for one, _ in pairs], [other for _, other in pairs])
     return {"difference": first.recall - second.recall, "interval": (low, high)}
 
 
-def perplexity_ratio(first: Score, second: Score) -> dict[str, Any] | None:
+def perplexity_ratio(first: Score, second: Score) -> TextRatio | None:
     """Perplexity of `first` over that of `second` on the same text, overall and by position.
 
     The 95 % intervals are paired; see `RangeLosses.over`. None where either was scored without its losses, or on

@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmorph.errors import UserError
+from flashmorph.evaluation.figures import Cell, Difference, Recall
 from flashmorph.evaluation.intervals import paired_interval, share_interval
 from flashmorph.evaluation.recall import answer_scores
 from flashmorph.progress import Report, silent
+from flashmorph.records import Figures
 from flashmorph.tasks import Lines, Prompt, Ruler
 
 
@@ -82,7 +84,7 @@ class GridRow:
             return {None: self.scores}
         return {depth: self.scores[number :: len(self.depths)] for number, depth in enumerate(self.depths)}
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Figures:
         """Recall with its interval, overall and by depth."""
         figures = {"task": self.task, "length": self.length, **_figure(self.scores)}
         cells = self.by_depth() if self.depths else {}
@@ -101,7 +103,7 @@ class Grid:
         """Mean over rows."""
         return float(np.mean([np.mean(row.scores) for row in self.rows]))
 
-    def minus(self, other: "Grid") -> dict[str, Any]:
+    def minus(self, other: "Grid") -> Figures:
         """Recall less another grid's, by row and as a whole, with paired intervals; rows that both have."""
         theirs = {(row.task, row.length): row.scores for row in other.rows}
         shared = [(row, theirs[row.task, row.length]) for row in self.rows if (row.task, row.length) in theirs]
@@ -110,20 +112,20 @@ class Grid:
         ]
         return {**_difference([(row.scores, scores) for row, scores in shared]), "rows": rows}
 
-    def worst(self, other: "Grid | None" = None) -> list[dict[str, Any]]:
+    def worst(self, other: "Grid | None" = None) -> list[Cell]:
         """The `WORST` cells that are furthest below another grid's (or simply the lowest), worst first."""
         theirs = {(row.task, row.length): row.by_depth() for row in other.rows} if other else {}
-        cells = []
+        cells: list[Cell] = []
         for row in self.rows:
             for depth, scores in row.by_depth().items():
-                cell = {"task": row.task, "length": row.length, "depth": depth, **_figure(scores)}
+                cell: Cell = {"task": row.task, "length": row.length, "depth": depth, **_figure(scores)}
                 if other and (row.task, row.length) in theirs:
                     cell["first"] = float(np.mean(theirs[row.task, row.length][depth]))
                 cells.append(cell)
         below = [cell for cell in cells if cell["recall"] < cell.get("first", 1.0)]
         return sorted(below, key=lambda cell: cell["recall"] - cell.get("first", 0.0))[:WORST]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Figures:
         """The figures with their 95 % intervals."""
         pooled = [score for row in self.rows for score in row.scores]
         figures = {"recall": self.recall, "interval": share_interval(pooled)}
@@ -182,10 +184,10 @@ def ask_grid(
     return Grid(rows, questions.left_out)
 
 
-def _figure(scores: Sequence[float]) -> dict[str, Any]:
+def _figure(scores: Sequence[float]) -> Recall:
     return {"recall": float(np.mean(scores)), "interval": share_interval(scores), "questions": len(scores)}
 
 
-def _difference(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> dict[str, Any]:
+def _difference(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Difference:
     difference = float(np.mean([np.mean(one) - np.mean(other) for one, other in pairs]))
     return {"difference": difference, "interval": paired_interval(*map(list, zip(*pairs, strict=True)))}

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flashmorph.errors import UserError, unknown
 from flashmorph.evaluation.greedy import greedy
 from flashmorph.evaluation.intervals import ratio_interval, share_interval
+from flashmorph.records import Figures, SettingValues
 
 _PACKAGE = "lm_eval"
 _OF_LIKELIHOOD: dict[str, Callable[[float], float]] = {
@@ -47,7 +48,7 @@ class HarnessFigure:
             return share_interval(self.values)
         return self._transformed(self.values)
 
-    def minus(self, other: "HarnessFigure") -> dict[str, Any] | None:
+    def minus(self, other: "HarnessFigure") -> Figures | None:
         """This figure less another model's, with the paired interval; a ratio where the metric is a perplexity."""
         if len(self.values) != len(other.values) or not self.values or self.weights != other.weights:
             return None
@@ -56,7 +57,7 @@ class HarnessFigure:
             return {"ratio": self.value / other.value, "interval": self._transformed(differences)}
         return {"difference": self.value - other.value, "interval": self._transformed(differences)}
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Figures:
         """The JSON form."""
         figures = {"task": self.task, "metric": self.metric, "value": self.value, "interval": self.interval}
         return {**figures, "items": len(self.values), "higher_is_better": self.higher_is_better}
@@ -80,7 +81,7 @@ class Harness:
         UserError: the harness is not installed, or a task is unknown (the nearest name is given).
     """
 
-    def __init__(self, names: Sequence[str], metadata: dict[str, Any] | None = None):
+    def __init__(self, names: Sequence[str], metadata: SettingValues | None = None):
         try:
             self._manager_class = importlib.import_module(f"{_PACKAGE}.tasks").TaskManager
             self._wrapper = importlib.import_module(f"{_PACKAGE}.models.huggingface").HFLM
@@ -123,7 +124,7 @@ class Harness:
             raise UserError(f"lm-evaluation-harness cannot run {', '.join(self._names)}: {reason}") from error
         return [figure for task, results in found["results"].items() for figure in self._figures(task, results, found)]
 
-    def _manager(self, metadata: dict[str, Any]) -> Any:
+    def _manager(self, metadata: SettingValues) -> Any:
         return self._manager_class(include_defaults=not all(map(_is_yaml, self._names)), metadata=metadata)
 
     @staticmethod
@@ -135,7 +136,7 @@ class Harness:
         return str(Path(name).resolve())
 
     @staticmethod
-    def _figures(task: str, results: dict[str, Any], found: dict[str, Any]) -> list[HarnessFigure]:
+    def _figures(task: str, results: Figures, found: Figures) -> list[HarnessFigure]:
         samples = (found.get("samples") or {}).get(task, [])
         better = found.get("higher_is_better", {}).get(task, {})
         figures = []

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +12,11 @@ from transformers import PreTrainedModel
 
 from flashmorph.data.heldout import HeldOut
 from flashmorph.evaluation.blocks import Blocks, mean_of_blocks
+from flashmorph.evaluation.figures import BlockMean, Perplexity, PerplexityAt, Ratio, TextRatio
 from flashmorph.inputs.shapes import Count, Finite, Shape, read_as
 from flashmorph.losses import Head
 from flashmorph.progress import Report, silent
+from flashmorph.records import Figures
 
 
 class _Stored(Shape):
@@ -80,12 +81,12 @@ class RangeLosses:
         return cls(**read_as(path, _Stored))
 
     @cached_property
-    def perplexity(self) -> dict[str, Any]:
+    def perplexity(self) -> Perplexity:
         """Perplexity with its interval, and what that is over."""
         return _perplexity(self._mean(np.array(self.sums)))
 
     @cached_property
-    def by_position(self) -> list[dict[str, Any]]:
+    def by_position(self) -> list[PerplexityAt]:
         """The same by range of positions, `to` included; ranges that no document reaches are left out."""
         ends = [*self.starts[1:], self.length]
         return [
@@ -98,7 +99,7 @@ class RangeLosses:
             for each in sorted(set(self.ranges))
         ]
 
-    def over(self, other: "RangeLosses") -> dict[str, Any] | None:
+    def over(self, other: "RangeLosses") -> TextRatio | None:
         """Perplexity over the other's on the same text, as a whole and `by_position`; paired, block by block.
 
         None where the text is another one.
@@ -109,22 +110,21 @@ class RangeLosses:
         parts = [_ratio(self._mean(difference, each)) for each in sorted(set(self.ranges))]
         return {**_ratio(self._mean(difference)), "by_position": parts}
 
-    def _mean(self, sums: np.ndarray, position_range: int | None = None) -> dict[str, Any]:
+    def _mean(self, sums: np.ndarray, position_range: int | None = None) -> BlockMean:
         chosen = np.full(len(sums), True) if position_range is None else np.array(self.ranges) == position_range
         return mean_of_blocks(sums[chosen], np.array(self.counts)[chosen], np.array(self.documents)[chosen])
 
 
-def _perplexity(mean: dict[str, Any]) -> dict[str, Any]:
-    return {"perplexity": math.exp(mean["mean"]), **_exponentials(mean)}
+def _perplexity(mean: BlockMean) -> Perplexity:
+    return {"perplexity": math.exp(mean["mean"]), "interval": _exponentials(mean), "over": mean["over"]}
 
 
-def _ratio(mean: dict[str, Any]) -> dict[str, Any]:
-    return {"ratio": math.exp(mean["mean"]), **_exponentials(mean)}
+def _ratio(mean: BlockMean) -> Ratio:
+    return {"ratio": math.exp(mean["mean"]), "interval": _exponentials(mean), "over": mean["over"]}
 
 
-def _exponentials(mean: dict[str, Any]) -> dict[str, Any]:
-    interval = [math.exp(end) for end in mean["interval"]] if mean["interval"] else None
-    return {"interval": interval, "over": mean["over"]}
+def _exponentials(mean: BlockMean) -> list[float] | None:
+    return [math.exp(end) for end in mean["interval"]] if mean["interval"] else None
 
 
 @torch.no_grad()
@@ -144,7 +144,7 @@ def text_losses(
     return losses
 
 
-def text_in_words(figures: dict[str, Any]) -> str:
+def text_in_words(figures: Figures) -> str:
     """The text behind a perplexity, in words; `figures` as in `Score.to_dict`."""
     text = figures.get("perplexity_text")
     if not text:
@@ -153,7 +153,7 @@ def text_in_words(figures: dict[str, Any]) -> str:
     return f"{text['tokens']:,} tokens of held-out text{less}, each of {text['documents']:,} documents by itself"
 
 
-def shortage(figures: dict[str, Any]) -> str | None:
+def shortage(figures: Figures) -> str | None:
     """The notice where perplexity is on less text than asked for; `figures` as in `Score.to_dict`."""
     text = figures.get("perplexity_text")
     return f"perplexity is on {text_in_words(figures)}" if text and text["tokens"] < text["wanted"] else None

@@ -5,7 +5,6 @@ Hybrids are reported to gain on content words and to lose nothing else than repe
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from flashmorph.data.heldout import HeldOut
 from flashmorph.evaluation.blocks import Blocks, mean_of_blocks
 from flashmorph.evaluation.classes import CONTENT, KINDS, kinds, pieces_of, repeats
+from flashmorph.records import Figures
 
 SAMPLE_TOKENS = 512
 _RUNS = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, None))
@@ -59,7 +59,7 @@ class TokenClasses:
         sample_at = slice(start, start + len(sample["tokens"]))
         return cls({key: mask for key, mask in masks.items() if mask.any()}, sample, sample_at, Blocks.of(text))
 
-    def compare(self, losses: np.ndarray, first: np.ndarray) -> dict[str, Any]:
+    def compare(self, losses: np.ndarray, first: np.ndarray) -> Figures:
         """Mean loss and mean difference `losses - first` in nats by class; both `[tokens]`.
 
         Each interval names what it is `over` (`mean_of_blocks`).

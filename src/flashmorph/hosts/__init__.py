@@ -21,6 +21,7 @@ from flashmorph.inputs.settings import resolve
 from flashmorph.mixers import LAYER_TYPES, LINEAR, SLIDING, Products
 from flashmorph.mixers.kernels import dispatch_by_device
 from flashmorph.plan import Budget, Space
+from flashmorph.records import SettingValues
 
 HOSTS: tuple[Host, ...] = (Qwen35Host(), Qwen35MoeHost(), GraniteHybridHost())
 CACHE_CONTEXTS = (512, 8192, 131072)
@@ -50,7 +51,7 @@ def takes_with_windows(config: PreTrainedConfig) -> bool:
     return any(config.model_type in host.teachers for host in WINDOW_HOSTS)
 
 
-def host_settings(host: Host, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def host_settings(host: Host, given: Mapping[str, Any] | None = None) -> SettingValues:
     """The host's settings: its defaults, replaced by what is `given`, as its `config`'s signature wants them.
 
     Raises:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
 
 from flashmorph.errors import UserError, quoted
+from flashmorph.records import Figures
 
 _FINITE = ConfigDict(allow_inf_nan=False)
 
@@ -64,7 +65,7 @@ def _has_truth(value: Any) -> bool:
 
 def resolve(
     function: Callable[..., Any], given: Mapping[str, Any], handed: Collection[str], owner: str, prefix: str
-) -> dict[str, Any]:
+) -> Figures:
     """All settings of `function`: its defaults, replaced by what is `given`, as their annotations require.
 
     Parameters named in `handed` are no settings. Text is read where a number is wanted (`"1e-3"`, which YAML 1.1 does

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from flashmorph.mixers.mixer import Kernels, Products
+from flashmorph.mixers.mixer import Kernels, LayerArguments, Products
 from flashmorph.mixers.products import attention_cache_bytes, attention_products
 
 
@@ -29,10 +29,10 @@ class FullAttention:
         """The attention itself."""
         return attention
 
-    def initialise(self, module: Any, attention: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
+    def initialise(self, module: Any, attention: Any, hidden: torch.Tensor, arguments: LayerArguments) -> None:
         """Nothing to start: its weights are the teacher's."""
 
-    def run(self, module: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+    def run(self, module: Any, hidden: torch.Tensor, arguments: LayerArguments) -> torch.Tensor:
         """The output, given everything that the decoder layer passes."""
         return module(hidden_states=hidden, **arguments)[0]
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from flashmorph.mixers.kernels import boundaries_in, convolve_apart, kernel_runs
-from flashmorph.mixers.mixer import LAYER_TYPES, LINEAR, Kernels, Products
+from flashmorph.mixers.mixer import LAYER_TYPES, LINEAR, Kernels, LayerArguments, Products
 from flashmorph.mixers.products import STATE_BYTES, number_bytes
 from flashmorph.mixers.start import constant_row, fit_head_scales, mean_distance, softplus_inverse
 
@@ -45,7 +45,7 @@ class GatedDeltaNet:
         config.layer_types = [LAYER_TYPES[LINEAR]] * config.num_hidden_layers
         return cast(Any, self._class)(config, layer)
 
-    def run(self, module: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+    def run(self, module: Any, hidden: torch.Tensor, arguments: LayerArguments) -> torch.Tensor:
         """The output, given where documents begin, if anything."""
         return module(hidden_states=hidden, **boundaries_in(arguments))
 
@@ -55,7 +55,7 @@ class GatedDeltaNet:
         return kernel_runs(self.kernels, device)
 
     @torch.no_grad()
-    def initialise(self, module: Any, attention: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
+    def initialise(self, module: Any, attention: Any, hidden: torch.Tensor, arguments: LayerArguments) -> None:
         """Start as the linear form of the attention.
 
         Queries and keys carry their norm's weights; keys and values are repeated to all heads. The convolution passes

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.activations import ACT2FN
 
-from flashmorph.mixers.mixer import Kernels
+from flashmorph.mixers.mixer import Kernels, LayerArguments
 
 REFERENCE = "PyTorch reference"
 _PACKED = ("cu_seqlens", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
@@ -63,7 +63,7 @@ def in_one_row(function: Callable, first: torch.Tensor, *args, **kwargs) -> tupl
     return output[0].unflatten(0, first.shape[:2]), state
 
 
-def boundaries_in(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def boundaries_in(arguments: Mapping[str, Any]) -> LayerArguments:
     """The document boundaries for a linear mixer, among the arguments of a decoder layer's attention."""
     return {name: arguments[name] for name in ("cu_seq_lens_q", "seq_idx") if name in arguments}
 

@@ -12,7 +12,7 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import Grani
 
 from flashmorph.mixers.kernels import boundaries_in
 from flashmorph.mixers.mamba2_scan import CHUNK, chunk_scan
-from flashmorph.mixers.mixer import LAYER_TYPES, LINEAR, Kernels, Products
+from flashmorph.mixers.mixer import LAYER_TYPES, LINEAR, Kernels, LayerArguments, Products
 from flashmorph.mixers.products import STATE_BYTES, number_bytes
 from flashmorph.mixers.start import constant_row, fit_head_scales, mean_distance
 
@@ -45,7 +45,7 @@ class Mamba2:
         config.layer_types = [LAYER_TYPES[LINEAR]] * config.num_hidden_layers
         return GraniteMoeHybridMambaLayer(cast(Any, config), layer)
 
-    def run(self, module: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+    def run(self, module: Any, hidden: torch.Tensor, arguments: LayerArguments) -> torch.Tensor:
         """The output, given where documents begin, if anything."""
         return module(hidden_states=hidden, **boundaries_in(arguments))
 
@@ -54,7 +54,7 @@ class Mamba2:
         return False
 
     @torch.no_grad()
-    def initialise(self, module: Any, attention: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
+    def initialise(self, module: Any, attention: Any, hidden: torch.Tensor, arguments: LayerArguments) -> None:
         """Start as the linear form of the attention: C from queries, B from keys, x from values.
 
         So MambaInLlama starts it (arXiv 2408.15237, section 3). Each head of the attention leads a group of Mamba heads

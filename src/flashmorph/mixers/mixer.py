@@ -17,6 +17,10 @@ LAYER_TYPES: Mapping[str, str] = {FULL: "full_attention", LINEAR: "linear_attent
 """transformers' word in `layer_types` for each option."""
 
 
+LayerArguments = dict[str, Any]
+"""What a decoder layer passes to its attention beside the hidden states: mask, positions, rope, documents."""
+
+
 class Products(NamedTuple):
     """Matrix products that one part of a decoder layer does for each token; a multiply-add counts as two.
 
@@ -67,11 +71,11 @@ class Mixer(Protocol):
         """An untrained mixer for one layer of a host's configuration, to run beside `attention`."""
         ...
 
-    def initialise(self, module: Any, attention: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
+    def initialise(self, module: Any, attention: Any, hidden: torch.Tensor, arguments: LayerArguments) -> None:
         """Start `module` from the attention's weights and from its input `[batch, time, width]`."""
         ...
 
-    def run(self, module: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+    def run(self, module: Any, hidden: torch.Tensor, arguments: LayerArguments) -> torch.Tensor:
         """The output `[batch, time, width]`, given what the decoder layer passes to its attention."""
         ...
 
@@ -93,7 +97,7 @@ class Mixer(Protocol):
 
 
 def gated(
-    mixer: Mixer, module: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any], gate: torch.Tensor
+    mixer: Mixer, module: nn.Module, hidden: torch.Tensor, arguments: LayerArguments, gate: torch.Tensor
 ) -> torch.Tensor:
     """`W (gate * heads(hidden)) + gate * b`, `[batch, time, width]`, W and b those of the output projection.
 

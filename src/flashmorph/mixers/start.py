@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from flashmorph.mixers.mixer import LayerArguments
+
 _RIDGE = 1e-2
 
 
@@ -25,7 +27,7 @@ def constant_row(hidden: torch.Tensor, value: float) -> torch.Tensor:
     return torch.linalg.solve(gram, flat.sum(0)).to(hidden.dtype) * value
 
 
-def mean_distance(attention: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+def mean_distance(attention: Any, hidden: torch.Tensor, arguments: LayerArguments) -> torch.Tensor:
     """Mean distance in tokens that each head looks back, `[heads]`, at least one token."""
     implementation = attention.config._attn_implementation
     time = hidden.shape[1]

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 from flashmorph.hosts import host_of, layer_space, use_kernels
 from flashmorph.hosts.build import empty_model
 from flashmorph.mixers import Mixer, gated
+from flashmorph.mixers.mixer import LayerArguments
 from flashmorph.model.recompute import recomputed, recomputes
 from flashmorph.plan import FULL, Budget, Plan, Space
 
-Observer = Callable[["MorphableLayer", torch.Tensor, dict[str, Any], torch.Tensor], None]
+Observer = Callable[["MorphableLayer", torch.Tensor, LayerArguments, torch.Tensor], None]
 """Is shown a layer, its input `[batch, time, width]`, its arguments and its output `[batch, time, width]`."""
 
 
@@ -32,7 +33,7 @@ class Branch(nn.Module):
         self.mixer, self.module = mixer, module
 
     def forward(
-        self, hidden: torch.Tensor, arguments: dict[str, Any], gate: torch.Tensor | None = None
+        self, hidden: torch.Tensor, arguments: LayerArguments, gate: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The output `[batch, time, width]`, under a `gate` `[1]` or `[kv_heads]` if there is one."""
         if gate is None:
@@ -80,7 +81,7 @@ class MorphableLayer(nn.Module):
             observer(self, hidden_states, arguments, output)
         return output, None
 
-    def _mix(self, hidden: torch.Tensor, gates: torch.Tensor | None, arguments: dict[str, Any]) -> torch.Tensor:
+    def _mix(self, hidden: torch.Tensor, gates: torch.Tensor | None, arguments: LayerArguments) -> torch.Tensor:
         if gates is None:
             return self.branches[FULL](hidden, arguments)
         branches = list(self.branches.values())
@@ -130,7 +131,7 @@ class Morphable(nn.Module):
         self,
         input_ids: torch.Tensor,
         gates: torch.Tensor | None = None,
-        boundaries: dict[str, Any] | None = None,
+        boundaries: LayerArguments | None = None,
         observer: Observer | None = None,
     ) -> torch.Tensor:
         """Last hidden states `[batch, time, width]` under `gates` `[groups, options]` (the teacher's without).
@@ -207,7 +208,7 @@ class Morphable(nn.Module):
         """
         errors = []
 
-        def start(layer: MorphableLayer, hidden: torch.Tensor, arguments: dict[str, Any], output: torch.Tensor) -> None:
+        def start(layer: MorphableLayer, hidden: torch.Tensor, arguments: LayerArguments, output: torch.Tensor) -> None:
             for branch in layer.others.values():
                 branch.mixer.initialise(branch.module, layer.branches[FULL].module, hidden, arguments)
                 errors.append(relative_error(branch(hidden, arguments), output).item())

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
@@ -16,6 +16,7 @@ from flashmorph.model.morphable import Morphable
 from flashmorph.pipeline.signal import with_signal
 from flashmorph.plan import FULL, Budget, Group, Plan, Space
 from flashmorph.progress import Report
+from flashmorph.records import Figures
 from flashmorph.run.digests import ends, select_settings, task_settings
 from flashmorph.run.folder import Stage
 from flashmorph.run.models import open_morphable, open_objective, run_search
@@ -72,7 +73,7 @@ class Curve:
         least = (1 - share) * self.points[-1].recall
         return next(point for point in self.points if point.recall >= least)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Figures:
         """The JSON form."""
         return asdict(self)
 
@@ -136,7 +137,7 @@ def run_curve(run: Run, host: Stage, branches: Stage, questions: int) -> Curve:
     run = with_signal(run, host, branches)
     recipe = run.recipe
 
-    def work(folder: Path, report: Report) -> dict[str, Any]:
+    def work(folder: Path, report: Report) -> Figures:
         fitted = replace(run, recipe=run.at_once("curve", folder))
         curve = budget_curve(fitted, open_morphable(run, host, branches), questions, folder, report)
         if distributed.is_first():

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -36,6 +36,7 @@ from flashmorph.progress import Report
 from flashmorph.recipe.fitting import fit
 from flashmorph.recipe.questions import held_out, open_questions
 from flashmorph.recipe.recipe import Recipe, with_settings
+from flashmorph.records import Figures
 from flashmorph.run.folder import STAGES
 
 
@@ -143,7 +144,7 @@ def _require_one_tokenizer(names: Sequence[str]) -> None:
             raise UserError(f"{name} has another tokenizer than {names[0]}: losses can only be compared token by token")
 
 
-def compare_models(names: Sequence[str], wanted: Wanted, device: torch.device, screen: Screen) -> dict[str, Any]:
+def compare_models(names: Sequence[str], wanted: Wanted, device: torch.device, screen: Screen) -> Figures:
     """Figures by model; all but the first also have `minus_first`, with intervals paired by question and by text.
 
     Raises:
@@ -191,7 +192,7 @@ def _judge(name: str, wanted: Wanted, device: torch.device, screen: Screen, firs
     return found
 
 
-def _figures(found: Found, first: Found | None) -> dict[str, Any]:
+def _figures(found: Found, first: Found | None) -> Figures:
     figures = found.score.to_dict()
     if found.harness:
         figures["harness"] = [figure.to_dict() for figure in found.harness]
@@ -204,7 +205,7 @@ def _figures(found: Found, first: Found | None) -> dict[str, Any]:
         other = first.score.right[task]
         low, high = paired_interval([right], [other])
         by_task[task] = {"difference": (sum(right) - sum(other)) / len(right), "interval": (low, high)}
-    minus: dict[str, Any] = {"recall": {**recall_difference(found.score, first.score), "by_task": by_task}}
+    minus: Figures = {"recall": {**recall_difference(found.score, first.score), "by_task": by_task}}
     if found.vocabulary == first.vocabulary:
         minus["perplexity"] = perplexity_ratio(found.score, first.score)
     if found.grid and first.grid:

@@ -21,6 +21,7 @@ from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.hosts import host_of, options_of
 from flashmorph.hosts.serving import Gguf, full_interval
 from flashmorph.plan import FULL
+from flashmorph.records import Figures
 from flashmorph.run.folder import MARKER
 from flashmorph.surface.outputs import claim_output
 
@@ -173,7 +174,7 @@ def set_fields(package: Any, file: Path, wanted: Mapping[str, Any]) -> None:
     reader.data.flush()
 
 
-def read_fields(package: Any, file: Path) -> dict[str, Any]:
+def read_fields(package: Any, file: Path) -> Figures:
     """The file's metadata about its own architecture, by the names without it."""
     reader = package.GGUFReader(file)
     prefix = _prefix(reader)

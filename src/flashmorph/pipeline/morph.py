@@ -9,7 +9,6 @@ library's own. Several processes go through it together: a stage's work is share
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -42,6 +41,7 @@ from flashmorph.plan import Budget, Plan
 from flashmorph.progress import Report
 from flashmorph.recipe.given import require_fits, space_of_run
 from flashmorph.recipe.questions import open_questions
+from flashmorph.records import Figures
 from flashmorph.report import write_report
 from flashmorph.run.data import calibration, held_out_text, training_rows
 from flashmorph.run.digests import (
@@ -121,7 +121,7 @@ def run_transplant(run: Run) -> Stage:
     """Teacher to host, proven in float32, saved in the teacher's dtype."""
     settings = host_settings(host_for(load_config(run.teacher.folder), run.recipe.host), run.recipe.host)
 
-    def work(folder: Path, report: Report) -> dict[str, Any]:
+    def work(folder: Path, report: Report) -> Figures:
         return write_host(
             run.teacher, folder / "model", settings, run.device, report, run.allow_unused, over_folder=True
         )
@@ -139,7 +139,7 @@ def run_align(run: Run, host: Stage) -> Stage:
     if not with_branches_to_train(host_of(load_config(host.folder / "model"))):
         return run.stage("align", "nothing: a window has no weights", {}, [host.digest], _no_branches, alone=True)
 
-    def work(folder: Path, report: Report) -> dict[str, Any]:
+    def work(folder: Path, report: Report) -> Figures:
         settings = run.at_once("align", folder).align
         rows = training_rows(run, settings, "align", report)
         first = calibration(run, rows)
@@ -181,7 +181,7 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
     run = with_signal(run, host, branches)
     recipe = run.recipe
 
-    def work(folder: Path, report: Report) -> dict[str, Any]:
+    def work(folder: Path, report: Report) -> Figures:
         morphable = divided(run, lambda: open_morphable(run, host, branches), shard_morphable)
         fitted = replace(run, recipe=run.at_once("select", folder))
         found = run_search(fitted, morphable, recipe.budget, folder, report)
@@ -209,7 +209,7 @@ def baseline_plan(run: Run, host: Stage, plan: Plan) -> Plan:
 def run_build(run: Run, host: Stage, branches: Stage, plan: Plan, label: str) -> Stage:
     """The plan as a plain checkpoint of the host's class."""
 
-    def work(folder: Path, report: Report) -> dict[str, Any]:
+    def work(folder: Path, report: Report) -> Figures:
         report(0, 1)
         morphable = open_morphable(run, host, branches)
         save_model(build(morphable, plan), folder / "model", host.folder / "model")
@@ -224,7 +224,7 @@ def run_distill(run: Run, host: Stage, built: Stage, label: str) -> Stage:
     settings = run.recipe.distill
     logits = run_logits(run, host, settings.teacher_logits.top_k) if settings.teacher_logits else None
 
-    def work(folder: Path, report: Report) -> dict[str, Any]:
+    def work(folder: Path, report: Report) -> Figures:
         rows = training_rows(run, settings, "distill", report)
         if not _has_model(folder):
             train(folder, rows, report)
@@ -247,7 +247,7 @@ def run_logits(run: Run, host: Stage, top_k: int) -> Stage:
     """The teacher's likeliest tokens on the rows of `distill`, for a teacher that does not fit beside its student."""
     settings = run.recipe.distill
 
-    def work(folder: Path, report: Report) -> dict[str, Any]:
+    def work(folder: Path, report: Report) -> Figures:
         settings = run.at_once("logits", folder, alone=True).distill
         run.screen.say(f"logits: {logits_on_disk(settings, top_k)}, in {folder.parent}")
         rows = training_rows(run, settings, "distill", report)
@@ -264,7 +264,7 @@ def run_extend(run: Run, distilled: Stage, label: str) -> Stage:
     settings = run.recipe.extend
     assert settings
 
-    def work(folder: Path, report: Report) -> dict[str, Any]:
+    def work(folder: Path, report: Report) -> Figures:
         rows = training_rows(run, settings, "extend", report)
         if not _has_model(folder):
             train(folder, rows, report)
@@ -285,7 +285,7 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
     """Recall by generation, perplexity and cache of one model, on the test split."""
     recipe = run.recipe
 
-    def work(folder: Path, report: Report) -> dict[str, Any]:
+    def work(folder: Path, report: Report) -> Figures:
         settings = run.at_once("evaluate", folder, alone=True).evaluate
         loaded = load_model(model.folder / "model", torch.float32, run.device)
         # The stage's copy of generation_config.json may be older than the teacher's.
@@ -332,12 +332,12 @@ def _has_model(folder: Path) -> bool:
     return distributed.first(lambda: is_whole(folder / "model"))
 
 
-def _no_branches(folder: Path, report: Report) -> dict[str, Any]:
+def _no_branches(folder: Path, report: Report) -> Figures:
     save_file({}, folder / "branches.safetensors")
     return {"tokens": 0, "summary": "the attention itself looks through it"}
 
 
-def _trained(run: Run, settings: TrainSettings, rows: Rows) -> dict[str, Any]:
+def _trained(run: Run, settings: TrainSettings, rows: Rows) -> Figures:
     """What a stage that trains says of its data."""
     host = host_for(load_config(run.teacher.folder), run.recipe.host)
     varlen = supports_varlen(host, run.device)

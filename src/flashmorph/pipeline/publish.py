@@ -1,18 +1,16 @@
 """The result of a run: the checkpoint of its last stage, with plan, results, recipe and card beside it."""
 
 from pathlib import Path
-from typing import Any
 
 from flashmorph.convert.save import replace_checkpoint
 from flashmorph.convert.shards import require_whole
 from flashmorph.files import atomic_path, write_json
 from flashmorph.plan import Plan
 from flashmorph.recipe.recipe import Recipe
+from flashmorph.records import Figures
 
 
-def publish(
-    folder: Path, model: Path, teacher: Path, plan: Plan, results: dict[str, Any], recipe: Recipe, card: str
-) -> None:
+def publish(folder: Path, model: Path, teacher: Path, plan: Plan, results: Figures, recipe: Recipe, card: str) -> None:
     """Make `folder` itself the checkpoint of the stage in `model`, with plan, results, recipe and card beside it.
 
     An earlier result is replaced (`replace_checkpoint`) and stays in its stage's folder only. The new checkpoint is

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from flashmorph.plan import Budget, Space
 from flashmorph.progress import Report, silent
 from flashmorph.recipe.outlook import goes_by_answers, signal_questions
 from flashmorph.recipe.questions import open_questions
+from flashmorph.records import Figures
 from flashmorph.run.digests import task_settings
 from flashmorph.run.folder import Stage
 from flashmorph.run.models import divided, open_morphable, open_objective
@@ -37,6 +38,23 @@ _REMEDY = (
 )
 
 
+class Ability(TypedDict):
+    """What the teacher does in one task: recall, loss in nats, the loss of guessed digits, and whether at chance."""
+
+    recall: float
+    loss: float
+    guessing: float
+    at_chance: bool
+
+
+class Signal(TypedDict):
+    """Answer loss of one task in nats with all layers `full` and none (`empty`), and the interval of the difference."""
+
+    full: float
+    empty: float
+    interval: list[float]
+
+
 def run_teacher(run: Run, host: Stage) -> Stage | None:
     """The teacher's own answers by task, as a stage; None if no search will use them.
 
@@ -47,7 +65,7 @@ def run_teacher(run: Run, host: Stage) -> Stage | None:
     if not goes_by_answers(recipe):
         return None
 
-    def work(folder: Path, report: Report) -> dict[str, Any]:
+    def work(folder: Path, report: Report) -> Figures:
         model = load_model(host.folder / "model", torch.float32, run.device)
         questions = open_questions(
             recipe, run.corpus, run.tokenizer, "validation", number, length, recipe.chat_template
@@ -70,7 +88,7 @@ def ask_teacher(
     questions: dict[str, Sequence[Example]],
     batch_tokens: int = 16_384,
     report: Report = silent,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Ability]:
     """By task: `recall` (greedy generation), `loss` (mean cross-entropy of the last answer's tokens, in nats), that of
     `guessing` its digits, and whether the model is `at_chance`.
 
@@ -78,15 +96,15 @@ def ask_teacher(
     95 % interval of the difference of the two losses reaches 0. Recall alone would not do: a teacher that knows the
     number and words its answer otherwise has a loss that a search can use.
     """
-    by_task = {}
+    by_task: dict[str, Ability] = {}
     for number, (name, examples) in enumerate(questions.items(), 1):
         right = answers_right(model, tokenizer, examples, batch_tokens)
         losses = [_answer_loss(model, example) for example in examples]
         guesses = [_guessing(example) for example in examples]
         low, _ = paired_interval([guesses], [losses])
-        figures = {name: float(np.mean(each)) for name, each in (("recall", right), ("loss", losses))}
+        recall, loss, guessing = (float(np.mean(each)) for each in (right, losses, guesses))
         at_chance = not any(right) and low <= 0
-        by_task[name] = {**figures, "guessing": float(np.mean(guesses)), "at_chance": at_chance}
+        by_task[name] = {"recall": recall, "loss": loss, "guessing": guessing, "at_chance": at_chance}
         report(number, len(questions))
     return by_task
 
@@ -106,7 +124,7 @@ def _guessing(example: Example) -> float:
     return nats / (len(example.input_ids) - example.prompt_tokens)
 
 
-def _in_short(task: tuple[str, dict[str, Any]]) -> str:
+def _in_short(task: tuple[str, Ability]) -> str:
     name, figures = task
     chance = " (at chance)" if figures["at_chance"] else ""
     return f"{name} {100 * figures['recall']:.0f} % {figures['loss']:.2f} nats{chance}"
@@ -146,7 +164,7 @@ def run_signal(run: Run, host: Stage, branches: Stage) -> Stage:
     recipe, search = run.recipe, run.recipe.select.search
     number = signal_questions(recipe)
 
-    def work(folder: Path, report: Report) -> dict[str, Any]:
+    def work(folder: Path, report: Report) -> Figures:
         fitted = replace(run, recipe=run.at_once("signal", folder))
         search = fitted.recipe.select.search.model_copy(update={"questions": number})
         morphable = divided(run, lambda: open_morphable(run, host, branches), shard_morphable)
@@ -162,13 +180,13 @@ def run_signal(run: Run, host: Stage, branches: Stage) -> Stage:
 
 def measure_signal(
     tasks: Sequence[str], space: Space, objective: Objective, report: Report = silent
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Signal]:
     """By task: mean answer loss with all layers `full` and with none (`empty`), in nats, and the paired 95 % `interval`
     of the difference. The objective's questions belong to `tasks` in turn."""
     budget = Budget("layers", 1)
     plans = [space.plan(space.groups, budget), space.plan([], budget)]
     full, empty = objective.evaluate(plans, report=lambda share: report(share, 1))
-    by_task = {}
+    by_task: dict[str, Signal] = {}
     for index, name in enumerate(tasks):
         with_all, with_none = full[index :: len(tasks)], empty[index :: len(tasks)]
         interval = paired_interval([with_none], [with_all])
@@ -176,6 +194,6 @@ def measure_signal(
     return by_task
 
 
-def _difference(name: str, figures: dict[str, Any]) -> str:
+def _difference(name: str, figures: Signal) -> str:
     low, high = figures["interval"]
     return f"{name} {figures['empty'] - figures['full']:+.2f} nats ({low:+.2f} to {high:+.2f})"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, StringConstraints, model_validator
 
@@ -12,6 +12,7 @@ from flashmorph.files import read_json, write_json
 from flashmorph.inputs.shapes import Count, Finite, Shape, misfit
 from flashmorph.plan.budget import Budget
 from flashmorph.plan.group import Group
+from flashmorph.records import Figures
 
 FULL = "full"
 PLAN_VERSION = 1
@@ -95,7 +96,7 @@ class Plan:
         """Write the plan as JSON with a version number."""
         write_json(Path(path), self.to_dict())
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Figures:
         """The JSON form."""
         return {
             "version": PLAN_VERSION,

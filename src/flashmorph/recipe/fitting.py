@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from flashmorph.errors import UserError
 from flashmorph.recipe.recipe import Recipe, setting, with_settings
+from flashmorph.records import SettingValues
 
 LENGTHS = ("align.length", "select.search.length", "distill.length", "extend.length", "evaluate.length")
 
@@ -15,7 +16,7 @@ def fit(recipe: Recipe, config: PreTrainedConfig, keys: Sequence[str] = LENGTHS)
     """The recipe with every length that was not given (`Recipe.given`) within the teacher's limit, and a line with
     those that were capped; empty where none was. Tokens and batches stay, so there are more rows."""
     limit = config.max_position_embeddings
-    capped: dict[str, Any] = {}
+    capped: SettingValues = {}
     for key in keys:
         value = setting(recipe, key)
         if value is not None and key not in recipe.given and _longest(value) > limit:

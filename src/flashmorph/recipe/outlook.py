@@ -14,6 +14,7 @@ from flashmorph.hosts import configure, layer_space, with_branches_to_train
 from flashmorph.plan import Budget
 from flashmorph.recipe.fitting import require_within_limit
 from flashmorph.recipe.recipe import Recipe
+from flashmorph.records import Figures
 from flashmorph.selection import STRATEGIES
 from flashmorph.selection.search import asks_questions, check_search, own_settings
 from flashmorph.selection.searchdata import step_shape
@@ -74,7 +75,7 @@ def signal_questions(recipe: Recipe) -> int:
     return max(recipe.select.search.questions, LEAST_QUESTIONS * len(recipe.tasks))
 
 
-def outlook(name: str, config: PreTrainedConfig, recipe: Recipe, given: bool = False) -> list[dict[str, Any]]:
+def outlook(name: str, config: PreTrainedConfig, recipe: Recipe, given: bool = False) -> list[Figures]:
     """The cost of each stage for a teacher of this configuration: tokens, length and data; and the mean context.
 
     That is how many tokens before it a token of a training row can attend to. Tokens are None where they show on the

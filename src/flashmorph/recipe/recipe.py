@@ -24,6 +24,7 @@ from flashmorph.evaluation import EvaluateSettings
 from flashmorph.files import read_text
 from flashmorph.inputs.readyaml import read_yaml, sentence
 from flashmorph.inputs.settings import Many, Name, Settings
+from flashmorph.records import SettingValues
 from flashmorph.selection import BASELINE, DEFAULT_STRATEGY, STRATEGIES
 from flashmorph.selection.searchdata import SearchSettings
 from flashmorph.stages import AlignSettings, DistillSettings, ExtendSettings
@@ -116,7 +117,7 @@ class SelectSettings(Settings):
     """
 
     strategy: str = DEFAULT_STRATEGY
-    settings: dict[str, Any] = Field(default_factory=dict)
+    settings: SettingValues = Field(default_factory=dict)
     search: SearchSettings = SearchSettings()
     require_signal: bool = Field(default=True, description="a task counts only where full attention answers better")
     teacher_questions: Many = Field(default=16, description="questions a task for the teacher, before align")
@@ -147,7 +148,7 @@ class Recipe(Settings):
     )
     tasks: dict[Name, TaskSettings]
     data: DataSettings = DataSettings()
-    host: dict[str, Any] = Field(default_factory=dict, description="the host's own settings (`flashmorph hosts`)")
+    host: SettingValues = Field(default_factory=dict, description="the host's own settings (`flashmorph hosts`)")
     calibration_rows: Many = Field(default=8, description="rows that branches are started from")
     align: AlignSettings = AlignSettings()
     select: SelectSettings = SelectSettings()
@@ -170,7 +171,7 @@ class Recipe(Settings):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_recipe(source: str | Path, changes: dict[str, Any] | None = None) -> Recipe:
+def load_recipe(source: str | Path, changes: SettingValues | None = None) -> Recipe:
     """Read a shipped recipe by name or a YAML file, then apply `changes` (`{"align.tokens": 1000}`).
 
     Raises:
@@ -213,14 +214,14 @@ def setting(recipe: BaseModel, key: str) -> Any:
     return value
 
 
-def with_settings(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+def with_settings(recipe: Recipe, values: SettingValues) -> Recipe:
     """The recipe with other values, by the names of their settings."""
     for key, value in values.items():
         recipe = _with(recipe, key, value)
     return recipe
 
 
-def parse_changes(settings: list[str]) -> dict[str, Any]:
+def parse_changes(settings: list[str]) -> SettingValues:
     """Read `key=value` pairs; values are YAML.
 
     Raises:
@@ -235,14 +236,14 @@ def parse_changes(settings: list[str]) -> dict[str, Any]:
     return changes
 
 
-def _changes_strategy(values: dict[str, Any], changes: dict[str, Any]) -> bool:
+def _changes_strategy(values: SettingValues, changes: SettingValues) -> bool:
     chosen = values.get("select")
     if not isinstance(chosen, dict) or "select.strategy" not in changes:
         return False
     return chosen.get("strategy", DEFAULT_STRATEGY) != changes["select.strategy"]
 
 
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
+def _set(values: SettingValues, key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
@@ -256,14 +257,14 @@ def _with(settings: Any, key: str, value: Any) -> Any:
     return settings.model_copy(update={name: _with(getattr(settings, name), rest, value) if rest else value})
 
 
-def _nested(changes: dict[str, Any]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+def _nested(changes: SettingValues) -> SettingValues:
+    values: SettingValues = {}
     for key, value in changes.items():
         _set(values, key, value)
     return values
 
 
-def _names(values: dict[str, Any], before: str = "") -> Iterator[str]:
+def _names(values: SettingValues, before: str = "") -> Iterator[str]:
     """The names of all values in nested groups."""
     for name, value in values.items():
         yield f"{before}{name}"

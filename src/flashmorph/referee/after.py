@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from flashmorph.model.morphable import Morphable
 from flashmorph.plan import Plan
+from flashmorph.records import Figures
 from flashmorph.referee.cells import Cell
 from flashmorph.referee.truth import Truth
 from flashmorph.run.models import open_objective
@@ -23,7 +23,7 @@ def after_distillation(
     steps: int,
     search: SearchSettings,
     work: Path,
-) -> list[dict[str, Any]]:
+) -> list[Figures]:
     """Distill the best plan and the plan of each strategy in `cells` (of seed 0) for a few steps each.
 
     Args:

@@ -4,11 +4,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from flashmorph.errors import UserError
 from flashmorph.files import atomic_path, digest_of
 from flashmorph.plan import Group
+from flashmorph.records import Figures, SettingValues
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class Cell:
     budget: str
     seed: int
     spend: float
-    settings: dict[str, Any]
+    settings: SettingValues
     assignments: dict[Group, str]
     loss: float | None
     regret: float | None
     rank: int | None
     cost: dict[str, float]
     recall: float | None = None
-    details: dict[str, Any] = field(default_factory=dict)
+    details: Figures = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -39,7 +39,7 @@ class Cell:
         return cell_key(self.strategy, self.budget, self.seed, self.spend, self.settings)
 
 
-def cell_key(strategy: str, budget: str, seed: int, spend: float, settings: dict[str, Any]) -> str:
+def cell_key(strategy: str, budget: str, seed: int, spend: float, settings: SettingValues) -> str:
     """The digest that names a cell."""
     return digest_of([strategy, budget, seed, spend, settings])
 
@@ -52,7 +52,7 @@ class CellFile:
         self._path, self._context = path, context
         self.cells = {cell.key: cell for cell in self._read()}
 
-    def find(self, strategy: str, budget: str, seed: int, spend: float, settings: dict[str, Any]) -> Cell | None:
+    def find(self, strategy: str, budget: str, seed: int, spend: float, settings: SettingValues) -> Cell | None:
         """The finished cell, or None."""
         return self.cells.get(cell_key(strategy, budget, seed, spend, settings))
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,6 +15,7 @@ from flashmorph.pipeline.morph import run_align, run_transplant
 from flashmorph.pipeline.signal import with_signal
 from flashmorph.plan import Budget
 from flashmorph.recipe.recipe import parse_changes
+from flashmorph.records import Figures, SettingValues
 from flashmorph.referee.after import after_distillation
 from flashmorph.referee.cells import Cell, CellFile
 from flashmorph.referee.truth import Truth, find_truths
@@ -57,7 +57,7 @@ class Comparison:
 
     cells: list[Cell]
     truths: dict[str, Truth]
-    after: list[dict[str, Any]] = field(default_factory=list)
+    after: list[Figures] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Entry:
 
     label: str
     strategy: str
-    settings: dict[str, Any]
+    settings: SettingValues
 
     @classmethod
     def parse(cls, label: str) -> "Entry":
@@ -99,7 +99,7 @@ class Entry:
         """The setting that scales the cost of the strategy."""
         return next((name for name in ("steps", "num_questions") if name in own_settings(self.strategy)), None)
 
-    def at(self, spend: float, questions: int) -> dict[str, Any]:
+    def at(self, spend: float, questions: int) -> Figures:
         """All settings, with defaults, at the share `spend` of the full cost; there are `questions` questions."""
         settings = own_settings(self.strategy, self.settings)
         if self.knob and spend != 1:
@@ -130,7 +130,7 @@ class Referee:
         self._search = run.recipe.select.search.model_copy(update={"questions": settings.questions})
         self.truths = self._enumerate()
 
-    def search(self, entry: Entry, budget: str, seed: int, settings: dict[str, Any]) -> Selection:
+    def search(self, entry: Entry, budget: str, seed: int, settings: SettingValues) -> Selection:
         """Run one search; searches of the same seed share their evaluations."""
         alike = reuse_of(entry.strategy, settings) in ("state", "scores")
         about = [seed, settings] if alike else [budget, seed, settings]
@@ -143,7 +143,7 @@ class Referee:
             return run_search(run, self._morphable, _budget(budget), folder, report, evaluations)
 
     def judge(
-        self, entry: Entry, found: Selection, budget: str, seed: int, spend: float, settings: dict[str, Any]
+        self, entry: Entry, found: Selection, budget: str, seed: int, spend: float, settings: SettingValues
     ) -> Cell:
         """The result of a search for one budget.
 
@@ -163,7 +163,7 @@ class Referee:
         if entry.serves_every_budget:
             parsed = Budget.parse(budget)
             plan = self._morphable.space(parsed).best(found.scores, parsed)
-        details: dict[str, Any] = {"scores": self._morphable.space(plan.budget).worth(found.scores).tolist()}
+        details: Figures = {"scores": self._morphable.space(plan.budget).worth(found.scores).tolist()}
         if budget == FOUND:
             details["trace"] = found.trace
         recall, questions = None, self._settings.recall_questions
@@ -186,7 +186,7 @@ class Referee:
             details=details,
         )
 
-    def after(self, cells: list[Cell]) -> list[dict[str, Any]]:
+    def after(self, cells: list[Cell]) -> list[Figures]:
         """The results after the same short distillation; empty unless the settings ask for it."""
         settings = self._settings
         truth = self.truths.get(settings.distill_budget)

@@ -1,10 +1,10 @@
 """Pictures of a comparison."""
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
+from flashmorph.records import Figures
 from flashmorph.selection import DEFAULT_STRATEGY
 from flashmorph.surface.outputs import save_picture
 
@@ -16,7 +16,7 @@ from matplotlib.ticker import NullFormatter
 _FLOOR = 1e-4
 
 
-def draw_regret(summary: dict[str, Any], path: Path) -> None:
+def draw_regret(summary: Figures, path: Path) -> None:
     """Regret against search FLOPs, one panel a budget, one line a strategy over its spends, the default's black; a PNG.
 
     Strategies without a search are horizontal lines at the left edge.

@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
 from flashmorph.plan import FULL
+from flashmorph.records import Figures
 from flashmorph.referee.cells import Cell
 from flashmorph.referee.compare import Comparison
 from flashmorph.referee.truth import Truth
 
 
-def summarise(comparison: Comparison) -> dict[str, Any]:
+def summarise(comparison: Comparison) -> Figures:
     """compare.json: the truth about each budget, one row for each strategy, budget and spend, and every cell."""
     cells, truths = comparison.cells, comparison.truths
     groups: dict[tuple[str, str, float], list[Cell]] = {}
@@ -27,7 +27,7 @@ def summarise(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _truth(truth: Truth) -> dict[str, Any]:
+def _truth(truth: Truth) -> Figures:
     means = truth.means
     order = np.argsort(means)
     return {
@@ -40,7 +40,7 @@ def _truth(truth: Truth) -> dict[str, Any]:
     }
 
 
-def _row(budget: str, strategy: str, spend: float, cells: list[Cell]) -> dict[str, Any]:
+def _row(budget: str, strategy: str, spend: float, cells: list[Cell]) -> Figures:
     known = [cell for cell in cells if cell.regret is not None and cell.rank is not None]
     regrets = [cell.regret for cell in known if cell.regret is not None]
     ranks = [cell.rank for cell in known if cell.rank is not None]

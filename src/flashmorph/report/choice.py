@@ -1,8 +1,7 @@
 """The plan, its search, and its rank among all plans."""
 
-from typing import Any
-
 from flashmorph.plan import FULL, Budget, Plan
+from flashmorph.records import Figures
 from flashmorph.report.charts import Chart, Dots, Lines, Series
 from flashmorph.report.looks import QUIET, Look, colour
 from flashmorph.report.source import Source
@@ -94,7 +93,7 @@ def _short(assignments: dict[str, str]) -> str:
     return Plan.of(assignments, Budget("layers", 1)).in_short()
 
 
-def _regrets(name: str, shade: str, rows: list[dict[str, Any]], ends: tuple[float, float]) -> Series:
+def _regrets(name: str, shade: str, rows: list[Figures], ends: tuple[float, float]) -> Series:
     about = []
     for row in rows:
         spread = f" ± {row['regret_spread']:.4f}" if row["regret_spread"] else ""

@@ -8,6 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from flashmorph.records import Figures
 from flashmorph.report.charts import Dots, Heat, Lines, Panel, Series
 from flashmorph.surface.terminal import harmless
 
@@ -16,7 +17,7 @@ _HEIGHT = 330
 _AROUND = 96
 
 
-def spec(panel: Panel) -> dict[str, Any]:
+def spec(panel: Panel) -> Figures:
     """Data and layout for `Plotly.newPlot`."""
     figure = go.Figure(_TRACES[type(panel)](panel))
     figure.update_layout(
@@ -56,7 +57,7 @@ def _most_in_a_row(panel: Dots) -> int:
     return max((rows.count(row) for row in set(rows)), default=1)
 
 
-def _error(series: Series, middle: list[float]) -> dict[str, Any] | None:
+def _error(series: Series, middle: list[float]) -> Figures | None:
     if series.low is None or series.high is None:
         return None
     above = [high - value for high, value in zip(series.high, middle, strict=True)]

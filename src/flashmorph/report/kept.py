@@ -9,6 +9,7 @@ from flashmorph.errors import UserError
 from flashmorph.files import read_json, short_names, write_json
 from flashmorph.inputs.shapes import misfit
 from flashmorph.plan import Plan
+from flashmorph.records import Figures
 from flashmorph.run.folder import MARKER, last_stages
 from flashmorph.selection import BASELINE
 from flashmorph.surface.outputs import claim_output, json_of, made_by
@@ -16,7 +17,7 @@ from flashmorph.surface.outputs import claim_output, json_of, made_by
 HYBRID = "hybrid"
 
 
-def keep(run: Path, kind: str, found: dict[str, Any], folders: Mapping[str, Path]) -> Path:
+def keep(run: Path, kind: str, found: Figures, folders: Mapping[str, Path]) -> Path:
     """Write `found` as `<kind>.json` into a run's folder.
 
     `found["models"]` has figures by model, `folders` where each model's weights lie. Models of the run get the names
@@ -44,7 +45,7 @@ def claim_kept(run: Path, kind: str, force: bool) -> None:
     claim_output(run / f"{kind}.json", json_of(kind), force)
 
 
-def kept(run: Path, kind: str, shape: Any) -> tuple[dict[str, Any] | None, str]:
+def kept(run: Path, kind: str, shape: Any) -> tuple[Figures | None, str]:
     """The content that `keep` wrote, of this `shape`, and a sentence if its hybrid is no longer the run's.
 
     None where there is nothing, or nothing that still holds.
@@ -62,7 +63,7 @@ def kept(run: Path, kind: str, shape: Any) -> tuple[dict[str, Any] | None, str]:
     return content, ""
 
 
-def read_kept(path: Path, shape: Any, command: str) -> dict[str, Any]:
+def read_kept(path: Path, shape: Any, command: str) -> Figures:
     """The figures in `path`, of this `shape`.
 
     Raises:

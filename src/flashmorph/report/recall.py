@@ -1,7 +1,6 @@
 """Recall of the models."""
 
-from typing import Any
-
+from flashmorph.records import Figures
 from flashmorph.report.charts import Chart, Dots, Heat, Series
 from flashmorph.report.looks import label, look
 from flashmorph.report.markup import percent, span
@@ -74,7 +73,7 @@ def worst(source: Source) -> list[str]:
     return lines + [f"left out: {text}" for text in next(iter(models.values()), {}).get("grid", {}).get("left_out", [])]
 
 
-def _grid(found: dict[str, Any], tasks: list[str], length: int) -> Chart:
+def _grid(found: Figures, tasks: list[str], length: int) -> Chart:
     by_model = {
         name: {row["task"]: row for row in grid["rows"] if row["length"] == length} for name, grid in found.items()
     }
@@ -105,5 +104,5 @@ def _grid(found: dict[str, Any], tasks: list[str], length: int) -> Chart:
     return Chart(f"grid_{length}", f"Recall at {length:,} tokens", note, panels)
 
 
-def _figure(cell: dict[str, Any]) -> str:
+def _figure(cell: Figures) -> str:
     return f"{percent(cell['recall'])} ({span(cell['interval'], '{:.1f}', 100)}), {cell['questions']} questions"

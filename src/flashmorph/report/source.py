@@ -12,11 +12,10 @@ from flashmorph.files import read_text
 from flashmorph.inputs.readyaml import read_yaml
 from flashmorph.inputs.shapes import misfit, read_as, require_shape
 from flashmorph.plan import Plan
+from flashmorph.records import Figures
 from flashmorph.report import shapes
 from flashmorph.report.kept import kept, read_kept, require_finished
 from flashmorph.run.folder import RECIPE, last_stages
-
-Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def read_run(folder: Path) -> Source:
     recipe, evaluation = _recipe(folder / RECIPE)
     evaluated, no_evaluated = kept(folder, "evaluate", shapes.Evaluate)
     benched, no_benched = kept(folder, "bench", shapes.Bench)
-    trace, no_trace = _of_stage(folder, results, "select", "trace.json", list[dict[str, Any]])
+    trace, no_trace = _of_stage(folder, results, "select", "trace.json", list[Figures])
     align, no_align = _of_stage(folder, results, "align", "stage.json", shapes.Errors)
     if align and align.get("errors") and len(align["errors"]) % len(plan.assignments):
         align, no_align = None, "The record of align is of another number of layers and left out."

@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib
 
+from flashmorph.records import Figures
 from flashmorph.report.charts import Chart, Dots, Heat, Lines, Panel, Series
 from flashmorph.surface.outputs import save_picture
 from flashmorph.surface.terminal import harmless
@@ -114,7 +115,7 @@ def _errors(axis: Any, panel: Panel, series: Series) -> None:
     )
 
 
-def _style(series: Series) -> dict[str, Any]:
+def _style(series: Series) -> Figures:
     look = series.look
     inside = look.colour if look.filled else "white"
     return {"color": look.colour, "marker": _MARKS[look.mark], "markerfacecolor": inside, "markersize": 4.5}

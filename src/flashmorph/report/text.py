@@ -1,8 +1,8 @@
 """Losses on text: perplexity by position, losses by class of token."""
 
 from html import escape
-from typing import Any
 
+from flashmorph.records import Figures
 from flashmorph.report.charts import Chart, Dots, Lines, Series
 from flashmorph.report.looks import label, look
 from flashmorph.report.markup import span
@@ -25,7 +25,7 @@ def by_position(source: Source) -> Chart | None:
     return None
 
 
-def _positions(found: dict[str, list[dict[str, Any]]]) -> Chart:
+def _positions(found: dict[str, list[Figures]]) -> Chart:
     series = []
     for number, (name, parts) in enumerate(found.items()):
         known = all(part["interval"] for part in parts)
@@ -53,7 +53,7 @@ def _positions(found: dict[str, list[dict[str, Any]]]) -> Chart:
     return Chart("perplexity", "Perplexity by position", note, [panel])
 
 
-def _compared(source: Source) -> dict[str, dict[str, Any]]:
+def _compared(source: Source) -> dict[str, Figures]:
     models = source.evaluated["models"] if source.evaluated else {}
     return {
         name: each["minus_first"]["tokens"] for name, each in models.items() if "tokens" in each.get("minus_first", {})

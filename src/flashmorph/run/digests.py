@@ -11,6 +11,7 @@ from typing import Any
 from flashmorph.convert.load import load_config
 from flashmorph.data.identity import has_conversations, identity_of
 from flashmorph.plan import Budget
+from flashmorph.records import Figures, SettingValues
 from flashmorph.run.run import Run
 from flashmorph.selection import STRATEGIES
 from flashmorph.selection.search import own_settings
@@ -20,13 +21,13 @@ from flashmorph.tasks import TaskSettings
 from flashmorph.tokens.special_tokens import end_tokens
 
 
-def text_settings(run: Run) -> dict[str, Any]:
+def text_settings(run: Run) -> SettingValues:
     """Settings that rows of text depend on: text, order, tokenizer and, for conversations, the chat template."""
     template = {"template": run.teacher.template_digest} if has_conversations(run.corpus) else {}
     return {**_read(run), "tokenizer": run.teacher.tokenizer_digest, **template}
 
 
-def task_settings(run: Run, chat_template: bool | None = None) -> dict[str, Any]:
+def task_settings(run: Run, chat_template: bool | None = None) -> SettingValues:
     """Settings that questions depend on: tasks, haystack, style, tokenizer and chat template.
 
     `chat_template`: whether questions use the teacher's; None: as in a search.
@@ -40,7 +41,7 @@ def task_settings(run: Run, chat_template: bool | None = None) -> dict[str, Any]
     return {**tasks, **hidden_in, "tokenizer": run.teacher.tokenizer_digest, "chat_template": worded}
 
 
-def row_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
+def row_settings(run: Run, settings: TrainSettings) -> SettingValues:
     """Settings that the rows of a training stage depend on."""
     questions = settings.questions
     asked = {"questions": [questions, task_settings(run)]} if questions else {}
@@ -48,17 +49,17 @@ def row_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
     return {"rows": [settings.length, settings.rows], **long, **text_settings(run), **asked}
 
 
-def training_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
+def training_settings(run: Run, settings: TrainSettings) -> SettingValues:
     """Settings that the result of a training stage depends on."""
     return {"train": settings.what_counts(), "bf16": run.bf16, **row_settings(run, settings)}
 
 
-def logit_settings(run: Run, settings: TrainSettings, top_k: int) -> dict[str, Any]:
+def logit_settings(run: Run, settings: TrainSettings, top_k: int) -> SettingValues:
     """Settings that enter the digest of a stage that reads another stage's training rows (`logits`)."""
     return {"top_k": top_k, "isolate_documents": settings.keeps_apart, "bf16": run.bf16, **row_settings(run, settings)}
 
 
-def select_settings(run: Run) -> dict[str, Any]:
+def select_settings(run: Run) -> SettingValues:
     """Settings that a search depends on, with the strategy's defaults written out; unused ones are left out."""
     recipe = run.recipe
     chosen, strategy = recipe.select, STRATEGIES[recipe.select.strategy]
@@ -78,7 +79,7 @@ def select_settings(run: Run) -> dict[str, Any]:
     return values
 
 
-def search_settings(search: SearchSettings, strategy: str) -> dict[str, Any]:
+def search_settings(search: SearchSettings, strategy: str) -> SettingValues:
     """Settings that the data of a search depends on; only gradient strategies have steps."""
     judged = {"longest": search.longest, "questions": search.questions}
     if not STRATEGIES[strategy].gradient_loss:
@@ -86,7 +87,7 @@ def search_settings(search: SearchSettings, strategy: str) -> dict[str, Any]:
     return {**judged, "shortest": search.shortest, "batch_tokens": search.batch_tokens}
 
 
-def evaluate_settings(run: Run) -> dict[str, Any]:
+def evaluate_settings(run: Run) -> SettingValues:
     """Settings that scores depend on; answers are stored by the name of their task."""
     settings = run.recipe.evaluate.model_dump(mode="json", exclude={"batch_tokens"})
     names = {name: task.model_dump(mode="json") for name, task in run.recipe.tasks.items()}
@@ -94,7 +95,7 @@ def evaluate_settings(run: Run) -> dict[str, Any]:
     return {"evaluate": settings, **asked, "tasks": names, "text": text_settings(run), **ends(run)}
 
 
-def ends(run: Run) -> dict[str, Any]:
+def ends(run: Run) -> SettingValues:
     """Settings that generated answers depend on besides the model: the end tokens."""
     configs = load_config(run.teacher.folder), SimpleNamespace(**run.teacher.generation())
     return {"end_tokens": end_tokens(run.tokenizer, *configs)}
@@ -105,11 +106,11 @@ def budget_settings(run: Run) -> str:
     return str(Budget.parse(run.recipe.budget))
 
 
-def plain(tasks: Iterable[TaskSettings]) -> list[dict[str, Any]]:
+def plain(tasks: Iterable[TaskSettings]) -> list[SettingValues]:
     """Tasks as JSON values."""
     return [task.model_dump(mode="json") for task in tasks]
 
 
-def _read(run: Run) -> dict[str, Any]:
+def _read(run: Run) -> Figures:
     """The identity of the text, and the seed of its order and of all draws from it."""
     return {"text": identity_of(run.corpus), "seed": run.recipe.seed}

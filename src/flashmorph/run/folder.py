@@ -23,6 +23,7 @@ from flashmorph import distributed
 from flashmorph.errors import UserError
 from flashmorph.files import atomic_path, digest_of, is_temporary, read_json, write_json
 from flashmorph.inputs.shapes import Finite, Shape, read_as
+from flashmorph.records import Figures
 from flashmorph.run.wholeness import CHECKPOINTS, damage, listing
 from flashmorph.versions import own_version, versions
 
@@ -70,7 +71,7 @@ class Stage:
     name: str
     digest: str
     folder: Path
-    record: dict[str, Any] = field(default_factory=dict)
+    record: Figures = field(default_factory=dict)
     reused: bool = False
 
 
@@ -163,7 +164,7 @@ class RunFolder:
 
         return distributed.first(look)
 
-    def _whole_record(self, folder: Path, digest: str) -> dict[str, Any]:
+    def _whole_record(self, folder: Path, digest: str) -> Figures:
         """The record of a finished stage whose files are all as they were."""
         try:
             record = read_json(folder / _RECORD)

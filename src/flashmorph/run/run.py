@@ -23,6 +23,7 @@ from flashmorph.evaluation import Score, recall_difference
 from flashmorph.plan import Plan
 from flashmorph.progress import Report
 from flashmorph.recipe.recipe import Recipe
+from flashmorph.records import Figures
 from flashmorph.run.folder import RunFolder, Stage
 from flashmorph.run.out_of_memory import within_memory
 from flashmorph.selection import BASELINE
@@ -168,7 +169,7 @@ class Results:
     scores: dict[str, Score]
     stages: list[Stage]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Figures:
         """The content of `results.json`."""
         values: dict[str, Any] = {name: score.to_dict() for name, score in self.scores.items()}
         if BASELINE in self.scores:

@@ -14,6 +14,7 @@ from flashmorph.errors import UserError, quoted
 from flashmorph.files import is_whole_array, read_json
 from flashmorph.inputs.shapes import Finite, Shape, misfit
 from flashmorph.plan import Plan
+from flashmorph.records import Figures
 
 CHECKPOINTS = "checkpoints"
 _SMALL_BYTES = 1 << 20
@@ -82,7 +83,7 @@ def _difference(path: Path, name: str, kept: dict[str, Any]) -> str:
     return f"{name} has another content than it had" if "sha256" in kept and _looks(path) != kept else ""
 
 
-def _looks(path: Path) -> dict[str, Any]:
+def _looks(path: Path) -> Figures:
     size = path.stat().st_size
     if size >= _SMALL_BYTES:
         return {"bytes": size}

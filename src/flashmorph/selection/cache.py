@@ -15,6 +15,7 @@ from flashmorph.errors import UserError
 from flashmorph.files import write_json
 from flashmorph.inputs.shapes import Count, Finite, Shape, read_as
 from flashmorph.plan import Plan
+from flashmorph.records import Figures
 from flashmorph.selection.strategy import Cost
 
 
@@ -61,7 +62,7 @@ class SearchState(Shape):
     step: Count
     logits: _Numbers
     optimizer: _Moments
-    trace: list[dict[str, Any]]
+    trace: list[Figures]
     cost: dict[str, Finite]
 
     @model_validator(mode="after")

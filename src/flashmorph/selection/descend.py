@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from flashmorph.errors import UserError
 from flashmorph.plan import FULL, Space
+from flashmorph.records import Figures
 from flashmorph.selection.shared_adam import SharedAdam
 from flashmorph.selection.strategy import Search
 
@@ -45,7 +46,7 @@ def descend(
     schedule: Schedule,
     loss: Loss,
     after_step: Callable[[torch.Tensor], object] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Figures]:
     """Train `logits` in place. Gradients are not clipped: the size of a step is Adam's.
 
     Args:
@@ -66,7 +67,7 @@ def descend(
     logits.requires_grad_(True)
     kind = SharedAdam if schedule.shared_moment else torch.optim.Adam
     optimizer = kind([logits], lr=schedule.start)
-    trace: list[dict[str, Any]] = []
+    trace: list[Figures] = []
     objective, first = search.objective, 0
     if search.state and (kept := search.state.restore(logits, optimizer, trace)):
         first, cost = kept

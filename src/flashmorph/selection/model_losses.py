@@ -4,7 +4,6 @@ Several processes run a share of each batch, and all are told the same.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 from flashmorph import distributed
 from flashmorph.data.heldout import HeldOut
 from flashmorph.losses import Head, label_loss, token_losses
+from flashmorph.mixers.mixer import LayerArguments
 from flashmorph.model.morphable import Morphable, MorphableLayer
 from flashmorph.plan import Plan
 from flashmorph.selection.searchdata import SearchData
@@ -100,7 +100,7 @@ class ModelLosses:
         places = marks.roll(-1, 1)
         outputs: list[torch.Tensor] = []
 
-        def keep(layer: MorphableLayer, hidden: torch.Tensor, arguments: dict[str, Any], output: torch.Tensor) -> None:
+        def keep(layer: MorphableLayer, hidden: torch.Tensor, arguments: LayerArguments, output: torch.Tensor) -> None:
             outputs.append(output[places])
 
         with torch.no_grad():

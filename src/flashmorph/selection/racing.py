@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import t as student_t
 
 from flashmorph.plan import Plan
+from flashmorph.records import Figures
 from flashmorph.selection.measure import first_questions
 from flashmorph.selection.strategy import Objective, Search
 
@@ -83,7 +84,7 @@ def margin(differences: np.ndarray, confidence: float) -> float:
     return float(quantile * error - differences.mean())
 
 
-def improve_by_swaps(search: Search, scores: np.ndarray, places: int, trace: list[dict[str, Any]]) -> np.ndarray:
+def improve_by_swaps(search: Search, scores: np.ndarray, places: int, trace: list[Figures]) -> np.ndarray:
     """Exchange the scores `[groups, options]` of two layers where that makes a better plan of them.
 
     For each of the `places` layers of the lowest scores among those that have more than their cheapest option, the

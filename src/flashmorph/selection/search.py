@@ -9,6 +9,7 @@ from flashmorph.inputs.settings import resolve
 from flashmorph.model.morphable import Morphable
 from flashmorph.plan import Budget, Plan, Space
 from flashmorph.progress import Report, silent
+from flashmorph.records import SettingValues
 from flashmorph.selection.strategies import STRATEGIES
 from flashmorph.selection.strategy import Asked, Objective, Reuse, Search, Selection, State, Unasked
 
@@ -75,7 +76,7 @@ def _check_options(strategy: str, space: Space) -> None:
         )
 
 
-def own_settings(strategy: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+def own_settings(strategy: str, changes: SettingValues | None = None) -> SettingValues:
     """The strategy's own settings: its defaults, and `changes` in their place, as its signature wants them.
 
     Raises:
@@ -84,7 +85,7 @@ def own_settings(strategy: str, changes: dict[str, Any] | None = None) -> dict[s
     return resolve(STRATEGIES[strategy].run, changes or {}, _GIVEN, f"strategy {strategy}", f"strategy {strategy}: ")
 
 
-def check_search(strategy: str, space: Space, budget: Budget, num_questions: int, settings: dict[str, Any]) -> None:
+def check_search(strategy: str, space: Space, budget: Budget, num_questions: int, settings: SettingValues) -> None:
     """Refuse what the strategy itself would refuse: it is started, and stopped when it asks its first question.
 
     Raises:
@@ -98,7 +99,7 @@ def check_search(strategy: str, space: Space, budget: Budget, num_questions: int
         pass
 
 
-def reuse_of(strategy: str, settings: dict[str, Any]) -> Reuse:
+def reuse_of(strategy: str, settings: SettingValues) -> Reuse:
     """What searches by this strategy for several budgets share."""
     reuse = STRATEGIES[strategy].reuse
     return reuse(own_settings(strategy, settings)) if callable(reuse) else reuse

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from flashmorph.records import Figures
 from flashmorph.selection.cache import SearchState, keep, kept, tensors_of
 from flashmorph.selection.strategy import Cost
 
@@ -20,7 +20,7 @@ class StateOnDisk:
         self._path, self._say = folder / _FILE, say
 
     def restore(
-        self, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[dict[str, Any]]
+        self, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[Figures]
     ) -> tuple[int, Cost] | None:
         """Fill in the state that was kept; see `State`."""
         state = kept(self._path, self._say, SearchState)
@@ -36,7 +36,7 @@ class StateOnDisk:
         return state["step"], Cost(**state["cost"])
 
     def keep(
-        self, step: int, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[dict[str, Any]], cost: Cost
+        self, step: int, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[Figures], cost: Cost
     ) -> None:
         """Write the state, every few steps."""
         if step % _EVERY == 0:

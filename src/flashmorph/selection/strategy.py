@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, Field
 
 from flashmorph.plan import Budget, Plan, Space
 from flashmorph.progress import Report, silent
+from flashmorph.records import Figures
 
 Steps = Annotated[int, Field(ge=1, le=100_000)]
 """Updates of a search, or of one short distillation."""
@@ -122,13 +123,13 @@ class State(Protocol):
     """Where a search that follows gradients keeps its state, so that an interrupted one can go on."""
 
     def restore(
-        self, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[dict[str, Any]]
+        self, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[Figures]
     ) -> tuple[int, Cost] | None:
         """Fill in the state that was kept: the step to go on with, and the cost so far. None: there is no state."""
         ...
 
     def keep(
-        self, step: int, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[dict[str, Any]], cost: Cost
+        self, step: int, logits: torch.Tensor, optimizer: torch.optim.Optimizer, trace: list[Figures], cost: Cost
     ) -> None:
         """Keep the state after `step` steps."""
         ...
@@ -178,7 +179,7 @@ class Selection:
 
     plan: Plan
     scores: np.ndarray
-    trace: list[dict[str, Any]] = field(default_factory=list)
+    trace: list[Figures] = field(default_factory=list)
     cost: Cost = field(default_factory=Cost)
 
 

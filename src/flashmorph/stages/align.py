@@ -18,6 +18,7 @@ from flashmorph.data.isolation import Packed, apart, as_often_everywhere
 from flashmorph.data.rows import Rows
 from flashmorph.hosts import supports_varlen
 from flashmorph.inputs.settings import Length, Rate, Tokens, TokensAtOnce
+from flashmorph.mixers.mixer import LayerArguments
 from flashmorph.model.morphable import Branch, Morphable, MorphableLayer, squares
 from flashmorph.model.sharding import is_sharded
 from flashmorph.progress import Report, silent
@@ -65,7 +66,7 @@ class AlignmentLoss(nn.Module):
             def compare(
                 layer: MorphableLayer,
                 hidden: torch.Tensor,
-                arguments: dict[str, Any],
+                arguments: LayerArguments,
                 output: torch.Tensor,
                 each: Packed = each,
             ) -> None:
@@ -80,7 +81,7 @@ class AlignmentLoss(nn.Module):
 
 
 def _squares(
-    branch: Branch, hidden: torch.Tensor, arguments: dict[str, Any], target: torch.Tensor, packed: Packed
+    branch: Branch, hidden: torch.Tensor, arguments: LayerArguments, target: torch.Tensor, packed: Packed
 ) -> torch.Tensor:
     """`|M(h) - A(h)|^2` and `|A(h)|^2` over all tokens but padding, `[2]`."""
     return squares(packed.tokens(branch(hidden, arguments)), packed.tokens(target))

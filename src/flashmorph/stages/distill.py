@@ -5,7 +5,7 @@ The teacher runs beside the student, or its logits were written before (`teacher
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
@@ -20,6 +20,7 @@ from flashmorph.inputs.settings import Length, Rate, Tokens, TokensAtOnce
 from flashmorph.losses import Head, forward_kl, top_kl
 from flashmorph.model.sharding import is_sharded, shard_loss
 from flashmorph.progress import Report, silent
+from flashmorph.records import Figures
 from flashmorph.stages.dropout import without_dropout
 from flashmorph.stages.step import token_mean
 from flashmorph.stages.teacher_logits import LogitSettings, RowsWithLogits
@@ -40,7 +41,7 @@ class DistillSettings(IsolatedTrainSettings):
     teacher_logits: LogitSettings | None = None
 
     @model_serializer(mode="wrap")
-    def _without_what_is_off(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_what_is_off(self, handler: SerializerFunctionWrapHandler) -> Figures:
         """Without `teacher_logits`, settings keep the digest that they had before the setting existed."""
         values = handler(self)
         if self.teacher_logits is None:

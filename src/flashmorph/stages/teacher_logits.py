@@ -22,6 +22,7 @@ from flashmorph.inputs.settings import Many, Settings
 from flashmorph.inputs.shapes import Count, read_as
 from flashmorph.losses import Head, chunk_tokens, top_log_probabilities
 from flashmorph.progress import Report, silent
+from flashmorph.records import Figures
 from flashmorph.stages.training import TrainSettings, collate
 
 _VALUES, _INDICES, _WRITTEN = "log_probabilities.npy", "places.npy", "rows_written.json"
@@ -55,7 +56,7 @@ class RowsWithLogits(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
+    def __getitem__(self, row: int) -> Figures:
         return {
             **self._rows[row],
             "values": np.array(self._values[row]),

@@ -22,6 +22,7 @@ from transformers import Trainer, TrainingArguments
 from flashmorph import distributed
 from flashmorph.errors import UserError
 from flashmorph.model.sharding import is_sharded
+from flashmorph.records import Figures
 from flashmorph.stages.step import StepMean
 from flashmorph.stages.watch import Watch
 
@@ -148,10 +149,10 @@ class StageTrainer(Trainer):
         """Gradients of sharded weights are reduced after each micro-batch, so that no device holds unsharded ones."""
         return nullcontext()
 
-    def _weights(self) -> dict[str, Any]:
+    def _weights(self) -> Figures:
         return get_model_state_dict(_module(self.model), options=_TRAINABLE)
 
-    def _moments(self) -> dict[str, Any]:
+    def _moments(self) -> Figures:
         return get_optimizer_state_dict(_module(self.model), self._adam(), options=_TRAINABLE)
 
     def _adam(self) -> torch.optim.Optimizer:

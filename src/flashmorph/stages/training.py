@@ -22,6 +22,7 @@ from flashmorph.files import atomic_path
 from flashmorph.inputs.settings import FinalRate, Length, Rate, Settings, Tokens, TokensAtOnce
 from flashmorph.inputs.shapes import Count, Finite, Shape, require_shape
 from flashmorph.progress import Report
+from flashmorph.records import SettingValues
 from flashmorph.stages.checkpoints import drop_damaged, finish, last_checkpoint
 from flashmorph.stages.trainer import StageTrainer
 from flashmorph.stages.watch import Watch
@@ -93,7 +94,7 @@ class TrainSettings(Settings):
         """Rows that are retrieval questions."""
         return round(self.retrieval_share * self.rows)
 
-    def what_counts(self, tokens: bool = True) -> dict[str, Any]:
+    def what_counts(self, tokens: bool = True) -> SettingValues:
         """The settings that the result depends on, as JSON values; without `tokens` also without the steps.
 
         Settings that only trade time for memory and the checkpoint interval are left out.

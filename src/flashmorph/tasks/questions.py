@@ -2,12 +2,13 @@
 
 import random
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import ConfigDict, Field, model_validator
 
 from flashmorph.errors import quoted
 from flashmorph.inputs.settings import Settings
+from flashmorph.records import SettingValues
 from flashmorph.tasks.hops import hops
 from flashmorph.tasks.layout import Example, Layout
 from flashmorph.tasks.many_keys import many_keys
@@ -43,7 +44,7 @@ class TaskSettings(Settings):
         return self
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> SettingValues:
         """The arguments of the task, by name."""
         return dict(self.model_extra or {})
 

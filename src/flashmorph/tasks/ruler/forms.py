@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from flashmorph.records import SettingValues
 from flashmorph.tasks.ruler.counting import common_words, frequent_words
 from flashmorph.tasks.ruler.needles import needles
 from flashmorph.tasks.ruler.tracking import tracking
@@ -22,10 +23,10 @@ class Form:
     write: Callable[..., Written]
     answer_tokens: int
     least: int
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: SettingValues = field(default_factory=dict)
     has_depth: bool = False
 
-    def settings_at(self, length: int) -> dict[str, Any]:
+    def settings_at(self, length: int) -> SettingValues:
         """The arguments of its writer at a context length."""
         if self.write is common_words:
             return {"long": length >= _LONG}
