@@ -23,7 +23,8 @@ from flashmorph.convert.teacher import open_teacher
 from flashmorph.devices import pick_device
 from flashmorph.evaluation import answers_right, paired_interval, share_interval
 from flashmorph.files import write_json
-from flashmorph.pipeline import morph as pipeline
+from flashmorph.pipeline.branches import run_align, run_transplant
+from flashmorph.pipeline.morph import run_select
 from flashmorph.plan import Budget, Plan, Space
 from flashmorph.recipe.questions import open_questions
 from flashmorph.recipe.recipe import Recipe, load_recipe
@@ -49,8 +50,8 @@ def main() -> None:
     quiet()
     recipe = load_recipe(arguments.run / "recipe.yaml")
     run = Run(open_teacher(arguments.teacher), recipe, RunFolder(arguments.run), pick_device(), RichScreen(console))
-    host = pipeline.run_transplant(run)
-    branches = pipeline.run_align(run, host)
+    host = run_transplant(run)
+    branches = run_align(run, host)
     plans = [select_with(run, host, branches, seed) for seed in range(arguments.seeds)]
     chosen, times = Counter(plan.strip() for plan in plans).most_common(1)[0]
     plan = next(plan for plan in plans if plan.strip() == chosen)
@@ -74,7 +75,7 @@ def select_with(run: Run, host, branches, seed: int) -> Plan:
     """The plan of the recipe's strategy with another seed, its search kept in the run's folder."""
     values = {**json.loads(run.recipe.model_dump_json()), "seed": seed}
     other = Run(run.teacher, Recipe.model_validate(values), run.folder, run.device, run.screen)
-    return pipeline.run_select(other, host, branches)
+    return run_select(other, host, branches)
 
 
 def compare_with_swaps(run: Run, host, branches, plan: Plan, questions: int) -> list[dict]:

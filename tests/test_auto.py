@@ -100,7 +100,7 @@ def test_a_run_keeps_its_choice_in_the_record_and_goes_on_with_it(teacher_folder
     command = ("align", teacher_folder, "--recipe", recipe_file, "--output", tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr("flashmorph.run.run.usable_memory", lambda *_: 1.0)
-        patch.setattr("flashmorph.pipeline.morph.align", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("flashmorph.pipeline.branches.align", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run_command(*command) == 130
     assert run_command(*command) == 0
     (record,) = tmp_path.glob("stages/align-*/stage.json")

@@ -103,7 +103,7 @@ def test_a_stage_that_had_saved_its_model_trains_no_more(finished, teacher_folde
     (stage,) = finished.glob("stages/extend-*")
     stage.rename(stage.with_name(stage.name + ".partial"))
     (stage.with_name(stage.name + ".partial") / "stage.json").unlink()
-    import flashmorph.pipeline.morph as pipeline
+    import flashmorph.pipeline.training as pipeline
 
     monkeypatch.setattr(pipeline, "extend", lambda *arguments: pytest.fail("it trains again"))
     assert run_command("morph", teacher_folder, "--recipe", recipe, "--output", finished) == 0

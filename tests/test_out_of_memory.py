@@ -58,7 +58,7 @@ def test_a_search_and_a_row_that_is_too_long_are_told(teacher_folder, recipe_fil
 
 def test_what_one_process_must_hold_whole_is_told_where_it_can(teacher_folder, recipe_file, tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flashmorph.pipeline.morph.write_host", full_after(0, None))
+        patch.setattr("flashmorph.pipeline.branches.write_host", full_after(0, None))
         assert run_command("align", teacher_folder, "--recipe", recipe_file, "--output", tmp_path) == 2
     assert "transplant ran out of memory: the model must fit as a whole" in " ".join(capsys.readouterr().err.split())
 

@@ -16,8 +16,9 @@ from flashmorph.convert.load import load_config
 from flashmorph.convert.teacher import open_teacher
 from flashmorph.files import content_digest, digest_of
 from flashmorph.hosts import configure
+from flashmorph.pipeline.branches import run_align, run_transplant
 from flashmorph.pipeline.curve import run_curve
-from flashmorph.pipeline.morph import finish, run_align, run_evaluate, run_select, run_transplant
+from flashmorph.pipeline.morph import finish, run_evaluate, run_select
 from flashmorph.plan import Budget, Space
 from flashmorph.recipe.recipe import load_recipe
 from flashmorph.run.folder import Stage

@@ -12,7 +12,7 @@ from conftest import FEW_STEPS, random_qwen3, run_command, tiny_tokenizer
 
 import flashmorph.assets as assets
 from flashmorph.convert.load import load_model
-from flashmorph.pipeline.morph import warning, worse_than_silent
+from flashmorph.pipeline.branches import warning, worse_than_silent
 from flashmorph.pipeline.signal import ask_teacher, measure_signal
 from flashmorph.plan import Space
 from flashmorph.recipe.outlook import LEAST_QUESTIONS, goes_by_answers

@@ -24,7 +24,8 @@ from flashmorph.stages.align import AlignmentLoss
 from flashmorph.stages.distill import DistillationLoss, StoredDistillationLoss
 from flashmorph.stages.dropout import without_dropout
 from flashmorph.stages.extend import NextTokenLoss
-from flashmorph.stages.training import IsolatedTrainSettings, train
+from flashmorph.stages.settings import IsolatedTrainSettings
+from flashmorph.stages.training import train
 
 KINDS = ("align", "distill", "logits", "extend")
 ALONE = {"logits": StoredDistillationLoss, "extend": NextTokenLoss}

@@ -30,7 +30,8 @@ from flashmorph.plan import Budget
 from flashmorph.progress import Report, silent
 from flashmorph.stages import AlignSettings, DistillSettings, ExtendSettings, align, alignment_errors, distill, extend
 from flashmorph.stages.checkpoints import FINISHED, last_checkpoint
-from flashmorph.stages.training import TrainSettings, train
+from flashmorph.stages.settings import TrainSettings
+from flashmorph.stages.training import train
 
 LENGTH = 24
 STEPS = 6

@@ -34,7 +34,8 @@ def align(
 
     Example: `flashmorph align tiny --output runs/tiny`
     """
-    from flashmorph.pipeline import morph as pipeline
+    from flashmorph.pipeline.branches import run_align, run_transplant
+    from flashmorph.pipeline.signal import run_teacher
 
     options = Options(
         teacher=teacher,
@@ -49,6 +50,6 @@ def align(
         allow_unused=allow_unused,
     )
     run = open_run(options, ["align"])
-    host = pipeline.run_transplant(run)
-    pipeline.run_teacher(run, host)
-    pipeline.run_align(run, host)
+    host = run_transplant(run)
+    run_teacher(run, host)
+    run_align(run, host)

@@ -26,20 +26,23 @@ def _finish_until(last: str, options: Options) -> None:
     """The path up to `build`, `distill` or `extend` for a plan that is given, or selected first."""
     from flashmorph import distributed
     from flashmorph.convert.save import bring
-    from flashmorph.pipeline import morph as pipeline
+    from flashmorph.pipeline.branches import run_align, run_transplant
+    from flashmorph.pipeline.morph import run_build, run_select
+    from flashmorph.pipeline.signal import run_teacher
+    from flashmorph.pipeline.training import run_distill, run_extend
 
     stages = ["align", *([] if options.plan or options.layers else ["select"])]
     run = open_run(options, [*stages, *{"build": [], "distill": ["distill"]}.get(last, ["distill", "extend"])])
-    host = pipeline.run_transplant(run)
+    host = run_transplant(run)
     if not run.given:
-        pipeline.run_teacher(run, host)
-    branches = pipeline.run_align(run, host)
-    chosen = run.given or pipeline.run_select(run, host, branches)
-    stage = pipeline.run_build(run, host, branches, chosen, "")
+        run_teacher(run, host)
+    branches = run_align(run, host)
+    chosen = run.given or run_select(run, host, branches)
+    stage = run_build(run, host, branches, chosen, "")
     if last != "build":
-        stage = pipeline.run_distill(run, host, stage, "")
+        stage = run_distill(run, host, stage, "")
     if last == "extend" and run.recipe.extend:
-        stage = pipeline.run_extend(run, stage, "")
+        stage = run_extend(run, stage, "")
     if stage.folder.is_relative_to(run.folder.path):
         # Tokenizer and templates may have been edited since: they are no part of what the stage computed.
         distributed.first(lambda: bring(run.teacher.folder, stage.folder / "model"))

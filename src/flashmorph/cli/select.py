@@ -73,7 +73,8 @@ def select(
     Example: `flashmorph select tiny --from runs/demo --curve --within 5% --output curve.json`
     """
     from flashmorph import distributed
-    from flashmorph.pipeline import morph as pipeline
+    from flashmorph.pipeline.branches import run_align, run_transplant
+    from flashmorph.pipeline.morph import run_select
     from flashmorph.selection import STRATEGIES
 
     share = _share(within)
@@ -95,12 +96,12 @@ def select(
     if not (source / "stages").is_dir():
         raise UserError(f"{source} is no run of flashmorph's: run `flashmorph align {teacher} --output {source}` first")
     run = open_run(options, ["align", "select"], keep_recipe=False)
-    host = pipeline.run_transplant(run)
-    branches = pipeline.run_align(run, host)
+    host = run_transplant(run)
+    branches = run_align(run, host)
     if curve:
         _show_curve(run, host, branches, recall_questions, share, output, as_json)
         return
-    plan = pipeline.run_select(run, host, branches)
+    plan = run_select(run, host, branches)
     if distributed.is_first():
         write_json(output, {**made_by("select"), **plan.to_dict()})
     if as_json:

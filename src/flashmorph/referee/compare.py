@@ -11,7 +11,7 @@ from flashmorph.errors import UserError, unknown
 from flashmorph.estimate.auto import COMPARE
 from flashmorph.files import digest_of
 from flashmorph.hosts import configure, layer_space
-from flashmorph.pipeline.morph import run_align, run_transplant
+from flashmorph.pipeline.branches import run_align, run_transplant
 from flashmorph.pipeline.signal import with_signal
 from flashmorph.plan import Budget
 from flashmorph.recipe.recipe import parse_changes

@@ -23,7 +23,8 @@ from flashmorph.model.morphable import Branch, Morphable, MorphableLayer, square
 from flashmorph.model.sharding import is_sharded
 from flashmorph.progress import Report, silent
 from flashmorph.stages.dropout import without_dropout
-from flashmorph.stages.training import IsolatedTrainSettings, train
+from flashmorph.stages.settings import IsolatedTrainSettings
+from flashmorph.stages.training import train
 
 
 class AlignSettings(IsolatedTrainSettings):

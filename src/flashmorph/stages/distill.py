@@ -22,9 +22,10 @@ from flashmorph.model.sharding import is_sharded, shard_loss
 from flashmorph.progress import Report, silent
 from flashmorph.records import Figures
 from flashmorph.stages.dropout import without_dropout
+from flashmorph.stages.settings import IsolatedTrainSettings
 from flashmorph.stages.step import token_mean
 from flashmorph.stages.teacher_logits import LogitSettings, RowsWithLogits
-from flashmorph.stages.training import IsolatedTrainSettings, keep_activations, train
+from flashmorph.stages.training import keep_activations, train
 
 
 class DistillSettings(IsolatedTrainSettings):

@@ -17,8 +17,9 @@ from flashmorph.losses import Head, label_loss
 from flashmorph.model.sharding import is_sharded, shard_loss
 from flashmorph.progress import Report, silent
 from flashmorph.stages.dropout import without_dropout
+from flashmorph.stages.settings import TrainSettings
 from flashmorph.stages.step import token_mean
-from flashmorph.stages.training import TrainSettings, keep_activations, train
+from flashmorph.stages.training import keep_activations, train
 
 
 class ExtendSettings(TrainSettings):

@@ -23,7 +23,8 @@ from flashmorph.inputs.shapes import Count, read_as
 from flashmorph.losses import Head, chunk_tokens, top_log_probabilities
 from flashmorph.progress import Report, silent
 from flashmorph.records import Figures
-from flashmorph.stages.training import TrainSettings, collate
+from flashmorph.stages.settings import TrainSettings
+from flashmorph.stages.training import collate
 
 _VALUES, _INDICES, _WRITTEN = "log_probabilities.npy", "places.npy", "rows_written.json"
 _WRITE_SECONDS = 20
