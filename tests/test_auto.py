@@ -1,13 +1,14 @@
 """`auto`: as much at once as a device's memory holds, decided once."""
 
 import json
+import os
 
 import pytest
 import torch
 from conftest import run_command
 from families import config_of
 
-from flashmorph.devices import _cgroup_limits, total_memory, usable_memory
+from flashmorph.devices import _cgroup_cores, _cgroup_limits, limit_threads, total_memory, usable_memory
 from flashmorph.estimate.auto import Room, asked, choose, resolved
 from flashmorph.estimate.memory import stage_memory
 from flashmorph.estimate.sizes import count_sizes
@@ -70,7 +71,7 @@ def test_a_number_always_wins(shape):
     assert asked(recipe, "distill") == ["distill.activation_checkpointing"]
     assert asked(recipe, "extend") == ["extend.micro_batch_tokens"]
     assert choose("extend", recipe, *shape, Room(80e9)).values.keys() == {"extend.micro_batch_tokens"}
-    numbers = load_recipe("default", {"align.micro_batch_tokens": None})
+    numbers = load_recipe("default", {"align.micro_batch_tokens": None, "align.activation_checkpointing": True})
     assert not asked(numbers, "align") and not choose("align", numbers, *shape, Room(80e9)).values
 
 
@@ -104,7 +105,10 @@ def test_a_run_keeps_its_choice_in_the_record_and_goes_on_with_it(teacher_folder
         assert run_command(*command) == 130
     assert run_command(*command) == 0
     (record,) = tmp_path.glob("stages/align-*/stage.json")
-    assert json.loads(record.read_text())["auto"] == {"align.micro_batch_tokens": 64}
+    assert json.loads(record.read_text())["auto"] == {
+        "align.micro_batch_tokens": 64,
+        "align.activation_checkpointing": True,
+    }
     assert run_command(*command, "--set", "align.micro_batch_tokens=128") == 0
     assert len(list(tmp_path.glob("stages/align-*"))) == 1
 
@@ -135,3 +139,23 @@ def test_a_cpu_has_what_its_control_group_may_take(tmp_path, monkeypatch):
     monkeypatch.setattr("flashmorph.devices._cgroup_limits", lambda *_: [10_000])
     assert total_memory(torch.device("cpu")) == 10_000
     assert usable_memory(torch.device("cpu"), 4) == usable_memory(torch.device("cpu")) / 4 < 10_000 / 4
+
+
+def test_threads_are_no_more_than_the_cores_of_the_control_group(tmp_path, monkeypatch):
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+    (root / "a").mkdir(parents=True)
+    own.write_text("0::/a\n")
+    (root / "a" / "cpu.max").write_text("max 100000\n")
+    assert _cgroup_cores(root, own) == (os.cpu_count() or 1)
+    (root / "a" / "cpu.max").write_text("50000 100000\n")
+    assert _cgroup_cores(root, own) == 1
+    before = torch.get_num_threads()
+    monkeypatch.setattr("flashmorph.devices._cgroup_cores", lambda *_: 1)
+    try:
+        limit_threads()
+        assert torch.get_num_threads() == 1
+        monkeypatch.setattr("flashmorph.devices._cgroup_cores", lambda *_: 99)
+        limit_threads()
+        assert torch.get_num_threads() == 1, "fewer threads stay fewer"
+    finally:
+        torch.set_num_threads(before)

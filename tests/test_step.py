@@ -161,6 +161,19 @@ def test_dropout_of_the_teachers_configuration_is_off(kind, again):
     assert student.config.attention_dropout == 0.5
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_branches_that_run_once_have_the_gradients_of_those_that_run_again(bf16):
+    ids = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(0))
+    results = []
+    for recompute in (True, False):
+        morphable = small_morphable(0)
+        weights = [weight.requires_grad_(True) for weights in morphable.branch_parameters() for weight in weights]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            AlignmentLoss(morphable, recompute)(ids)["loss"].backward()
+        results.append([weight.grad for weight in weights])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 def test_targets_of_alignment_know_no_dropout():
     ids = torch.randint(97, (2, LENGTH))
     found = [AlignmentLoss(small_morphable(0, attention_dropout=rate)).train()(ids)["errors"] for rate in (0.5, 0.0)]

@@ -1,7 +1,8 @@
 """Which device computes, whether bfloat16 pays there, and how much memory a process may take of it."""
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -29,6 +30,30 @@ def pick_device(name: str = "auto") -> torch.device:
     if not usable_types[name]:
         raise UserError(f"there is no {name} device here; use --device auto")
     return torch.device(name)
+
+
+def limit_threads() -> None:
+    """Let PyTorch use no more threads than there are cores for this process.
+
+    It counts the cores of the machine; a container may have fewer, and threads that wait for each other are many times
+    slower than as many threads as cores. Fewer threads, by `OMP_NUM_THREADS`, stay fewer.
+    """
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), _own_cores(), _cgroup_cores(_CGROUPS, _OWN_CGROUPS))))
+
+
+def _own_cores() -> int:
+    """Cores that this process may run on; not every system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cgroup_cores(root: Path, own: Path) -> int:
+    """Cores whose time the control groups (version 2) of this process allow, rounded up."""
+    cores = os.cpu_count() or 1
+    for limit in _limits(root, own, {"": "cpu.max"}):
+        quota, _, period = limit.partition(" ")
+        if quota.isdecimal() and period.isdecimal():
+            cores = min(cores, math.ceil(int(quota) / int(period)))
+    return cores
 
 
 def use_bf16(device: torch.device) -> bool:
@@ -67,16 +92,27 @@ def _physical_memory() -> int:
 
 
 def _cgroup_limits(root: Path, own: Path) -> Iterator[int]:
-    """Limits of the control groups (version 2 and 1) that this process is in, and of those above them."""
+    """Limits of memory, in bytes."""
+    for value in _limits(root, own, {"": "memory.max", "memory": "memory.limit_in_bytes"}):
+        if value.isdecimal():
+            yield int(value)
+
+
+def _limits(root: Path, own: Path, files: Mapping[str, str]) -> Iterator[str]:
+    """Limits of the control groups (version 2 and 1) that this process is in, and of those above them.
+
+    `files` have the name of the limit by the controller of version 1; that of version 2 is under ``.
+    """
     lines = own.read_text().splitlines() if own.is_file() else []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
+        controller = next((name for name in controllers.split(",") if name in files), None)
+        if controller is None:
             continue
-        top, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+        top = root / controller
         group = top / path.lstrip("/")
         # Inside of a container the path is the host's, and its own group stands at the top.
         for folder in [group, *group.parents]:
-            limit = folder / name
-            if folder.is_relative_to(top) and limit.is_file() and (value := limit.read_text().strip()).isdecimal():
-                yield int(value)
+            limit = folder / files[controller]
+            if folder.is_relative_to(top) and limit.is_file():
+                yield limit.read_text().strip()

@@ -95,10 +95,13 @@ class Options:
 
 
 def quiet() -> None:
-    """No library's own notices and bars between ours."""
+    """No library's own notices and bars between ours, and no more threads than cores."""
     import datasets
     import transformers
 
+    from flashmorph.devices import limit_threads
+
+    limit_threads()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -124,7 +124,7 @@ def _settings_of(recipe: Recipe, stage: str) -> Iterator[str]:
             yield "evaluate.batch_tokens"
             continue
         yield f"{section}.micro_batch_tokens"
-        if section in ("distill", "extend") and stage != "logits":
+        if stage != "logits":
             yield f"{section}.activation_checkpointing"
 
 

@@ -106,7 +106,9 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
     mixers = model.num_full * kept(FULL) + (model.layers - model.num_full) * kept(switched)
     every = kept(FULL) + kept(switched) + kept(FEED_FORWARD) + residual
     largest = max(kept(FULL), kept(switched)) + kept(FEED_FORWARD) + residual
-    aligned = model.layers * (_FLOAT32 + number) * width + kept(switched) + residual
+    branch = kept(switched) + residual
+    at_once = 1 if recipe.align.activation_checkpointing is True else model.layers
+    aligned = model.layers * (_FLOAT32 + number) * width + at_once * branch
     search, stored = recipe.select.search, recipe.distill.teacher_logits
     tokens = search.rows_at_once * search.longest
     # A layer that runs again keeps its input; what its gradient needs besides stands for one layer at a time.
@@ -187,8 +189,6 @@ def _cache_per_token(model: Model) -> float:
 def _batched(settings: TrainSettings, num_gpus: int, per_token: float, shares: list[Share]) -> Memory:
     """A stage that trains: the rows that one GPU runs at once."""
     rows = settings.division(num_gpus).rows
-    keeps_layers = (
-        isinstance(settings, DistillSettings | ExtendSettings) and settings.activation_checkpointing is not True
-    )
+    keeps_layers = settings.activation_checkpointing is not True
     tokens, setting = rows * settings.length, f"{settings.stage}.micro_batch_tokens"
     return Memory(shares, per_token, tokens, settings.length, setting, keeps_layers=keeps_layers)

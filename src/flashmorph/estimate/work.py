@@ -114,7 +114,7 @@ def model_in(config: PreTrainedConfig) -> Model:
 
 
 def align_work(model: Model, recipe: Recipe) -> Work:
-    """The teacher forward; each branch forward twice, since its error is recomputed, and backward to its weights.
+    """The teacher forward; each branch forward, twice where its error is recomputed, and backward to its weights.
 
     Nothing where branches have no weights.
     """
@@ -123,11 +123,13 @@ def align_work(model: Model, recipe: Recipe) -> Work:
     length, layers = recipe.align.length, model.layers
     branch = model.part(model.switched, length)
     teacher = [*model.part(FULL, length), *model.part(FEED_FORWARD, length)]
+    again = recipe.align.activation_checkpointing is True
+    forward, about = (2, "branches forward, twice, and backward") if again else (1, "branches forward and backward")
     return Work(
         recipe.align.tokens_run,
         [
             _times("teacher forward", layers, operations(teacher)),
-            _times("branches forward, twice, and backward", layers, operations(branch, 2, 1), operations(branch)[1]),
+            _times(about, layers, operations(branch, forward, 1), (forward - 1) * operations(branch)[1]),
         ],
     )
 

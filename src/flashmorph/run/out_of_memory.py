@@ -32,7 +32,7 @@ def _remedy(stage: str, recipe: Recipe) -> str:
     setting, tokens, row = asked
     if tokens > row:
         return f"lower {setting}, now {tokens}: --set {setting}={max(row, tokens // 2 // row * row)}"
-    keeps = stage in ("distill", "extend") and getattr(recipe, stage).activation_checkpointing is not True
+    keeps = getattr(getattr(recipe, stage, None), "activation_checkpointing", True) is not True
     others = [f"--set {stage}.activation_checkpointing=true"] if keeps else []
     if stage not in ("teacher", "evaluate") and distributed.count() > 1 and not recipe.shard:
         others.append("--set shard=true")

@@ -40,12 +40,13 @@ class AlignSettings(IsolatedTrainSettings):
 class AlignmentLoss(nn.Module):
     """A teacher forward that also computes every branch's error.
 
-    Memory holds the input and output of each layer, and the activations of one branch at a time: each error is
-    checkpointed. Neither input nor target carries a gradient, so none flows between layers.
+    With `recompute` memory holds the input and output of each layer, and the activations of one branch at a time: each
+    error is checkpointed. Neither input nor target carries a gradient, so none flows between layers.
     """
 
-    def __init__(self, morphable: Morphable):
+    def __init__(self, morphable: Morphable, recompute: bool = True):
         super().__init__()
+        self._recompute = recompute
         self.morphable, self._is_sharded = morphable, is_sharded(morphable)
         without_dropout(morphable.model)
         self.terms = [[*branch.parameters()] for layer in morphable.layers for branch in layer.trained.values()]
@@ -73,7 +74,8 @@ class AlignmentLoss(nn.Module):
             ) -> None:
                 for branch in layer.trained.values():
                     values = (branch, hidden.detach(), arguments, output.detach(), each)
-                    parts.append(checkpoint(_squares, *values, use_reentrant=False))
+                    again = self._recompute
+                    parts.append(checkpoint(_squares, *values, use_reentrant=False) if again else _squares(*values))
 
             self.morphable(each.input_ids, boundaries=each.boundaries, observer=compare)
         difference, size = torch.stack(parts).unflatten(0, (len(packed), -1)).sum(0).unbind(1)
@@ -130,7 +132,7 @@ def align(
         for weight in weights:
             weight.requires_grad_(True)
     clip = _ClipEachBranch(morphable, settings.max_grad_norm)
-    loss = AlignmentLoss(morphable)
+    loss = AlignmentLoss(morphable, settings.activation_checkpointing is not False)
     train(loss, rows, settings, folder, seed, bf16, report, [clip], clip=False, report_to=report_to)
     for weights in morphable.branch_parameters():
         for weight in weights:

@@ -5,10 +5,10 @@ The teacher runs beside the student, or its logits were written before (`teacher
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -36,9 +36,6 @@ class DistillSettings(IsolatedTrainSettings):
     length: Length = 512
     batch_tokens: TokensAtOnce = 49_152
     learning_rate: Rate = 1e-4
-    activation_checkpointing: bool | Literal["auto"] = Field(
-        default="auto", description="compute layers again instead of keeping them; `auto`: where memory asks for it"
-    )
     teacher_logits: LogitSettings | None = None
 
     @model_serializer(mode="wrap")

@@ -38,9 +38,6 @@ class ExtendSettings(TrainSettings):
         description="`joined`: those in a row see each other; `long`: only such as fill rows on their own",
     )
     learning_rate: Rate = 1e-5
-    activation_checkpointing: bool | Literal["auto"] = Field(
-        default="auto", description="compute layers again instead of keeping them; `auto`: where memory asks for it"
-    )
 
     @property
     def takes_long_documents(self) -> bool:

@@ -34,6 +34,10 @@ class TrainSettings(Settings):
     micro_batch_tokens: TokensAtOnce | Literal["auto"] | None = Field(
         default="auto", description="tokens at once on one device; `auto`: from its memory, null: a whole step"
     )
+    activation_checkpointing: bool | Literal["auto"] = Field(
+        default="auto",
+        description="compute layers (in `align`: branches) again, not keep them; `auto`: if memory asks for it",
+    )
     retrieval_share: float = Field(default=0.0, ge=0, le=1, description="share of rows that are retrieval questions")
     learning_rate: Rate
     final_learning_rate: FinalRate = 1e-5
