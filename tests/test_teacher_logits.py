@@ -14,7 +14,6 @@ from flashmorph.convert.in_memory import transplant
 from flashmorph.convert.load import load_model
 from flashmorph.data.rows import Rows
 from flashmorph.errors import UserError
-from flashmorph.recipe.recipe import load_recipe
 from flashmorph.stages import DistillSettings, RowsWithLogits, collate, distill, write_logits
 from flashmorph.stages.distill import DistillationLoss, StoredDistillationLoss
 
@@ -144,13 +143,6 @@ def test_training_towards_them_is_training_towards_the_teacher(rows, tmp_path):
     distill(stored, None, RowsWithLogits(rows, tmp_path), SETTINGS, tmp_path / "offline")
     for one, other in zip(stored.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-def test_without_them_the_settings_have_the_digest_that_they_had():
-    recipe = load_recipe("default")
-    assert "teacher_logits" not in recipe.distill.model_dump() and "teacher_logits" not in recipe.to_yaml()
-    changed = load_recipe("default", {"distill.teacher_logits.top_k": 32})
-    assert changed.distill.model_dump(mode="json")["teacher_logits"] == {"top_k": 32}
 
 
 def test_a_run_writes_them_once_and_says_how_large_they_are(teacher_folder, recipe_file, tmp_path, capsys):

@@ -57,14 +57,12 @@ class SourceSettings(Settings):
         return Corpus(self.source, self.config, self.column, self.split, self.loss_on == "replies")
 
     @model_serializer(mode="wrap")
-    def _in_short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A mixture has no source of its own. Settings of later versions are left out unless used, so that a stage
-        keeps its digest."""
+    def _without_own_source(self, handler: SerializerFunctionWrapHandler) -> SettingValues:
+        """A mixture has no source of its own."""
         values = handler(self)
         if values.get("mixture"):
             return {name: value for name, value in values.items() if name not in SourceSettings.model_fields}
-        later = {"split": "train", "loss_on": "all", "mixture": None}
-        return {name: value for name, value in values.items() if name not in later or value != later[name]}
+        return values
 
 
 class PartSettings(SourceSettings):

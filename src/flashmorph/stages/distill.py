@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from pydantic import SerializerFunctionWrapHandler, model_serializer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -20,7 +19,6 @@ from flashmorph.inputs.settings import Length, Rate, Tokens, TokensAtOnce
 from flashmorph.losses import Head, forward_kl, top_kl
 from flashmorph.model.sharding import is_sharded, shard_loss
 from flashmorph.progress import Report, silent
-from flashmorph.records import Figures
 from flashmorph.stages.dropout import without_dropout
 from flashmorph.stages.settings import IsolatedTrainSettings
 from flashmorph.stages.step import token_mean
@@ -37,14 +35,6 @@ class DistillSettings(IsolatedTrainSettings):
     batch_tokens: TokensAtOnce = 49_152
     learning_rate: Rate = 1e-4
     teacher_logits: LogitSettings | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_off(self, handler: SerializerFunctionWrapHandler) -> Figures:
-        """Without `teacher_logits`, settings keep the digest that they had before the setting existed."""
-        values = handler(self)
-        if self.teacher_logits is None:
-            del values["teacher_logits"]
-        return values
 
 
 class DistillationLoss(nn.Module):
