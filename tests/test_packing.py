@@ -16,7 +16,8 @@ from flashmorph.data.isolation import Packed, apart, cut, how_apart, marked
 from flashmorph.hosts import HOSTS, WINDOW_HOSTS, Host, configure, supports_varlen, use_kernels
 from flashmorph.losses import Head, forward_kl, label_loss, top_log_probabilities
 from flashmorph.mixers import FullAttention, GatedDeltaNet
-from flashmorph.mixers.kernels import convolve_apart, in_one_row
+from flashmorph.mixers.convolution import convolve
+from flashmorph.mixers.kernels import in_one_row
 from flashmorph.model.morphable import Morphable, attach
 from flashmorph.plan import Budget
 from flashmorph.recipe.recipe import load_recipe
@@ -302,12 +303,12 @@ def as_on_a_gpu(monkeypatch):
                 packed = kwargs["cu_seqlens"] is not None
                 return in_one_row(delta_rule_kernel, *args, **kwargs) if packed else rule(*args, **kwargs)
 
-            def convolve(*args, convolution=convolution, **kwargs):
-                return convolve_apart(*args, **kwargs) if "seq_idx" in kwargs else convolution(*args, **kwargs)
+            def convolve_or_not(*args, convolution=convolution, **kwargs):
+                return convolve(*args, **kwargs) if "seq_idx" in kwargs else convolution(*args, **kwargs)
 
             delta_rule.decorated = rule.decorated  # type: ignore[attr-defined]
             monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", delta_rule)
-            monkeypatch.setattr(module, "causal_conv1d_fn", convolve)
+            monkeypatch.setattr(module, "causal_conv1d_fn", convolve_or_not)
         for mixer in (FullAttention, GatedDeltaNet):
             monkeypatch.setattr(mixer, "supports_varlen", lambda self, device: True)
 
@@ -330,7 +331,7 @@ def test_the_convolution_of_packed_rows_is_that_of_each_document(time, bias):
     hidden, weight = torch.randn(2, 6, time), torch.randn(6, 4)
     added = torch.randn(6) if bias else None
     seq_idx = torch.stack([(torch.arange(time) >= 1).int(), (torch.arange(time) >= 17).int() + 3])
-    found = convolve_apart(hidden, weight, added, "silu", seq_idx=seq_idx)
+    found = convolve(hidden, weight, added, "silu", seq_idx=seq_idx)
     for row in range(2):
         for number in seq_idx[row].unique():
             alone = hidden[row : row + 1, :, seq_idx[row] == number]

@@ -9,15 +9,17 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig
 
-from flashmorph.mixers.kernels import boundaries_in, convolve_apart, kernel_runs
+from flashmorph.mixers.convolution import convolve
+from flashmorph.mixers.kernels import boundaries_in, kernel_runs
 from flashmorph.mixers.mixer import LAYER_TYPES, LINEAR, Kernels, LayerArguments, Products
 from flashmorph.mixers.products import STATE_BYTES, number_bytes
 from flashmorph.mixers.start import constant_row, fit_head_scales, mean_distance, softplus_inverse
 
+_CONVOLUTION = "causal_conv1d_fn"
 _FUNCTIONS = (
     "torch_chunk_gated_delta_rule",
     "torch_recurrent_gated_delta_rule",
-    "causal_conv1d_fn",
+    _CONVOLUTION,
     "causal_conv1d_update",
 )
 _CHUNK = 64
@@ -35,9 +37,7 @@ class GatedDeltaNet:
 
     def __init__(self, module_class: type[nn.Module]):
         self._class = module_class
-        self.kernels: Kernels | None = Kernels(
-            module_class.__module__, _FUNCTIONS, {"causal_conv1d_fn": convolve_apart}
-        )
+        self.kernels: Kernels | None = Kernels(module_class.__module__, _FUNCTIONS, apart={_CONVOLUTION: convolve})
 
     def build(self, config: PreTrainedConfig, layer: int, attention: nn.Module) -> nn.Module:
         """transformers' own module."""

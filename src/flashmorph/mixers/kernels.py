@@ -14,7 +14,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from transformers.activations import ACT2FN
 
 from flashmorph.mixers.mixer import Kernels, LayerArguments
 
@@ -66,29 +65,6 @@ def in_one_row(function: Callable, first: torch.Tensor, *args, **kwargs) -> tupl
 def boundaries_in(arguments: Mapping[str, Any]) -> LayerArguments:
     """The document boundaries for a linear mixer, among the arguments of a decoder layer's attention."""
     return {name: arguments[name] for name in ("cu_seq_lens_q", "seq_idx") if name in arguments}
-
-
-def convolve_apart(
-    hidden_states: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    activation: str | None = None,
-    *,
-    seq_idx: torch.Tensor,
-    **kwargs,
-) -> torch.Tensor:
-    """Causal depthwise convolution of `hidden_states` `[batch, channels, time]` by `weight` `[channels, taps]`.
-
-    No tap looks beyond the document, `seq_idx` `[batch, time]`, of its token.
-    """
-    time = hidden_states.shape[-1]
-    output = hidden_states * weight[:, -1, None]
-    for back in range(1, min(weight.shape[-1], time)):
-        same = (seq_idx[:, back:] == seq_idx[:, :-back])[:, None]
-        earlier = torch.where(same, hidden_states[..., :-back], 0) * weight[:, -1 - back, None]
-        output = output + torch.nn.functional.pad(earlier, (back, 0))
-    output = output if bias is None else output + bias[:, None]
-    return (ACT2FN[activation](output) if activation else output).to(hidden_states.dtype)
 
 
 def _implementation(decorated: Callable) -> str:

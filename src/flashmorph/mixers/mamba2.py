@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMambaLayer
 
+from flashmorph.mixers.convolution import convolve
 from flashmorph.mixers.kernels import boundaries_in
 from flashmorph.mixers.mamba2_scan import CHUNK, chunk_scan
 from flashmorph.mixers.mixer import LAYER_TYPES, LINEAR, Kernels, LayerArguments, Products
@@ -36,7 +37,7 @@ class Mamba2:
     separable_by_head = False
     projection = "out_proj"
     kernels: Kernels | None = Kernels(
-        GraniteMoeHybridMambaLayer.__module__, _FUNCTIONS, lean={_FUNCTIONS[0]: chunk_scan}
+        GraniteMoeHybridMambaLayer.__module__, _FUNCTIONS, lean={_FUNCTIONS[0]: chunk_scan, _FUNCTIONS[3]: convolve}
     )
 
     def build(self, config: PreTrainedConfig, layer: int, attention: nn.Module) -> nn.Module:
