@@ -1,4 +1,4 @@
-"""The causal depthwise convolution of linear mixers as a sum of taps, for where no kernel runs or isolates documents."""
+"""Causal depthwise convolution of linear mixers as a sum of taps, for where no kernel runs or isolates documents."""
 
 from typing import Any
 
