@@ -1,5 +1,6 @@
 """Every mixer of every host: gated before its output projection, with a bias there, and added as a file of its own."""
 
+import importlib
 from collections.abc import Mapping
 
 import pytest
@@ -8,6 +9,7 @@ from families import ONE_OF_EACH_FAMILY, random_teacher
 from test_morphable import close, logits
 
 from flashmorph.convert.in_memory import transplant
+from flashmorph.errors import UserError
 from flashmorph.hosts import HOSTS, WINDOW_HOSTS, Host
 from flashmorph.mixers import FullAttention, Mixer, SlidingWindow, gated
 from flashmorph.model.morphable import Morphable, attach
@@ -117,3 +119,60 @@ def test_a_new_mixer_is_one_class_and_one_line_of_a_host(monkeypatch):
     morphable(TOKENS, gates).square().sum().backward()
     assert gates.grad is not None and (gates.grad != 0).all()
     torch.testing.assert_close(gates.grad[:, 1], gates.grad[:, 2], rtol=1e-4, atol=1e-4)
+
+
+HOST = '''
+"""Qwen3 in its own class once more: layers attend fully or through `reach` tokens."""
+
+import copy
+from typing import Annotated
+
+from pydantic import Field
+from transformers import Qwen3ForCausalLM
+
+from flashmorph.hosts.host import Host
+from flashmorph.hosts.serving import TRANSFORMERS
+from flashmorph.mixers import FullAttention, SlidingWindow
+from flashmorph.mixers.products import feed_forward_products
+
+
+class Own(Host):
+    teachers = {"qwen3": "Qwen3"}
+    mixers = {"full": FullAttention(), "sliding": SlidingWindow()}
+    settings = {"reach": "tokens that a switched layer sees"}
+    engines = (TRANSFORMERS,)
+    model_class = Qwen3ForCausalLM
+
+    def check(self, teacher):
+        pass
+
+    def config(self, teacher, reach: Annotated[int, Field(ge=2)] = 5):
+        config = copy.deepcopy(teacher)
+        config.sliding_window, config.use_sliding_window = reach, True
+        return self.with_plan(config, ["full"] * config.num_hidden_layers)
+
+    def state(self, teacher, state):
+        return dict(state)
+
+    def feed_forward(self, config):
+        return feed_forward_products(config.hidden_size, config.intermediate_size)
+'''
+
+
+def test_a_new_host_is_one_file_and_one_entry(monkeypatch, tmp_path):
+    """As CONTRIBUTING.md says; the whole path of an exact move, branches and a built plan goes through it."""
+    (tmp_path / "own_host.py").write_text(HOST)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    host = importlib.import_module("own_host").Own()
+    monkeypatch.setattr("flashmorph.hosts.HOSTS", (host, *HOSTS))
+    teacher = random_teacher("qwen3: grouped", 1, num_hidden_layers=3)
+    with pytest.raises(UserError, match="reach"):
+        transplant(teacher, {"reach": 1})
+    model, proof = transplant(teacher, {"reach": 4})
+    assert proof.difference == 0 and model.config.sliding_window == 4
+    morphable, _ = attach(model, TOKENS)
+    assert morphable.host is host and morphable.options == (FULL, "sliding")
+    budget = Budget("layers", 1)
+    hybrid = morphable.instantiate(morphable.space(budget).plan(["layers.1"], budget))
+    assert hybrid.config.layer_types == ["sliding_attention", "full_attention", "sliding_attention"]
+    assert not close(logits(hybrid, TOKENS), logits(teacher, TOKENS))
