@@ -34,7 +34,7 @@ from flashmorph.records import Figures, SettingValues
 from flashmorph.selection import STRATEGIES
 
 UTILISATION = 0.3
-"""Share of a GPU's peak that hours assume unless told otherwise. An assumption: nothing here has measured it."""
+"""Share of a GPU's peak that hours assume by default. An assumption: nothing here has measured it."""
 CONTEXTS = (8_192, 32_768, 131_072)
 _FLOAT32_STAGES = ("transplant", "teacher", "evaluate")
 
@@ -115,13 +115,13 @@ class Estimate:
             "models": {
                 name: {
                     "parameters": parameters,
-                    "cache_bytes": {str(context): cache[place] for context, cache in self.cache.items()},
+                    "cache_bytes": {str(context): cache[index] for context, cache in self.cache.items()},
                     "least_seconds_per_token": {
-                        str(context): self.seconds_per_token(parameters, cache[place])
+                        str(context): self.seconds_per_token(parameters, cache[index])
                         for context, cache in self.cache.items()
                     },
                 }
-                for name, (parameters, place) in models.items()
+                for name, (parameters, index) in models.items()
             },
             "stages": [
                 {

@@ -14,7 +14,7 @@ def notes(found: Estimate) -> Iterator[str]:
     if not gpu:
         yield "Hours and what fits: name a GPU, for example --gpu h200. Formulas: --explain."
         if any(stage.auto for stage in found.stages):
-            yield "memory of a GPU: of what is `auto` one row at once, the least; on a named GPU what it would choose."
+            yield "memory of a GPU: settings at `auto` count as one row at once, the least; a named GPU has its own choice."
         return
     yield (
         f"Hours assume {found.utilisation:.0%} of the peak of {found.num_gpus} x {gpu.name} ({amount(gpu.flops)}FLOP/s "
@@ -24,11 +24,11 @@ def notes(found: Estimate) -> Iterator[str]:
     if found.num_gpus > 1:
         yield (
             "memory of a GPU: each holds all weights; sharded (--set shard=true): decoder layers and what trains are "
-            "divided among them, and build runs on the CPU."
+            "sharded over them, and build runs on the CPU."
         )
     if values := {key: value for stage in found.stages for key, value in stage.auto.items()}:
-        told = ", ".join(f"{key} {_value(value)}" for key, value in values.items())
-        yield f"auto on this GPU, in four fifths of its memory: {told}."
+        choices = ", ".join(f"{key} {_value(value)}" for key, value in values.items())
+        yield f"auto on this GPU, in four fifths of its memory: {choices}."
     for stage in found.stages:
         if stage.memory and stage.memory.bytes() > gpu.memory_bytes:
             yield _does_not_fit(found, stage)

@@ -28,8 +28,8 @@ from flashmorph.stages import DistillSettings, ExtendSettings
 
 
 class Pass(NamedTuple):
-    """One share of a stage's work for each of its tokens: all products, and what is left of them in kernels that skip
-    what a causal mask or a window hides; `again` is what of the latter is done a second time, to save memory."""
+    """One share of a stage's work for each of its tokens: all products, and those of kernels, which skip
+    pairs that a causal mask or a window hides; `again` are those that run a second time, to save memory."""
 
     name: str
     flops: float
@@ -55,7 +55,7 @@ class Work(NamedTuple):
 
     @property
     def once(self) -> float:
-        """`causal` less what is done a second time: what the share of a GPU's peak (MFU) is taken of."""
+        """`causal` without the products that run a second time: the basis of the share of a GPU's peak (MFU)."""
         return self.causal - self.tokens * sum(each.again for each in self.passes)
 
 
@@ -182,7 +182,7 @@ def select_work(model: Model, recipe: Recipe) -> Work | None:
         teacher = [*model.part(FULL, length), *model.part(FEED_FORWARD, length)]
         passes.append(_times("teacher forward", model.layers, operations(teacher)))
     if race_places(recipe):
-        # Every layer that is not full runs in each place, and on average half of the layers are shared.
+        # Every layer that is not full runs in each race, and on average half of the layers are shared.
         plans = race_places(recipe) * (model.layers - model.num_full + 1)
         raced = plans * START_QUESTIONS * recipe.select.search.longest / 2 / tokens
         passes.append(_times("first questions of the races", raced, body_forward(model, recipe.select.search.longest)))
@@ -202,7 +202,7 @@ def logits_work(model: Model, recipe: Recipe) -> Work:
 
 
 def _teacher(model: Model, length: int, times: int) -> list[Pass]:
-    """The teacher's layers forward, its logits as often as told."""
+    """The teacher's layers forward, its logits `times` times."""
     layers = operations([*model.part(FULL, length), *model.part(FEED_FORWARD, length)])
     logits = times * model.head
     about = "teacher's logits" + (", twice" if times > 1 else "")

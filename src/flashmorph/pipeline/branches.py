@@ -26,7 +26,7 @@ from flashmorph.run.digests import (
     training_settings,
 )
 from flashmorph.run.folder import Stage
-from flashmorph.run.models import divided, open_stage
+from flashmorph.run.models import open_sharded, open_stage
 from flashmorph.run.run import Run
 from flashmorph.stages import (
     align,
@@ -66,7 +66,7 @@ def run_align(run: Run, host: Stage) -> Stage:
             morphable, start[:] = attach(open_stage(run, host), first["input_ids"])
             return morphable
 
-        morphable = divided(run, open_attached, shard_morphable)
+        morphable = open_sharded(run, open_attached, shard_morphable)
         align(morphable, rows, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16 and run.shards):
             errors = alignment_errors(morphable, **first)
@@ -88,7 +88,7 @@ def run_align(run: Run, host: Stage) -> Stage:
 
 def worse_than_silent(errors: Sequence[float], layers: int) -> list[int]:
     """Layers one of whose branches has a relative error of 1 or more; `errors` has those of each layer in turn."""
-    return sorted({place * layers // len(errors) for place, error in enumerate(errors) if not error < 1})
+    return sorted({index * layers // len(errors) for index, error in enumerate(errors) if not error < 1})
 
 
 def warning(worse: list[int]) -> str:

@@ -43,7 +43,7 @@ from flashmorph.run.digests import (
     select_settings,
 )
 from flashmorph.run.folder import Stage
-from flashmorph.run.models import divided, open_morphable, run_search
+from flashmorph.run.models import open_morphable, open_sharded, run_search
 from flashmorph.run.run import Results, Run
 from flashmorph.selection import BASELINE, STRATEGIES
 from flashmorph.selection.search import plan_without_search
@@ -101,7 +101,7 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
     """Which layers stay full, by the recipe's strategy.
 
     Raises:
-        UserError: see `with_signal`; or the strategy trains whole models and weights are divided.
+        UserError: see `with_signal`; or the strategy trains whole models and weights are sharded.
     """
     chosen, strategy = run.recipe.select, STRATEGIES[run.recipe.select.strategy]
     if run.shards and strategy.needs_training:
@@ -110,7 +110,7 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
     recipe = run.recipe
 
     def work(folder: Path, report: Report) -> Figures:
-        morphable = divided(run, lambda: open_morphable(run, host, branches), shard_morphable)
+        morphable = open_sharded(run, lambda: open_morphable(run, host, branches), shard_morphable)
         fitted = replace(run, recipe=run.at_once("select", folder))
         found = run_search(fitted, morphable, recipe.budget, folder, report)
         if distributed.is_first():

@@ -27,7 +27,7 @@ from flashmorph.recipe.questions import open_questions
 from flashmorph.records import Figures
 from flashmorph.run.digests import task_settings
 from flashmorph.run.folder import Stage
-from flashmorph.run.models import divided, open_morphable, open_objective
+from flashmorph.run.models import open_morphable, open_objective, open_sharded
 from flashmorph.run.run import Run
 from flashmorph.selection.strategy import Objective
 from flashmorph.tasks import Example
@@ -167,7 +167,7 @@ def run_signal(run: Run, host: Stage, branches: Stage) -> Stage:
     def work(folder: Path, report: Report) -> Figures:
         fitted = replace(run, recipe=run.at_once("signal", folder))
         search = fitted.recipe.select.search.model_copy(update={"questions": number})
-        morphable = divided(run, lambda: open_morphable(run, host, branches), shard_morphable)
+        morphable = open_sharded(run, lambda: open_morphable(run, host, branches), shard_morphable)
         objective = open_objective(fitted, morphable, folder, search)
         by_task = measure_signal(list(recipe.tasks), morphable.space(Budget("layers", 1)), objective, report)
         left_out = [name for name, figures in by_task.items() if figures["interval"][0] <= 0]

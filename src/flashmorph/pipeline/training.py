@@ -23,7 +23,7 @@ from flashmorph.run.digests import (
     training_settings,
 )
 from flashmorph.run.folder import Stage
-from flashmorph.run.models import divided, open_stage
+from flashmorph.run.models import open_sharded, open_stage
 from flashmorph.run.run import Run
 from flashmorph.stages import (
     RowsWithLogits,
@@ -62,8 +62,8 @@ def run_distill(run: Run, host: Stage, built: Stage, label: str) -> Stage:
 
     def train(folder: Path, rows: Rows, report: Report) -> None:
         settings = run.at_once("distill", folder).distill
-        student = divided(run, lambda: open_stage(run, built), shard_student)
-        teacher = None if logits else divided(run, lambda: open_stage(run, host), shard_teacher)
+        student = open_sharded(run, lambda: open_stage(run, built), shard_student)
+        teacher = None if logits else open_sharded(run, lambda: open_stage(run, host), shard_teacher)
         given = RowsWithLogits(rows, logits.folder) if logits else rows
         distill(student, teacher, given, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
         save_model(student, folder / "model", built.folder / "model")
@@ -103,7 +103,7 @@ def run_extend(run: Run, distilled: Stage, label: str) -> Stage:
     def train(folder: Path, rows: Rows, report: Report) -> None:
         settings = run.at_once("extend", folder).extend
         assert settings
-        model = divided(run, lambda: open_stage(run, distilled), shard_student)
+        model = open_sharded(run, lambda: open_stage(run, distilled), shard_student)
         extend(model, rows, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
         save_model(model, folder / "model", distilled.folder / "model")
 

@@ -32,7 +32,7 @@ def open_stage(run: Run, stage: Stage) -> PreTrainedModel:
     return load_model(stage.folder / "model", torch.float32, run.loads_on)
 
 
-def divided(run: Run, make: Callable[[], Model], shard: Callable[[Model, torch.device, bool], Model]) -> Model:
+def open_sharded(run: Run, make: Callable[[], Model], shard: Callable[[Model, torch.device, bool], Model]) -> Model:
     """The model that `make` returns, sharded over the ranks if the recipe sets `shard`."""
     if not run.shards:
         return make()

@@ -1,4 +1,4 @@
-"""What a search keeps on disk: losses of plans, and its own state. The first process writes, all are told the same."""
+"""Files of a search: losses of plans, and its own state. Rank 0 writes, all processes read the same."""
 
 import hashlib
 import json

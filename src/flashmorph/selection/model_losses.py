@@ -1,6 +1,6 @@
 """Losses of gates and of plans on the batches of a search, run on a morphable model: no disk, no counting.
 
-Several processes run a share of each batch, and all are told the same.
+Several processes run a share of each batch and get the same results.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -97,11 +97,11 @@ class ModelLosses:
         run first, in the same model, once a batch.
         """
         ids, marks = self._tensors(batch)
-        places = marks.roll(-1, 1)
+        predicting = marks.roll(-1, 1)
         outputs: list[torch.Tensor] = []
 
         def keep(layer: MorphableLayer, hidden: torch.Tensor, arguments: LayerArguments, output: torch.Tensor) -> None:
-            outputs.append(output[places])
+            outputs.append(output[predicting])
 
         with torch.no_grad():
             self.morphable(ids, observer=keep)

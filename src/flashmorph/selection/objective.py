@@ -104,13 +104,13 @@ class MorphableObjective:
                     if counts:
                         self._ledger.plans(keys, gates, part, self._data.settings.longest)
                 asked = {question for part, _ in together for question in part}
-                missing = [place for place in range(len(plans)) if not known[place].keys() >= asked]
+                missing = [index for index in range(len(plans)) if not known[index].keys() >= asked]
                 if missing:
                     own, _ = together[distributed.rank()]
                     rows = [self._data.questions()[question] for question in own]
-                    for place, losses in self._losses.of_plans([plans[place] for place in missing], rows):
+                    for index, losses in self._losses.of_plans([plans[index] for index in missing], rows):
                         for found in distributed.gather(dict(zip(own, losses.tolist(), strict=True))):
-                            known[missing[place]].update(found)
+                            known[missing[index]].update(found)
                     unwritten.update(missing)
                 if report:
                     report(number / len(rounds))
@@ -174,10 +174,10 @@ class MorphableObjective:
             raise UserError("this strategy weighs text too: give the objective validation text, `text`")
         return self._text
 
-    def _write_losses(self, plans: Sequence[Plan], known: Sequence[dict[int, float]], places: set[int]) -> None:
-        while places:
-            place = places.pop()
-            keep_losses(self._evaluations, plans[place], known[place])
+    def _write_losses(self, plans: Sequence[Plan], known: Sequence[dict[int, float]], unwritten: set[int]) -> None:
+        while unwritten:
+            index = unwritten.pop()
+            keep_losses(self._evaluations, plans[index], known[index])
 
 
 def _check_finite(losses: Any, kind: str, plan: Plan) -> None:

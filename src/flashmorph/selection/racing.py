@@ -13,14 +13,14 @@ from flashmorph.selection.measure import first_questions
 from flashmorph.selection.strategy import Objective, Search
 
 START_QUESTIONS = 6
-"""Of a race for a place, where the plan that is there is defended. `race`, which defends none, asks more."""
+"""Of a race in which the plan so far is defended. `race`, which defends none, asks more."""
 MOST_QUESTIONS = 64
 CONFIDENCE = 0.8
 """Small, since what leaves a race by mistake is nearly as good as what stays (docs/decisions/0020)."""
 
 
 class Finish(NamedTuple):
-    """How a race ended: the winner's place and mean loss in nats, and the place of the last one that it beat."""
+    """The result of a race: index and mean loss in nats of the winner, and the index of the last plan that it beat."""
 
     winner: int
     loss: float
@@ -47,30 +47,30 @@ class Track:
         Given what each plan costs more than `base`, `costs` `[plans]`, they race by how much the loss rises above that
         of `base` for each unit of cost.
         """
-        losses = {place: np.empty(0) for place in range(len(plans))}
+        losses = {index: np.empty(0) for index in range(len(plans))}
         running, asked, runner_up = list(losses), 0, None
         while True:
             is_first_round = not asked
             until = min(len(self._order), max(self._start, 2 * asked))
-            entrants = [*(plans[place] for place in running), *([base] if base else [])]
+            entrants = [*(plans[index] for index in running), *([base] if base else [])]
             new = self._objective.evaluate(entrants, self._order[asked:until])
-            for place, more in zip(running, new, strict=False):
-                share = more if base is None or costs is None else (more - new[-1]) / costs[place]
-                losses[place] = np.concatenate([losses[place], share])
-                mean = float(losses[place].mean())
-                entry = {"assignments": plans[place].assignments, "loss": mean, "questions": until}
+            for index, more in zip(running, new, strict=False):
+                share = more if base is None or costs is None else (more - new[-1]) / costs[index]
+                losses[index] = np.concatenate([losses[index], share])
+                mean = float(losses[index].mean())
+                entry = {"assignments": plans[index].assignments, "loss": mean, "questions": until}
                 self.trace.append(entry)
             asked = until
-            running.sort(key=lambda place: losses[place].mean())
+            running.sort(key=lambda index: losses[index].mean())
             best, *rest = running
             runner_up = rest[0] if rest else runner_up
             if asked < len(self._order):
                 half = len(running) if is_first_round else max(2, math.ceil(len(running) / 2))
                 stay = set(running[:half]) | ({0} if defended else set())
                 rest = [
-                    place
-                    for place in rest
-                    if place in stay and margin(losses[place] - losses[best], self._confidence) >= 0
+                    index
+                    for index in rest
+                    if index in stay and margin(losses[index] - losses[best], self._confidence) >= 0
                 ]
             if not rest or asked == len(self._order):
                 return Finish(best, float(losses[best].mean()), runner_up)
@@ -84,12 +84,12 @@ def margin(differences: np.ndarray, confidence: float) -> float:
     return float(quantile * error - differences.mean())
 
 
-def improve_by_swaps(search: Search, scores: np.ndarray, places: int, trace: list[Figures]) -> np.ndarray:
+def improve_by_swaps(search: Search, scores: np.ndarray, layers: int, trace: list[Figures]) -> np.ndarray:
     """Exchange the scores `[groups, options]` of two layers where that makes a better plan of them.
 
-    For each of the `places` layers of the lowest scores among those that have more than their cheapest option, the
-    weakest first, the plan races against all that have another layer there, forward passes only; the winner takes its
-    place. Options must cost the same in every layer.
+    For each of the `layers` lowest-scored layers among those above their cheapest option, the weakest first, the plan
+    races against all plans with another layer instead, forward passes only; the winner replaces it. Options must cost
+    the same in every layer.
     """
     space, budget = search.space, search.budget
     questions = first_questions(search, MOST_QUESTIONS)
@@ -97,7 +97,7 @@ def improve_by_swaps(search: Search, scores: np.ndarray, places: int, trace: lis
     own = space.one_hot(space.best(scores, budget)).argmax(1)
     worth = scores[rows, own] - scores[rows, order[:, 1]]
     kept = [row for row in rows.tolist() if own[row] != order[row, 1]]
-    weakest = sorted(kept, key=lambda row: worth[row])[:places]
+    weakest = sorted(kept, key=lambda row: worth[row])[:layers]
     for number, out in enumerate(weakest, 1):
         own = space.one_hot(space.best(scores, budget)).argmax(1)
         others = [row for row in rows.tolist() if own[row] == order[row, 1]]

@@ -93,8 +93,8 @@ class Objective(Protocol):
     ) -> np.ndarray:
         """Mean answer cross-entropy `[plans, questions]` of plans on search-validation `questions` (all by default).
 
-        Plans are cheapest together: what they have in common from the first layer up is computed once. `report` is
-        told which share is done.
+        Plans are cheapest together: layers that they share from the first one up are computed once. `report` is called
+        with the share that is done.
         """
         ...
 
@@ -142,7 +142,7 @@ class Asked(Exception):
 class Unasked:
     """The objective of strategies that search nothing; `Asked` is raised where one is asked after all.
 
-    A strategy that is started with it refuses what is wrong with space, budget and settings, or raises `Asked`.
+    A strategy that is started with it refuses wrong spaces, budgets and settings, or raises `Asked`.
     """
 
     def __init__(self, num_questions: int = 0):
@@ -197,7 +197,7 @@ class Strategy:
     asks the model nothing; one that `asks_questions` chooses by the answers to questions (with the setting `data` at
     `text` none does). `needs_text` and `needs_training` are for those that weigh text or train weights.
     `gradient_loss` is the loss whose gradient is asked for, one batch in each of `steps`; `gate_label` what their
-    gates are in a picture. `raced(settings)` is how many places of a plan are raced for at the end. What is not
+    gates are in a picture. `raced(settings)` is how many full layers of a plan race at the end. What is not
     `seeded` gives the same for every seed. `two_options`: it cannot choose among more. `finds_budget`: the number of
     full layers is what it finds.
     """

@@ -3,7 +3,7 @@
 Every step draws Gumbel noise on the logits, runs the *hard* plan of `Space.best` (so the search sees what will be
 built, and rounding loses nothing), and sends the gradient of the hard gates back to the logits, projected onto the
 budget's plane. The noise falls as the search settles. There is no penalty to tune. One search serves every budget, and
-it may be short: at the end of it the weakest layers of the budget's own plan race against all others for their place,
+it may be short: at the end of it the lowest-scored full layers of the plan race against all other layers,
 forward passes only.
 """
 
@@ -42,7 +42,7 @@ def budgeted_gates(
     spends its own budget, from the smallest that buys a layer to nearly all, so that the logits do not depend on
     `budget` and one search serves every count. With `shared_moment` steps keep the proportions of the gradients
     (`SharedAdam`) instead of being equally long for every logit. The logits cannot say that one layer makes up for
-    another; so at the end the places of the `swaps` weakest layers of the plan are raced for (`improve_by_swaps`; 0 for
+    another; so at the end the `swaps` lowest-scored full layers race against all others (`improve_by_swaps`; 0 for
     none), where options cost the same everywhere.
 
     Raises:
@@ -75,7 +75,7 @@ def budgeted_gates(
 
 
 def _reuse(settings: Mapping[str, Any]) -> Reuse:
-    """With random budgets the logits do not depend on the budget; the races for a plan's places do."""
+    """With random budgets the logits do not depend on the budget; the races at its end do."""
     if not settings["random_budget"]:
         return "nothing"
     return "state" if settings["swaps"] else "scores"

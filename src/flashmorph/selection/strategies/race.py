@@ -39,7 +39,7 @@ def race(
     Races run over the first `num_questions` of the search-validation split, from `start_questions` on doubling. A
     candidate leaves when the paired t-interval of that `confidence` around its mean difference to the best lies above
     0: the more the candidates differ, the fewer questions it takes. With `swaps` the plan found runs once against
-    those in which the last race's runner-up takes the place of a layer that was chosen earlier; only such an interval
+    those in which the last race's runner-up replaces a layer that was chosen earlier; only such an interval
     or the mean over all questions can beat it.
 
     A layer's score is the order of choice: K for the first, 1 for the last, 0 for a layer that was not chosen. In the
@@ -66,9 +66,9 @@ def race(
 
     spend()
     if swaps:
-        # In the place of the last one the runner-up has run already.
-        places = range(len(chosen) - 1) if spare else ()
-        choices = [chosen, *([*chosen[:place], spare, *chosen[place + 1 :]] for place in places)]
+        # Instead of the last one the runner-up has run already.
+        replaced = range(len(chosen) - 1) if spare else ()
+        choices = [chosen, *([*chosen[:index], spare, *chosen[index + 1 :]] for index in replaced)]
         choices = [moves for moves in choices if space.cost_of(moved(nothing, *moves)) <= limit]
         finish = track.run([moved(nothing, *moves) for moves in choices], defended=True)
         chosen = choices[finish.winner]

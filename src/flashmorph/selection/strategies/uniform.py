@@ -21,7 +21,7 @@ def uniform(
     layers = len(space.layers)
     groups = len(space.best(group_scores(space, [0.0] * len(space.groups)), budget).full_groups)
     kept = max(1, groups * layers // len(space.groups))
-    edges = [round(layers * place / kept) for place in range(kept + 1)]
+    edges = [round(layers * number / kept) for number in range(kept + 1)]
     smallest = min(stop - start for start, stop in zip(edges, edges[1:], strict=False))
     if offset is not None and not 0 <= offset < smallest:
         raise UserError(
