@@ -14,7 +14,7 @@ def notes(found: Estimate) -> Iterator[str]:
     if not gpu:
         yield "Hours and what fits: name a GPU, for example --gpu h200. Formulas: --explain."
         if any(stage.auto for stage in found.stages):
-            yield "memory of a GPU: settings at `auto` count as one row at once, the least; a named GPU has its own choice."
+            yield "memory of a GPU: settings at `auto` count as one row at once; a named GPU has its own choice."
         return
     yield (
         f"Hours assume {found.utilisation:.0%} of the peak of {found.num_gpus} x {gpu.name} ({amount(gpu.flops)}FLOP/s "
