@@ -6,7 +6,7 @@ Random weights: speed does not depend on what they know. For align, gates and di
 `default`: tokens a second, share of the GPU's peak, memory at its peak and what `flashmorph estimate` says of it; how
 many hours the gates' descent takes at those settings (`--search`: the whole search is run); prefill and decode of
 teacher and hybrid; and which kernels of flash-linear-attention ran, by the profiler. Writes
-`benchmarks/results/gpu.json`.
+`benchmarks/results/gpu.json` after each part.
 Without CUDA the same code runs at toy size on the CPU, says that it measured nothing, and writes nothing.
 """
 
@@ -15,6 +15,7 @@ import gc
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -106,10 +107,12 @@ class Run:
 
     def part(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
         """Run one part; where memory is too small for it, that is what was found."""
+        start = time.perf_counter()
         try:
             self.found[name] = work()
-        except torch.OutOfMemoryError:
-            self.found[name] = {"out_of_memory": True}
+        except torch.OutOfMemoryError as error:
+            self.found[name] = {"out_of_memory": str(error)}
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -245,42 +248,56 @@ class Run:
                     raise
 
 
+PARTS = ("align", "gates", "distill", "contexts")
+
+
 def main() -> None:
-    """Measure, print and write; or run at toy size and say so."""
+    """Measure part by part, each written as it is done; or run at toy size and say so."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", help="its name in `flashmorph estimate`, for the share of its peak: h200, a100, ...")
+    parser.add_argument("--gpu", help="its name in `flashmorph estimate`, for the share of its peak: h100, h200, ...")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure; default: all")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of each stage, after one that is not")
-    parser.add_argument("--lengths", default="32768,65536,131072,262144")
+    parser.add_argument("--lengths", default="8192,32768,65536,131072,262144")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of prefill and decode")
     parser.add_argument("--search", action="store_true", help="run the whole search, not only some of its steps")
-    parser.add_argument("--toy", action="store_true", help="toy size on the CPU; measures nothing")
+    parser.add_argument("--toy", action="store_true", help="toy size; measures nothing")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu.json"))
     arguments = parser.parse_args()
     quiet()
-    toy = arguments.toy or not torch.cuda.is_available()
-    device = pick_device("cpu" if toy else "cuda")
+    on_gpu = torch.cuda.is_available()
+    toy = arguments.toy or not on_gpu
+    device = pick_device("auto" if on_gpu else "cpu")
     recipe = load_recipe("default", TOY_RECIPE if toy else None)
     gpu = find_gpu(arguments.gpu) if arguments.gpu else None
     steps, lengths = (2, [64, 128]) if toy else (arguments.steps, numbers("--lengths", arguments.lengths))
     run = Run(TOY_SHAPE if toy else SHAPE, recipe, device, gpu, steps)
-    run.part("align", run.align)
-    run.part("gates", lambda: run.gates(arguments.search or toy))
-    run.part("distill", run.distill)
-    run.part("contexts", lambda: run.contexts(lengths, 1 if toy else arguments.repeats))
+    works = {
+        "align": run.align,
+        "gates": lambda: run.gates(arguments.search or toy),
+        "distill": run.distill,
+        "contexts": lambda: run.contexts(lengths, 1 if toy else arguments.repeats),
+    }
+    figures = {} if toy else head(run)
+    for name in arguments.parts:
+        run.part(name, works[name])
+        if not toy:
+            write_json(arguments.output, {**figures, **run.found})
     if toy:
-        print(f"No GPU was used: {', '.join(run.found)} ran at toy size on the CPU. This measured nothing.")
+        print(f"{', '.join(run.found)} ran at toy size on {describe()['device']}. This measured nothing.")
         return
-    figures = {
+    show_steps(run.found)
+    if "models" in run.found.get("contexts", {}):
+        show(run.found["contexts"])
+
+
+def head(run: Run) -> dict[str, Any]:
+    """What the figures are of: command, machine, shape and settings."""
+    return {
         "command": f"python benchmarks/gpu.py {shlex.join(sys.argv[1:])}".strip(),
-        "machine": {**describe(), **measure_rates(device, torch.bfloat16).to_dict()},
+        "machine": {**describe(), **measure_rates(run.device, torch.bfloat16).to_dict()},
         "shape": SHAPE,
         "settings": run.recipe.model_dump(mode="json", include={"align", "select", "distill"}),
-        **run.found,
     }
-    write_json(arguments.output, figures)
-    show_steps(run.found)
-    if "models" in run.found["contexts"]:
-        show(run.found["contexts"])
 
 
 def show_steps(found: dict[str, Any]) -> None:
@@ -289,6 +306,8 @@ def show_steps(found: dict[str, Any]) -> None:
     for column in ("stage", "tokens a second", "of the peak", "memory, GiB", "planned"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for name in ("align", "gates", "distill"):
+        if name not in found:
+            continue
         each = found[name]
         if "seconds" not in each:
             table.add_row(name, "out of memory")
@@ -297,12 +316,13 @@ def show_steps(found: dict[str, Any]) -> None:
         sizes = (f"{each[key] / 2**30:,.1f}" for key in ("peak_bytes", "peak_bytes_planned"))
         table.add_row(name, f"{each['tokens_per_second']:,.0f}", share, *sizes)
     Console().print(table)
-    if hours := found["gates"].get("hours_of_descent"):
+    gates = found.get("gates", {})
+    if hours := gates.get("hours_of_descent"):
         print(f"gates: {hours:.2f} hours for all steps of the descent, without the neighbours tried at its end")
-    if whole := found["gates"].get("whole_search"):
+    if whole := gates.get("whole_search"):
         print(f"gates: {whole['hours']:.2f} hours for the whole search")
-    kernels = found["align"].get("kernels", {}).get("fla", [])
-    print(f"kernels of flash-linear-attention: {', '.join(kernels) or 'none ran'}")
+    if "kernels" in found.get("align", {}):
+        print(f"kernels of flash-linear-attention: {', '.join(found['align']['kernels']['fla']) or 'none ran'}")
 
 
 if __name__ == "__main__":

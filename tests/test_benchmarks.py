@@ -11,5 +11,5 @@ def test_without_a_gpu_the_gpus_benchmark_runs_and_says_that_it_measured_nothing
     monkeypatch.setattr("sys.argv", ["gpu.py", "--toy", "--gpu", "h200", "--output", str(output)])
     runpy.run_path(str(BENCHMARKS / "gpu.py"), run_name="__main__")
     printed = capsys.readouterr().out
-    assert "align, gates, distill, contexts ran at toy size on the CPU. This measured nothing." in printed
+    assert "align, gates, distill, contexts ran at toy size on cpu. This measured nothing." in printed
     assert not output.exists()

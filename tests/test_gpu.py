@@ -2,42 +2,155 @@
 
 import copy
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import run_command
 from test_layerwise import assert_same_checkpoint, saved
 from test_packing import CASES, hybrid, morphable_model, moved, packed_rows, planted, run_apart
+from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
+from flashmorph.bench import kernels_of
 from flashmorph.cli.environment import describe
 from flashmorph.convert.streamed import transplant_checkpoint
 from flashmorph.data.isolation import cut, marked
-from flashmorph.hosts import supports_varlen
+from flashmorph.hosts import host_for, supports_varlen
+from flashmorph.mixers.kernels import kernel_runs
+from flashmorph.model.morphable import Morphable
+from flashmorph.plan import Budget
+from flashmorph.stages.align import AlignmentLoss
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+COMMITTED = Path(__file__).parent.parent / "benchmarks" / "results"
+SHAPE = {
+    "vocab_size": 512,
+    "hidden_size": 512,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+"""Heads as those of real models: of some kernels not every width is tried by anybody."""
+TEACHERS = {"Gated DeltaNet": Qwen3Config(**SHAPE), "Mamba2": LlamaConfig(**SHAPE)}
+PACKAGES = {"Gated DeltaNet": "fla", "Mamba2": "mamba_ssm"}
+
+
+def morphable_of(teacher: PreTrainedConfig) -> Morphable:
+    """A random host on the CPU, in float32, its branches untrained."""
+    torch.manual_seed(0)
+    host = host_for(teacher)
+    return Morphable(host.model_class(host.config(teacher)))  # type: ignore[arg-type]
+
+
+def ids_of(rows: int = 2, time: int = 300) -> torch.Tensor:
+    """No multiple of a kernel's chunk long."""
+    return torch.randint(512, (rows, time), generator=torch.Generator().manual_seed(1))
+
+
+def passes(morphable: Morphable, dtype: torch.dtype | None) -> list[torch.Tensor]:
+    """Hidden states with every branch half open, and the gradients of all branches, each flattened."""
+    weights = [weight.requires_grad_(True) for each in morphable.branch_parameters() for weight in each]
+    gates = torch.full((len(morphable.layers), len(morphable.options)), 0.5, device=morphable.device)
+    with torch.autocast(morphable.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        hidden = morphable(ids_of().to(morphable.device), gates)
+    direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2)).to(hidden.device)
+    gradients = torch.autograd.grad((hidden.float() * direction).sum(), weights)
+    return [hidden.float().flatten().cpu(), *(each.float().flatten().cpu() for each in gradients)]
+
+
+def needs_kernel(name: str) -> None:
+    """Skip where the kernels of this mixer are not installed."""
+    kernels = host_for(TEACHERS[name]).mixers["linear"].kernels
+    morphable_of(TEACHERS[name])
+    if not (kernels and kernel_runs(kernels, torch.device("cuda"))):
+        pytest.skip(f"{PACKAGES[name]} is not installed")
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of two vectors, as a share of the second's length."""
+    return float((found - expected).detach().norm() / expected.detach().norm())
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_gpu_computes_what_the_references_compute_on_a_cpu(name):
+    """With a kernel where there is one, in tf32."""
+    expected = passes(morphable_of(TEACHERS[name]), None)
+    found = passes(morphable_of(TEACHERS[name]).cuda(), None)
+    distances = list(map(distance, found, expected))
+    assert max(distances) < 1e-2, distances
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_in_bfloat16_a_gpu_computes_nearly_that(name):
+    """All gradients together: those of a few numbers, such as decays, are mostly rounding."""
+    expected = passes(morphable_of(TEACHERS[name]), None)
+    found = passes(morphable_of(TEACHERS[name]).cuda(), torch.bfloat16)
+    assert distance(found[0], expected[0]) < 5e-2
+    assert distance(torch.cat(found[1:]), torch.cat(expected[1:])) < 5e-2
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_alignment_runs_the_kernels(name):
+    needs_kernel(name)
+    morphable = morphable_of(TEACHERS[name]).cuda()
+    for weight in (weight for each in morphable.branch_parameters() for weight in each):
+        weight.requires_grad_(True)
+    loss = AlignmentLoss(morphable)
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss(ids_of().cuda())["loss"].backward()
+
+    names = kernels_of(step, torch.device("cuda"), PACKAGES[name])[PACKAGES[name]]
+    print(f"{name}: {', '.join(names)}")
+    assert names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", TEACHERS)
+@torch.no_grad()
+def test_with_a_cache_a_hybrid_writes_what_it_would_without(name, dtype):
+    morphable = morphable_of(TEACHERS[name])
+    budget = Budget("layers", 1)
+    model = morphable.instantiate(morphable.space(budget).plan(["layers.1"], budget)).to("cuda", dtype).eval()
+    ids = ids_of().cuda()
+    whole = model(input_ids=ids).logits.float()
+    read = model(input_ids=ids[:, :-8], use_cache=True)
+    steps = [read.logits[:, -1:]]
+    for place in range(ids.shape[1] - 8, ids.shape[1]):
+        steps.append(
+            model(input_ids=ids[:, place : place + 1], past_key_values=read.past_key_values, use_cache=True).logits
+        )
+    found = torch.cat(steps, 1).float()
+    assert distance(found, whole[:, -9:]) < (1e-2 if dtype == torch.float32 else 5e-2)
+
 
 @pytest.fixture(scope="module")
-def on_both(tmp_path_factory) -> dict[str, dict]:
-    """`results.json` of the demo on the CPU and on CUDA."""
-    results = {}
-    for device in ("cpu", "cuda"):
-        folder = tmp_path_factory.mktemp("demo") / device
-        assert run_command("morph", "tiny", "--recipe", "demo", "--output", folder, "--device", device) == 0
-        results[device] = json.loads((folder / "results.json").read_text())
-    return results
+def demo(tmp_path_factory) -> dict:
+    """`results.json` of the demo on CUDA; kept in the folder that FLASHMORPH_GPU_RESULTS names."""
+    folder = tmp_path_factory.mktemp("demo")
+    assert run_command("morph", "tiny", "--recipe", "demo", "--output", folder, "--device", "cuda") == 0
+    if kept := os.environ.get("FLASHMORPH_GPU_RESULTS"):
+        shutil.copy(folder / "results.json", Path(kept) / "demo_cuda.json")
+    return json.loads((folder / "results.json").read_text())
 
 
-def test_cuda_chooses_the_same_layers(on_both):
-    assert on_both["cuda"]["layers"] == on_both["cpu"]["layers"]
+def test_demo_chooses_the_layers_that_a_cpu_chooses(demo):
+    assert demo["layers"] == json.loads((COMMITTED / "demo.json").read_text())["layers"]
 
 
-def test_cuda_reaches_the_same_recall(on_both):
-    low, high = on_both["cpu"]["hybrid"]["recall_interval"]
-    assert low <= on_both["cuda"]["hybrid"]["recall"] <= high
+def test_demo_reaches_the_recall_that_a_cpu_reaches(demo):
+    low, high = json.loads((COMMITTED / "demo.json").read_text())["hybrid"]["recall_interval"]
+    assert low <= demo["hybrid"]["recall"] <= high
 
 
 def test_a_checkpoint_moves_on_cuda_into_the_same_weights(tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -287,3 +288,26 @@ def test_installed_kernels_that_cannot_run_here_are_not_run(machine_with_kernels
 def test_the_implementation_in_use_is_named(kernels, name):
     module = implementation_in_use(kernels.module, name)
     assert module == "PyTorch reference" or module.split(".")[0] in ("fla", "causal_conv1d", "mamba_ssm")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_a_kernel_that_calls_one_which_is_not_installed_is_not_used(machine_with_kernels):
+    """mamba-ssm's scan with its convolution fused calls causal-conv1d, which it does not require."""
+    shutil.rmtree(machine_with_kernels / "causal_conv1d")
+    paths = os.pathsep.join([str(machine_with_kernels), os.environ.get("PYTHONPATH", "")])
+    script = (
+        "from flashmorph.hosts import HOSTS, use_kernels\n"
+        "from flashmorph.mixers.kernels import implementation_in_use\n"
+        "use_kernels('granitemoehybrid')\n"
+        "for host in HOSTS:\n"
+        "    for mixer in host.mixers.values():\n"
+        "        for name in mixer.kernels.functions if mixer.kernels else ():\n"
+        "            print(name, implementation_in_use(mixer.kernels.module, name))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    used = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert used["mamba2_split_conv1d_scan_combined"] == used["causal_conv1d_fn"] == "PyTorch reference"
+    assert used["mamba2_chunk_scan"] == "mamba_ssm.ops.triton.ssd_combined"

@@ -6,7 +6,7 @@ import torch
 
 from flashmorph.data.isolation import how_apart
 from flashmorph.devices import pick_device, use_bf16
-from flashmorph.hosts import HOSTS, supports_varlen
+from flashmorph.hosts import HOSTS, supports_varlen, use_kernels
 from flashmorph.mixers.kernels import REFERENCE, implementation_in_use
 from flashmorph.versions import own_version, version_of
 
@@ -32,6 +32,7 @@ def describe() -> dict[str, str]:
     facts["cpu threads"] = str(torch.get_num_threads())
     facts["bfloat16 products"] = "used" if use_bf16(device) else "not used (slow or missing on this device)"
     for host in HOSTS:
+        use_kernels(host.model_type)
         for kernels in (mixer.kernels for mixer in host.mixers.values() if mixer.kernels):
             facts |= {name: _kernel(kernels.module, name, device) for name in kernels.functions}
     for host in HOSTS:

@@ -26,17 +26,19 @@ def dispatch_by_device(
     functions: Iterable[str],
     apart: Mapping[str, Callable] = MappingProxyType({}),
     lean: Mapping[str, Callable] = MappingProxyType({}),
+    needs: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Make these functions of a transformers modelling module choose by the device of their first tensor.
 
     `apart` are our own versions that keep packed documents apart on CUDA where no kernel does; `lean` are those that
-    run in place of transformers' reference.
+    run in place of transformers' reference. Where a function `needs` another that has no kernel, its reference runs.
     """
     module = importlib.import_module(module_name)
     for name in functions:
         decorated = getattr(module, name)
         if not hasattr(decorated, "dispatches_by_device"):
-            setattr(module, name, _dispatching(decorated, apart.get(name), lean.get(name)))
+            alone = name in needs and implementation_in_use(module_name, needs[name]) == REFERENCE
+            setattr(module, name, _dispatching(decorated, apart.get(name), lean.get(name), alone))
 
 
 def implementation_in_use(module_name: str, function: str) -> str:
@@ -74,8 +76,10 @@ def _implementation(decorated: Callable) -> str:
     return REFERENCE
 
 
-def _dispatching(decorated: Callable, apart: Callable | None, lean: Callable | None) -> Callable:
+def _dispatching(decorated: Callable, apart: Callable | None, lean: Callable | None, alone: bool) -> Callable:
+    """`alone`: without the kernel that this one's would call."""
     reference = decorated.__wrapped__  # type: ignore[attr-defined]
+    decorated = reference if alone else decorated
     known = inspect.signature(reference).parameters
 
     @functools.wraps(reference)

@@ -37,7 +37,10 @@ class Mamba2:
     separable_by_head = False
     projection = "out_proj"
     kernels: Kernels | None = Kernels(
-        GraniteMoeHybridMambaLayer.__module__, _FUNCTIONS, lean={_FUNCTIONS[0]: chunk_scan, _FUNCTIONS[3]: convolve}
+        GraniteMoeHybridMambaLayer.__module__,
+        _FUNCTIONS,
+        lean={_FUNCTIONS[0]: chunk_scan, _FUNCTIONS[3]: convolve},
+        needs={_FUNCTIONS[2]: _FUNCTIONS[3]},
     )
 
     def build(self, config: PreTrainedConfig, layer: int, attention: nn.Module) -> nn.Module:

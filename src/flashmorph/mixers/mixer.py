@@ -43,13 +43,15 @@ class Kernels(NamedTuple):
     """`functions` of transformers' modelling `module` for which there are faster packages; the first mixes many tokens.
 
     `apart` are versions of our own that keep packed documents apart on CUDA where no kernel does; `lean` are those that
-    need less time and memory than transformers' reference, and run wherever no kernel does.
+    need less time and memory than transformers' reference, and run wherever no kernel does. `needs` are functions whose
+    kernel calls that of another: it is of no use where there is no kernel for the other.
     """
 
     module: str
     functions: tuple[str, ...]
     apart: Mapping[str, Callable[..., Any]] = {}
     lean: Mapping[str, Callable[..., Any]] = {}
+    needs: Mapping[str, str] = {}
 
 
 class Mixer(Protocol):

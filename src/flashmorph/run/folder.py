@@ -6,6 +6,7 @@ stage is not run again, also if it is in another run's folder.
 Rank 0 holds the lock and writes; it broadcasts the records to the other ranks.
 """
 
+import errno
 import logging
 import os
 import shutil
@@ -33,6 +34,7 @@ RECIPE = "recipe.yaml"
 STAGES = "stages"
 _WRITTEN = (STAGES, "data", "compare", "figures")
 """The folders in a run's folder that runs write into."""
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 _PARTIAL = ".partial"
 _RECORD, _SPENT = "stage.json", "spent.json"
 _LOG = logging.getLogger(__name__)
@@ -269,8 +271,11 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """One sentence where the disk does not take it."""
+    """One sentence where the disk does not take it. Other errors of the system are not the folder's."""
     try:
         yield
     except OSError as error:
+        about = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+        if error.errno not in _FULL and not (about and about.is_relative_to(folder)):
+            raise
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
