@@ -5,7 +5,7 @@
 Random weights: speed does not depend on what they know. For align, gates and distill at the settings of the recipe
 `default`: tokens a second, share of the GPU's peak, memory at its peak and what `flashmorph estimate` says of it; how
 many hours the gates' descent takes at those settings (`--search`: the whole search is run); prefill and decode of
-teacher and hybrid; and which kernels of flash-linear-attention ran, by the profiler. Writes
+teacher and hybrid; and which kernels ran, by the profiler. Writes
 `benchmarks/results/gpu.json` after each part.
 Without CUDA the same code runs at toy size on the CPU, says that it measured nothing, and writes nothing.
 """
@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from flashmorph.bench import BenchSettings, bench, kernels_of, measure_rates
 from flashmorph.bench.limit import timed
@@ -68,6 +68,9 @@ TOY_SHAPE = {
     "num_key_value_heads": 1,
     "head_dim": 16,
 }
+TEACHERS = {"qwen3": Qwen3Config, "llama": LlamaConfig}
+PACKAGES = {"qwen3": "fla", "llama": "mamba_ssm"}
+"""Whose kernels the host's linear mixer runs."""
 TOY_RECIPE = {
     **{f"{stage}.{name}": value for stage in ("align", "distill", "extend") for name, value in
        {"tokens": 128, "length": 32, "batch_tokens": 64, "micro_batch_tokens": 64}.items()},
@@ -82,14 +85,12 @@ TOY_RECIPE = {
 class Run:
     """The models of one shape on one device, what the recipe asks of them, and what was found so far."""
 
-    def __init__(self, shape: dict[str, int], recipe: Recipe, device: torch.device, gpu: Gpu | None, steps: int):
-        self.config = Qwen3Config(
-            **shape, max_position_embeddings=2**19, tie_word_embeddings=True, dtype=torch.bfloat16
-        )
+    def __init__(self, config: PreTrainedConfig, recipe: Recipe, device: torch.device, gpu: Gpu | None, steps: int):
+        self.config = config
         self.device, self.gpu, self.steps = device, gpu, steps
         self.bf16 = use_bf16(device)
         self.host = host_for(self.config)
-        self.budget = Budget("layers", shape["num_hidden_layers"] // 4)
+        self.budget = Budget("layers", config.num_hidden_layers // 4)
         space = layer_space(self.host, self.host.config(self.config), self.budget)
         self.plan = plan_without_search(BASELINE, space, self.budget)
         self.recipe = self.fitting(recipe)
@@ -120,8 +121,10 @@ class Run:
     def morphable(self) -> Morphable:
         """The host in float32, all layers full, with untrained branches."""
         torch.manual_seed(0)
-        model = self.host.model_class(cast(Any, self.host.config(self.config)))
-        return Morphable(model.to(self.device, torch.float32))
+        config = self.host.config(self.config)
+        with self.device:
+            model = self.host.model_class(cast(Any, config))
+        return Morphable(model.float())
 
     def ids(self, tokens: int, length: int) -> torch.Tensor:
         """Random rows of `length`."""
@@ -188,7 +191,7 @@ class Run:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 loss(ids)["loss"].backward()
 
-        return {**found, "kernels": kernels_of(once, self.device)}
+        return {**found, "kernels": kernels_of(once, self.device, PACKAGES[self.config.model_type])}
 
     def gates(self, whole_search: bool) -> dict[str, Any]:
         """Some steps of the default search on retrieval questions, and the hours that all of them would take."""
@@ -231,12 +234,13 @@ class Run:
     def contexts(self, lengths: list[int], repeats: int) -> dict[str, Any]:
         """Prefill and decode of the teacher's own class and of the hybrid, in bfloat16, in turns."""
         hybrid = self.host.with_plan(self.host.config(self.config), list(self.plan.assignments.values()))
-        models: dict[str, Any] = {
-            "teacher": Qwen3ForCausalLM(self.config),
-            "hybrid": self.host.model_class(cast(Any, hybrid)),
-        }
+        with self.device:
+            models: dict[str, Any] = {
+                "teacher": AutoModelForCausalLM.from_config(self.config),
+                "hybrid": self.host.model_class(cast(Any, hybrid)),
+            }
         for name, model in models.items():
-            models[name] = model.to(self.device, torch.bfloat16).eval()
+            models[name] = model.to(torch.bfloat16).eval()
         left_out = []
         while True:
             try:
@@ -255,6 +259,7 @@ def main() -> None:
     """Measure part by part, each written as it is done; or run at toy size and say so."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", help="its name in `flashmorph estimate`, for the share of its peak: h100, h200, ...")
+    parser.add_argument("--teacher", choices=TEACHERS, default="qwen3", help="llama: its host's mixer is Mamba2")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure; default: all")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of each stage, after one that is not")
     parser.add_argument("--lengths", default="8192,32768,65536,131072,262144")
@@ -270,7 +275,11 @@ def main() -> None:
     recipe = load_recipe("default", TOY_RECIPE if toy else None)
     gpu = find_gpu(arguments.gpu) if arguments.gpu else None
     steps, lengths = (2, [64, 128]) if toy else (arguments.steps, numbers("--lengths", arguments.lengths))
-    run = Run(TOY_SHAPE if toy else SHAPE, recipe, device, gpu, steps)
+    shape = TOY_SHAPE if toy else SHAPE
+    config = TEACHERS[arguments.teacher](
+        **shape, max_position_embeddings=2**19, tie_word_embeddings=True, dtype=torch.bfloat16
+    )
+    run = Run(config, recipe, device, gpu, steps)
     works = {
         "align": run.align,
         "gates": lambda: run.gates(arguments.search or toy),
@@ -321,8 +330,8 @@ def show_steps(found: dict[str, Any]) -> None:
         print(f"gates: {hours:.2f} hours for all steps of the descent, without the neighbours tried at its end")
     if whole := gates.get("whole_search"):
         print(f"gates: {whole['hours']:.2f} hours for the whole search")
-    if "kernels" in found.get("align", {}):
-        print(f"kernels of flash-linear-attention: {', '.join(found['align']['kernels']['fla']) or 'none ran'}")
+    for package in set(PACKAGES.values()) & found.get("align", {}).get("kernels", {}).keys():
+        print(f"kernels of {package}: {', '.join(found['align']['kernels'][package]) or 'none ran'}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from families import ONE_FOR_EACH_HOST
 from flashmorph.cli.environment import describe
 from flashmorph.hosts import HOSTS, use_kernels
 from flashmorph.mixers import Kernels, Mamba2
+from flashmorph.mixers import kernels as kernel_module
 from flashmorph.mixers.kernels import implementation_in_use
 from flashmorph.mixers.mamba2_scan import CHUNK, chunk_scan
 from flashmorph.plan import Budget
@@ -311,3 +313,25 @@ def test_a_kernel_that_calls_one_which_is_not_installed_is_not_used(machine_with
     used = dict(line.split(" ", 1) for line in done.stdout.splitlines())
     assert used["mamba2_split_conv1d_scan_combined"] == used["causal_conv1d_fn"] == "PyTorch reference"
     assert used["mamba2_chunk_scan"] == "mamba_ssm.ops.triton.ssd_combined"
+
+
+HOPPER = {"IS_NVIDIA_HOPPER": True, "TRITON_ABOVE_3_4_0": True, "TRITON_ABOVE_3_7_1": False}
+
+
+@pytest.mark.parametrize("changed", [{}, *({name: not value} for name, value in HOPPER.items())], ids=str)
+def test_a_kernel_without_gradients_is_not_trained_on(changed, monkeypatch):
+    """What flash-linear-attention refuses in the middle of a backward pass is known before."""
+    utils = ModuleType("fla.utils")
+    vars(utils).update(HOPPER | changed)
+    monkeypatch.setitem(sys.modules, "fla", ModuleType("fla"))
+    monkeypatch.setitem(sys.modules, "fla.utils", utils)
+    monkeypatch.setattr(kernel_module, "implementation_in_use", lambda *names: "fla.ops")
+    runs = kernel_module.kernel_runs(named_kernels(), torch.device("cuda"))
+    assert runs == bool(changed)
+
+
+def named_kernels():
+    """Those of Gated DeltaNet."""
+    kernels = HOSTS[0].mixers["linear"].kernels
+    assert kernels
+    return kernels

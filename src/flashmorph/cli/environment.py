@@ -8,6 +8,7 @@ from flashmorph.data.isolation import how_apart
 from flashmorph.devices import pick_device, use_bf16
 from flashmorph.hosts import HOSTS, supports_varlen, use_kernels
 from flashmorph.mixers.kernels import REFERENCE, implementation_in_use
+from flashmorph.mixers.mixer import Kernels
 from flashmorph.versions import own_version, version_of
 
 _PACKAGES = (
@@ -34,14 +35,17 @@ def describe() -> dict[str, str]:
     for host in HOSTS:
         use_kernels(host.model_type)
         for kernels in (mixer.kernels for mixer in host.mixers.values() if mixer.kernels):
-            facts |= {name: _kernel(kernels.module, name, device) for name in kernels.functions}
+            facts |= {name: _kernel(kernels, name, device) for name in kernels.functions}
     for host in HOSTS:
         facts[f"{host.name} rows"] = f"packed documents {how_apart(True, supports_varlen(host, device))}"
     return facts
 
 
-def _kernel(modelling: str, name: str, device: torch.device) -> str:
+def _kernel(kernels: Kernels, name: str, device: torch.device) -> str:
     if device.type != "cuda":
         return f"PyTorch reference (tensors are on {device.type}; the fast kernels need CUDA)"
-    used = implementation_in_use(modelling, name)
-    return used if used != REFERENCE else "PyTorch reference (no kernel package; see the extra `gpu`)"
+    used = implementation_in_use(kernels.module, name)
+    if used == REFERENCE:
+        return "PyTorch reference (no kernel package; see the extra `gpu`)"
+    reason = kernels.no_gradient() if name == kernels.functions[0] else ""
+    return f"{used}; in training PyTorch reference ({reason})" if reason else used

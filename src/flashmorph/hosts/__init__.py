@@ -155,7 +155,7 @@ def use_kernels(model_type: str) -> None:
         if host.model_type == model_type:
             for mixer in host.mixers.values():
                 if mixer.kernels:
-                    dispatch_by_device(*mixer.kernels)
+                    dispatch_by_device(mixer.kernels)
 
 
 def _layers(config: PreTrainedConfig) -> tuple[Host, PreTrainedConfig, list[str]]:

@@ -1,7 +1,9 @@
 """Gated DeltaNet (arXiv 2412.06464), transformers' own, beside the gated attention of Qwen3.5."""
 
 import copy
+import importlib
 import math
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -27,6 +29,21 @@ _TAP = 0.1
 _GATE = 2.0
 
 
+def no_gradient_of_fla() -> str:
+    """Why flash-linear-attention computes no gradients here: its own check (0.6, `ops/common/chunk_o.py`)."""
+    try:
+        utils = importlib.import_module("fla.utils")
+        wrong = utils.IS_NVIDIA_HOPPER and utils.TRITON_ABOVE_3_4_0 and not utils.TRITON_ABOVE_3_7_1
+    except (ImportError, AttributeError):
+        return ""
+    if not wrong or find_spec("tilelang"):
+        return ""
+    return (
+        "flash-linear-attention computes no gradients on Hopper GPUs with Triton 3.4 to 3.7.0 (its result would be "
+        "wrong); use a PyTorch that brings Triton 3.7.1 or later, or install tilelang"
+    )
+
+
 class GatedDeltaNet:
     """`module_class` of one of transformers' models; one key and one value head for each query head."""
 
@@ -37,7 +54,9 @@ class GatedDeltaNet:
 
     def __init__(self, module_class: type[nn.Module]):
         self._class = module_class
-        self.kernels: Kernels | None = Kernels(module_class.__module__, _FUNCTIONS, apart={_CONVOLUTION: convolve})
+        self.kernels: Kernels | None = Kernels(
+            module_class.__module__, _FUNCTIONS, apart={_CONVOLUTION: convolve}, no_gradient=no_gradient_of_fla
+        )
 
     def build(self, config: PreTrainedConfig, layer: int, attention: nn.Module) -> nn.Module:
         """transformers' own module."""

@@ -9,36 +9,27 @@ a leaner reference than transformers.
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from flashmorph.mixers.mixer import Kernels, LayerArguments
 
+_LOG = logging.getLogger(__name__)
+
 REFERENCE = "PyTorch reference"
 _PACKED = ("cu_seqlens", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
-def dispatch_by_device(
-    module_name: str,
-    functions: Iterable[str],
-    apart: Mapping[str, Callable] = MappingProxyType({}),
-    lean: Mapping[str, Callable] = MappingProxyType({}),
-    needs: Mapping[str, str] = MappingProxyType({}),
-) -> None:
-    """Make these functions of a transformers modelling module choose by the device of their first tensor.
-
-    `apart` are our own versions that keep packed documents apart on CUDA where no kernel does; `lean` are those that
-    run in place of transformers' reference. Where a function `needs` another that has no kernel, its reference runs.
-    """
-    module = importlib.import_module(module_name)
-    for name in functions:
+def dispatch_by_device(kernels: Kernels) -> None:
+    """Make a mixer's functions choose by the device of their first tensor."""
+    module = importlib.import_module(kernels.module)
+    for name in kernels.functions:
         decorated = getattr(module, name)
         if not hasattr(decorated, "dispatches_by_device"):
-            alone = name in needs and implementation_in_use(module_name, needs[name]) == REFERENCE
-            setattr(module, name, _dispatching(decorated, apart.get(name), lean.get(name), alone))
+            setattr(module, name, _dispatching(decorated, kernels, name))
 
 
 def implementation_in_use(module_name: str, function: str) -> str:
@@ -48,8 +39,10 @@ def implementation_in_use(module_name: str, function: str) -> str:
 
 
 def kernel_runs(kernels: Kernels, device: torch.device) -> bool:
-    """Whether a mixer's tokens are mixed by a kernel on this device."""
-    return device.type == "cuda" and implementation_in_use(kernels.module, kernels.functions[0]) != REFERENCE
+    """Whether a mixer's tokens are mixed by a kernel on this device, in training too."""
+    if device.type != "cuda" or implementation_in_use(kernels.module, kernels.functions[0]) == REFERENCE:
+        return False
+    return not kernels.no_gradient()
 
 
 def in_one_row(function: Callable, first: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -76,26 +69,43 @@ def _implementation(decorated: Callable) -> str:
     return REFERENCE
 
 
-def _dispatching(decorated: Callable, apart: Callable | None, lean: Callable | None, alone: bool) -> Callable:
-    """`alone`: without the kernel that this one's would call."""
+def _dispatching(decorated: Callable, kernels: Kernels, name: str) -> Callable:
     reference = decorated.__wrapped__  # type: ignore[attr-defined]
-    decorated = reference if alone else decorated
     known = inspect.signature(reference).parameters
+    apart, lean = kernels.apart.get(name), kernels.lean.get(name)
+    if name in kernels.needs and implementation_in_use(kernels.module, kernels.needs[name]) == REFERENCE:
+        decorated = reference
+    has_kernel = _implementation(decorated) != REFERENCE
 
     @functools.wraps(reference)
     def choose(tensor: torch.Tensor, *args, **kwargs):
-        packed = any(kwargs.get(name) is not None for name in _PACKED)
-        if packed and not (tensor.is_cuda and _implementation(decorated) != REFERENCE):
+        fast = tensor.is_cuda and has_kernel
+        if fast and name == kernels.functions[0] and _learns(tensor, *args, *kwargs.values()):
+            if reason := kernels.no_gradient():
+                _warn(f"training runs PyTorch's reference: {reason}")
+                fast = False
+        if any(kwargs.get(boundaries) is not None for boundaries in _PACKED) and not fast:
             if tensor.is_cuda and apart and kwargs.get("seq_idx") is not None:
                 return apart(tensor, *args, **kwargs)
             raise ValueError(
                 f"{reference.__name__} cannot keep packed sequences apart on {tensor.device}: split them into a batch"
             )
-        if tensor.is_cuda and not (lean and _implementation(decorated) == REFERENCE):
-            if kwargs.get("cu_seqlens") is not None and len(tensor) > 1:
-                return in_one_row(decorated, tensor, *args, **kwargs)
+        if fast and kwargs.get("cu_seqlens") is not None and len(tensor) > 1:
+            return in_one_row(decorated, tensor, *args, **kwargs)
+        if fast:
             return decorated(tensor, *args, **kwargs)
         return (lean or reference)(tensor, *args, **{name: value for name, value in kwargs.items() if name in known})
 
     choose.__dict__.update(dispatches_by_device=True, decorated=decorated)
     return choose
+
+
+def _learns(*values: Any) -> bool:
+    """Whether a gradient will be asked for."""
+    return torch.is_grad_enabled() and any(isinstance(each, torch.Tensor) and each.requires_grad for each in values)
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Once in a process."""
+    _LOG.warning(message)

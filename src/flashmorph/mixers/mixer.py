@@ -44,7 +44,8 @@ class Kernels(NamedTuple):
 
     `apart` are versions of our own that keep packed documents apart on CUDA where no kernel does; `lean` are those that
     need less time and memory than transformers' reference, and run wherever no kernel does. `needs` are functions whose
-    kernel calls that of another: it is of no use where there is no kernel for the other.
+    kernel calls that of another: it is of no use where there is no kernel for the other. `no_gradient` says why the
+    first function's kernel computes no gradients on the GPU that is there: nothing where it does.
     """
 
     module: str
@@ -52,6 +53,7 @@ class Kernels(NamedTuple):
     apart: Mapping[str, Callable[..., Any]] = {}
     lean: Mapping[str, Callable[..., Any]] = {}
     needs: Mapping[str, str] = {}
+    no_gradient: Callable[[], str] = str
 
 
 class Mixer(Protocol):
