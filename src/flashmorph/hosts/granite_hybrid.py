@@ -5,9 +5,10 @@ Granite's multipliers are 1, or the teacher's own where it is a Granite.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from flashmorph.errors import UserError
@@ -59,7 +60,8 @@ class GraniteHybridHost(Host):
     # Its class makes the attention mask without positions: full layers would look across documents in a row.
     mixers: Mapping[str, Mixer] = {FULL: FullAttention(varlen=False), LINEAR: Mamba2()}
     settings: Mapping[str, str] = {
-        "mamba_expand": "width of Mamba2 over the hidden size, 2 or 1: smaller layers with 1, llama.cpp only with 2"
+        "mamba_expand": "width of Mamba2 over the hidden size, 2 or 1: smaller layers with 1, llama.cpp only with 2",
+        "mamba_groups": "groups of Mamba2 heads that share keys and queries, from the teacher's key-value heads on",
     }
     engines: tuple[Engine, ...] = (
         TRANSFORMERS,
@@ -101,7 +103,12 @@ class GraniteHybridHost(Host):
         if getattr(teacher, "mlp_bias", False):
             raise UserError(f"the teacher's MLP has biases (mlp_bias); {self.name} has none there")
 
-    def config(self, teacher: PreTrainedConfig, mamba_expand: Literal[1, 2] = 2) -> GraniteMoeHybridConfig:
+    def config(
+        self,
+        teacher: PreTrainedConfig,
+        mamba_expand: Literal[1, 2] = 2,
+        mamba_groups: Annotated[int | None, Field(gt=0)] = None,
+    ) -> GraniteMoeHybridConfig:
         """Same shapes; Mamba heads are as wide as the attention's and fill `mamba_expand` times the hidden size.
 
         2 is Granite's own value and the only one that llama.cpp reads; 1 makes the linear layers smaller.
@@ -131,8 +138,7 @@ class GraniteHybridHost(Host):
             layer_types=[LAYER_TYPES[FULL]] * teacher.num_hidden_layers,
             mamba_expand=mamba_expand,
             mamba_n_heads=mamba_heads,
-            # Keys and queries belong to a group of Mamba heads: the fewest groups that give each attention head one.
-            mamba_n_groups=next(n for n in range(heads, mamba_heads + 1) if mamba_heads % n == 0),
+            mamba_n_groups=_groups(teacher, mamba_heads, mamba_groups),
             mamba_d_head=head_dim,
             mamba_d_state=head_dim,
             mamba_d_conv=_CONVOLUTION,
@@ -178,6 +184,21 @@ class GraniteHybridHost(Host):
     def feed_forward(self, config: PreTrainedConfig) -> list[Products]:
         """A gated feed-forward: the expert that all tokens share."""
         return feed_forward_products(config.hidden_size, config.shared_intermediate_size)
+
+
+def _groups(teacher: PreTrainedConfig, mamba_heads: int, groups: int | None) -> int:
+    """Groups of Mamba heads; without a number the fewest that give each head of the attention one.
+
+    Raises:
+        UserError: these groups cannot be made of the teacher's heads.
+    """
+    heads, key_values = teacher.num_attention_heads, teacher.num_key_value_heads
+    most = next(number for number in range(heads, mamba_heads + 1) if mamba_heads % number == 0)
+    shared = [n for n in range(key_values, heads, key_values) if heads % n == 0 and mamba_heads % n == 0]
+    if groups not in (None, *shared, most):
+        listed = ", ".join(map(str, [*shared, most]))
+        raise UserError(f"host.mamba_groups={groups} cannot be made of the teacher's heads; these can: {listed}")
+    return groups or most
 
 
 def _is_square(config: PreTrainedConfig) -> bool:

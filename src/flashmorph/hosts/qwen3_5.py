@@ -5,12 +5,14 @@ a doubled output projection takes it back. Its norms multiply by 1 + w: the teac
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
+from flashmorph.errors import UserError
 from flashmorph.hosts.checks import refuse_activation, refuse_rope, refuse_windows
 from flashmorph.hosts.host import Host, layer_prefixes
 from flashmorph.hosts.serving import READ, RUN, TRANSFORMERS, Engine, Gguf, full_interval
@@ -25,6 +27,8 @@ _SAME = (
     "attention_dropout pad_token_id bos_token_id eos_token_id"
 ).split()
 _CONVOLUTION = 4
+LinearHeads = Annotated[int | None, Field(gt=0)]
+"""Heads of a linear mixer; None: chosen by the teacher's shape."""
 
 
 VLLM = Engine("vLLM", "0.33", READ)
@@ -70,6 +74,11 @@ class Qwen35Host(Host):
     teachers: Mapping[str, str] = {"qwen3": "Qwen3 (dense)"}
     engines: tuple[Engine, ...] = (TRANSFORMERS, VLLM, LLAMA_CPP, SGLANG)
     model_class: type[PreTrainedModel] = Qwen3_5ForCausalLM
+    settings: Mapping[str, str] = {
+        "key_heads": "query and key heads of Gated DeltaNet, from the teacher's key-value heads to its query heads; "
+        "default: as many as fit into the attention's parameters",
+        "value_heads": "value heads, key_heads or a multiple of them",
+    }
     mixers: Mapping[str, Mixer] = {
         FULL: FullAttention("gated attention", gated=True),
         LINEAR: GatedDeltaNet(Qwen3_5GatedDeltaNet),
@@ -83,18 +92,26 @@ class Qwen35Host(Host):
         refuse_rope(teacher, self.name, _ROPE_TYPES)
         refuse_activation(teacher, self.name)
 
-    def config(self, teacher: PreTrainedConfig) -> PreTrainedConfig:
-        """Same shapes."""
-        return Qwen3_5TextConfig(**self.shape(teacher), intermediate_size=teacher.intermediate_size)
+    def config(
+        self, teacher: PreTrainedConfig, key_heads: LinearHeads = None, value_heads: LinearHeads = None
+    ) -> PreTrainedConfig:
+        """Same shapes; Gated DeltaNet's heads are as wide as the attention's.
 
-    def shape(self, teacher: PreTrainedConfig) -> dict[str, Any]:
-        """All but the MLP; Gated DeltaNet gets one key and one value head for each query head."""
+        Raises:
+            UserError: the heads cannot be made of the teacher's.
+        """
+        shape = self.shape(teacher, key_heads, value_heads)
+        return Qwen3_5TextConfig(**shape, intermediate_size=teacher.intermediate_size)
+
+    def shape(self, teacher: PreTrainedConfig, key_heads: int | None, value_heads: int | None) -> dict[str, Any]:
+        """All but the MLP."""
+        keys, values = linear_heads(teacher, key_heads, value_heads)
         return {
             **{name: getattr(teacher, name) for name in _SAME},
             "rope_parameters": {**teacher.rope_parameters, "partial_rotary_factor": 1.0},
             "layer_types": [LAYER_TYPES[FULL]] * teacher.num_hidden_layers,
-            "linear_num_key_heads": teacher.num_attention_heads,
-            "linear_num_value_heads": teacher.num_attention_heads,
+            "linear_num_key_heads": keys,
+            "linear_num_value_heads": values,
             "linear_key_head_dim": teacher.head_dim,
             "linear_value_head_dim": teacher.head_dim,
             "linear_conv_kernel_dim": _CONVOLUTION,
@@ -146,6 +163,29 @@ class Qwen35Host(Host):
     def feed_forward(self, config: PreTrainedConfig) -> list[Products]:
         """A gated feed-forward."""
         return feed_forward_products(config.hidden_size, config.intermediate_size)
+
+
+def linear_heads(teacher: PreTrainedConfig, keys: int | None, values: int | None) -> tuple[int, int]:
+    """Key and value heads of Gated DeltaNet; what is not given, so that a layer is no larger than its attention.
+
+    With h heads of each, q, k, v, z and the output projection have 5 h head_dim hidden weights, the attention
+    (2 query heads + 2 key-value heads) head_dim hidden. At least one for each key-value head.
+
+    Raises:
+        UserError: they are not between the teacher's key-value and query heads, or do not divide.
+    """
+    queries, key_values = teacher.num_attention_heads, teacher.num_key_value_heads
+    possible = [heads for heads in range(key_values, queries + 1, key_values) if queries % heads == 0]
+    lean = max((heads for heads in possible if 5 * heads <= 2 * (queries + key_values)), default=possible[0])
+    keys = keys or min(lean, values or lean)
+    values = values or keys
+    for name, heads in (("key_heads", keys), ("value_heads", values)):
+        if heads not in possible:
+            listed = ", ".join(map(str, possible))
+            raise UserError(f"host.{name}={heads} cannot be made of the teacher's heads; these can: {listed}")
+    if values % keys:
+        raise UserError(f"host.value_heads={values} is no multiple of host.key_heads={keys}")
+    return keys, values
 
 
 def _is_as_in_llama_cpp(config: PreTrainedConfig) -> bool:

@@ -15,7 +15,7 @@ from flashmorph.mixers.convolution import convolve
 from flashmorph.mixers.kernels import boundaries_in, kernel_runs
 from flashmorph.mixers.mixer import LAYER_TYPES, LINEAR, Kernels, LayerArguments, Products
 from flashmorph.mixers.products import STATE_BYTES, number_bytes
-from flashmorph.mixers.start import constant_row, fit_head_scales, mean_distance, softplus_inverse
+from flashmorph.mixers.start import constant_row, fit_head_scales, mean_distance, merged, softplus_inverse
 
 _CONVOLUTION = "causal_conv1d_fn"
 _FUNCTIONS = (
@@ -77,19 +77,20 @@ class GatedDeltaNet:
     def initialise(self, module: Any, attention: Any, hidden: torch.Tensor, arguments: LayerArguments) -> None:
         """Start as the linear form of the attention.
 
-        Queries and keys carry their norm's weights; keys and values are repeated to all heads. The convolution passes
+        Queries and keys carry their norm's weights. Keys and values are repeated to all heads; where there are fewer
+        heads than the attention has, query heads of one key-value head that are neighbours share one, with the mean of
+        their queries and the sum of their columns in `o_proj`. The convolution passes
         the current token only, scaled so that SiLU works where it is nearly linear (the scale itself is taken back by
         the norms). A head forgets half at the mean distance it attends to (Taylor-Calibrate, arXiv 2606.16429), half
         of a key's old value is overwritten. The gate `z` is the least-squares fit of a constant on the hidden states.
         The norm removes each head's amplitude: one scale a head, fitted to the attention's output, goes into
         `out_proj`.
         """
-        heads, head_dim, groups = module.num_v_heads, module.head_v_dim, attention.num_key_value_groups
-        query = attention.q_proj.weight.unflatten(0, (heads, 2, head_dim))[:, 0]
-        key, value = (
-            projection.weight.unflatten(0, (-1, head_dim)).repeat_interleave(groups, 0)
-            for projection in (attention.k_proj, attention.v_proj)
-        )
+        heads, head_dim = attention.config.num_attention_heads, module.head_v_dim
+        keys, values, key_values = module.num_k_heads, module.num_v_heads, attention.config.num_key_value_heads
+        query = merged(attention.q_proj.weight.unflatten(0, (heads, 2, head_dim))[:, 0], keys)
+        key = attention.k_proj.weight.unflatten(0, (-1, head_dim)).repeat_interleave(keys // key_values, 0)
+        value = attention.v_proj.weight.unflatten(0, (-1, head_dim)).repeat_interleave(values // key_values, 0)
         query = query * (1 + attention.q_norm.weight)[:, None]
         key = key * (1 + attention.k_norm.weight)[:, None]
         mixed = torch.cat([part.flatten(0, 1) for part in (query, key, value)])
@@ -102,9 +103,11 @@ class GatedDeltaNet:
         module.in_proj_a.weight.zero_()
         module.in_proj_b.weight.zero_()
         module.A_log.zero_()
-        module.dt_bias.copy_(softplus_inverse(math.log(2) / mean_distance(attention, hidden, arguments)))
+        distance = merged(mean_distance(attention, hidden, arguments), values)
+        module.dt_bias.copy_(softplus_inverse(math.log(2) / distance))
         module.norm.weight.fill_(1.0)
-        module.out_proj.weight.copy_(attention.o_proj.weight / 2)
+        columns = attention.o_proj.weight.T.unflatten(0, (heads, head_dim))
+        module.out_proj.weight.copy_(merged(columns, values).flatten(0, 1).T * (heads // values) / 2)
         target = attention(hidden_states=hidden, **arguments)[0]
         fit_head_scales(module.out_proj, head_dim, lambda: module(hidden_states=hidden), target)
 

@@ -62,20 +62,23 @@ class Mamba2:
         """Start as the linear form of the attention: C from queries, B from keys, x from values.
 
         So MambaInLlama starts it (arXiv 2408.15237, section 3). Each head of the attention leads a group of Mamba heads
-        that share its queries and keys; the surplus heads, also those of surplus groups, hold values of the same heads
-        and look back a quarter as far. Convolution, decay, the gate `z` and one scale a head are as in
+        that share its queries and keys. With fewer groups, neighbouring heads of one key-value head lead one together,
+        by the mean of their queries. The surplus heads, also those of surplus groups, hold values of the same heads and
+        look back a quarter as far. Convolution, decay, the gate `z` and one scale a head are as in
         `gated_delta_net.py`; biases of queries, keys and values go into the convolution's.
         """
         heads, head_dim, groups = attention.config.num_attention_heads, attention.head_dim, module.n_groups
         per_group, shared = module.num_heads // groups, attention.num_key_value_groups
-        leader = torch.arange(groups, device=hidden.device) % heads
-        source = leader.repeat_interleave(per_group)
-        number = torch.arange(module.num_heads, device=hidden.device)
-        surplus = (number % per_group != 0) | (number >= heads * per_group)
+        leaders = max(1, heads // groups)
+        group, inside = (torch.arange(number, device=hidden.device) for number in (groups, per_group))
+        leader = (group[:, None] * leaders + torch.arange(leaders, device=hidden.device)) % heads
+        source = leader[:, inside % leaders].flatten()
+        surplus = ((inside >= leaders) | (group[:, None] >= heads)).flatten()
+        queries = [_heads(attention.q_proj, each, head_dim) for each in leader.T]
         parts = [
             _heads(attention.v_proj, source // shared, head_dim),
-            _heads(attention.k_proj, leader // shared, head_dim),
-            _heads(attention.q_proj, leader, head_dim),
+            _heads(attention.k_proj, leader[:, 0] // shared, head_dim),
+            tuple(torch.stack(each).mean(0) for each in zip(*queries, strict=True)),
         ]
         mixed, bias = (torch.cat(each) for each in zip(*parts, strict=True))
         spread = F.linear(hidden, mixed).flatten(0, 1).std(0).clamp_min(1e-6)

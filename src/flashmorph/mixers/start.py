@@ -42,6 +42,11 @@ def mean_distance(attention: Any, hidden: torch.Tensor, arguments: LayerArgument
     return (weights * distance).sum(-1).mean((0, 2)).clamp_min(1.0)
 
 
+def merged(parts: torch.Tensor, heads: int) -> torch.Tensor:
+    """The mean of neighbouring parts, `[parts, ...]` to `[heads, ...]`."""
+    return parts.unflatten(0, (heads, -1)).mean(1)
+
+
 def fit_head_scales(out_proj: nn.Linear, head_dim: int, run: Callable[[], Any], target: torch.Tensor) -> None:
     """Multiply each head's columns of `out_proj` by one factor, so that what `run()` gives is nearest to `target`.
 
