@@ -114,7 +114,7 @@ def parameters(folder: Path) -> int:
     total = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
-            for key in weights.keys():  # noqa: SIM118
+            for key in weights.keys():
                 count = 1
                 for side in weights.get_slice(key).get_shape():
                     count *= side

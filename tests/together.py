@@ -17,6 +17,7 @@ from flashmorph import distributed
 from flashmorph.convert.in_memory import transplant
 from flashmorph.errors import UserError
 from flashmorph.model import recompute
+from flashmorph.model.frozen import narrow
 from flashmorph.model.morphable import Morphable, attach
 from flashmorph.model.sharding import in_turn, is_sharded, shard_morphable, shard_student, shard_teacher, whole
 from flashmorph.plan import Budget
@@ -25,10 +26,13 @@ from flashmorph.stages import align, alignment_errors, distill, extend
 CPU = torch.device("cpu")
 
 
-def morphable_of(seed: int = 0) -> Morphable:
+def morphable_of(seed: int = 0, bf16: bool = False) -> Morphable:
     model, _ = transplant(random_qwen3(seed, vocab_size=len(tiny_tokenizer())))
     tokens = torch.randint(97, (4, 48), generator=torch.Generator().manual_seed(seed))
-    return attach(model, tokens)[0]
+    morphable, _ = attach(model, tokens)
+    model.config.dtype = torch.bfloat16
+    narrow(model, bf16, [weight for each in morphable.branch_parameters() for weight in each])
+    return morphable
 
 
 def trained(kind: str, folder: Path, sharded: bool, bf16: bool = False, **changes) -> dict[str, torch.Tensor]:
@@ -36,7 +40,8 @@ def trained(kind: str, folder: Path, sharded: bool, bf16: bool = False, **change
     settings = settings_of(SETTINGS[kind], **{"steps": 5, "checkpoint_steps": 3, **changes})
     rows = rows_in(folder / str(distributed.rank()), settings.rows)
     if kind == "align":
-        morphable = in_turn(lambda: shard_morphable(morphable_of(), CPU, bf16)) if sharded else morphable_of()
+        made = (lambda: shard_morphable(morphable_of(0, bf16), CPU, bf16)) if sharded else lambda: morphable_of(0, bf16)
+        morphable = in_turn(made)
         assert is_sharded(morphable) == sharded
         align(morphable, rows, settings, folder, 0, bf16)
         ids = torch.tensor([rows[row]["input_ids"] for row in range(4)])
@@ -44,6 +49,8 @@ def trained(kind: str, folder: Path, sharded: bool, bf16: bool = False, **change
             assert all(0 < error < 10 for error in alignment_errors(morphable, ids))
         return whole(morphable.branch_state())
     student, teacher = student_and_teacher()
+    teacher.config.dtype = torch.bfloat16
+    narrow(teacher, bf16)
     if sharded:
         shard_student(student, CPU, bf16)
         shard_teacher(teacher, CPU, bf16)

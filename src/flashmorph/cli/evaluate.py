@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from pydantic import ValidationError
@@ -56,6 +56,13 @@ def evaluate(
             help="Questions a task; in the grid a task and length. Default: the recipe's; in the grid 200.",
         ),
     ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(
+            help="Dtype of the models. Default: the recipe's `evaluate.dtype`, which is float32 on a CPU and the "
+            "checkpoint's own elsewhere."
+        ),
+    ] = None,
     style: Annotated[
         str | None,
         typer.Option(
@@ -101,6 +108,7 @@ def evaluate(
     from flashmorph.devices import pick_device
     from flashmorph.evaluation.harness import Harness
     from flashmorph.pipeline.evaluate_models import Wanted, compare_models, fit_to_models, homes
+    from flashmorph.recipe.recipe import with_settings
     from flashmorph.report import PAGE_NAME, claim_kept, keep, write_report
 
     quiet()
@@ -118,10 +126,8 @@ def evaluate(
     kept = options.kept_recipe
     chosen = recipe or kept or ("demo" if any(name in EMBEDDED for name in models) else None)
     settings = recipe_of(replace(options, recipe=str(chosen or "demo")))
-    if questions:
-        settings = settings.model_copy(
-            update={"evaluate": settings.evaluate.model_copy(update={"questions": questions})}
-        )
+    given = {"evaluate.questions": questions, "evaluate.dtype": dtype}
+    settings = with_settings(settings, {name: value for name, value in given.items() if value})
     if style not in (None, *_STYLES):
         raise UserError(f"--style {style!r} must be {' or '.join(_STYLES)}")
     asked = style or ("lines" if chosen and settings.style == "lines" else "ruler")

@@ -177,7 +177,7 @@ def open_run(options: Options, stages: Collection[str] = EVERY_STAGE, keep_recip
         if not (options.output / STAGES).exists():
             # A resumed run may have all its text already.
             distributed.first(lambda: reach_text(recipe))
-    if recipe.shard and not distributed.are_several():
+    if recipe.shard is True and not distributed.are_several():
         raise UserError("shard=true shards weights over processes, and there is one: start it with torchrun")
     if distributed.are_several():
         atexit.register(distributed.leave)

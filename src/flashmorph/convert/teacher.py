@@ -115,9 +115,13 @@ def open_config(name: str):
 
 
 def open_model(
-    name: str, device: torch.device, tell: Callable[[str], None] = lambda notice: None, allow_unused: bool = False
+    name: str,
+    device: torch.device,
+    tell: Callable[[str], None] = lambda notice: None,
+    allow_unused: bool = False,
+    dtype: str = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer, by folder or name; in float32 on a CPU, else in its own dtype.
+    """A model and its tokenizer, by folder or name; `dtype` is `auto` (in its own) or a name.
 
     Stored weights that are not used are reported to `tell`; see `load_model`.
 
@@ -128,7 +132,6 @@ def open_model(
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise UserError(f"{name} has no tokenizer")
-    dtype = torch.float32 if device.type == "cpu" else "auto"
     return load_model(folder, dtype, device, tell, allow_unused), tokenizer
 
 

@@ -28,16 +28,21 @@ _FILE = "auto.json"
 _LOG = logging.getLogger(__name__)
 _ENOUGH_TOKENS = 4_096
 """Layers run again where fewer tokens than these would run at once without it: a GPU needs so many to be busy."""
+_SHARING = ("align", "distill", "extend")
 _SEARCHES = ("select", "curve", "signal", COMPARE)
 
 
 class Room(NamedTuple):
-    """What one process may fill: `bytes` on its device, as one of so many `processes` that may divide the weights."""
+    """What one process may fill: `bytes` on its device, as one of so many `processes` that may divide the weights.
+
+    `kind` is that of the device.
+    """
 
     bytes: float
     processes: int = 1
     shard: bool = False
     bf16: bool = True
+    kind: str = "cuda"
 
     @property
     def sharing(self) -> int:
@@ -64,7 +69,7 @@ def choose(stage: str, recipe: Recipe, model: Model, sizes: Sizes, room: Room) -
     for section in _sections(recipe, stage):
         name = stage if section == "distill" and stage == "logits" else section
         name = "select" if section == "select.search" else name
-        if name not in stage_memory(model, sizes, recipe, room.processes, room.bf16):
+        if name not in _memory(recipe, model, sizes, room):
             continue
         left = room._replace(bytes=room.bytes - taken)
         if section == "select.search":
@@ -79,6 +84,16 @@ def choose(stage: str, recipe: Recipe, model: Model, sizes: Sizes, room: Room) -
         if not fits and any(key.startswith(section) for key in found.values):
             found.too_large.append(section)
     return found
+
+
+def must_shard(recipe: Recipe, model: Model, sizes: Sizes, room: Room) -> bool:
+    """Whether several processes must share the weights: some stage cannot run one row where each holds all of them."""
+    if room.processes < 2 or recipe.shard != AUTO:
+        return room.processes > 1 and recipe.shard is True
+    again = [f"{stage}.activation_checkpointing" for stage in _SHARING]
+    smallest = with_settings(recipe, {key: True for key in again if setting(recipe, key) == AUTO})
+    memory = _memory(smallest, model, sizes, room)
+    return any(name in memory and not memory[name].tokens_within(room.bytes) for name in (*_SHARING, "select"))
 
 
 def resolved(
@@ -138,7 +153,7 @@ def _of_training(
     values: SettingValues = {}
 
     def within() -> int:
-        memory = stage_memory(model, sizes, with_settings(recipe, values), room.processes, room.bf16)[name]
+        memory = _memory(with_settings(recipe, values), model, sizes, room)[name]
         return memory.tokens_within(room.bytes, room.sharing)
 
     if setting(recipe, again) == AUTO and name != "logits":
@@ -152,14 +167,18 @@ def _of_training(
     return values, most >= length
 
 
+def _memory(recipe: Recipe, model: Model, sizes: Sizes, room: Room) -> dict[str, Memory]:
+    return stage_memory(model, sizes, recipe, room.processes, room.bf16, room.kind)
+
+
 def _of_search(recipe: Recipe, model: Model, sizes: Sizes, room: Room) -> tuple[SettingValues, bool, Memory]:
     """As many rows as fit, at most those of a step of the longest; a search that would keep much runs layers again."""
     search, key = recipe.select.search, "select.search.micro_batch_tokens"
     if search.micro_batch_tokens != AUTO:
-        return {}, True, stage_memory(model, sizes, recipe, room.processes, room.bf16)["select"]
+        return {}, True, _memory(recipe, model, sizes, room)["select"]
     for rows in range(max(1, search.batch_tokens // search.longest), 0, -1):
         values = {key: rows * search.longest}
-        memory = stage_memory(model, sizes, with_settings(recipe, values), room.processes, room.bf16)["select"]
+        memory = _memory(with_settings(recipe, values), model, sizes, room)["select"]
         if memory.bytes(room.sharing) <= room.bytes:
             return values, True, memory
     return {key: search.longest}, False, memory
@@ -168,6 +187,6 @@ def _of_search(recipe: Recipe, model: Model, sizes: Sizes, room: Room) -> tuple[
 def _of_evaluation(recipe: Recipe, model: Model, sizes: Sizes, room: Room) -> tuple[SettingValues, bool]:
     """As many questions as fit, at most all of a task, or the text."""
     settings = recipe.evaluate
-    most = stage_memory(model, sizes, recipe, 1, room.bf16)["evaluate"].tokens_within(room.bytes)
+    most = stage_memory(model, sizes, recipe, 1, room.bf16, room.kind)["evaluate"].tokens_within(room.bytes)
     needed = max(settings.questions * settings.length, settings.perplexity_tokens)
     return {"evaluate.batch_tokens": max(settings.length, min(most, needed))}, most >= settings.length

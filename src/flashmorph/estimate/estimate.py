@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from flashmorph.devices import usable
 from flashmorph.errors import UserError
-from flashmorph.estimate.auto import Room, choose
+from flashmorph.estimate.auto import Room, choose, must_shard
 from flashmorph.estimate.gpus import Gpu
 from flashmorph.estimate.memory import Memory, stage_memory
 from flashmorph.estimate.sizes import Sizes, count_sizes
@@ -69,6 +69,8 @@ class Estimate:
     gpu: Gpu | None
     num_gpus: int
     utilisation: float
+    sharded: bool = False
+    """Whether a run on these GPUs would shard its weights."""
 
     @property
     def hybrid_parameters(self) -> int:
@@ -168,7 +170,9 @@ def estimate(
     sizes = count_sizes(host, config, own)
     hybrid = host.with_plan(own, [FULL] * num_full + [model.switched] * (model.layers - num_full))
     bf16 = recipe.bf16 is not False
-    values = _at_once(recipe, model, sizes, gpu, num_gpus, bf16)
+    room = Room(usable(gpu.memory_bytes) if gpu else 0.0, num_gpus, bf16=bf16)
+    sharded = must_shard(recipe, model, sizes, room) if gpu else recipe.shard is True
+    values = _at_once(recipe, model, sizes, gpu, room._replace(shard=sharded))
     memory = {
         name: stage_memory(model, sizes, with_settings(recipe, own_values), num_gpus, bf16).get(name)
         for name, own_values in values.items()
@@ -201,14 +205,11 @@ def estimate(
         )
         for row in outlook(teacher, config, recipe)
     ]
-    return Estimate(teacher, model, sizes, budget, cache, stages, gpu, num_gpus, utilisation)
+    return Estimate(teacher, model, sizes, budget, cache, stages, gpu, num_gpus, utilisation, sharded)
 
 
-def _at_once(
-    recipe: Recipe, model: Model, sizes: Sizes, gpu: Gpu | None, num_gpus: int, bf16: bool
-) -> dict[str, Figures]:
+def _at_once(recipe: Recipe, model: Model, sizes: Sizes, gpu: Gpu | None, room: Room) -> dict[str, Figures]:
     """What `auto` would choose on the GPU, by stage; where none is named, one row at once and layers kept."""
-    room = Room(usable(gpu.memory_bytes) if gpu else 0.0, num_gpus, recipe.shard, bf16)
     stages = ("transplant", "teacher", "align", "signal", "select", "build", "logits", "distill", "extend", "evaluate")
     found = {stage: choose(stage, recipe, model, sizes, room).values for stage in stages}
     if gpu:

@@ -20,22 +20,32 @@ def notes(found: Estimate) -> Iterator[str]:
         f"Hours assume {found.utilisation:.0%} of the peak of {found.num_gpus} x {gpu.name} ({amount(gpu.flops)}FLOP/s "
         "in bfloat16; --utilisation), and text that is read fast enough; milliseconds: weights and cache read once."
     )
-    yield "transplant and evaluate run in float32 and have no hours here. Every formula: --explain."
+    yield "transplant runs in float32, evaluate generates: both have no hours here. Every formula: --explain."
     if found.num_gpus > 1:
         yield (
-            "memory of a GPU: each holds all weights; sharded (--set shard=true): decoder layers and what trains are "
-            "sharded over them, and build runs on the CPU."
+            "memory of a GPU: each holds all weights; sharded (shard=true, or auto where it must be): decoder layers "
+            "and what trains are sharded over them, and build runs on the CPU."
         )
     if values := {key: value for stage in found.stages for key, value in stage.auto.items()}:
         choices = ", ".join(f"{key} {_value(value)}" for key, value in values.items())
         yield f"auto on this GPU, in four fifths of its memory: {choices}."
-    for stage in found.stages:
-        if stage.memory and stage.memory.bytes() > gpu.memory_bytes:
+    large = [stage for stage in found.stages if stage.memory and stage.memory.bytes() > gpu.memory_bytes]
+    fitting = [stage for stage in large if found.sharded and _fits_sharded(found, stage)]
+    if fitting:
+        names = ", ".join(stage.name for stage in fitting)
+        yield f"Weights are sharded over the GPUs: {names} would not fit otherwise."
+    for stage in large:
+        if stage not in fitting:
             yield _does_not_fit(found, stage)
 
 
 def _value(value: int | bool) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value:,}"
+
+
+def _fits_sharded(found: Estimate, stage: Stage) -> bool:
+    assert stage.memory and found.gpu
+    return stage.memory.bytes(found.num_gpus) <= found.gpu.memory_bytes
 
 
 def _does_not_fit(found: Estimate, stage: Stage) -> str:
@@ -44,7 +54,7 @@ def _does_not_fit(found: Estimate, stage: Stage) -> str:
     whole, shared = memory.tokens_within(gpu.memory_bytes), memory.tokens_within(gpu.memory_bytes, found.num_gpus)
     if whole:
         return f"! {stage.name} does not fit; it does with --set {memory.setting}={whole}"
-    if memory.bytes(found.num_gpus) <= gpu.memory_bytes and found.num_gpus > 1:
+    if _fits_sharded(found, stage) and found.num_gpus > 1:
         return f"! {stage.name} fits only with --set shard=true"
     if shared:
         return f"! {stage.name} fits only with --set shard=true --set {memory.setting}={shared}"

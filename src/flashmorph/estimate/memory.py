@@ -71,8 +71,10 @@ class Memory(NamedTuple):
         return int(room / self.per_token) // self.length * self.length
 
 
-def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16: bool) -> dict[str, Memory]:
-    """The memory of each stage, its batch divided among `num_gpus`.
+def stage_memory(
+    model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16: bool, kind: str = "cuda"
+) -> dict[str, Memory]:
+    """The memory of each stage, its batch divided among `num_gpus`, on devices of a `kind`.
 
     Raises:
         UserError: so many GPUs cannot share a stage's batch evenly.
@@ -81,11 +83,13 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
     hybrid, width = sizes.hybrid(switched, model.num_full), model.config.hidden_size
     number = _BF16 if bf16 else _FLOAT32
     outer = host - model.layers * (sizes.parts[FULL].parameters + sizes.parts[FEED_FORWARD].parameters)
+    own = number_bytes(model.config)
+    wide = min(own, _FLOAT32) if bf16 else _FLOAT32
     host_share = Share("host", "4 · host", _FLOAT32 * host)
     chunks = Share("chunks of logits", f"{_CHUNKS_OF_LOGITS} · {LOGITS_BYTES}", _CHUNKS_OF_LOGITS * LOGITS_BYTES, False)
     frozen = [
-        Share("host's decoder layers", "4 · (host - embedding and head)", _FLOAT32 * (host - outer)),
-        Share("its embedding and head", "4 · embedding and head", _FLOAT32 * outer, False),
+        Share("host's decoder layers", f"{wide} · (host - embedding and head)", wide * (host - outer)),
+        Share("its embedding and head", f"{wide} · embedding and head", wide * outer, False),
     ]
     student = [
         Share(
@@ -114,7 +118,9 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
     # A layer that runs again keeps its input; what its gradient needs besides stands for one layer at a time.
     again = recomputes(model.config, tokens)
     searched = model.layers * _FLOAT32 * width + every if again else model.layers * every
-    cast = ("2 · (host + branches) / layers", model.layers) if again else ("2 · (host + branches)", 1)
+    # Autocast makes copies of what is wider.
+    copied, name = (host + branches, "(host + branches)") if wide == _FLOAT32 else (branches, "branches")
+    cast = (f"2 · {name} / layers", model.layers) if again else (f"2 · {name}", 1)
     part = max(sizes.parts[FULL].parameters + sizes.parts[FEED_FORWARD].parameters, model.config.vocab_size * width)
 
     def trained(settings: DistillSettings | ExtendSettings) -> float:
@@ -133,7 +139,7 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
             [
                 *frozen,
                 Share("branches", "4 · branches", _FLOAT32 * branches),
-                *([Share("both in bfloat16", cast[0], _BF16 * (host + branches) / cast[1])] if bf16 else []),
+                *([Share("copies in bfloat16", cast[0], _BF16 * copied / cast[1])] if bf16 else []),
                 chunks,
             ],
             searched,
@@ -155,7 +161,7 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
         forward = kept(FULL) + kept(FEED_FORWARD) + residual
         rows = recipe.distill.division(1).rows
         stages["logits"] = Memory(
-            [host_share._replace(sharded=False), chunks],
+            [Share("host", f"{wide} · host", wide * host, False), chunks],
             forward,
             rows * recipe.distill.length,
             recipe.distill.length,
@@ -164,12 +170,14 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
     if not with_branches_to_train(model.host):
         del stages["align"]
     settings = recipe.evaluate
-    # In float32, in one process, which keeps the cache of all layers and one layer's inside.
-    mixer = max(sizes.parts[option].kept_bytes(False) for option in (FULL, switched))
-    inside = mixer + sizes.parts[FEED_FORWARD].kept_bytes(False) + residual
+    # In one process, which keeps the cache of all layers and one layer's inside.
+    dtype = settings.dtype_on(kind)
+    width = {"auto": own, "float32": _FLOAT32}.get(dtype, _BF16)
+    mixer = max(sizes.parts[option].kept_bytes(width < _FLOAT32) for option in (FULL, switched))
+    inside = mixer + sizes.parts[FEED_FORWARD].kept_bytes(width < _FLOAT32) + residual
     stages["evaluate"] = Memory(
-        [Share("the larger of host and hybrid", "4 · parameters", _FLOAT32 * max(host, hybrid), False), chunks],
-        model.layers * _cache_per_token(model) + inside,
+        [Share("the larger of host and hybrid", f"{width} · parameters", width * max(host, hybrid), False), chunks],
+        model.layers * _cache_per_token(model) * width + inside,
         max(1, settings.tokens_at_once // settings.length) * settings.length,
         settings.length,
         "evaluate.batch_tokens",
@@ -180,10 +188,8 @@ def stage_memory(model: Model, sizes: Sizes, recipe: Recipe, num_gpus: int, bf16
 
 
 def _cache_per_token(model: Model) -> float:
-    """Bytes of cache of a full layer for each token, in float32."""
-    return (
-        model.host.mixers[FULL].cache_bytes(model.config, _CONTEXT) / _CONTEXT * _FLOAT32 / number_bytes(model.config)
-    )
+    """Numbers in the cache of a full layer for each token."""
+    return model.host.mixers[FULL].cache_bytes(model.config, _CONTEXT) / _CONTEXT / number_bytes(model.config)
 
 
 def _batched(settings: TrainSettings, num_gpus: int, per_token: float, shares: list[Share]) -> Memory:

@@ -33,6 +33,13 @@ class EvaluateSettings(Settings):
     chat_template: bool = Field(
         default=False, description="ask through the teacher's chat template (for teachers that follow instructions)"
     )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="of the models; `auto`: float32 on a CPU, elsewhere the checkpoint's own"
+    )
+
+    def dtype_on(self, kind: str) -> str:
+        """What `auto` means on this kind of device (`auto` is then the checkpoint's own)."""
+        return "float32" if self.dtype == "auto" and kind == "cpu" else self.dtype
 
     @property
     def tokens_at_once(self) -> int:

@@ -108,7 +108,7 @@ class Morphable(nn.Module):
             branches = {}
             for option, mixer in self.host.mixers.items():
                 module = mixer.build(model.config, number, attention)
-                if option != FULL:
+                if option != FULL and mixer.trainable:
                     module = module.to(weight.device, torch.float32).requires_grad_(False)
                 branches[option] = Branch(mixer, module)
             setattr(layer, self.host.slot(FULL), MorphableLayer([number], branches))
@@ -218,7 +218,7 @@ class Morphable(nn.Module):
 
     @torch.no_grad()
     def instantiate(self, plan: Plan) -> PreTrainedModel:
-        """The plan as a plain model of the host's class, with weights of its own.
+        """The plan as a plain model of the host's class, in float32, with weights of its own.
 
         Raises:
             UserError: the plan is about another model, or an option that this host cannot hold.
@@ -227,7 +227,6 @@ class Morphable(nn.Module):
         space.one_hot(plan)
         chosen = [plan.assignments[group] for group in space.groups]
         state = {name: weight for name, weight in self.model.state_dict().items() if ".branches." not in name}
-        dtype = next(iter(state.values())).dtype
         for number, (layer, option) in enumerate(zip(self.layers, chosen, strict=True)):
             # A branch without weights of its own runs on those of the attention.
             own = layer.trained[option] if option in layer.trained else layer.branches[FULL]
@@ -235,7 +234,7 @@ class Morphable(nn.Module):
                 state[f"model.layers.{number}.{self.host.slot(option)}.{name}"] = weight
         config = self.host.with_plan(self.model.config, chosen)
         config.use_cache = True
-        state = {name: weight.detach().clone().to(dtype) for name, weight in state.items()}
+        state = {name: weight.detach().to(torch.float32, copy=True) for name, weight in state.items()}
         model = empty_model(self.host, config, state)
         model.generation_config = self.model.generation_config
         return model.requires_grad_(True)

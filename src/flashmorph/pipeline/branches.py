@@ -16,6 +16,7 @@ from flashmorph.hosts import (
     host_settings,
     with_branches_to_train,
 )
+from flashmorph.model.frozen import narrow
 from flashmorph.model.morphable import Morphable, attach
 from flashmorph.model.sharding import shard_morphable, whole
 from flashmorph.pipeline.training import trained_on
@@ -63,12 +64,14 @@ def run_align(run: Run, host: Stage) -> Stage:
         start: list[float] = []
 
         def open_attached() -> Morphable:
+            # Branches start from products in float32.
             morphable, start[:] = attach(open_stage(run, host), first["input_ids"])
+            narrow(morphable.model, run.bf16, [weight for each in morphable.branch_parameters() for weight in each])
             return morphable
 
         morphable = open_sharded(run, open_attached, shard_morphable)
         align(morphable, rows, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16 and run.shards):
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
             errors = alignment_errors(morphable, **first)
         state = whole(morphable.branch_state())
         if distributed.is_first():

@@ -112,7 +112,7 @@ def fit_to_models(names: Sequence[str], recipe: Recipe, device: torch.device) ->
     if not asked(recipe, "evaluate"):
         return recipe, notice
     models = [model_in(config) for config in configs]
-    room = Room(usable_memory(device))
+    room = Room(usable_memory(device), kind=device.type)
     every = [
         choose("evaluate", recipe, model, count_sizes(model.host, model.config, model.config, device), room).values
         for model in models
@@ -164,7 +164,8 @@ def compare_models(names: Sequence[str], wanted: Wanted, device: torch.device, s
 def _judge(name: str, wanted: Wanted, device: torch.device, screen: Screen, first: Found | None = None) -> Found:
     """The results of one model, on the same text as the `first` if it has the same vocabulary."""
     recipe, corpus = wanted.recipe, wanted.corpus
-    model, tokenizer = open_model(name, device, screen.say, wanted.allow_unused)
+    dtype = recipe.evaluate.dtype_on(device.type)
+    model, tokenizer = open_model(name, device, screen.say, wanted.allow_unused, dtype)
     vocabulary = tokenizer.get_vocab()
     grid = None
     if wanted.grid:

@@ -9,8 +9,6 @@ library's own. Several processes go through it together: a stage's work is share
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-
 from flashmorph import distributed
 from flashmorph.convert.load import load_config, load_model
 from flashmorph.convert.save import save_model
@@ -153,7 +151,7 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
 
     def work(folder: Path, report: Report) -> Figures:
         settings = run.at_once("evaluate", folder, alone=True).evaluate
-        loaded = load_model(model.folder / "model", torch.float32, run.device)
+        loaded = load_model(model.folder / "model", settings.dtype_on(run.device.type), run.device)
         # The stage's copy of generation_config.json may be older than the teacher's.
         if ends := run.teacher.generation().get("eos_token_id"):
             loaded.generation_config.eos_token_id = ends

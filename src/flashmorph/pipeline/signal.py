@@ -66,7 +66,8 @@ def run_teacher(run: Run, host: Stage) -> Stage | None:
         return None
 
     def work(folder: Path, report: Report) -> Figures:
-        model = load_model(host.folder / "model", torch.float32, run.device)
+        dtype = recipe.evaluate.dtype_on(run.device.type)
+        model = load_model(host.folder / "model", dtype, run.device)
         questions = open_questions(
             recipe, run.corpus, run.tokenizer, "validation", number, length, recipe.chat_template
         )

@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-import torch
-
 from flashmorph import distributed
-from flashmorph.convert.load import load_config, load_model
+from flashmorph.convert.load import load_config
 from flashmorph.convert.save import save_model
 from flashmorph.convert.shards import is_whole
 from flashmorph.data.isolation import how_apart
@@ -23,7 +21,7 @@ from flashmorph.run.digests import (
     training_settings,
 )
 from flashmorph.run.folder import Stage
-from flashmorph.run.models import open_sharded, open_stage
+from flashmorph.run.models import open_frozen, open_sharded, open_stage
 from flashmorph.run.run import Run
 from flashmorph.stages import (
     RowsWithLogits,
@@ -63,7 +61,7 @@ def run_distill(run: Run, host: Stage, built: Stage, label: str) -> Stage:
     def train(folder: Path, rows: Rows, report: Report) -> None:
         settings = run.at_once("distill", folder).distill
         student = open_sharded(run, lambda: open_stage(run, built), shard_student)
-        teacher = None if logits else open_sharded(run, lambda: open_stage(run, host), shard_teacher)
+        teacher = None if logits else open_sharded(run, lambda: open_frozen(run, host), shard_teacher)
         given = RowsWithLogits(rows, logits.folder) if logits else rows
         distill(student, teacher, given, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
         save_model(student, folder / "model", built.folder / "model")
@@ -81,7 +79,7 @@ def run_logits(run: Run, host: Stage, top_k: int) -> Stage:
         settings = run.at_once("logits", folder, alone=True).distill
         run.screen.say(f"logits: {logits_on_disk(settings, top_k)}, in {folder.parent}")
         rows = training_rows(run, settings, "distill", report)
-        teacher = load_model(host.folder / "model", torch.float32, run.device)
+        teacher = open_frozen(run, host, run.device)
         write_logits(teacher, rows, settings, top_k, folder, run.bf16, report)
         return {**trained_on(run, settings, rows), "summary": logits_on_disk(settings, top_k)}
 

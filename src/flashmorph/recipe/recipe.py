@@ -138,7 +138,10 @@ class Recipe(Settings):
     budget: Annotated[str, BeforeValidator(_as_text)] = "25%"
     seed: int = Field(default=0, ge=0, lt=2**32, strict=True)
     bf16: Literal["auto"] | bool = "auto"
-    shard: bool = Field(default=False, description="shard weights over processes (`model/sharding.py`)")
+    shard: bool | Literal["auto"] = Field(
+        default="auto",
+        description="shard weights over processes (`model/sharding.py`); `auto`: where they do not fit otherwise",
+    )
     baseline: Annotated[str, AfterValidator(_is_baseline)] | None = None
     style: Literal["lines", "prose"] = "prose"
     chat_template: bool = Field(

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from flashmorph.convert.load import load_model
+from flashmorph.convert.load import load_config, load_model
 from flashmorph.data.rows import Rows
+from flashmorph.model.frozen import frozen_dtype, narrow
 from flashmorph.model.morphable import Morphable
 from flashmorph.model.sharding import Model, in_turn, is_sharded
 from flashmorph.plan import Budget
@@ -32,6 +33,13 @@ def open_stage(run: Run, stage: Stage) -> PreTrainedModel:
     return load_model(stage.folder / "model", torch.float32, run.loads_on)
 
 
+def open_frozen(run: Run, stage: Stage, device: torch.device | None = None) -> PreTrainedModel:
+    """The model that a stage saved, for forwards under autocast, its weights in their `frozen_dtype`."""
+    folder = stage.folder / "model"
+    model = load_model(folder, frozen_dtype(load_config(folder), run.bf16), device or run.loads_on)
+    return narrow(model, run.bf16)
+
+
 def open_sharded(run: Run, make: Callable[[], Model], shard: Callable[[Model, torch.device, bool], Model]) -> Model:
     """The model that `make` returns, sharded over the ranks if the recipe sets `shard`."""
     if not run.shards:
@@ -43,8 +51,8 @@ def open_sharded(run: Run, make: Callable[[], Model], shard: Callable[[Model, to
 
 
 def open_morphable(run: Run, host: Stage, branches: Stage) -> Morphable:
-    """The host with its aligned branches."""
-    morphable = Morphable(open_stage(run, host))
+    """The host with its aligned branches, frozen: for forwards under autocast."""
+    morphable = Morphable(open_frozen(run, host))
     morphable.load_branch_state(load_file(branches.folder / "branches.safetensors"))
     return morphable
 

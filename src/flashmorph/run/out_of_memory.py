@@ -34,7 +34,7 @@ def _remedy(stage: str, recipe: Recipe) -> str:
         return f"lower {setting}, now {tokens}: --set {setting}={max(row, tokens // 2 // row * row)}"
     keeps = getattr(getattr(recipe, stage, None), "activation_checkpointing", True) is not True
     others = [f"--set {stage}.activation_checkpointing=true"] if keeps else []
-    if stage not in ("teacher", "evaluate") and distributed.count() > 1 and not recipe.shard:
+    if stage not in ("teacher", "evaluate") and distributed.count() > 1 and recipe.shard is not True:
         others.append("--set shard=true")
     return f"{setting} is one row already, {row:,} tokens: {' or '.join([*others, 'shorter rows'])}"
 

@@ -16,7 +16,7 @@ from flashmorph.convert.teacher import Teacher
 from flashmorph.data.corpus import Corpus, Mixture
 from flashmorph.devices import usable_memory, use_bf16
 from flashmorph.errors import UserError
-from flashmorph.estimate.auto import Room, asked, chosen, resolved
+from flashmorph.estimate.auto import Room, asked, chosen, must_shard, resolved
 from flashmorph.estimate.sizes import Sizes, count_sizes
 from flashmorph.estimate.work import Model, model_of
 from flashmorph.evaluation import Score, recall_difference
@@ -73,10 +73,13 @@ class Run:
         """Whether matrices are multiplied in bfloat16."""
         return use_bf16(self.device) if self.recipe.bf16 == "auto" else self.recipe.bf16
 
-    @property
+    @cached_property
     def shards(self) -> bool:
         """Whether weights are sharded over the ranks."""
-        return self.recipe.shard and distributed.are_several()
+        if self.recipe.shard != "auto" or not distributed.are_several():
+            return self.recipe.shard is True
+        room = Room(usable_memory(self.device, distributed.local_count()), distributed.count(), False, self.bf16)
+        return distributed.first(lambda: must_shard(self.recipe, *self._shape, room))
 
     @property
     def loads_on(self) -> torch.device:
@@ -104,7 +107,7 @@ class Run:
             return self.recipe
         processes = 1 if alone else distributed.count()
         bytes_here = usable_memory(self.device, 1 if alone else distributed.local_count())
-        room = Room(bytes_here, processes, self.shards and not alone, self.bf16)
+        room = Room(bytes_here, processes, self.shards and not alone, self.bf16, self.device.type)
         recipe, too_large = distributed.first(lambda: resolved(stage, self.recipe, folder, *self._shape, room))
         for section in too_large:
             self.screen.say(

@@ -16,6 +16,7 @@ from flashmorph.data.rows import Rows
 from flashmorph.errors import UserError
 from flashmorph.files import atomic_path, digest_of, write_json
 from flashmorph.inputs.shapes import Finite, read_as
+from flashmorph.model.frozen import narrow
 from flashmorph.model.morphable import Morphable
 from flashmorph.plan import FULL, Budget, Plan
 from flashmorph.stages import DistillSettings, distill, logged
@@ -105,9 +106,9 @@ class Distiller:
         """The teacher, as a plain model."""
         if self._teacher is None:
             space = self._morphable.space(Budget("layers", 1))
-            self._teacher = self._morphable.instantiate(
-                Plan(dict.fromkeys(space.groups, FULL), Budget("layers", len(space.groups)))
-            ).requires_grad_(False)
+            every = Plan(dict.fromkeys(space.groups, FULL), Budget("layers", len(space.groups)))
+            teacher = self._morphable.instantiate(every).requires_grad_(False)
+            self._teacher = narrow(teacher, self._bf16)
         return self._teacher
 
     def _place(self, path: Sequence[Plan], steps: int) -> Path:
