@@ -352,11 +352,11 @@ def test_the_search_on_a_1_7b_at_8k_tokens_fits_24_gb(tmp_path, capsys):
     options = ("estimate", tmp_path, "--budget", "7", "--gpu", "rtx4090", *at_8k)
     assert run_command(*options, "--json") == 0
     stages = {stage["stage"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}
-    assert 10e9 < stages["select"]["memory_bytes"] < find_gpu("rtx4090").memory_bytes
+    assert 8e9 < stages["select"]["memory_bytes"] < find_gpu("rtx4090").memory_bytes
     assert run_command(*options, "--explain") == 0
     printed = capsys.readouterr().out
     assert "distill does not fit" in printed and "select does not fit" not in printed
-    assert "2 · (host + branches) / layers" in printed and "every branch again, in the backward" in printed
+    assert "2 · branches / layers" in printed and "every branch again, in the backward" in printed
 
 
 @pytest.mark.parametrize("name, gpus", [("a100-40gb", 1), ("l4", 8)])

@@ -164,7 +164,8 @@ def test_the_published_gate_has_a_gradient_at_its_start(morphable):
 
 def test_a_gates_gradient_is_the_slope_of_the_loss(morphable):
     def loss(gates):
-        return morphable(some_tokens(1, 20), gates).double().square().mean()
+        # Tokens at which no expert changes within the step.
+        return morphable(some_tokens(1, 20, seed=3), gates).double().square().mean()
 
     gates = torch.full((LAYERS, 2), 0.5, requires_grad=True)
     loss(gates).backward()

@@ -20,6 +20,7 @@ from flashmorph.inputs.shapes import read_as
 from flashmorph.recipe.recipe import Recipe, setting, with_settings
 from flashmorph.records import Figures, SettingValues
 from flashmorph.selection import STRATEGIES
+from flashmorph.stages import TrainSettings
 
 AUTO = "auto"
 COMPARE = "compare"
@@ -163,8 +164,16 @@ def _of_training(
         values[again] = within() < max(length, enough // length * length)
     most = within()
     if number == AUTO:
-        values[micro] = max(length, min(most, settings.batch_rows * length))
+        rows = range(1, max(1, min(most // length, settings.batch_rows)) + 1)
+        # A step is cut evenly, so a larger micro-batch can leave each process fewer rows at once.
+        values[micro] = length * max(rows, key=lambda number: (_at_once(settings, number, room.processes), number))
     return values, most >= length
+
+
+def _at_once(settings: TrainSettings, rows: int, processes: int) -> int:
+    """Rows that a process runs at once where micro-batches have `rows`."""
+    micro = {"micro_batch_tokens": rows * settings.length}
+    return settings.model_copy(update=micro).division(processes).rows
 
 
 def _memory(recipe: Recipe, model: Model, sizes: Sizes, room: Room) -> dict[str, Memory]:

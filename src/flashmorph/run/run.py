@@ -76,8 +76,8 @@ class Run:
     @cached_property
     def shards(self) -> bool:
         """Whether weights are sharded over the ranks."""
-        if self.recipe.shard != "auto" or not distributed.are_several():
-            return self.recipe.shard is True
+        if not distributed.are_several():
+            return False
         room = Room(usable_memory(self.device, distributed.local_count()), distributed.count(), False, self.bf16)
         return distributed.first(lambda: must_shard(self.recipe, *self._shape, room))
 
