@@ -27,8 +27,8 @@ _SAME = (
     "attention_dropout pad_token_id bos_token_id eos_token_id"
 ).split()
 _CONVOLUTION = 4
-LinearHeads = Annotated[int | None, Field(gt=0)]
-"""Heads of a linear mixer; None: chosen by the teacher's shape."""
+LinearSize = Annotated[int | None, Field(gt=0)]
+"""Number or width of heads of a linear mixer; None: by the teacher's shape."""
 
 
 VLLM = Engine("vLLM", "0.33", READ)
@@ -78,6 +78,8 @@ class Qwen35Host(Host):
         "key_heads": "query and key heads of Gated DeltaNet, from the teacher's key-value heads to its query heads; "
         "default: as many as fit into the attention's parameters",
         "value_heads": "value heads, key_heads or a multiple of them",
+        "key_dim": "width of a query and key head, at most the teacher's; default: the teacher's",
+        "value_dim": "width of a value head, likewise",
     }
     mixers: Mapping[str, Mixer] = {
         FULL: FullAttention("gated attention", gated=True),
@@ -93,27 +95,27 @@ class Qwen35Host(Host):
         refuse_activation(teacher, self.name)
 
     def config(
-        self, teacher: PreTrainedConfig, key_heads: LinearHeads = None, value_heads: LinearHeads = None
+        self,
+        teacher: PreTrainedConfig,
+        key_heads: LinearSize = None,
+        value_heads: LinearSize = None,
+        key_dim: LinearSize = None,
+        value_dim: LinearSize = None,
     ) -> PreTrainedConfig:
-        """Same shapes; Gated DeltaNet's heads are as wide as the attention's.
+        """Same shapes.
 
         Raises:
-            UserError: the heads cannot be made of the teacher's.
+            UserError: Gated DeltaNet's heads cannot be made of the teacher's.
         """
-        shape = self.shape(teacher, key_heads, value_heads)
+        shape = {**self.shape(teacher), **delta_net_shape(teacher, key_heads, value_heads, key_dim, value_dim)}
         return Qwen3_5TextConfig(**shape, intermediate_size=teacher.intermediate_size)
 
-    def shape(self, teacher: PreTrainedConfig, key_heads: int | None, value_heads: int | None) -> dict[str, Any]:
-        """All but the MLP."""
-        keys, values = linear_heads(teacher, key_heads, value_heads)
+    def shape(self, teacher: PreTrainedConfig) -> dict[str, Any]:
+        """All but Gated DeltaNet and the MLP."""
         return {
             **{name: getattr(teacher, name) for name in _SAME},
             "rope_parameters": {**teacher.rope_parameters, "partial_rotary_factor": 1.0},
             "layer_types": [LAYER_TYPES[FULL]] * teacher.num_hidden_layers,
-            "linear_num_key_heads": keys,
-            "linear_num_value_heads": values,
-            "linear_key_head_dim": teacher.head_dim,
-            "linear_value_head_dim": teacher.head_dim,
             "linear_conv_kernel_dim": _CONVOLUTION,
             "dtype": teacher.dtype,
         }
@@ -165,7 +167,27 @@ class Qwen35Host(Host):
         return feed_forward_products(config.hidden_size, config.intermediate_size)
 
 
-def linear_heads(teacher: PreTrainedConfig, keys: int | None, values: int | None) -> tuple[int, int]:
+def delta_net_shape(
+    teacher: PreTrainedConfig, keys: int | None, values: int | None, key_dim: int | None, value_dim: int | None
+) -> dict[str, int]:
+    """Gated DeltaNet's fields of the configuration.
+
+    Raises:
+        UserError: heads of this number or width cannot be made of the teacher's.
+    """
+    keys, values = _linear_heads(teacher, keys, values)
+    for name, width in (("key_dim", key_dim), ("value_dim", value_dim)):
+        if (width or 0) > teacher.head_dim:
+            raise UserError(f"host.{name}={width} is wider than the teacher's heads of {teacher.head_dim}")
+    return {
+        "linear_num_key_heads": keys,
+        "linear_num_value_heads": values,
+        "linear_key_head_dim": key_dim or teacher.head_dim,
+        "linear_value_head_dim": value_dim or teacher.head_dim,
+    }
+
+
+def _linear_heads(teacher: PreTrainedConfig, keys: int | None, values: int | None) -> tuple[int, int]:
     """Key and value heads of Gated DeltaNet; what is not given, so that a layer is no larger than its attention.
 
     With h heads of each, q, k, v, z and the output projection have 5 h head_dim hidden weights, the attention

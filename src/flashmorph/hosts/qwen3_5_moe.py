@@ -11,7 +11,7 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeGated
 
 from flashmorph.errors import UserError
 from flashmorph.hosts.host import layer_prefixes
-from flashmorph.hosts.qwen3_5 import LinearHeads, Qwen35Host
+from flashmorph.hosts.qwen3_5 import LinearSize, Qwen35Host, delta_net_shape
 from flashmorph.mixers import LINEAR, GatedDeltaNet, Mixer, Products
 
 _EXPERTS = ("moe_intermediate_size", "num_experts", "num_experts_per_tok", "router_aux_loss_coef")
@@ -46,11 +46,17 @@ class Qwen35MoeHost(Qwen35Host):
             )
 
     def config(
-        self, teacher: PreTrainedConfig, key_heads: LinearHeads = None, value_heads: LinearHeads = None
+        self,
+        teacher: PreTrainedConfig,
+        key_heads: LinearSize = None,
+        value_heads: LinearSize = None,
+        key_dim: LinearSize = None,
+        value_dim: LinearSize = None,
     ) -> PreTrainedConfig:
         """Same shapes, as in `qwen3_5.py`; the shared expert is narrow."""
         return Qwen3_5MoeTextConfig(
-            **self.shape(teacher, key_heads, value_heads),
+            **self.shape(teacher),
+            **delta_net_shape(teacher, key_heads, value_heads, key_dim, value_dim),
             **{name: getattr(teacher, name) for name in _EXPERTS},
             shared_expert_intermediate_size=_shared_width(teacher),
         )

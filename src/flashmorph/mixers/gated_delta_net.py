@@ -15,7 +15,15 @@ from flashmorph.mixers.convolution import convolve
 from flashmorph.mixers.kernels import boundaries_in, kernel_runs
 from flashmorph.mixers.mixer import LAYER_TYPES, LINEAR, Kernels, LayerArguments, Products
 from flashmorph.mixers.products import STATE_BYTES, number_bytes
-from flashmorph.mixers.start import constant_row, fit_head_scales, mean_distance, merged, softplus_inverse
+from flashmorph.mixers.start import (
+    constant_row,
+    fit_head_scales,
+    mean_distance,
+    merged,
+    narrow_outputs,
+    narrow_scores,
+    softplus_inverse,
+)
 
 _CONVOLUTION = "causal_conv1d_fn"
 _FUNCTIONS = (
@@ -79,23 +87,33 @@ class GatedDeltaNet:
 
         Queries and keys carry their norm's weights. Keys and values are repeated to all heads; where there are fewer
         heads than the attention has, query heads of one key-value head that are neighbours share one, with the mean of
-        their queries and the sum of their columns in `o_proj`. The convolution passes
+        their queries and the sum of their columns in `o_proj`. Narrower heads keep what matters most to scores and
+        outputs. The convolution passes
         the current token only, scaled so that SiLU works where it is nearly linear (the scale itself is taken back by
         the norms). A head forgets half at the mean distance it attends to (Taylor-Calibrate, arXiv 2606.16429), half
         of a key's old value is overwritten. The gate `z` is the least-squares fit of a constant on the hidden states.
         The norm removes each head's amplitude: one scale a head, fitted to the attention's output, goes into
         `out_proj`.
         """
-        heads, head_dim = attention.config.num_attention_heads, module.head_v_dim
+        heads, head_dim = attention.config.num_attention_heads, attention.head_dim
         keys, values, key_values = module.num_k_heads, module.num_v_heads, attention.config.num_key_value_heads
         query = merged(attention.q_proj.weight.unflatten(0, (heads, 2, head_dim))[:, 0], keys)
         key = attention.k_proj.weight.unflatten(0, (-1, head_dim)).repeat_interleave(keys // key_values, 0)
         value = attention.v_proj.weight.unflatten(0, (-1, head_dim)).repeat_interleave(values // key_values, 0)
         query = query * (1 + attention.q_norm.weight)[:, None]
         key = key * (1 + attention.k_norm.weight)[:, None]
+        columns = attention.o_proj.weight.T.unflatten(0, (heads, head_dim))
+        columns = merged(columns, values) * (heads // values) / 2
+        query, key = narrow_scores(hidden, query, key, module.head_k_dim)
+        value, columns = narrow_outputs(hidden, value, columns, module.head_v_dim)
         mixed = torch.cat([part.flatten(0, 1) for part in (query, key, value)])
         spread = F.linear(hidden, mixed).flatten(0, 1).std(0).clamp_min(1e-6)
-        scale = _TAP / spread.unflatten(0, (-1, head_dim)).mean(1, keepdim=True).expand(-1, head_dim).flatten()
+        parts = spread.split([part.shape[0] * part.shape[1] for part in (query, key, value)])
+        means = [
+            part.unflatten(0, (len(rows), -1)).mean(1, keepdim=True).expand(-1, rows.shape[1]).flatten()
+            for part, rows in zip(parts, (query, key, value), strict=True)
+        ]
+        scale = _TAP / torch.cat(means)
         module.in_proj_qkv.weight.copy_(mixed * scale[:, None])
         module.conv1d.weight.zero_()
         module.conv1d.weight[:, 0, -1] = 1.0
@@ -106,10 +124,9 @@ class GatedDeltaNet:
         distance = merged(mean_distance(attention, hidden, arguments), values)
         module.dt_bias.copy_(softplus_inverse(math.log(2) / distance))
         module.norm.weight.fill_(1.0)
-        columns = attention.o_proj.weight.T.unflatten(0, (heads, head_dim))
-        module.out_proj.weight.copy_(merged(columns, values).flatten(0, 1).T * (heads // values) / 2)
+        module.out_proj.weight.copy_(columns.flatten(0, 1).T)
         target = attention(hidden_states=hidden, **arguments)[0]
-        fit_head_scales(module.out_proj, head_dim, lambda: module(hidden_states=hidden), target)
+        fit_head_scales(module.out_proj, module.head_v_dim, lambda: module(hidden_states=hidden), target)
 
     def cache_bytes(self, config: PreTrainedConfig, context: int) -> int:
         """The convolution's inputs, and the recurrent state in float32."""

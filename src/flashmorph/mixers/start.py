@@ -47,6 +47,54 @@ def merged(parts: torch.Tensor, heads: int) -> torch.Tensor:
     return parts.unflatten(0, (heads, -1)).mean(1)
 
 
+def narrow_scores(
+    hidden: torch.Tensor, query: torch.Tensor, key: torch.Tensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of queries and keys `[heads, width, hidden]` whose products are nearest to those of wider ones.
+
+    Least squares over pairs of the hidden states `[batch, time, hidden]`, of independent positions: the largest `width`
+    singular directions of `Σq^½ Σk^½`, where Σ are the second moments.
+    """
+    if width == query.shape[1]:
+        return query, key
+    left, right = (_roots(_moments(hidden, rows)) for rows in (query, key))
+    first, values, second = torch.linalg.svd(left[0] @ right[0])
+    size = values[:, :width, None].sqrt()
+    into_query = size * first[:, :, :width].mT @ left[1]
+    into_key = size * second[:, :width] @ right[1]
+    return into_query.to(query.dtype) @ query, into_key.to(key.dtype) @ key
+
+
+def narrow_outputs(
+    hidden: torch.Tensor, value: torch.Tensor, columns: torch.Tensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values `[heads, width, hidden]` and columns `[heads, width, hidden]` of the output projection, narrower ones.
+
+    Their product is nearest to that of the wider ones over the hidden states `[batch, time, hidden]`: reduced-rank
+    regression.
+    """
+    if width == value.shape[1]:
+        return value, columns
+    root, inverse = _roots(_moments(hidden, value))
+    mixed = root @ columns.double()
+    directions = torch.linalg.eigh(mixed @ mixed.mT)[1][:, :, -width:]
+    down = (directions.mT @ inverse).to(value.dtype)
+    return down @ value, (directions.mT @ mixed).to(columns.dtype)
+
+
+def _moments(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Second moments `[heads, width, width]` of what rows `[heads, width, hidden]` make of the hidden states."""
+    made = torch.einsum("nw,hdw->hnd", hidden.flatten(0, 1), rows).double()
+    return made.mT @ made / made.shape[1]
+
+
+def _roots(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The square root of each matrix and its inverse, directions that hardly occur left out of the latter."""
+    values, vectors = torch.linalg.eigh(moments)
+    values = values.clamp_min(1e-9 * values.amax(-1, keepdim=True)).sqrt()[:, None]
+    return vectors * values @ vectors.mT, vectors / values @ vectors.mT
+
+
 def fit_head_scales(out_proj: nn.Linear, head_dim: int, run: Callable[[], Any], target: torch.Tensor) -> None:
     """Multiply each head's columns of `out_proj` by one factor, so that what `run()` gives is nearest to `target`.
 
