@@ -29,7 +29,12 @@ from flashmorph.pipeline.evaluate_models import Wanted, compare_models
 from flashmorph.recipe.recipe import load_recipe
 
 LAYERS = "2,5"
-GATED_DELTA_NET = ({"key_heads": 4, "value_heads": 4}, {"key_heads": 2, "value_heads": 4}, {"key_heads": 2})
+GATED_DELTA_NET = (
+    {"key_heads": 4, "value_heads": 4},
+    {"key_heads": 2, "value_heads": 4},
+    {"key_heads": 4, "value_heads": 4, "key_dim": 16, "value_dim": 16},
+    {"key_heads": 2},
+)
 MAMBA2 = (
     {"mamba_expand": 2, "mamba_groups": 4},
     {"mamba_expand": 2, "mamba_groups": 2},
@@ -75,6 +80,8 @@ def label(shape: dict[str, int]) -> str:
 def converted(teacher: str, shape: dict[str, int], seed: int, runs: Path) -> Path:
     """The finished run of one shape."""
     folder = runs / f"{Path(teacher).name}-{'-'.join(map(str, shape.values()))}-{seed}"
+    if (folder / "config.json").exists():
+        return folder
     changes = {f"host.{name}": value for name, value in shape.items()}
     changes |= {"seed": seed, "extend": "null", "baseline": "null", "evaluate.questions": 8}
     command = [sys.executable, "-m", "flashmorph", "morph", teacher, "--recipe", "demo", "--layers", LAYERS]

@@ -75,8 +75,8 @@ class Qwen35Host(Host):
     engines: tuple[Engine, ...] = (TRANSFORMERS, VLLM, LLAMA_CPP, SGLANG)
     model_class: type[PreTrainedModel] = Qwen3_5ForCausalLM
     settings: Mapping[str, str] = {
-        "key_heads": "query and key heads of Gated DeltaNet, from the teacher's key-value heads to its query heads; "
-        "default: as many as fit into the attention's parameters",
+        "key_heads": "query and key heads of Gated DeltaNet, from the teacher's key-value heads to its query heads, "
+        "which is the default: fewer make smaller layers that keep less",
         "value_heads": "value heads, key_heads or a multiple of them",
         "key_dim": "width of a query and key head, at most the teacher's; default: the teacher's",
         "value_dim": "width of a value head, likewise",
@@ -188,18 +188,14 @@ def delta_net_shape(
 
 
 def _linear_heads(teacher: PreTrainedConfig, keys: int | None, values: int | None) -> tuple[int, int]:
-    """Key and value heads of Gated DeltaNet; what is not given, so that a layer is no larger than its attention.
-
-    With h heads of each, q, k, v, z and the output projection have 5 h head_dim hidden weights, the attention
-    (2 query heads + 2 key-value heads) head_dim hidden. At least one for each key-value head.
+    """Key and value heads of Gated DeltaNet; without a number one for each query head.
 
     Raises:
         UserError: they are not between the teacher's key-value and query heads, or do not divide.
     """
     queries, key_values = teacher.num_attention_heads, teacher.num_key_value_heads
     possible = [heads for heads in range(key_values, queries + 1, key_values) if queries % heads == 0]
-    lean = max((heads for heads in possible if 5 * heads <= 2 * (queries + key_values)), default=possible[0])
-    keys = keys or min(lean, values or lean)
+    keys = keys or values or queries
     values = values or keys
     for name, heads in (("key_heads", keys), ("value_heads", values)):
         if heads not in possible:
