@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from flashmorph.convert.checkpoint import weight_files
 from flashmorph.convert.digests import template_digest, tokenizer_digest, weights_digest
+from flashmorph.convert.gguf import checkpoint_of, is_gguf, origin_of
 from flashmorph.convert.load import load_config, load_model, load_tokenizer, read_generation
 from flashmorph.errors import UserError, first_line
 from flashmorph.hosts import host_for, takes_with_windows
@@ -84,7 +85,7 @@ def open_teacher(name: str) -> Teacher:
 
 
 def locate(name: str) -> tuple[Path, str, str]:
-    """Folder, revision and a note for the user: a local folder, an embedded teacher or a model of the hub.
+    """Folder, revision and a note for the user: a local folder or GGUF file, an embedded teacher or a model of the hub.
 
     Raises:
         UserError: there is nothing of that name.
@@ -92,11 +93,16 @@ def locate(name: str) -> tuple[Path, str, str]:
     path = Path(name)
     if path.is_dir():
         embedded = f"{name!r} is a folder here: it is used instead of the embedded teacher of that name"
-        return path, "", embedded if name in EMBEDDED else ""
+        return path, "", embedded if name in EMBEDDED else origin_of(path)
+    if is_gguf(name):
+        folder = checkpoint_of(path.resolve())
+        return folder, "", f"{name}: {origin_of(folder)}, as a checkpoint in {folder}"
     if name in EMBEDDED:
         return Path(str(files("flashmorph") / "assets" / name)), "", ""
     if path.exists() or path.is_symlink() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"there is no folder {name!r}: give a folder with config.json and safetensors, or a hub name")
+        raise UserError(
+            f"there is no folder {name!r}: give a folder with config.json and safetensors, a GGUF file, or a hub name"
+        )
     folder = _download(name)
     return folder, folder.name, ""
 

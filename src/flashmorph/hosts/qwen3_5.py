@@ -197,6 +197,7 @@ def _linear_heads(teacher: PreTrainedConfig, keys: int | None, values: int | Non
     possible = [heads for heads in range(key_values, queries + 1, key_values) if queries % heads == 0]
     keys = keys or values or queries
     values = values or keys
+    assert keys and values
     for name, heads in (("key_heads", keys), ("value_heads", values)):
         if heads not in possible:
             listed = ", ".join(map(str, possible))

@@ -5,6 +5,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedConfig
 
+from flashmorph.convert.gguf import origin_of
 from flashmorph.convert.load import load_config
 from flashmorph.evaluation import text_in_words
 from flashmorph.hosts import configure
@@ -45,6 +46,7 @@ def model_card(run: Run, results: Results) -> str:
     teacher = run.teacher.name
     words = ["flashmorph", "morph", no_option(teacher), "--recipe", "recipe.yaml", *given, "--output", "FOLDER"]
     revision = f" at revision {code(run.teacher.revision)}" if run.teacher.revision else ""
+    origin = f" ({stored})" if (stored := origin_of(run.teacher.folder)) else ""
     rows = "\n".join(_row(name, score) for name, score in results.scores.items())
     tasks = ", ".join(map(code, run.recipe.tasks))
     text = text_in_words(results.scores["hybrid"].to_dict())
@@ -56,7 +58,7 @@ model = AutoModelForCausalLM.from_pretrained({python_string(run.folder.path.reso
 
 # Hybrid of {markdown(teacher)}
 
-Made from {code(teacher)}{revision} by flashmorph {own_version()}. {kept} of {number} layers keep full
+Made from {code(teacher)}{revision}{origin} by flashmorph {own_version()}. {kept} of {number} layers keep full
 attention, chosen by {code(plan.strategy)} for the budget {plan.budget}: layers {plan.in_short()}.
 
 `{plan.strip()}` (■ full attention, □ {mixers})
