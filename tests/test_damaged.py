@@ -48,7 +48,7 @@ def test_a_number_of_a_recipe_is_one_that_makes_sense(value):
 
 
 def test_all_else_of_the_shipped_recipes_is_as_it_was():
-    for name in ("demo", "default", "chat"):
+    for name in ("demo", "laptop", "default", "chat"):
         recipe = load_recipe(name)
         assert Recipe.model_validate(read_yaml(recipe.to_yaml(), "it")) == recipe
 

@@ -39,7 +39,7 @@ def evaluate(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="Whose tasks, text and lengths: `demo`, `default`, `chat` or a YAML file. Default: that of "
+            help="Whose tasks, text and lengths: `demo`, `laptop`, `default`, `chat` or a YAML file. Default: that of "
             "`--report`'s run, else of the first model that came with one, else `demo`."
         ),
     ] = None,

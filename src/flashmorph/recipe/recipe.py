@@ -31,7 +31,7 @@ from flashmorph.stages import AlignSettings, DistillSettings, ExtendSettings
 from flashmorph.tasks import STYLES, TaskSettings
 
 _LEAST_SHARE = 1e-9
-SHIPPED = ("demo", "default", "chat")
+SHIPPED = ("demo", "laptop", "default", "chat")
 _REPLACED = {
     "extend.isolate_documents": "say `extend.documents: joined` (documents in a row see each other) or `long` (only "
     "documents that fill rows on their own)",
