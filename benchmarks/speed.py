@@ -59,14 +59,17 @@ def hybrid_options(arguments: argparse.Namespace) -> list[str]:
 
 
 def random_pair(arguments: argparse.Namespace, device: torch.device) -> dict[str, PreTrainedModel]:
-    """The host with all layers full, and the same shape with `full` of them."""
+    """The host with all layers full, and the same shape with `full` of them; with `lean` also with narrow layers."""
     dtype = getattr(torch, arguments.dtype)
     teacher = teacher_config(arguments, dtype)
     host = host_for(teacher)
     models = {}
-    for name, options in (("full", [FULL] * arguments.layers), ("hybrid", hybrid_options(arguments))):
+    some = hybrid_options(arguments)
+    lean = {"key_heads": teacher.num_key_value_heads}
+    kinds: list[tuple[str, list[str], dict[str, int]]] = [("full", [FULL] * arguments.layers, {}), ("hybrid", some, {})]
+    for name, options, settings in [*kinds, *([("lean", some, lean)] if getattr(arguments, "lean", False) else [])]:
         torch.manual_seed(0)
-        config = host.with_plan(host.config(teacher), options)
+        config = host.with_plan(host.config(teacher, **settings), options)
         models[name] = host.model_class(config).to(device, dtype).eval()
     return models
 
@@ -75,6 +78,7 @@ def main() -> None:
     """Make the pair, time it, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shape(parser)
+    parser.add_argument("--lean", action="store_true", help="also a hybrid with a head for each key-value head only")
     parser.add_argument("--lengths", default="512,1024,2048,4096,8192,16384")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--decode-tokens", type=int, default=8)
@@ -92,7 +96,9 @@ def main() -> None:
     with RichScreen(Console(stderr=True)).stage("bench", "random pair") as report:
         figures = bench(models, settings, report)
     command = f"python benchmarks/speed.py {shlex.join(sys.argv[1:])}".strip()
-    write_json(arguments.output, {"command": command, "shape": shape_of(arguments), **figures})
+    parameters = {name: sum(weight.numel() for weight in model.parameters()) for name, model in models.items()}
+    about = {"command": command, "shape": shape_of(arguments), "parameters": parameters}
+    write_json(arguments.output, {**about, **figures})
     show(figures)
 
 

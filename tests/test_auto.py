@@ -9,7 +9,7 @@ from conftest import run_command
 from families import config_of
 
 from flashmorph.devices import _cgroup_cores, _cgroup_limits, limit_threads, total_memory, usable_memory
-from flashmorph.estimate.auto import Room, asked, choose, resolved
+from flashmorph.estimate.auto import Room, asked, choose, must_shard, resolved
 from flashmorph.estimate.memory import stage_memory
 from flashmorph.estimate.sizes import count_sizes
 from flashmorph.estimate.work import model_of
@@ -159,3 +159,11 @@ def test_threads_are_no_more_than_the_cores_of_the_control_group(tmp_path, monke
         assert torch.get_num_threads() == 1, "fewer threads stay fewer"
     finally:
         torch.set_num_threads(before)
+
+
+def test_weights_are_sharded_only_where_a_stage_could_not_run_otherwise(shape):
+    large, small = Room(80 * 2**30, 8), Room(2**28, 8)
+    assert must_shard(RECIPE, *shape, small) and not must_shard(RECIPE, *shape, large)
+    assert not must_shard(RECIPE, *shape, small._replace(processes=1))
+    assert must_shard(load_recipe("default", {"shard": True}), *shape, large)
+    assert not must_shard(load_recipe("default", {"shard": False}), *shape, small)

@@ -24,7 +24,9 @@ TeacherArgument = Annotated[
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; continues what is there.")]
 RecipeOption = Annotated[
     str | None,
-    typer.Option(help="`demo`, `laptop`, `default`, `chat` or a YAML file. Default: `demo` for `tiny`, else `default`."),
+    typer.Option(
+        help="`demo`, `laptop`, `default`, `chat` or a YAML file. Default: `demo` for `tiny`, else `default`."
+    ),
 ]
 BudgetOption = Annotated[
     str | None, typer.Option(help="What may stay full: `7`, `25%` or `kv=64MiB@32768`. Default: the recipe's.")
