@@ -226,4 +226,6 @@ def test_the_whole_path_takes_one_and_the_card_says_where_it_came_from(tmp_path,
     file = written(made("llama"), tmp_path / "teacher.gguf", "Q8_0")
     assert run_command("morph", file, "--recipe", recipe_file, "--layers", "0", "--output", tmp_path / "run") == 0
     assert "dequantised Q8_0" in (tmp_path / "run" / "README.md").read_text()
+    record = json.loads(next((tmp_path / "run" / "stages").glob("transplant-*/stage.json")).read_text())
+    assert record["teacher_weights"] == "dequantised Q8_0"
     assert AutoTokenizer.from_pretrained(tmp_path / "run").eos_token == tiny_tokenizer().eos_token

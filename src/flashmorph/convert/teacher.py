@@ -93,7 +93,7 @@ def locate(name: str) -> tuple[Path, str, str]:
     path = Path(name)
     if path.is_dir():
         embedded = f"{name!r} is a folder here: it is used instead of the embedded teacher of that name"
-        return path, "", embedded if name in EMBEDDED else origin_of(path)
+        return path, "", embedded if name in EMBEDDED else ""
     if is_gguf(name):
         folder = checkpoint_of(path.resolve())
         return folder, "", f"{name}: {origin_of(folder)}, as a checkpoint in {folder}"

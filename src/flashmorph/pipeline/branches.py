@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from flashmorph import distributed
+from flashmorph.convert.gguf import origin_of
 from flashmorph.convert.load import load_config
 from flashmorph.convert.save import write_host
 from flashmorph.files import atomic_path
@@ -40,9 +41,11 @@ def run_transplant(run: Run) -> Stage:
     settings = host_settings(host_for(load_config(run.teacher.folder), run.recipe.host), run.recipe.host)
 
     def work(folder: Path, report: Report) -> Figures:
-        return write_host(
+        figures = write_host(
             run.teacher, folder / "model", settings, run.device, report, run.allow_unused, over_folder=True
         )
+        origin = origin_of(run.teacher.folder)
+        return {**figures, **({"teacher_weights": origin} if origin else {})}
 
     wanted = {"format": 1, **({"host": settings} if settings else {})}
     stage = run.stage("transplant", run.teacher.name, wanted, [run.teacher.digest], work, alone=True)
