@@ -132,7 +132,7 @@ def test_a_run_without_a_hybrid(capsys, tmp_path):
     assert "has no hybrid yet" in refused(capsys, *export(run, tmp_path / "x.gguf", tmp_path))
 
 
-def test_converters_that_are_missing_or_too_old(capsys, tmp_path):
+def test_converters_that_are_missing_or_too_old(capsys, tmp_path, monkeypatch):
     irregular, file = hybrid(tmp_path / "irregular"), tmp_path / "hybrid.gguf"
     assert f"has no {CONVERTER}" in refused(capsys, *export(irregular, file, tmp_path))
     old = llama_cpp(tmp_path / "old", REPORTS, writer="class GGUFWriter:\n    pass\n")
@@ -141,6 +141,7 @@ def test_converters_that_are_missing_or_too_old(capsys, tmp_path):
     refused(capsys, *export(hybrid(tmp_path / "periodic", PERIODIC), file, old))
     assert (old / "told.json").exists()
     bare = llama_cpp(tmp_path / "bare", writer=None)
+    monkeypatch.setattr("flashmorph.pipeline.export.importlib.util.find_spec", lambda name: None)
     assert "needs the package gguf" in refused(capsys, *export(irregular, file, bare))
     broken = llama_cpp(tmp_path / "broken", "import a_package_that_nobody_has")
     assert "needs the package 'a_package_that_nobody_has'" in refused(capsys, *export(irregular, file, broken))

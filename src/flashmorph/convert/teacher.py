@@ -125,9 +125,11 @@ def open_model(
     device: torch.device,
     tell: Callable[[str], None] = lambda notice: None,
     allow_unused: bool = False,
-    dtype: str = "auto",
+    dtype: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer, by folder or name; `dtype` is `auto` (in its own) or a name.
+    """A model and its tokenizer, by folder or name.
+
+    `dtype` is a name or `auto`, the checkpoint's own; without it float32 on a CPU, elsewhere the checkpoint's own.
 
     Stored weights that are not used are reported to `tell`; see `load_model`.
 
@@ -138,7 +140,8 @@ def open_model(
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise UserError(f"{name} has no tokenizer")
-    return load_model(folder, dtype, device, tell, allow_unused), tokenizer
+    usual = "float32" if device.type == "cpu" else "auto"
+    return load_model(folder, dtype or usual, device, tell, allow_unused), tokenizer
 
 
 def _require_host(config: PreTrainedConfig) -> None:

@@ -34,7 +34,7 @@ def continue_prompt(
     Raises:
         UserError: see `open_model`; or the prompt is empty.
     """
-    model, tokenizer = open_model(name, device, tell, allow_unused, "float32" if device.type == "cpu" else "auto")
+    model, tokenizer = open_model(name, device, tell, allow_unused)
     ids = [*before_text(tokenizer), *tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids]
     if not ids:
         raise UserError("the prompt is empty; give some text to continue")
