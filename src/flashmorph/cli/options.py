@@ -189,7 +189,9 @@ def open_run(options: Options, stages: Collection[str] = EVERY_STAGE, keep_recip
     folder = RunFolder(options.output, tuple(options.others or []))
     if keep_recipe:
         folder.keep_recipe(recipe.to_yaml())
-    return Run(teacher, recipe, folder, device, screen, given, options.allow_unused)
+    run = Run(teacher, recipe, folder, device, screen, given, options.allow_unused)
+    run.shards = run.must_shard()
+    return run
 
 
 def numbers(option: str, text: str) -> list[int]:

@@ -50,7 +50,7 @@ class Run:
     """Teacher, recipe, output folder, device and console of one `flashmorph morph`. A `given` plan replaces the search.
 
     With `allow_unused`, stored weights of the teacher that are not used are reported, not refused. `left_out` names the
-    tasks that `signal.with_signal` removed from the recipe.
+    tasks that `signal.with_signal` removed from the recipe. `shards`: whether weights are sharded over the ranks.
     """
 
     teacher: Teacher
@@ -61,6 +61,7 @@ class Run:
     given: Plan | None = None
     allow_unused: bool = False
     left_out: tuple[str, ...] = ()
+    shards: bool = False
     done: dict[str, Stage] = field(default_factory=dict)
 
     @property
@@ -73,12 +74,12 @@ class Run:
         """Whether matrices are multiplied in bfloat16."""
         return use_bf16(self.device) if self.recipe.bf16 == "auto" else self.recipe.bf16
 
-    @cached_property
-    def shards(self) -> bool:
-        """Whether weights are sharded over the ranks."""
+    def must_shard(self) -> bool:
+        """What `shards` has to be; every rank must ask, before any stage: in some stages one rank is alone."""
         if not distributed.are_several():
             return False
-        room = Room(usable_memory(self.device, distributed.local_count()), distributed.count(), False, self.bf16)
+        bytes_here = usable_memory(self.device, distributed.local_count())
+        room = Room(bytes_here, distributed.count(), False, self.bf16, self.device.type)
         return distributed.first(lambda: must_shard(self.recipe, *self._shape, room))
 
     @property
