@@ -100,7 +100,7 @@ def _make(file: Path, folder: Path, digest: str) -> None:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         if split:
             tokenizer.backend_tokenizer.pre_tokenizer = split
-        # As it stands: a class of its own would put its own split in place of the file's.
+        # A tokenizer class of one family would put its own split in place of the file's.
         special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
         plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **special)
         plain.chat_template = tokenizer.chat_template
@@ -154,7 +154,8 @@ def _open(file: Path, dtype: torch.dtype, head_dim: int | None) -> PreTrainedMod
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # A bar of its own, whatever is set.
             config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-            config.head_dim = head_dim or getattr(config, "head_dim", None)
+            if head_dim:
+                config.head_dim = head_dim
             opened: Any = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, config=config, dtype=dtype, output_loading_info=True
             )

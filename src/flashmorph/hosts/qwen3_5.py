@@ -4,7 +4,7 @@ The teacher moves exactly. Qwen3.5's attention multiplies its output by sigmoid(
 a doubled output projection takes it back. Its norms multiply by 1 + w: the teacher's weights less 1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -74,6 +74,7 @@ class Qwen35Host(Host):
     teachers: Mapping[str, str] = {"qwen3": "Qwen3 (dense)"}
     engines: tuple[Engine, ...] = (TRANSFORMERS, VLLM, LLAMA_CPP, SGLANG)
     model_class: type[PreTrainedModel] = Qwen3_5ForCausalLM
+    config_class: Callable[..., PreTrainedConfig] = Qwen3_5TextConfig
     settings: Mapping[str, str] = {
         "key_heads": "query and key heads of Gated DeltaNet, from the teacher's key-value heads to its query heads, "
         "which is the default: fewer make smaller layers that keep less",
@@ -107,18 +108,19 @@ class Qwen35Host(Host):
         Raises:
             UserError: Gated DeltaNet's heads cannot be made of the teacher's.
         """
-        shape = {**self.shape(teacher), **delta_net_shape(teacher, key_heads, value_heads, key_dim, value_dim)}
-        return Qwen3_5TextConfig(**shape, intermediate_size=teacher.intermediate_size)
-
-    def shape(self, teacher: PreTrainedConfig) -> dict[str, Any]:
-        """All but Gated DeltaNet and the MLP."""
-        return {
+        return self.config_class(
             **{name: getattr(teacher, name) for name in _SAME},
-            "rope_parameters": {**teacher.rope_parameters, "partial_rotary_factor": 1.0},
-            "layer_types": [LAYER_TYPES[FULL]] * teacher.num_hidden_layers,
-            "linear_conv_kernel_dim": _CONVOLUTION,
-            "dtype": teacher.dtype,
-        }
+            **self.mlp_shape(teacher),
+            **_delta_net_shape(teacher, key_heads, value_heads, key_dim, value_dim),
+            rope_parameters={**teacher.rope_parameters, "partial_rotary_factor": 1.0},
+            layer_types=[LAYER_TYPES[FULL]] * teacher.num_hidden_layers,
+            linear_conv_kernel_dim=_CONVOLUTION,
+            dtype=teacher.dtype,
+        )
+
+    def mlp_shape(self, teacher: PreTrainedConfig) -> dict[str, Any]:
+        """The feed-forward's fields of the configuration."""
+        return {"intermediate_size": teacher.intermediate_size}
 
     def state(self, teacher: PreTrainedConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The teacher's weights under the host's names.
@@ -167,7 +169,7 @@ class Qwen35Host(Host):
         return feed_forward_products(config.hidden_size, config.intermediate_size)
 
 
-def delta_net_shape(
+def _delta_net_shape(
     teacher: PreTrainedConfig, keys: int | None, values: int | None, key_dim: int | None, value_dim: int | None
 ) -> dict[str, int]:
     """Gated DeltaNet's fields of the configuration.

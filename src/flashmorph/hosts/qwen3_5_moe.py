@@ -3,7 +3,8 @@
 Qwen3.5 adds the output of an expert that all tokens share; at the start it contributes nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
@@ -11,7 +12,7 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeGated
 
 from flashmorph.errors import UserError
 from flashmorph.hosts.host import layer_prefixes
-from flashmorph.hosts.qwen3_5 import LinearSize, Qwen35Host, delta_net_shape
+from flashmorph.hosts.qwen3_5 import Qwen35Host
 from flashmorph.mixers import LINEAR, GatedDeltaNet, Mixer, Products
 
 _EXPERTS = ("moe_intermediate_size", "num_experts", "num_experts_per_tok", "router_aux_loss_coef")
@@ -23,6 +24,7 @@ class Qwen35MoeHost(Qwen35Host):
 
     teachers: Mapping[str, str] = {"qwen3_moe": "Qwen3-MoE, where the router normalises (norm_topk_prob)"}
     model_class: type[PreTrainedModel] = Qwen3_5MoeForCausalLM
+    config_class: Callable[..., PreTrainedConfig] = Qwen3_5MoeTextConfig
     mixers: Mapping[str, Mixer] = {**Qwen35Host.mixers, LINEAR: GatedDeltaNet(Qwen3_5MoeGatedDeltaNet)}
     mlp_readers: tuple[str, ...] = (
         "mlp.gate.weight",
@@ -45,21 +47,10 @@ class Qwen35MoeHost(Qwen35Host):
                 "experts in every layer"
             )
 
-    def config(
-        self,
-        teacher: PreTrainedConfig,
-        key_heads: LinearSize = None,
-        value_heads: LinearSize = None,
-        key_dim: LinearSize = None,
-        value_dim: LinearSize = None,
-    ) -> PreTrainedConfig:
-        """Same shapes, as in `qwen3_5.py`; the shared expert is narrow."""
-        return Qwen3_5MoeTextConfig(
-            **self.shape(teacher),
-            **delta_net_shape(teacher, key_heads, value_heads, key_dim, value_dim),
-            **{name: getattr(teacher, name) for name in _EXPERTS},
-            shared_expert_intermediate_size=_shared_width(teacher),
-        )
+    def mlp_shape(self, teacher: PreTrainedConfig) -> dict[str, Any]:
+        """The experts' fields; the shared expert is narrow."""
+        same = {name: getattr(teacher, name) for name in _EXPERTS}
+        return {**same, "shared_expert_intermediate_size": _shared_width(teacher)}
 
     def teacher_state(self, teacher: PreTrainedConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """With a silent shared expert: rows of the first expert, so that it can learn, and nothing that reads them."""

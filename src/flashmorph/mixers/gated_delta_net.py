@@ -88,12 +88,11 @@ class GatedDeltaNet:
         Queries and keys carry their norm's weights. Keys and values are repeated to all heads; where there are fewer
         heads than the attention has, query heads of one key-value head that are neighbours share one, with the mean of
         their queries and the sum of their columns in `o_proj`. Narrower heads keep what matters most to scores and
-        outputs. The convolution passes
-        the current token only, scaled so that SiLU works where it is nearly linear (the scale itself is taken back by
-        the norms). A head forgets half at the mean distance it attends to (Taylor-Calibrate, arXiv 2606.16429), half
-        of a key's old value is overwritten. The gate `z` is the least-squares fit of a constant on the hidden states.
-        The norm removes each head's amplitude: one scale a head, fitted to the attention's output, goes into
-        `out_proj`.
+        outputs. The convolution passes the current token only, scaled so that SiLU works where it is nearly linear (the
+        scale itself is taken back by the norms). A head forgets half at the mean distance it attends to
+        (Taylor-Calibrate, arXiv 2606.16429), half of a key's old value is overwritten. The gate `z` is the
+        least-squares fit of a constant on the hidden states. The norm removes each head's amplitude: one scale a head,
+        fitted to the attention's output, goes into `out_proj`.
         """
         heads, head_dim = attention.config.num_attention_heads, attention.head_dim
         keys, values, key_values = module.num_k_heads, module.num_v_heads, attention.config.num_key_value_heads
@@ -106,15 +105,7 @@ class GatedDeltaNet:
         columns = merged(columns, values) * (heads // values) / 2
         query, key = narrow_scores(hidden, query, key, module.head_k_dim)
         value, columns = narrow_outputs(hidden, value, columns, module.head_v_dim)
-        mixed = torch.cat([part.flatten(0, 1) for part in (query, key, value)])
-        spread = F.linear(hidden, mixed).flatten(0, 1).std(0).clamp_min(1e-6)
-        parts = spread.split([part.shape[0] * part.shape[1] for part in (query, key, value)])
-        means = [
-            part.unflatten(0, (len(rows), -1)).mean(1, keepdim=True).expand(-1, rows.shape[1]).flatten()
-            for part, rows in zip(parts, (query, key, value), strict=True)
-        ]
-        scale = _TAP / torch.cat(means)
-        module.in_proj_qkv.weight.copy_(mixed * scale[:, None])
+        module.in_proj_qkv.weight.copy_(torch.cat([_spread_evenly(hidden, rows) for rows in (query, key, value)]))
         module.conv1d.weight.zero_()
         module.conv1d.weight[:, 0, -1] = 1.0
         module.in_proj_z.weight.copy_(constant_row(hidden, _GATE).expand_as(module.in_proj_z.weight))
@@ -149,6 +140,14 @@ class GatedDeltaNet:
             Products("delta rule", "state", rule_formula, rule, step=7 * state),
             Products("out", "weights", "2 · values · hidden", 2 * values * width),
         ]
+
+
+def _spread_evenly(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Rows `[heads, width, hidden]` one after the other, each head scaled to a mean standard deviation of `_TAP`."""
+    flat = rows.flatten(0, 1)
+    spread = F.linear(hidden, flat).flatten(0, 1).std(0).clamp_min(1e-6)
+    scale = _TAP / spread.unflatten(0, (len(rows), -1)).mean(1)
+    return flat * scale.repeat_interleave(rows.shape[1])[:, None]
 
 
 def _sizes(config: PreTrainedConfig) -> tuple[int, int, int]:
