@@ -28,7 +28,8 @@ def hosts(as_json: JsonOption = False) -> None:
         rows += [("switched layer", mixer, f"in the place of {full}") for mixer in others]
         for name, setting in host["settings"].items():
             # A window has no default: 0 stands for none given.
-            rows.append(("setting", f"host.{name}={setting['default'] or 'TOKENS'}", setting["about"]))
+            shown = {0: "TOKENS", None: "NUMBER"}.get(setting["default"], setting["default"])
+            rows.append(("setting", f"host.{name}={shown}", setting["about"]))
         for engine in host["serves"]:
             needs = f"needs {engine['needs']}" if engine["needs"] else ""
             about = "; ".join(part for part in (engine["known"], engine["takes"], needs) if part)
