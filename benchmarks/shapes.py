@@ -5,7 +5,9 @@
 Each shape of each teacher goes through alignment and distillation of the recipe `demo` with the same layers full (2 and
 5; no search, no extension), once a seed. Then teacher and hybrids answer the same 200 questions a task; every hybrid is
 compared with the widest shape, question by question. Parameters, cache and error after alignment stand beside it.
-Runs are kept under --runs: a second call goes on. Prints a table and writes `benchmarks/results/shapes.json`.
+Runs are kept under --runs, and what --output holds of the same shapes and seed is not measured again. Prints a table
+and
+writes `benchmarks/results/shapes.json`.
 """
 
 import argparse
@@ -59,10 +61,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/shapes.json"))
     arguments = parser.parse_args()
     quiet()
-    rows: list[dict[str, Any]] = []
+    rows = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
     for seed in range(arguments.seeds):
         for name in arguments.teachers:
             teacher, shapes = TEACHERS[name]
+            measured = [row for row in rows if (row["teacher"], row["seed"]) == (name, seed)]
+            if {row["shape"] for row in measured} == set(map(label, shapes)):
+                continue
+            rows = [row for row in rows if row not in measured]
             runs = [converted(teacher, shape, seed, arguments.runs) for shape in shapes]
             rows += compared(name, teacher, shapes, runs, seed, arguments.questions)
             write_json(
