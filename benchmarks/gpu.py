@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
 from flashmorph.bench import BenchSettings, bench, kernels_of, measure_rates
 from flashmorph.bench.limit import timed
@@ -38,10 +38,11 @@ from flashmorph.convert.teacher import open_teacher
 from flashmorph.devices import pick_device, use_bf16
 from flashmorph.estimate import Estimate, Gpu, estimate, find_gpu
 from flashmorph.files import write_json
-from flashmorph.hosts import host_for, layer_space
-from flashmorph.model.morphable import Morphable, build
+from flashmorph.hosts import configure, layer_space
+from flashmorph.model.frozen import narrow
+from flashmorph.model.morphable import Morphable
 from flashmorph.plan import Budget
-from flashmorph.recipe.recipe import Recipe, load_recipe
+from flashmorph.recipe.recipe import Recipe, load_recipe, with_settings
 from flashmorph.selection import BASELINE
 from flashmorph.selection.objective import MorphableObjective
 from flashmorph.selection.search import own_settings, plan_without_search, select
@@ -89,9 +90,9 @@ class Run:
         self.config = config
         self.device, self.gpu, self.steps = device, gpu, steps
         self.bf16 = use_bf16(device)
-        self.host = host_for(self.config)
+        self.host, self.own = configure(config, recipe.host)
         self.budget = Budget("layers", config.num_hidden_layers // 4)
-        space = layer_space(self.host, self.host.config(self.config), self.budget)
+        space = layer_space(self.host, self.own, self.budget)
         self.plan = plan_without_search(BASELINE, space, self.budget)
         self.recipe = self.fitting(recipe)
         self.found: dict[str, Any] = {}
@@ -104,7 +105,7 @@ class Run:
         room = 0.9 * torch.cuda.get_device_properties(self.device).total_memory
         needs = [stage.memory for stage in self.plan_says(recipe).stages if stage.memory and stage.memory.tokens]
         fitting = {memory.setting: memory.tokens_within(room) for memory in needs if memory.bytes() > room}
-        return load_recipe("default", {setting: tokens for setting, tokens in fitting.items() if tokens})
+        return with_settings(recipe, {setting: tokens for setting, tokens in fitting.items() if tokens})
 
     def part(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
         """Run one part; where memory is too small for it, that is what was found."""
@@ -118,13 +119,15 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def morphable(self) -> Morphable:
-        """The host in float32, all layers full, with untrained branches."""
+    def model(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """A host of this configuration with random weights, in float32."""
         torch.manual_seed(0)
-        config = self.host.config(self.config)
         with self.device:
-            model = self.host.model_class(cast(Any, config))
-        return Morphable(model.float())
+            return self.host.model_class(cast(Any, config)).float()
+
+    def morphable(self) -> Morphable:
+        """The host with untrained branches; what is frozen has the dtype that a run keeps it in."""
+        return Morphable(narrow(self.model(self.own), self.bf16))
 
     def ids(self, tokens: int, length: int) -> torch.Tensor:
         """Random rows of `length`."""
@@ -222,18 +225,14 @@ class Run:
 
     def distill(self) -> dict[str, Any]:
         """All weights of the hybrid trained towards the teacher."""
-        morphable = self.morphable()
-        student = build(morphable, self.plan).train()
-        space = morphable.space(self.budget)
-        every = Budget("layers", len(space.groups))
-        teacher = build(morphable, space.plan(list(space.groups), every)).requires_grad_(False)
-        del morphable
-        gc.collect()
+        hybrid = self.host.with_plan(self.own, list(self.plan.assignments.values()))
+        student = self.model(hybrid).train()
+        teacher = narrow(self.model(self.own), self.bf16).requires_grad_(False)
         return self.train("distill", DistillationLoss(student, teacher))
 
     def contexts(self, lengths: list[int], repeats: int) -> dict[str, Any]:
         """Prefill and decode of the teacher's own class and of the hybrid, in bfloat16, in turns."""
-        hybrid = self.host.with_plan(self.host.config(self.config), list(self.plan.assignments.values()))
+        hybrid = self.host.with_plan(self.own, list(self.plan.assignments.values()))
         with self.device:
             models: dict[str, Any] = {
                 "teacher": AutoModelForCausalLM.from_config(self.config),
@@ -260,7 +259,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", help="its name in `flashmorph estimate`, for the share of its peak: h100, h200, ...")
     parser.add_argument("--teacher", choices=TEACHERS, default="qwen3", help="llama: its host's mixer is Mamba2")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure; default: all")
+    parser.add_argument("--window", type=int, help="switch layers to windows of so many tokens")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="what to measure; default: all that there is")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of each stage, after one that is not")
     parser.add_argument("--lengths", default="8192,32768,65536,131072,262144")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of prefill and decode")
@@ -272,7 +272,8 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     toy = arguments.toy or not on_gpu
     device = pick_device("auto" if on_gpu else "cpu")
-    recipe = load_recipe("default", TOY_RECIPE if toy else None)
+    window = {"host.window": arguments.window} if arguments.window else {}
+    recipe = load_recipe("default", {**(TOY_RECIPE if toy else {}), **window})
     gpu = find_gpu(arguments.gpu) if arguments.gpu else None
     steps, lengths = (2, [64, 128]) if toy else (arguments.steps, numbers("--lengths", arguments.lengths))
     shape = TOY_SHAPE if toy else SHAPE
@@ -287,7 +288,8 @@ def main() -> None:
         "contexts": lambda: run.contexts(lengths, 1 if toy else arguments.repeats),
     }
     figures = {} if toy else head(run)
-    for name in arguments.parts:
+    has_branches = any(mixer.trainable for mixer in run.host.mixers.values())
+    for name in arguments.parts or PARTS[not has_branches :]:
         run.part(name, works[name])
         if not toy:
             write_json(arguments.output, {**figures, **run.found})
@@ -305,7 +307,7 @@ def head(run: Run) -> dict[str, Any]:
         "command": f"python benchmarks/gpu.py {shlex.join(sys.argv[1:])}".strip(),
         "machine": {**describe(), **measure_rates(run.device, torch.bfloat16).to_dict()},
         "shape": SHAPE,
-        "settings": run.recipe.model_dump(mode="json", include={"align", "select", "distill"}),
+        "settings": run.recipe.model_dump(mode="json", include={"host", "align", "select", "distill"}),
     }
 
 
