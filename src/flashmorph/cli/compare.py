@@ -152,9 +152,9 @@ def compare(
 
 
 def tables(summary: dict) -> list[Table]:
-    """One table a budget, the best strategies first. Figures are means over seeds; `agree` is how much of two seeds'
-    plans is the same (intersection over union). Against a best known plan there is no rank; `+-` is then half of the
-    regret's 95 % interval."""
+    """One table a budget, the lowest regret first. Figures are means over seeds; `agree` is how much of two seeds'
+    plans is the same (intersection over union). Against a best known plan there is no rank, but half of the regret's
+    95 % interval."""
     made = []
     for budget in dict.fromkeys(row["budget"] for row in summary["rows"]):
         truth = summary["truths"].get(budget, {})
@@ -169,7 +169,7 @@ def tables(summary: dict) -> list[Table]:
             padding=(0, 1, 0, 0),
             pad_edge=False,
         )
-        for column in ("strategy", *(("regret", "+-") if found else ("rank", "first", "regret")), *_COLUMNS):
+        for column in ("strategy", *(("regret", "± 95 %") if found else ("rank", "first", "regret")), *_COLUMNS):
             left = column in ("strategy", "plans")
             table.add_column(column, justify="left" if left else "right", no_wrap=column != "plans")
         rows = [row for row in summary["rows"] if row["budget"] == budget]
