@@ -146,7 +146,7 @@ def test_too_few_tokens_to_compare_the_starts_are_refused():
 def test_gates_are_left_out_where_there_are_more_than_two_options():
     space, said = Space.of_layers(LAYERS, ("full", "linear", "window")), []
     found = find_best_known(space, Budget("layers", 2), Counting(additive), PRICES, MOST, 0, say=said.append)
-    assert found.left_out == ["gates"] and "starts without gates" in said[0]
+    assert found.left_out == ["gates"] and "starts without gates, which chooses between two" in said[0]
     assert {option for option in found.assignments.values()} >= {"full"}
 
 
@@ -297,6 +297,8 @@ def test_compare_judges_by_the_best_known_plan_and_goes_on(teacher_folder, recip
     assert run_command(*arguments, "--max-plans", 1) == 2
     printed = " ".join(capsys.readouterr().err.split())
     assert "would evaluate 2 plans" in printed and "--reference found" in printed
+    assert run_command(*arguments, "--max-plans", 1, "--strategies", "exhaustive+max_plans=1") == 2
+    assert "--reference found" in " ".join(capsys.readouterr().err.split())
     assert not [*(run / "stages").iterdir()]
     arguments += ["--reference", "found", "--max-plans", 1]
     assert run_command(*arguments, "--reference-tokens", 8_831) == 2
@@ -306,7 +308,7 @@ def test_compare_judges_by_the_best_known_plan_and_goes_on(teacher_folder, recip
     assert run_command(*distilled) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "budget 1: best known" in printed and " best 0" not in printed and "rank" not in printed
-    assert "its local search ended by itself" in printed
+    assert "the local search ended by itself" in printed
     summary = json.loads((run / "compare/compare.json").read_text())
     truth = summary["truths"]["1"]
     assert truth["reference"] == "found" and truth["plans_judged"] == 2 and 0 < truth["tokens"] <= 60_000

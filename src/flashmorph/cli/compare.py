@@ -207,10 +207,10 @@ def _about(budget: str, truth: dict) -> tuple[str, str | None]:
         best = f"best {_short(truth['best'])} at {truth['best_loss']:.3f} nats (median {truth['median_loss']:.2f})"
         return f"budget {budget}: {truth['plans']} plans, {best}", None
     swaps = f"{truth['swaps']} swap{'' if truth['swaps'] == 1 else 's'}"
+    spent = f"{truth['plans_judged']:,} plans judged, {truth['tokens']:,} tokens"
     return (
         f"budget {budget}: best known {_short(truth['best_known'])} at {truth['best_known_loss']:.3f} nats",
-        f"best known: {truth['came_from']} and {swaps}, of {truth['plans_judged']:,} plans judged by "
-        f"{truth['tokens']:,} tokens; its local search {truth['local_search']}",
+        f"best known: {truth['came_from']} and {swaps}; {spent}; the local search {truth['local_search']}",
     )
 
 

@@ -70,14 +70,13 @@ def _check(run: Run, settings: CompareSettings, searches: Sequence[Wanted]) -> N
         UserError: see `check_search`, `require_few` and `require_tokens`.
     """
     host, config = configure(load_config(run.teacher.folder), run.recipe.host)
-    search = run.recipe.select.search
-    for entry, _, spend, budgets in searches:
-        for budget in map(budget_of, budgets):
-            space = layer_space(host, config, budget)
-            check_search(entry.strategy, space, budget, search.questions, entry.at(spend, search.questions))
-    budgets = [Budget.parse(name) for name in settings.budgets]
+    search, budgets = run.recipe.select.search, [Budget.parse(name) for name in settings.budgets]
     if settings.reference == "enumerated":
         require_few(lambda budget: layer_space(host, config, budget), budgets, settings.max_plans)
-        return
-    for budget in budgets:
-        require_tokens(budget, search.questions, prices_of(search), settings.reference_tokens)
+    else:
+        for budget in budgets:
+            require_tokens(budget, search.questions, prices_of(search), settings.reference_tokens)
+    for entry, _, spend, names in searches:
+        for budget in map(budget_of, names):
+            space = layer_space(host, config, budget)
+            check_search(entry.strategy, space, budget, search.questions, entry.at(spend, search.questions))

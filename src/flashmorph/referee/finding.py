@@ -103,7 +103,10 @@ def find_best_known(
         plan = _start(name, Search(space, budget, capped, seed, warn=say, state=state), prices, tokens)
         if plan is None:
             left_out.append(name)
-            say(f"the reference of budget {budget} starts without {name}, which cannot be run within its tokens")
+            why = (
+                f"takes more than its {tokens:,} tokens" if _serves(name, space) else "chooses between two options only"
+            )
+            say(f"the reference of budget {budget} starts without {name}, which {why}")
         elif plan not in plans.values():
             plans[name] = plan
     capped.until = most
@@ -190,14 +193,17 @@ def plan_of(found: Found, budget: Budget) -> Plan:
 
 def _start(name: str, search: Search, prices: Prices, tokens: int) -> Plan | None:
     """The plan that a strategy finds for so many tokens; None where these are too few, or it knows no such options."""
-    record, changes = STRATEGIES[name], _cheaper(name, prices, tokens)
-    if record.two_options and len(search.space.options) != 2:
+    if not _serves(name, search.space):
         return None
     try:
-        found = record.run(search, **own_settings(name, changes)).plan
+        found = STRATEGIES[name].run(search, **own_settings(name, _cheaper(name, prices, tokens))).plan
     except CapReached:
         return None
     return Plan(found.assignments, search.budget)
+
+
+def _serves(name: str, space: Space) -> bool:
+    return len(space.options) == 2 or not STRATEGIES[name].two_options
 
 
 def _cheaper(name: str, prices: Prices, tokens: int) -> dict[str, Any]:
