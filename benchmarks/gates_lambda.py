@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from flashmorph.referee.compare import Entry
+from flashmorph.referee.entry import Entry
 
 RESULTS = Path(__file__).parent / "results" / "referee"
 OPEN, PUBLISHED = 0.01, 0.1

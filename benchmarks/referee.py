@@ -4,7 +4,9 @@
 
 Each teacher's run is `runs/referee-<teacher>`; cells are written to `benchmarks/results/referee-<version>/<teacher>/`
 as they finish, and the same command goes on from them. At the end a table over all teachers is printed and written to
-`summary.json` beside them. `benchmarks/results/referee/` holds the cells of version 0.1, which stay as they are.
+`summary.json` beside them. With `--reference found` plans are judged by the best known one; give a `--suffix` then,
+since cells of one reference replace those of the other. `benchmarks/results/referee/` holds the cells of version 0.1,
+which stay as they are.
 """
 
 import argparse
@@ -59,6 +61,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], help="changes of the recipe, such as seed=1 (of the alignment)")
     parser.add_argument("--suffix", default="", help="added to the names of run and results; give one with --set")
     parser.add_argument("--distill-steps", type=int, default=0)
+    parser.add_argument("--reference", choices=["enumerated", "found"], default="enumerated")
     parser.add_argument("--spends", nargs="+", type=float, default=[1.0])
     parser.add_argument("--kept", action="store_true", help="summarise every finished cell, search for no other")
     arguments = parser.parse_args()
@@ -85,6 +88,7 @@ def compare_on(teacher: str, arguments: argparse.Namespace, console: Console) ->
         seeds=arguments.seeds,
         spends=tuple(arguments.spends),
         distill_steps=arguments.distill_steps,
+        reference=arguments.reference,
         only_kept=arguments.kept,
     )
     summary = summarise(compare(run, settings, RESULTS / case))
@@ -107,6 +111,8 @@ def commands(known: list[str], teacher: str, arguments: argparse.Namespace) -> l
         command += f" --spends {' '.join(map(str, arguments.spends))}"
     if arguments.set:
         command += f" --set {' '.join(arguments.set)} --suffix={arguments.suffix}"
+    if arguments.reference != "enumerated":
+        command += f" --reference {arguments.reference}"
     if arguments.distill_steps:
         command += f" --distill-steps {arguments.distill_steps}"
     return known if arguments.kept else [*(each for each in known if each != command), command]
@@ -114,14 +120,15 @@ def commands(known: list[str], teacher: str, arguments: argparse.Namespace) -> l
 
 def over_teachers() -> list[dict]:
     """One row a strategy: its mean regret over all teachers, budgets and seeds, and by how much it exceeds the
-    default's, paired by cell; for its 95 % interval cases are drawn anew, then seeds at each budget."""
+    default's, paired by cell; for its 95 % interval cases are drawn anew, then seeds at each budget. Regret against a
+    best known plan is another quantity: those cells, which have no rank, are left out."""
     regrets: dict[str, dict[tuple, float]] = {}
     ranks: dict[str, list[int]] = {}
     for path in sorted(RESULTS / case / "compare.json" for case in CASES):
         if not path.exists():
             continue
         for cell in json.loads(path.read_text())["cells"]:
-            if cell["spend"] == 1 and cell["regret"] is not None:
+            if cell["spend"] == 1 and cell["regret"] is not None and cell["rank"] is not None:
                 key = (path.parent.name, cell["budget"], cell["seed"])
                 regrets.setdefault(cell["strategy"], {})[key] = cell["regret"]
                 ranks.setdefault(cell["strategy"], []).append(cell["rank"])

@@ -2,6 +2,7 @@
 
 import json
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from flashmorph.referee.cells import Cell, CellFile
 from flashmorph.referee.compare import Comparison
 from flashmorph.referee.summary import summarise
 from flashmorph.referee.truth import Truth, find_truths
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 def truth_of(means, questions: int = 200, noise: float = 0.0) -> Truth:
@@ -81,6 +84,22 @@ def test_cells_outlive_an_interruption_and_those_of_another_context_are_dropped(
     (tmp_path / "cells.jsonl").write_text("{\n")
     with pytest.raises(UserError, match="line 1, is no cell of `compare`: remove that line"):
         CellFile(tmp_path / "cells.jsonl", "one")
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("referee*/*/cells.jsonl")), ids=lambda path: path.parent.name)
+def test_committed_cells_can_still_be_read(path):
+    lines = path.read_text().splitlines()
+    context = json.loads(lines[0])["context"]
+    cells = CellFile(path, context).cells.values()
+    assert len(cells) == sum(json.loads(line)["context"] == context for line in lines)
+    assert all(each.half_width is None for each in cells if each.rank is not None)
+
+
+def test_a_best_known_plan_gives_no_ranks_but_half_widths():
+    cells = [cell(rank=None, regret=-0.1, half_width=0.2), cell(seed=1, rank=None, regret=0.2, half_width=0.4)]
+    (row,) = summarise(Comparison(cells, {}))["rows"]
+    assert (row["rank"], row["worst_rank"], row["first"]) == (None, None, None)
+    assert row["regret"] == pytest.approx(0.05) and row["half_width"] == pytest.approx(0.3)
 
 
 def test_the_summary_is_a_mean_over_seeds():

@@ -80,6 +80,22 @@ def test_every_source_has_its_chart_and_a_missing_one_leaves_it_out(finished, tm
     assert "--tokens --report" in (write_report(copy)).read_text()
 
 
+def test_a_best_known_plan_is_never_called_the_best(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    compared = read_json(copy / "compare" / "compare.json")
+    (budget, truth), rows = next(iter(compared["truths"].items())), compared["rows"]
+    known = {"reference": "found", "best_known": truth["best"]}
+    rows = [{**row, "rank": None, "regret": row["regret"] - 0.1} for row in rows]
+    write_json(copy / "compare" / "compare.json", {**compared, "truths": {budget: known}, "rows": rows})
+    chart = charts_of(copy)["regret"]
+    assert "best known plan" in chart.title and "the best known plan's" in chart.note
+    (panel,) = chart.panels
+    assert panel.title.startswith(f"budget {budget}: best known ") and not panel.log_y
+    assert min(value for series in panel.series for value in series.y) == min(row["regret"] for row in rows) < 0
+    write_report(copy)
+
+
 def test_heatmaps_show_each_cell_of_the_grid(finished):
     figures = read_json(finished / "evaluate.json")["models"]
     for name, panel in zip(figures, charts_of(finished)["grid_128"].panels, strict=True):

@@ -56,7 +56,7 @@ OPTIONS = {
     "export": "gguf llama-cpp dtype force",
     "estimate": "recipe budget strategy baseline data window set gpu gpus utilisation contexts explain json",
     "compare": "output budgets strategies seeds spends questions recall-questions distill-steps distill-budget "
-    "max-plans kept recipe data from set allow-unused force device json",
+    "max-plans reference reference-tokens kept recipe data from set allow-unused force device json",
     "hosts": "json",
     "env": "json",
 }

@@ -1,7 +1,7 @@
 """The command that judges strategies."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -27,6 +27,7 @@ from flashmorph.errors import UserError, quoted
 from flashmorph.surface.outputs import PICTURE, claim_output, json_of, made_by
 
 _MOST_SPENT = 1_000
+_COLUMNS = ("recall", "agree", "FLOPs", "plans")
 
 
 @app.command()
@@ -48,13 +49,25 @@ def compare(
         typer.Option(
             min=0,
             max=100_000,
-            help="Also distil the default's, the baseline's and the best plan for so many steps, and compare.",
+            help="Also distil the default's, the baseline's and the reference plan for so many steps, and compare.",
         ),
     ] = 0,
     distill_budget: Annotated[str, typer.Option(help="The budget for which that is done.")] = "2",
     max_plans: Annotated[
         int, typer.Option(min=1, max=1_000_000_000, help="The most plans that are enumerated.")
     ] = 2_000,
+    reference: Annotated[
+        Literal["enumerated", "found"],
+        typer.Option(help="What plans are judged against: the best of all, or the best known where they are too many."),
+    ] = "enumerated",
+    reference_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=1_000_000_000_000,
+            help="With `--reference found`: the most tokens that a reference takes, backward ones twice.",
+        ),
+    ] = 8_000_000,
     kept: Annotated[bool, typer.Option("--kept", help="Show every finished cell; search for no other.")] = False,
     recipe: RecipeOption = None,
     data: DataOption = None,
@@ -65,14 +78,21 @@ def compare(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Judge strategies by the truth: every plan of every budget, on questions that no search has seen.
+    """Judge strategies on questions that no search has seen, by every plan of every budget or by the best known one.
 
     For every strategy, budget and seed: the plan, its rank among all plans (1: not distinguishable from the best), its
     regret (mean loss minus the best plan's, before distillation), recall, and what the search cost. Finished cells are
-    kept, so the same command resumes. Small teachers only: all plans are run. Without --recipe the recipe is that
-    of the first run in --from that has one.
+    kept, so the same command resumes. All plans are run, so teachers must be small. Without --recipe the recipe is
+    that of the first run in --from that has one.
+
+    Larger ones take `--reference found`: the reference of a budget is then the best known plan, by race,
+    greedy-forward, gates, random plans and a local search. Regret may be negative, has a half width (of its 95 %
+    interval) and no rank.
 
     Example: `flashmorph compare tiny --output runs/referee --from runs/demo --budgets 1,2,3 --seeds 5`
+
+    Example: `flashmorph compare teacher --output runs/referee --from runs/own --budgets 7 --reference found
+    --strategies race,gates,uniform`
     """
     from flashmorph.files import write_json
     from flashmorph.referee import CompareSettings
@@ -114,6 +134,8 @@ def compare(
         distill_steps=distill_steps,
         distill_budget=distill_budget,
         max_plans=max_plans,
+        reference=reference,
+        reference_tokens=reference_tokens,
         only_kept=kept,
     )
     if strategies != "all":
@@ -130,30 +152,35 @@ def compare(
 
 
 def tables(summary: dict) -> list[Table]:
-    """One table a budget, the best strategies first. Figures are means over seeds; `agree` is how much of two seeds'
-    plans is the same (intersection over union)."""
+    """One table a budget, the lowest regret first. Figures are means over seeds; `agree` is how much of two seeds'
+    plans is the same (intersection over union). Against a best known plan there is no rank, but half of the regret's
+    95 % interval."""
     made = []
     for budget in dict.fromkeys(row["budget"] for row in summary["rows"]):
-        truth = summary["truths"].get(budget)
-        title = f"budget {budget}"
-        if truth:
-            title += (
-                f": {truth['plans']} plans, best {_short(truth['best'])} at {truth['best_loss']:.3f} nats "
-                f"(median {truth['median_loss']:.2f})"
-            )
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        for column in ("strategy", "rank", "first", "regret", "recall", "agree", "FLOPs", "plans"):
+        truth = summary["truths"].get(budget, {})
+        found = truth.get("reference") == "found"
+        title, caption = _about(budget, truth)
+        table = Table(
+            title=title,
+            title_justify="left",
+            caption=caption,
+            caption_justify="left",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
+        for column in ("strategy", *(("regret", "± 95 %") if found else ("rank", "first", "regret")), *_COLUMNS):
             left = column in ("strategy", "plans")
             table.add_column(column, justify="left" if left else "right", no_wrap=column != "plans")
         rows = [row for row in summary["rows"] if row["budget"] == budget]
         for row in sorted(rows, key=lambda row: (row["regret"] is None, row["regret"])):
             spend = "" if row["spend"] == 1 else f" x {row['spend']:g}"
             spread = f" ± {row['regret_spread']:.3f}" if row["regret_spread"] else ""
+            regret = _figure(row["regret"], "{:.3f}") + spread
+            ranks = [_figure(row["rank"], "{:.1f}"), _figure(row["first"], "{:.0%}")]
             table.add_row(
                 row["strategy"] + spend,
-                _figure(row["rank"], "{:.1f}"),
-                _figure(row["first"], "{:.0%}"),
-                _figure(row["regret"], "{:.3f}") + spread,
+                *([regret, _figure(row["half_width"], "{:.3f}")] if found else [*ranks, regret]),
                 _figure(row["recall"], "{:.0%}"),
                 _figure(row["agreement"], "{:.2f}"),
                 f"{row['flops']:.1e}",
@@ -170,6 +197,21 @@ def tables(summary: dict) -> list[Table]:
             table.add_row(row["strategy"], _short(row["assignments"]), *figures)
         made.append(table)
     return made
+
+
+def _about(budget: str, truth: dict) -> tuple[str, str | None]:
+    """Title of a budget's table and, where its reference was found, how."""
+    if not truth:
+        return f"budget {budget}", None
+    if truth["reference"] == "enumerated":
+        best = f"best {_short(truth['best'])} at {truth['best_loss']:.3f} nats (median {truth['median_loss']:.2f})"
+        return f"budget {budget}: {truth['plans']} plans, {best}", None
+    swaps = f"{truth['swaps']} swap{'' if truth['swaps'] == 1 else 's'}"
+    spent = f"{truth['plans_judged']:,} plans judged, {truth['tokens']:,} tokens"
+    return (
+        f"budget {budget}: best known {_short(truth['best_known'])} at {truth['best_known_loss']:.3f} nats",
+        f"best known: {truth['came_from']} and {swaps}; {spent}; the local search {truth['local_search']}",
+    )
 
 
 def _short(assignments: dict[str, str]) -> str:

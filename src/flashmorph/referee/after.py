@@ -7,41 +7,39 @@ from flashmorph.model.morphable import Morphable
 from flashmorph.plan import Plan
 from flashmorph.records import Figures
 from flashmorph.referee.cells import Cell
-from flashmorph.referee.truth import Truth
+from flashmorph.referee.reference import Reference
 from flashmorph.run.models import open_objective
 from flashmorph.run.run import Run
 from flashmorph.selection.searchdata import SearchSettings
-
-OPTIMUM = "optimum"
 
 
 def after_distillation(
     run: Run,
     morphable: Morphable,
     cells: Sequence[Cell],
-    truth: Truth,
+    truth: Reference,
     steps: int,
     search: SearchSettings,
     work: Path,
 ) -> list[Figures]:
-    """Distill the best plan and the plan of each strategy in `cells` (of seed 0) for a few steps each.
+    """Distill the reference's plan and the plan of each strategy in `cells` (of seed 0) for a few steps each.
 
     Args:
         run: Recipe, teacher and device.
         morphable: The host with its aligned branches.
         cells: Results of the strategies.
-        truth: Losses of all plans of the budget.
+        truth: The reference of the budget.
         steps: Optimiser steps of each distillation.
         search: Sizes of the referee's questions.
         work: Where finished distillations are kept.
 
     Returns:
-        One entry per plan, the best plan before distillation first. `loss` is the mean answer loss on the referee's
+        One entry per plan, the reference's first. `loss` is the mean answer loss on the referee's
         questions after distillation in nats, `regret` that loss minus the first entry's, `text_loss` the loss on the
         referee's text.
     """
-    budget = truth.best.budget
-    plans: dict[str, Plan] = {OPTIMUM: truth.best}
+    budget = truth.plan.budget
+    plans: dict[str, Plan] = {truth.name: truth.plan}
     for cell in cells:
         if (cell.budget, cell.seed, cell.spend) == (str(budget), 0, 1.0):
             plans[cell.strategy] = Plan(cell.assignments, budget)

@@ -16,8 +16,9 @@ class Cell:
     """The result and cost of one search.
 
     `spend` is the share of the strategy's own number of steps or questions; `loss` and `regret` (nats), `rank` and
-    `recall` are the referee's, before any distillation. `details` has the score of each layer, and what `tolerance`
-    tried.
+    `recall` are the referee's, before any distillation. Against the best known plan there is no rank; `half_width`
+    (nats) is then half of the 95 % interval of the regret. `details` has the score of each layer, and what
+    `tolerance` tried.
     """
 
     strategy: str
@@ -31,6 +32,7 @@ class Cell:
     rank: int | None
     cost: dict[str, float]
     recall: float | None = None
+    half_width: float | None = None
     details: Figures = field(default_factory=dict)
 
     @property

@@ -9,17 +9,16 @@ from flashmorph.plan import FULL
 from flashmorph.records import Figures
 from flashmorph.referee.cells import Cell
 from flashmorph.referee.compare import Comparison
-from flashmorph.referee.truth import Truth
 
 
 def summarise(comparison: Comparison) -> Figures:
-    """compare.json: the truth about each budget, one row for each strategy, budget and spend, and every cell."""
+    """compare.json: the reference of each budget, one row for each strategy, budget and spend, and every cell."""
     cells, truths = comparison.cells, comparison.truths
     groups: dict[tuple[str, str, float], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.budget, cell.strategy, cell.spend), []).append(cell)
     return {
-        "truths": {name: _truth(truth) for name, truth in truths.items()},
+        "truths": {name: truth.to_dict() for name, truth in truths.items()},
         "rows": [_row(*key, some) for key, some in sorted(groups.items())],
         "cells": [{name: value for name, value in vars(cell).items() if name != "details"} for cell in cells],
         "after_distillation": comparison.after,
@@ -27,23 +26,10 @@ def summarise(comparison: Comparison) -> Figures:
     }
 
 
-def _truth(truth: Truth) -> Figures:
-    means = truth.means
-    order = np.argsort(means)
-    return {
-        "plans": len(means),
-        "questions": truth.losses.shape[1],
-        "best": truth.best.assignments,
-        "best_loss": float(means.min()),
-        "median_loss": float(np.median(means)),
-        "first": [truth.plans[index].assignments for index in order if truth.rank(truth.plans[index]) == 1],
-    }
-
-
 def _row(budget: str, strategy: str, spend: float, cells: list[Cell]) -> Figures:
-    known = [cell for cell in cells if cell.regret is not None and cell.rank is not None]
-    regrets = [cell.regret for cell in known if cell.regret is not None]
-    ranks = [cell.rank for cell in known if cell.rank is not None]
+    regrets = [cell.regret for cell in cells if cell.regret is not None]
+    ranks = [cell.rank for cell in cells if cell.rank is not None]
+    widths = [cell.half_width for cell in cells if cell.half_width is not None]
     recalls = [cell.recall for cell in cells if cell.recall is not None]
     pairs = combinations([_kept(cell) for cell in cells], 2)
     return {
@@ -56,6 +42,8 @@ def _row(budget: str, strategy: str, spend: float, cells: list[Cell]) -> Figures
         "first": _mean([rank == 1 for rank in ranks]),
         "regret": _mean(regrets),
         "regret_spread": float(np.std(regrets, ddof=1)) if len(regrets) > 1 else None,
+        # Plans of several seeds share their questions, so their mean is hardly known better than one of them.
+        "half_width": _mean(widths),
         "recall": _mean(recalls),
         "agreement": _mean([_overlap(one, other) for one, other in pairs]),
         **{name: _mean([cell.cost[name] for cell in cells]) for name in cells[0].cost},

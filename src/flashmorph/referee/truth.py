@@ -7,6 +7,7 @@ import numpy as np
 
 from flashmorph.errors import UserError
 from flashmorph.plan import Budget, Plan, Space, count_plans, every_plan
+from flashmorph.records import Figures
 from flashmorph.selection.strategy import Objective
 
 RESAMPLES = 2_000
@@ -15,10 +16,14 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Truth:
-    """`losses` is `[plans, questions]`, in nats; `means` what it comes to for each plan."""
+    """A `Reference` whose plan is the best of all.
+
+    `losses` is `[plans, questions]`, in nats; `means` what it comes to for each plan.
+    """
 
     plans: tuple[Plan, ...]
     losses: np.ndarray
+    name: str = "optimum"
 
     @property
     def means(self) -> np.ndarray:
@@ -29,6 +34,11 @@ class Truth:
     def best(self) -> Plan:
         """The plan of the lowest mean loss."""
         return self.plans[int(self.means.argmin())]
+
+    @property
+    def plan(self) -> Plan:
+        """The best plan."""
+        return self.best
 
     def loss(self, plan: Plan) -> float:
         """Mean loss of `plan`."""
@@ -51,11 +61,45 @@ class Truth:
         better = np.quantile(differences, (1 + CONFIDENCE) / 2, axis=0) < 0
         return 1 + int(better.sum()) if better[int(self.means.argmin())] else 1
 
+    def half_width(self, plan: Plan) -> None:
+        """None: the best plan was chosen by the same questions, so an interval of the regret would be biased."""
+
+    def to_dict(self) -> Figures:
+        """The number of plans, the best one, and all that rank first beside it."""
+        means = self.means
+        return {
+            "reference": "enumerated",
+            "plans": len(means),
+            "questions": self.losses.shape[1],
+            "best": self.best.assignments,
+            "best_loss": float(means.min()),
+            "median_loss": float(np.median(means)),
+            "first": [self.plans[at].assignments for at in np.argsort(means) if self.rank(self.plans[at]) == 1],
+        }
+
     def _place(self, plan: Plan) -> int:
         for index, other in enumerate(self.plans):
             if other.assignments == plan.assignments:
                 return index
         raise ValueError(f"{plan.strip()} is no plan of budget {self.plans[0].budget}")
+
+
+def require_few(space_of: Callable[[Budget], Space], budgets: Sequence[Budget], max_plans: int) -> None:
+    """Refuse budgets with more than `max_plans` plans together; `space_of` is that of `find_truths`.
+
+    Raises:
+        UserError: there are more.
+    """
+    spaces = [space_of(budget) for budget in budgets]
+    count = sum(count_plans(space, budget, max_plans) for space, budget in zip(spaces, budgets, strict=True))
+    if count > max_plans:
+        # Of bytes no more than that were counted.
+        more = " or more" if any(budget.resource == "kv" for budget in budgets) else ""
+        raise UserError(
+            f"the referee would evaluate {count:,} plans{more} of {len(spaces[0].groups)} layers and max_plans is "
+            f"{max_plans:,}: give smaller budgets, or more plans, or --reference found, which judges by the best known "
+            "plan instead"
+        )
 
 
 def find_truths(
@@ -72,16 +116,8 @@ def find_truths(
     Raises:
         UserError: there are more than `max_plans` plans.
     """
-    spaces = [space_of(budget) for budget in budgets]
-    count = sum(count_plans(space, budget, max_plans) for space, budget in zip(spaces, budgets, strict=True))
-    if count > max_plans:
-        # Of bytes no more than that were counted.
-        more = " or more" if any(budget.resource == "kv" for budget in budgets) else ""
-        raise UserError(
-            f"the referee would evaluate {count:,} plans{more} of {len(spaces[0].groups)} layers and max_plans is "
-            f"{max_plans:,}: give smaller budgets, or more plans"
-        )
-    plans = [tuple(every_plan(space, budget)) for space, budget in zip(spaces, budgets, strict=True)]
+    require_few(space_of, budgets, max_plans)
+    plans = [tuple(every_plan(space_of(budget), budget)) for budget in budgets]
     losses = objective.evaluate([plan for some in plans for plan in some], report=report)
     truths, start = {}, 0
     for budget, some in zip(budgets, plans, strict=True):

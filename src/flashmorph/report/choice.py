@@ -72,33 +72,42 @@ def regret(source: Source) -> Chart | None:
     names = sorted({row["strategy"] for row in rows})
     panels = []
     for budget, truth in source.compared["truths"].items():
+        known = truth.get("best_known")
         here = [row for row in rows if row["budget"] == budget]
         spent = [row["flops"] for row in here if row["flops"]] or [1.0]
         series = [
-            _regrets(name, colour(index), some, (min(spent), max(spent)))
+            _regrets(name, colour(index), some, (min(spent), max(spent)), 0.0 if known else _FLOOR)
             for index, name in enumerate(names)
             if (some := sorted((row for row in here if row["strategy"] == name), key=lambda row: row["flops"]))
         ]
-        title = f"budget {budget}: {truth['plans']} plans, best {_short(truth['best'])}"
-        y_label = f"regret + {_FLOOR:g}, nats a token"
-        panels.append(Lines(title, "search cost, FLOPs", y_label, series, log_x=True, log_y=True))
+        if known:
+            # The regret may be negative.
+            title, y_label = f"budget {budget}: best known {_short(known)}", "regret, nats a token"
+        else:
+            title = f"budget {budget}: {truth['plans']} plans, best {_short(truth['best'])}"
+            y_label = f"regret + {_FLOOR:g}, nats a token"
+        panels.append(Lines(title, "search cost, FLOPs", y_label, series, log_x=True, log_y=not known))
+    found = any(truth.get("best_known") for truth in source.compared["truths"].values())
+    against = "best known plan" if found else "best plan"
     note = (
-        "Loss of each strategy's plan minus the best plan's, mean over seeds, before distillation, on questions that "
+        f"Loss of each strategy's plan minus the {against}'s, mean over seeds, before distillation, on questions that "
         "no search has seen. Dashed: strategies that search nothing."
     )
-    return Chart("regret", "The choice against all plans", note, panels) if panels else None
+    title = f"The choice against {'the best known plan' if found else 'all plans'}"
+    return Chart("regret", title, note, panels) if panels else None
 
 
 def _short(assignments: dict[str, str]) -> str:
     return Plan.of(assignments, Budget("layers", 1)).in_short()
 
 
-def _regrets(name: str, shade: str, rows: list[Figures], ends: tuple[float, float]) -> Series:
+def _regrets(name: str, shade: str, rows: list[Figures], ends: tuple[float, float], floor: float) -> Series:
     about = []
     for row in rows:
         spread = f" ± {row['regret_spread']:.4f}" if row["regret_spread"] else ""
-        about.append(f"{name}: regret {row['regret']:.4f}{spread}, rank {row['rank']:.1f}, {row['seeds']} seeds")
-    values = [row["regret"] + _FLOOR for row in rows]
+        rank = "" if row["rank"] is None else f", rank {row['rank']:.1f}"
+        about.append(f"{name}: regret {row['regret']:.4f}{spread}{rank}, {row['seeds']} seeds")
+    values = [row["regret"] + floor for row in rows]
     if not rows[-1]["flops"]:
         return Series(name, list(ends), [values[-1]] * 2, Look(shade, None, dashed=True), hover=[about[-1]] * 2)
     return Series(name, [row["flops"] for row in rows], values, Look(shade), hover=about)

@@ -223,8 +223,17 @@ class _Compared(Shape):
 
 
 class _Truth(Shape):
-    plans: Count
-    best: dict[str, str]
+    """Where all plans are known `plans` and `best`, else `best_known`."""
+
+    plans: Count | None = None
+    best: dict[str, str] | None = None
+    best_known: dict[str, str] | None = None
+
+    @model_validator(mode="after")
+    def _is_one_of_both(self) -> "_Truth":
+        if self.best_known is None and (self.plans is None or self.best is None):
+            raise ValueError("there must be the number of plans and the best of them, or the best known one")
+        return self
 
 
 class Compare(Shape):
@@ -235,6 +244,7 @@ class Compare(Shape):
 
     @model_validator(mode="after")
     def _regret_has_a_rank(self) -> "Compare":
-        if any(row.regret is not None and row.rank is None for row in self.rows):
-            raise ValueError("a row with a regret must have a rank")
+        found = {budget for budget, truth in self.truths.items() if truth.best_known is not None}
+        if any(row.regret is not None and row.rank is None and row.budget not in found for row in self.rows):
+            raise ValueError("a row with a regret must have a rank where all plans are known")
         return self

@@ -1,6 +1,7 @@
 """Moves: another option for one group. What strategies that go from plan to plan consist of."""
 
 from collections.abc import Mapping
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -60,6 +61,18 @@ def cheaper_moves(space: Space, plan: Plan) -> list[Move]:
 def free_moves(space: Space, plan: Plan) -> list[Move]:
     """Moves between options that cost the same."""
     return [move for move in every_move(space, plan) if extra_cost(space, plan, move) == 0]
+
+
+def one_swaps(space: Space, plan: Plan, limit: float) -> list[Plan]:
+    """The one-swap neighbours of a plan: two groups exchange their options, or one makes a free move.
+
+    Only those that fit into `limit` and leave no room for a dearer move: of a count of layers all of them.
+    """
+    own = plan.assignments
+    pairs = [(one, other) for one, other in combinations(space.groups, 2) if own[one] != own[other]]
+    swapped = [moved(plan, Move(one, own[other]), Move(other, own[one])) for one, other in pairs]
+    found = [*swapped, *(moved(plan, move) for move in free_moves(space, plan))]
+    return [each for each in found if space.cost_of(each) <= limit and not dearer_moves(space, each, limit)]
 
 
 def most_moves(space: Space, budget: Budget) -> int:

@@ -199,7 +199,7 @@ class Strategy:
     `gradient_loss` is the loss whose gradient is asked for, one batch in each of `steps`; `gate_label` what their
     gates are in a picture. `raced(settings)` is how many full layers of a plan race at the end. What is not
     `seeded` gives the same for every seed. `two_options`: it cannot choose among more. `finds_budget`: the number of
-    full layers is what it finds.
+    full layers is what it finds. `enumerates`: it evaluates every plan of the budget.
     """
 
     run: Callable[..., Selection]
@@ -216,6 +216,7 @@ class Strategy:
     seeded: bool = True
     two_options: bool = False
     finds_budget: bool = False
+    enumerates: bool = False
 
 
 def layer_scores(space: Space, values: Sequence[float]) -> np.ndarray:

@@ -51,4 +51,4 @@ def exhaustive(
     return Selection(best, space.one_hot(best), trace, search.objective.cost)
 
 
-EXHAUSTIVE = Strategy(exhaustive)
+EXHAUSTIVE = Strategy(exhaustive, enumerates=True)
