@@ -1,6 +1,7 @@
 """On random surfaces every strategy finds the plans of version 0.2 and asks the same questions in the same order.
 
-`plans_of_0_2.json` was written by this file with the strategies as they were before they thought in moves:
+`plans_of_0_2.json` was written by this file with the strategies as they were before they thought in moves; the races at
+the end of `budgeted-gates` came later:
 
     PYTHONPATH=src:tests python tests/test_same_plans.py
 """

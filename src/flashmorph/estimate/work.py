@@ -19,7 +19,7 @@ from flashmorph.mixers import Products
 from flashmorph.mixers.products import operations
 from flashmorph.model.recompute import recomputes
 from flashmorph.plan import FULL, Budget
-from flashmorph.recipe.outlook import num_models, race_places, search_tokens, signal_questions
+from flashmorph.recipe.outlook import least_rounds, num_models, search_tokens, signal_questions, swaps_of
 from flashmorph.recipe.recipe import Recipe
 from flashmorph.selection import BASELINE, STRATEGIES
 from flashmorph.selection.racing import START_QUESTIONS
@@ -181,9 +181,10 @@ def select_work(model: Model, recipe: Recipe) -> Work | None:
     if STRATEGIES[recipe.select.strategy].gradient_loss == "hidden":
         teacher = [*model.part(FULL, length), *model.part(FEED_FORWARD, length)]
         passes.append(_times("teacher forward", model.layers, operations(teacher)))
-    if race_places(recipe):
-        # Every layer that is not full runs in each race, and on average half of the layers are shared.
-        plans = race_places(recipe) * (model.layers - model.num_full + 1)
+    if rounds := least_rounds(recipe):
+        # On average half of the layers are shared. The plan itself has run in the round before.
+        exchanges = model.num_full * (model.layers - model.num_full)
+        plans = 1 + rounds * min(swaps_of(recipe).candidates, exchanges)
         raced = plans * START_QUESTIONS * recipe.select.search.longest / 2 / tokens
         passes.append(_times("first questions of the races", raced, body_forward(model, recipe.select.search.longest)))
     return Work(tokens, passes)

@@ -16,8 +16,10 @@ from flashmorph.recipe.fitting import require_within_limit
 from flashmorph.recipe.recipe import Recipe
 from flashmorph.records import Figures
 from flashmorph.selection import STRATEGIES
+from flashmorph.selection.racing import PATIENCE
 from flashmorph.selection.search import asks_questions, check_search, own_settings
 from flashmorph.selection.searchdata import step_shape
+from flashmorph.selection.strategy import Swaps
 from flashmorph.stages import TrainSettings, logits_on_disk
 from flashmorph.tasks.turns import template_words
 
@@ -148,21 +150,26 @@ def search_tokens(recipe: Recipe) -> tuple[int | None, float]:
         return 0, 0.0
     if not STRATEGIES[strategy].gradient_loss:
         return None, search.longest
-    steps = own_settings(strategy, recipe.select.settings)["steps"]
+    steps = own_settings(strategy, recipe.select.settings)["steps"] + least_rounds(recipe)
     shapes = [step_shape(search, recipe.seed, step) for step in range(steps)]
     tokens = sum(length * rows for length, rows in shapes)
     return tokens, sum(length * length * rows for length, rows in shapes) / max(1, tokens)
 
 
-def race_places(recipe: Recipe) -> int:
-    """The number of full layers whose swaps are compared after the steps of the search."""
+def least_rounds(recipe: Recipe) -> int:
+    """The least number of races after the steps of the search; each begins with a step's batch."""
+    return min(PATIENCE, swaps_of(recipe).rounds)
+
+
+def swaps_of(recipe: Recipe) -> Swaps:
+    """The races after the steps of the search."""
     strategy = recipe.select.strategy
-    return STRATEGIES[strategy].raced(own_settings(strategy, recipe.select.settings))
+    return STRATEGIES[strategy].swaps(own_settings(strategy, recipe.select.settings))
 
 
 def _search_row(recipe: Recipe, source: str) -> tuple[str, int | None, int, str]:
     about = f"{recipe.select.strategy}: {', '.join(recipe.tasks)}, in {source}"
-    if race_places(recipe):
+    if least_rounds(recipe):
         about += ", then races"
     return "select", search_tokens(recipe)[0], recipe.select.search.longest, about
 

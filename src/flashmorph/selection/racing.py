@@ -5,15 +5,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from scipy.stats import t as student_t
 
 from flashmorph.plan import Plan
 from flashmorph.records import Figures
 from flashmorph.selection.measure import first_questions
-from flashmorph.selection.strategy import Objective, Search
+from flashmorph.selection.strategy import Objective, Search, Swaps
 
-START_QUESTIONS = 6
+START_QUESTIONS = 4
 """Of a race in which the plan so far is defended. `race`, which defends none, asks more."""
+PATIENCE = 2
+"""So many rounds of swaps in a row that change nothing end them: the candidates of one come from one batch."""
 MOST_QUESTIONS = 64
 CONFIDENCE = 0.8
 """Small, since what leaves a race by mistake is nearly as good as what stays (docs/decisions/0020)."""
@@ -84,30 +87,71 @@ def margin(differences: np.ndarray, confidence: float) -> float:
     return float(quantile * error - differences.mean())
 
 
-def improve_by_swaps(search: Search, scores: np.ndarray, layers: int, trace: list[Figures]) -> np.ndarray:
-    """Exchange the scores `[groups, options]` of two layers where that makes a better plan of them.
+def improve_by_swaps(
+    search: Search, scores: np.ndarray, swaps: Swaps, first_step: int, trace: list[Figures]
+) -> np.ndarray:
+    """Exchange the scores `[groups, options]` of two groups where that makes a better plan of them.
 
-    For each of the `layers` lowest-scored layers among those above their cheapest option, the weakest first, the plan
-    races against all plans with another layer instead, forward passes only; the winner replaces it. Options must cost
-    the same in every layer.
+    In each round the gradient of the gates at the plan itself, on the search-train batch `first_step` plus the number
+    of the round, orders all exchanges of a group above its cheapest option for one at it, by how much the loss falls
+    to first order. The first of them race against the plan, forward passes only, and the winner becomes the plan. It
+    ends with `PATIENCE` rounds in a row that changed nothing. Options must cost the same in every group.
     """
-    space, budget = search.space, search.budget
     questions = first_questions(search, MOST_QUESTIONS)
-    order, rows = space.order, np.arange(len(space.groups))
-    own = space.one_hot(space.best(scores, budget)).argmax(1)
-    worth = scores[rows, own] - scores[rows, order[:, 1]]
-    kept = [row for row in rows.tolist() if own[row] != order[row, 1]]
-    weakest = sorted(kept, key=lambda row: worth[row])[:layers]
-    for number, out in enumerate(weakest, 1):
-        own = space.one_hot(space.best(scores, budget)).argmax(1)
-        others = [row for row in rows.tolist() if own[row] == order[row, 1]]
-        choices = [scores, *(_exchange(scores, out, into) for into in others)]
+    tried: set[tuple[int, ...]] = set()
+    lost = 0
+    for number in range(swaps.rounds):
+        own = _options(search, scores)
+        tried.add(tuple(own))
+        exchanges = _by_gradient(search, own, first_step + number)
+        choices = [(pair, _exchanged(own, *pair)) for pair in exchanges]
+        choices = [(pair, options) for pair, options in choices if options not in tried][: swaps.candidates]
+        if not choices:
+            break
+        tried.update(options for _, options in choices)
+        tables = [scores, *(_exchange(scores, *pair) for pair, _ in choices)]
         track = Track(search.objective, len(questions), START_QUESTIONS, CONFIDENCE)
-        finish = track.run([space.best(choice, budget) for choice in choices], defended=True)
+        finish = track.run([search.space.best(table, search.budget) for table in tables], defended=True)
         trace += track.trace
-        scores = choices[finish.winner]
-        search.report(number, len(weakest), loss=finish.loss)
+        scores = tables[finish.winner]
+        search.report(number + 1, swaps.rounds, loss=finish.loss)
+        lost = 0 if finish.winner else lost + 1
+        if lost == PATIENCE:
+            break
     return scores
+
+
+def _options(search: Search, scores: np.ndarray) -> list[int]:
+    """The number of the option of each group in the best plan by `scores`."""
+    space = search.space
+    return space.one_hot(space.best(scores, search.budget)).argmax(1).tolist()
+
+
+def _by_gradient(search: Search, own: Sequence[int], step: int) -> list[tuple[int, int]]:
+    """All exchanges of a group above its cheapest option for one at it, the most promising first.
+
+    The gates' gradient says what a little of another option would change. It has the right order, not the right size.
+    """
+    space = search.space
+    gates = torch.zeros(space.cost.shape)
+    gates[range(len(own)), list(own)] = 1
+    _, gradient = search.objective.gradient(gates, step, "answers")
+    cheapest = space.order[:, 1].tolist()
+    kept = [row for row, option in enumerate(own) if option != cheapest[row]]
+    rest = [row for row, option in enumerate(own) if option == cheapest[row]]
+
+    def change(pair: tuple[int, int]) -> float:
+        out, into = pair
+        fall = gradient[out, own[into]] - gradient[out, own[out]]
+        return float(fall + gradient[into, own[out]] - gradient[into, own[into]])
+
+    return sorted(((out, into) for out in kept for into in rest), key=change)
+
+
+def _exchanged(own: Sequence[int], one: int, other: int) -> tuple[int, ...]:
+    options = list(own)
+    options[one], options[other] = options[other], options[one]
+    return tuple(options)
 
 
 def _exchange(scores: np.ndarray, one: int, other: int) -> np.ndarray:

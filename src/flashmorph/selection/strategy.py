@@ -11,7 +11,7 @@ range (`Steps`); `search.own_settings` holds what a user gives against them, so 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal, Protocol, cast
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -183,6 +183,13 @@ class Selection:
     cost: Cost = field(default_factory=Cost)
 
 
+class Swaps(NamedTuple):
+    """The races at the end of a search: at most `rounds`, each of the plan against `candidates` others."""
+
+    rounds: int = 0
+    candidates: int = 0
+
+
 Reuse = Literal["nothing", "state", "scores", "order"]
 """What searches for several budgets share: their state but for the last check, the scores, which are cut at every
 budget, or the order of choice, which holds the plans of all."""
@@ -197,7 +204,7 @@ class Strategy:
     asks the model nothing; one that `asks_questions` chooses by the answers to questions (with the setting `data` at
     `text` none does). `needs_text` and `needs_training` are for those that weigh text or train weights.
     `gradient_loss` is the loss whose gradient is asked for, one batch in each of `steps`; `gate_label` what their
-    gates are in a picture. `raced(settings)` is how many full layers of a plan race at the end. What is not
+    gates are in a picture. `swaps(settings)` are the races at its end. What is not
     `seeded` gives the same for every seed. `two_options`: it cannot choose among more. `finds_budget`: the number of
     full layers is what it finds. `enumerates`: it evaluates every plan of the budget.
     """
@@ -212,7 +219,7 @@ class Strategy:
     needs_training: bool = False
     gradient_loss: Literal["answers", "hidden"] | None = None
     gate_label: str = "logit, full minus other"
-    raced: Callable[[Mapping[str, Any]], int] = lambda settings: 0
+    swaps: Callable[[Mapping[str, Any]], Swaps] = lambda settings: Swaps()
     seeded: bool = True
     two_options: bool = False
     finds_budget: bool = False

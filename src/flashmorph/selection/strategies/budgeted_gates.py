@@ -3,8 +3,8 @@
 Every step draws Gumbel noise on the logits, runs the *hard* plan of `Space.best` (so the search sees what will be
 built, and rounding loses nothing), and sends the gradient of the hard gates back to the logits, projected onto the
 budget's plane. The noise falls as the search settles. There is no penalty to tune. One search serves every budget, and
-it may be short: at the end of it the lowest-scored full layers of the plan race against all other layers,
-forward passes only.
+it may be short: at the end of it the plan races against plans with another layer instead, those first that the gates'
+gradient names, forward passes only.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from flashmorph.inputs.settings import FinalRate, Rate
 from flashmorph.plan import FULL, Budget, Space
 from flashmorph.selection.descend import Loss, Schedule, descend
 from flashmorph.selection.racing import improve_by_swaps
-from flashmorph.selection.strategy import Reuse, Search, Selection, Steps, Strategy
+from flashmorph.selection.strategy import Reuse, Search, Selection, Steps, Strategy, Swaps
 
 Noise = Annotated[float, Field(ge=0, le=1_000)]
 """The scale of the Gumbel noise on the logits."""
@@ -34,7 +34,8 @@ def budgeted_gates(
     final_noise: Noise = 0.2,
     random_budget: bool = True,
     shared_moment: bool = True,
-    swaps: Annotated[int, Field(ge=0, le=1_000)] = 2,
+    swaps: Annotated[int, Field(ge=0, le=1_000)] = 6,
+    candidates: Annotated[int, Field(ge=1, le=1_000_000)] = 8,
 ) -> Selection:
     """Gates learnt jointly with the budget inside the optimisation, then races for the weakest layers; the default.
 
@@ -42,8 +43,8 @@ def budgeted_gates(
     spends its own budget, from the smallest that buys a layer to nearly all, so that the logits do not depend on
     `budget` and one search serves every count. With `shared_moment` steps keep the proportions of the gradients
     (`SharedAdam`) instead of being equally long for every logit. The logits cannot say that one layer makes up for
-    another; so at the end the `swaps` lowest-scored full layers race against all others (`improve_by_swaps`; 0 for
-    none), where options cost the same everywhere.
+    another; so at the end the plan races against its `candidates` most promising one-swap neighbours, and the winner
+    again, in at most `swaps` rounds (`improve_by_swaps`; 0 for none), where options cost the same everywhere.
 
     Raises:
         UserError: see `Space.limit`.
@@ -70,7 +71,7 @@ def budgeted_gates(
     np.put_along_axis(dearer, least, False, 1)
     scores = np.where(dearer, scores - scores[dearer].min(), 0.0)
     if swaps and space.costs_alike:
-        scores = improve_by_swaps(search, scores, swaps, trace)
+        scores = improve_by_swaps(search, scores, Swaps(swaps, candidates), steps, trace)
     return Selection(space.best(scores, budget), scores, trace, search.objective.cost)
 
 
@@ -82,7 +83,10 @@ def _reuse(settings: Mapping[str, Any]) -> Reuse:
 
 
 BUDGETED_GATES = Strategy(
-    budgeted_gates, reuse=_reuse, gradient_loss="answers", raced=lambda settings: settings["swaps"]
+    budgeted_gates,
+    reuse=_reuse,
+    gradient_loss="answers",
+    swaps=lambda settings: Swaps(settings["swaps"], settings["candidates"]),
 )
 
 
