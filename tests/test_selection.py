@@ -12,11 +12,12 @@ from surfaces import search_on
 from flashmorph.errors import UserError
 from flashmorph.plan import Budget, Plan, Space
 from flashmorph.selection import STRATEGIES, Cost, Search, Selection
+from flashmorph.selection.racing import improve_by_swaps
 from flashmorph.selection.search import check_search, own_settings, plan_without_search
 from flashmorph.selection.shared_adam import SharedAdam
 from flashmorph.selection.strategies.halo import halo_scores
 from flashmorph.selection.strategies.l0 import hard_concrete, open_probability
-from flashmorph.selection.strategy import Distilled, group_scores
+from flashmorph.selection.strategy import Distilled, Swaps, group_scores
 
 LAYERS = 8
 BUDGETED = [name for name, strategy in STRATEGIES.items() if not strategy.finds_budget]
@@ -205,6 +206,23 @@ def test_a_swap_at_the_end_parts_twins(seed):
 def test_swaps_mend_a_search_that_was_cut_short(seed):
     """One step says next to nothing; the races for both places find the best plan all the same."""
     assert search("budgeted-gates", Surface(additive, seed=seed), 2, seed, steps=1).plan.full_layers == [1, 3]
+
+
+def test_any_layer_may_go_and_those_race_that_the_gradient_names():
+    """All three layers are wrong, the best-scored one too; one round an exchange mends the plan."""
+    space, budget, trace = Space.of_layers(LAYERS), Budget("layers", 3), []
+    scores = group_scores(space, [3.0, 0, 2, 0, 1, 0, 0, 0])
+    search = search_on(space, budget, Surface(additive), 0)
+    mended = improve_by_swaps(search, scores, Swaps(3, candidates=2), 0, trace)
+    assert space.best(mended, budget).full_layers == [1, 3, 5]
+    assert len({frozenset(full_in(entry)) for entry in trace}) == 1 + 3 * 2
+
+
+def test_rounds_of_swaps_end_when_two_in_a_row_change_nothing():
+    few, many = Surface(additive), Surface(additive)
+    for objective, swaps in ((few, 6), (many, 50)):
+        assert search("budgeted-gates", objective, 2, swaps=swaps).plan.full_layers == [1, 3]
+    assert few.asked == many.asked
 
 
 @pytest.mark.parametrize("strategy", ["greedy-forward", "race", "add-one"])
