@@ -63,8 +63,9 @@ def main() -> None:
         return
     part, parts = map(int, arguments.part.split("/"))
     form = "window" if arguments.window else "linear"
-    cells = Cells(arguments.cells / f"{form}-{part}-of-{parts}.jsonl", form)
-    judge = Judge(arguments, arguments.run or Path(f"runs/many-layers-{form}-{part}"))
+    changes = [change for change in arguments.set if "micro_batch_tokens" not in change]
+    cells = Cells(arguments.cells / f"{form}-{part}-of-{parts}.jsonl", form, " ".join(changes))
+    judge = Judge(arguments, arguments.run or Path(f"runs/many-layers-{form}-{part}"), cells)
     started = time.perf_counter()
     for layers in arguments.plans if part == 0 else ():
         cells.once({"strategy": "given", "budget": str(layers.count(",") + 1), "seed": 0, "plan": layers}, judge.given)
@@ -85,10 +86,11 @@ class Cells:
 
     path: Path
     form: str
+    changes: str
 
     def once(self, about: dict[str, Any], work: Any) -> None:
         """Compute and keep a cell, unless any process has."""
-        key = {"form": self.form, **about}
+        key = {"form": self.form, "set": self.changes, **about}
         if any(key.items() <= cell.items() for cell in kept(self.path.parent)):
             return
         cell = {**key, **work(about)}
@@ -106,7 +108,8 @@ def kept(folder: Path) -> list[dict[str, Any]]:
 class Judge:
     """The teacher with its branches, and the questions that judge."""
 
-    def __init__(self, arguments: argparse.Namespace, folder: Path):
+    def __init__(self, arguments: argparse.Namespace, folder: Path, cells: Cells):
+        self.cells = cells
         window = [f"host.window={arguments.window}"] if arguments.window else []
         options = Options(
             teacher=arguments.teacher,
@@ -137,11 +140,14 @@ class Judge:
         return {"settings": settings, "cost": found.cost.to_dict(), **self.judged(found.plan)}
 
     def judged(self, plan: Plan) -> dict[str, Any]:
-        """Losses on the referee's questions, in nats."""
+        """Losses on the referee's questions, in nats; a plan that was judged before keeps them."""
+        layers = [number for number, option in enumerate(plan.assignments.values()) if option == FULL]
+        for cell in kept(self.cells.path.parent):
+            if (cell["form"], cell["layers"]) == (self.cells.form, layers):
+                return {"layers": layers, "loss": cell["loss"], "losses": cell["losses"]}
         run = replace(self.run, recipe=self.run.recipe.model_copy(update={"seed": REFEREE_SEED}))
         judging = open_objective(run, self.morphable, self.work / "judge", self.search_settings, judging="referee")
         losses = judging.evaluate([plan])[0]
-        layers = [number for number, option in enumerate(plan.assignments.values()) if option == FULL]
         return {"layers": layers, "loss": float(losses.mean()), "losses": np.round(losses, 4).tolist()}
 
 
@@ -152,7 +158,7 @@ def show(cells: Path, output: Path) -> None:
         {(cell["form"], cell["budget"]) for cell in found}, key=lambda key: (key[0], int(key[1]))
     ):
         alike = [cell for cell in found if (cell["form"], cell["budget"]) == (form, budget)]
-        alike.sort(key=lambda cell: (cell["strategy"], cell["seed"], cell["loss"]))
+        alike.sort(key=lambda cell: (cell["strategy"], cell["set"], cell["seed"], cell["loss"]))
         best = min(alike, key=lambda cell: cell["loss"])
         for cell in alike:
             ends = paired_interval([cell["losses"]], [best["losses"]])
@@ -163,14 +169,16 @@ def show(cells: Path, output: Path) -> None:
             rows.append(row)
     write_json(output, {"best_known": "the best of all plans judged, on the same questions", "cells": rows})
     table = Table(title="regret against the best known plan, nats an answer token", title_justify="left")
-    for column in ("form", "budget", "strategy", "seed", "layers", "loss", "regret", "+-", "tokens, backward twice"):
+    for column in ("form", "budget", "strategy", "set", "seed", "layers", "loss", "regret", "+-", "tokens, backward twice"):
         table.add_column(column, justify="left" if column in ("form", "strategy", "layers") else "right")
     for row in rows:
         layers = " ".join(map(str, row["layers"]))
         figures = f"{row['loss']:.3f}", f"{row['regret']:.3f}", f"{row['half_width']:.3f}"
         tokens = f"{row['tokens']:,}" if "tokens" in row else ""
-        table.add_row(row["form"], row["budget"], row["strategy"], str(row["seed"]), layers, *figures, tokens)
-    Console(width=160).print(table)
+        table.add_row(
+            row["form"], row["budget"], row["strategy"], row["set"], str(row["seed"]), layers, *figures, tokens
+        )
+    Console(width=180).print(table)
 
 
 if __name__ == "__main__":
