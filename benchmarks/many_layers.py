@@ -169,8 +169,9 @@ def show(cells: Path, output: Path) -> None:
             rows.append(row)
     write_json(output, {"best_known": "the best of all plans judged, on the same questions", "cells": rows})
     table = Table(title="regret against the best known plan, nats an answer token", title_justify="left")
-    for column in ("form", "budget", "strategy", "set", "seed", "layers", "loss", "regret", "+-", "tokens, backward twice"):
-        table.add_column(column, justify="left" if column in ("form", "strategy", "layers") else "right")
+    words = ("form", "strategy", "set", "layers")
+    for column in ("form", "budget", *words[1:3], "seed", "layers", "loss", "regret", "+-", "tokens, backward twice"):
+        table.add_column(column, justify="left" if column in words else "right")
     for row in rows:
         layers = " ".join(map(str, row["layers"]))
         figures = f"{row['loss']:.3f}", f"{row['regret']:.3f}", f"{row['half_width']:.3f}"
