@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
-from tokenizers import Regex, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from flashmorph.convert.gguf_tokenizer import special_ids, tokenizer_of
 from flashmorph.errors import UserError, first_line
 from flashmorph.files import read_json, write_json
 from flashmorph.mixers.products import head_dim_of
@@ -34,9 +34,7 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FREQUENCIES = "rope_freqs.weight"
 _SCALING = ".rope.scaling."
 _CLOSE = 1e-4
-_WHOLE_WORDS = ("gpt-2", "olmo", "mpt", "phi-2", "jais")
-_DIGITS_ALONE = ("smollm", "starcoder", "refact", "codeshell")
-"""llama.cpp's names of GPT-2's split, and of it after every digit was cut off."""
+_EXPERT_WIDTH = "moe_intermediate_size"
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -80,31 +78,24 @@ def checkpoint_of(file: Path) -> Path:
 
 
 def _make(file: Path, folder: Path, digest: str) -> None:
-    reader = _reader(file)
+    reader, fields = _read(file)
+    if (parts := fields.get("split.count", 1)) > 1:
+        raise UserError(f"{file} is one of {parts} parts of a model: join them first, `llama-gguf-split --merge`")
+    tokenizer = tokenizer_of(file, fields)
     stored = _stored(reader)
     dtype = _PLAIN.get(stored, torch.bfloat16)
-    try:
-        split = _split(reader)
-    except KeyError as error:
-        raise UserError(
-            f"{file} has tokenizer.ggml.pre={error.args[0]}: how it splits text is not known here, so tokens would be "
-            "wrong"
-        ) from error
-    model = _open(file, dtype, _field(reader, f"{_field(reader, 'general.architecture')}.attention.key_length"))
-    _require_used(file, reader, model)
-    _set_rope(file, reader, model.config)
+    model = _open(file, dtype, fields)
+    _require_used(file, reader, fields, model)
+    _set_rope(file, reader, fields, model.config)
+    for name, index in special_ids(fields).items():
+        if name != "unk":
+            setattr(model.config, f"{name}_token_id", index)
+            setattr(model.generation_config, f"{name}_token_id", index)
     temporary = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model.save_pretrained(temporary)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        if split:
-            tokenizer.backend_tokenizer.pre_tokenizer = split
-        # A tokenizer class of one family would put its own split in place of the file's.
-        special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-        plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **special)
-        plain.chat_template = tokenizer.chat_template
-        plain.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
         write_json(temporary / ORIGIN, {"file": file.name, "sha256": digest, "stored": stored})
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
@@ -112,9 +103,11 @@ def _make(file: Path, folder: Path, digest: str) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _reader(file: Path) -> Any:
+def _read(file: Path) -> tuple[Any, dict[str, Any]]:
+    """The file's reader, and its fields by name."""
     try:
-        return importlib.import_module("gguf").GGUFReader(file)
+        reader = importlib.import_module("gguf").GGUFReader(file)
+        return reader, {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:  # Its reader checks little: damage shows as whatever numpy says.
         raise UserError(f"{file} cannot be read, is it complete? {first_line(error)}") from error
 
@@ -128,34 +121,20 @@ def _stored(reader: Any) -> str:
     return sizes.most_common(1)[0][0] if sizes else "F32"
 
 
-def _split(reader: Any) -> pre_tokenizers.PreTokenizer | None:
-    """How a byte-level vocabulary splits text before merges; None for other vocabularies.
-
-    Raises:
-        KeyError: the name that the file gives it is not known, so numbers and words would be cut otherwise.
-    """
-    if _field(reader, "tokenizer.ggml.model") != "gpt2":
-        return None
-    known = importlib.import_module("transformers.integrations.gguf.gguf_tokenizer_mapping").GGUF_PRE_TOKENIZER_SPLITS
-    name, whole = _field(reader, "tokenizer.ggml.pre"), pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if name in _WHOLE_WORDS:
-        return whole
-    if name in _DIGITS_ALONE:
-        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), whole])
-    by_pattern = pre_tokenizers.Split(Regex(known[name]), behavior="isolated")
-    return pre_tokenizers.Sequence([by_pattern, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-def _open(file: Path, dtype: torch.dtype, head_dim: int | None) -> PreTrainedModel:
+def _open(file: Path, dtype: torch.dtype, fields: dict[str, Any]) -> PreTrainedModel:
     """The model as a plain one: the loader's own looks quantised and cannot be saved.
 
-    It takes heads of Qwen3 for 128 wide, whatever the file has.
+    It takes heads of Qwen3 for 128 wide, its experts for 768 and a window of Mistral for 4096, whatever the file has.
     """
+    architecture = fields.get("general.architecture")
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # A bar of its own, whatever is set.
             config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-            if head_dim:
-                config.head_dim = head_dim
+            for theirs, ours in (("attention.key_length", "head_dim"), ("expert_feed_forward_length", _EXPERT_WIDTH)):
+                if width := fields.get(f"{architecture}.{theirs}"):
+                    setattr(config, ours, width)
+            if getattr(config, "sliding_window", None):
+                config.sliding_window = fields.get(f"{architecture}.attention.sliding_window")
             opened: Any = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, config=config, dtype=dtype, output_loading_info=True
             )
@@ -175,17 +154,16 @@ def _open(file: Path, dtype: torch.dtype, head_dim: int | None) -> PreTrainedMod
     return model.to(dtype)
 
 
-def _require_used(file: Path, reader: Any, model: PreTrainedModel) -> None:
+def _require_used(file: Path, reader: Any, fields: dict[str, Any], model: PreTrainedModel) -> None:
     """Refuse tensors that the loader drops, and keys that change what the model computes and that it does not read."""
     loading = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-    processor = loading.TENSOR_PROCESSORS.get(_field(reader, "general.architecture"), loading.TensorProcessor)
+    processor = loading.TENSOR_PROCESSORS.get(fields.get("general.architecture"), loading.TensorProcessor)
     known = set(loading.get_gguf_hf_weights_map(model, processor(config={})))
     unused = [tensor.name for tensor in reader.tensors if tensor.name not in {*known, _FREQUENCIES}]
     if unused:
         others = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
         raise UserError(f"{file} has a tensor that {type(model).__name__} does not use: {unused[0]}{others}")
-    for name in reader.fields:
-        value = _field(reader, name)
+    for name, value in fields.items():
         width = head_dim_of(model.config)
         if name.endswith(("attention.key_length", "attention.value_length", "rope.dimension_count")) and value != width:
             raise UserError(f"{file} has {name}={value}, and {type(model).__name__} heads of {width}")
@@ -194,13 +172,13 @@ def _require_used(file: Path, reader: Any, model: PreTrainedModel) -> None:
             raise UserError(f"{file} has {name}={value}: teachers with a sliding window have no exact host")
 
 
-def _set_rope(file: Path, reader: Any, config: Any) -> None:
+def _set_rope(file: Path, reader: Any, fields: dict[str, Any], config: Any) -> None:
     """Rope scaling as the file has it: `linear`, `yarn`, or Llama 3's by its table of frequencies.
 
     Raises:
         UserError: names what has no counterpart.
     """
-    scaling = {name.rpartition(_SCALING)[2]: _field(reader, name) for name in reader.fields if _SCALING in name}
+    scaling = {name.rpartition(_SCALING)[2]: value for name, value in fields.items() if _SCALING in name}
     kind = scaling.pop("type", "none")
     rope = {**config.rope_parameters, "rope_type": "default"}
     taken = {"finetuned"}
@@ -254,8 +232,3 @@ def _llama3(factors: np.ndarray, theta: float) -> dict[str, Any] | None:
         if np.abs((1 - share) / factor + share - 1 / factors).max() < _CLOSE / factor:
             return {"rope_type": "llama3", **found}
     return None
-
-
-def _field(reader: Any, name: str) -> Any:
-    field = reader.fields.get(name)
-    return None if field is None else field.contents()
