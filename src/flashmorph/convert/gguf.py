@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib
 import io
+import json
 import os
 import shutil
 from collections import Counter
@@ -20,9 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from flashmorph.convert.gguf_tokenizer import special_ids, tokenizer_of
+from flashmorph.convert.load import load_tokenizer
 from flashmorph.errors import UserError, first_line
 from flashmorph.files import read_json, write_json
 from flashmorph.mixers.products import head_dim_of
@@ -34,7 +36,14 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FREQUENCIES = "rope_freqs.weight"
 _SCALING = ".rope.scaling."
 _CLOSE = 1e-4
-_EXPERT_WIDTH = "moe_intermediate_size"
+_FORM = 2
+"""Counts what the same file was made into by versions of this module."""
+_READ = {"context_length", "block_count", "embedding_length", "feed_forward_length", "vocab_size", "tensor_data_layout"}
+_READ |= {f"attention.{name}" for name in ("head_count", "head_count_kv", "key_length", "value_length")}
+_READ |= {"attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.dimension_count", "rope.freq_base"}
+_READ |= {"expert_count", "expert_used_count", "expert_feed_forward_length"}
+_USUAL = {"attention.causal": True, "expert_weights_norm": True, "expert_gating_func": 1, "rope.scale_linear": 1.0}
+"""What other keys say of a model that does not need them; the rest of them say 0."""
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -66,7 +75,7 @@ def checkpoint_of(file: Path) -> Path:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashmorph" / "gguf"
-    folder = cache / digest[:16]
+    folder = cache / f"{digest[:16]}-{_FORM}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
@@ -80,22 +89,19 @@ def checkpoint_of(file: Path) -> Path:
 def _make(file: Path, folder: Path, digest: str) -> None:
     reader, fields = _read(file)
     if (parts := fields.get("split.count", 1)) > 1:
-        raise UserError(f"{file} is one of {parts} parts of a model: join them first, `llama-gguf-split --merge`")
+        raise UserError(f"{file} is one of {parts} parts of a model: join them first, with `llama-gguf-split --merge`")
     tokenizer = tokenizer_of(file, fields)
     stored = _stored(reader)
     dtype = _PLAIN.get(stored, torch.bfloat16)
     model = _open(file, dtype, fields)
     _require_used(file, reader, fields, model)
     _set_rope(file, reader, fields, model.config)
-    for name, index in special_ids(fields).items():
-        if name != "unk":
-            setattr(model.config, f"{name}_token_id", index)
-            setattr(model.generation_config, f"{name}_token_id", index)
     temporary = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        _require_same(file, fields, tokenizer, load_tokenizer(temporary))
         write_json(temporary / ORIGIN, {"file": file.name, "sha256": digest, "stored": stored})
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
@@ -121,20 +127,31 @@ def _stored(reader: Any) -> str:
     return sizes.most_common(1)[0][0] if sizes else "F32"
 
 
-def _open(file: Path, dtype: torch.dtype, fields: dict[str, Any]) -> PreTrainedModel:
-    """The model as a plain one: the loader's own looks quantised and cannot be saved.
+def _configured(config: Any, fields: dict[str, Any]) -> Any:
+    """The loader's configuration with what the file says and the loader does not read.
 
-    It takes heads of Qwen3 for 128 wide, its experts for 768 and a window of Mistral for 4096, whatever the file has.
+    It takes heads of Qwen3 for 128 wide and its experts for 768, and special tokens that the file does not have for the
+    first ones. A file that is named `mistral` it takes for a Mistral, whose tensors it then does not find.
     """
     architecture = fields.get("general.architecture")
+    if config.model_type == "mistral":
+        dropped = ("model_type", "sliding_window")
+        config = LlamaConfig(**{name: value for name, value in config.to_dict().items() if name not in dropped})
+    heads, width = config.num_attention_heads, fields.get(f"{architecture}.attention.key_length")
+    if width or getattr(config, "head_dim", None):
+        config.head_dim = width or config.hidden_size // heads
+    if experts := fields.get(f"{architecture}.expert_feed_forward_length"):
+        config.moe_intermediate_size = experts
+    ids = special_ids(fields)
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = ids["bos"], ids["eos"], ids["pad"]
+    return config
+
+
+def _open(file: Path, dtype: torch.dtype, fields: dict[str, Any]) -> PreTrainedModel:
+    """The model as a plain one: the loader's own looks quantised and cannot be saved."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # A bar of its own, whatever is set.
-            config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-            for theirs, ours in (("attention.key_length", "head_dim"), ("expert_feed_forward_length", _EXPERT_WIDTH)):
-                if width := fields.get(f"{architecture}.{theirs}"):
-                    setattr(config, ours, width)
-            if getattr(config, "sliding_window", None):
-                config.sliding_window = fields.get(f"{architecture}.attention.sliding_window")
+            config = _configured(AutoConfig.from_pretrained(file.parent, gguf_file=file.name), fields)
             opened: Any = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, config=config, dtype=dtype, output_loading_info=True
             )
@@ -159,17 +176,33 @@ def _require_used(file: Path, reader: Any, fields: dict[str, Any], model: PreTra
     loading = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
     processor = loading.TENSOR_PROCESSORS.get(fields.get("general.architecture"), loading.TensorProcessor)
     known = set(loading.get_gguf_hf_weights_map(model, processor(config={})))
-    unused = [tensor.name for tensor in reader.tensors if tensor.name not in {*known, _FREQUENCIES}]
+    # Stacked experts are parameters without `.weight` in transformers.
+    known |= {f"{name}.weight" for name in known if name.endswith("_exps")} | {_FREQUENCIES}
+    unused = [tensor.name for tensor in reader.tensors if tensor.name not in known]
     if unused:
         others = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
         raise UserError(f"{file} has a tensor that {type(model).__name__} does not use: {unused[0]}{others}")
+    width, context = head_dim_of(model.config), model.config.max_position_embeddings
     for name, value in fields.items():
-        width = head_dim_of(model.config)
+        architecture, _, key = name.partition(".")
         if name.endswith(("attention.key_length", "attention.value_length", "rope.dimension_count")) and value != width:
             raise UserError(f"{file} has {name}={value}, and {type(model).__name__} heads of {width}")
-        context = model.config.max_position_embeddings
-        if name.endswith("attention.sliding_window") and 0 < value < context:
+        if key == "attention.sliding_window" and 0 < value < context:
             raise UserError(f"{file} has {name}={value}: teachers with a sliding window have no exact host")
+        ours = architecture == fields.get("general.architecture") and key not in _READ and _SCALING not in name
+        if ours and value != _USUAL.get(key, 0):
+            raise UserError(f"{file} has {name}={value}, which {type(model).__name__} would not know of")
+
+
+def _require_same(file: Path, fields: dict[str, Any], made: Any, read: Any) -> None:
+    """Refuse a tokenizer that transformers reads as another: it gives models of some families the family's own."""
+    parts = ("normalizer", "pre_tokenizer", "decoder", "post_processor", "added_tokens")
+    ours, theirs = (json.loads(each.backend_tokenizer.to_str()) for each in (made, read))
+    same = all(ours[part] == theirs[part] for part in parts)
+    if not same or ours["model"]["ignore_merges"] != theirs["model"]["ignore_merges"]:
+        names = ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre")
+        stated = ", ".join(f"{name}={fields.get(name)}" for name in names)
+        raise UserError(f"{file} has {stated}: transformers reads {type(read).__name__} there, which cuts otherwise")
 
 
 def _set_rope(file: Path, reader: Any, fields: dict[str, Any], config: Any) -> None:

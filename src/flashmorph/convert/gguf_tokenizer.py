@@ -13,17 +13,17 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
-from flashmorph.errors import UserError
+from flashmorph.errors import UserError, first_line
 
 _WHOLE_WORDS = ("gpt-2", "olmo", "mpt", "phi-2", "jais")
 _DIGITS_ALONE = ("smollm", "starcoder", "refact", "codeshell")
 """llama.cpp's names of GPT-2's split, and of it after every digit was cut off."""
 _WORDS_FIRST = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
 _WORDS_FIRST += ("jina-v5-nano",)
-"""Here a word that is a token is that token, whatever the merges, and a text begins with bos unless the file says no."""
-_COMPOSED = ("qwen2", "qwen35")
-"""Qwen's own tokenizer composes letters with their accents (NFC), which a file does not say."""
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+"""Here a word that is a token stays whole whatever the merges, and a text begins with bos unless the file says no."""
+_COMPOSED = ("qwen2", "qwen35", "deepseek-r1-qwen")
+"""Qwen's tokenizer composes letters with their accents (NFC), which a file does not say."""
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _DEFAULT_IDS = {"bos": 1, "eos": 2, "unk": 0}
 """What llama.cpp takes in a SentencePiece vocabulary where the file says nothing."""
@@ -44,7 +44,7 @@ def tokenizer_of(file: object, fields: Mapping[str, Any]) -> PreTrainedTokenizer
     kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     needed = {"gpt2": ("tokens", "merges"), "llama": ("tokens", "scores")}.get(str(kind))
     if needed is None:
-        raise UserError(f"{file} has tokenizer.ggml.model={kind}: only gpt2 and llama are known here")
+        raise UserError(f"{file} has tokenizer.ggml.model={kind}: gpt2 and llama are the ones that are known here")
     for name in needed:
         if f"tokenizer.ggml.{name}" not in fields:
             raise UserError(f"{file} has no tokenizer.ggml.{name}, so its text cannot be cut into tokens")
@@ -54,10 +54,14 @@ def tokenizer_of(file: object, fields: Mapping[str, Any]) -> PreTrainedTokenizer
         if index is not None and not 0 <= index < len(tokens):
             raise UserError(f"{file} has {index} as its {name} token, and {len(tokens):,} tokens")
     types = fields.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
-    if kind == "gpt2":
-        tokenizer = _byte_level(file, tokens, fields, pre)
-    else:
-        tokenizer = _sentencepiece(tokens, types, fields, tokens[ids["unk"] or 0])
+    split = _split(file, pre) if kind == "gpt2" else None
+    try:
+        if split:
+            tokenizer = _byte_level(tokens, fields, split, pre)
+        else:
+            tokenizer = _sentencepiece(tokens, types, fields, tokens[ids["unk"] or 0])
+    except Exception as error:  # tokenizers raises no kind of its own.
+        raise UserError(f"{file} has a vocabulary that does not hold together: {first_line(error)}") from error
     # Phi-3's own tokenizer takes space behind its special tokens with them, which a file does not say.
     strips = kind == "llama" and fields.get("general.architecture") == "phi3"
     kept = ("<unk>", "<s>", "<|endoftext|>")
@@ -81,11 +85,13 @@ def tokenizer_of(file: object, fields: Mapping[str, Any]) -> PreTrainedTokenizer
     return plain
 
 
-def _byte_level(file: object, tokens: list[str], fields: Mapping[str, Any], pre: str | None) -> Tokenizer:
+def _byte_level(
+    tokens: list[str], fields: Mapping[str, Any], split: pre_tokenizers.PreTokenizer, pre: Any
+) -> Tokenizer:
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _WORDS_FIRST))
-    tokenizer.pre_tokenizer = _split(file, pre)
+    tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
     if pre in _COMPOSED:
         tokenizer.normalizer = normalizers.NFC()
