@@ -167,6 +167,7 @@ REFUSED = {
     "another kind": ({**tiny_vocabulary(), "model": "t5"}, "tokenizer.ggml.model=t5"),
     "no scores": ({**sentencepiece(), "scores": None}, "no tokenizer.ggml.scores"),
     "merges of other tokens": ({**tiny_vocabulary(), "merges": ["\u4e00 \u4e01"]}, "does not hold together"),
+    "kinds of fewer tokens": ({**tiny_vocabulary(), "token_type": [1]}, "does not hold together"),
     "an id beyond it": ({**tiny_vocabulary(), "eos_token_id": 99_999}, "99999 as its eos token"),
     "a token twice": ({**sentencepiece(), "tokens": ["<unk>"] * len(sentencepiece()["tokens"])}, "differ"),
 }

@@ -1,7 +1,7 @@
 """The tokenizer of a GGUF file: byte-level or SentencePiece's, built from the file's vocabulary as llama.cpp reads it.
 
-transformers' own builder is not taken. It has no word for a missing `add_space_prefix`, for words that are tokens
-though no merge makes them, or for special tokens with letters beyond ASCII, and cuts all of these otherwise.
+transformers' own builder is not taken: it does not read `add_space_prefix`, puts no space before a text that begins with
+one, cuts words that are tokens though no merge makes them, and gives special tokens beyond ASCII new ids.
 """
 
 import importlib
@@ -55,23 +55,21 @@ def tokenizer_of(file: object, fields: Mapping[str, Any]) -> PreTrainedTokenizer
             raise UserError(f"{file} has {index} as its {name} token, and {len(tokens):,} tokens")
     types = fields.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
     split = _split(file, pre) if kind == "gpt2" else None
+    added: list[AddedToken] = []
     try:
         if split:
             tokenizer = _byte_level(tokens, fields, split, pre)
         else:
             tokenizer = _sentencepiece(tokens, types, fields, tokens[ids["unk"] or 0])
+        # Phi-3's own tokenizer takes space behind its special tokens with them, which a file does not say.
+        strips = kind == "llama" and fields.get("general.architecture") == "phi3"
+        for token, each in zip(tokens, types, strict=True):
+            if each in (_CONTROL, _USER_DEFINED):
+                rstrip = strips and token not in ("<unk>", "<s>", "<|endoftext|>")
+                added.append(AddedToken(token, normalized=False, special=each == _CONTROL, rstrip=rstrip))
+        tokenizer.add_tokens(added)
     except Exception as error:  # tokenizers raises no kind of its own.
         raise UserError(f"{file} has a vocabulary that does not hold together: {first_line(error)}") from error
-    # Phi-3's own tokenizer takes space behind its special tokens with them, which a file does not say.
-    strips = kind == "llama" and fields.get("general.architecture") == "phi3"
-    kept = ("<unk>", "<s>", "<|endoftext|>")
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, normalized=False, special=each == _CONTROL, rstrip=strips and token not in kept)
-            for token, each in zip(tokens, types, strict=True)
-            if each in (_CONTROL, _USER_DEFINED)
-        ]
-    )
     add_bos = fields.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in _WORDS_FIRST)
     plain = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -90,7 +88,8 @@ def _byte_level(
 ) -> Tokenizer:
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _WORDS_FIRST))
+    parts: dict[str, Any] = {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _WORDS_FIRST, **parts))
     tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
     if pre in _COMPOSED:
