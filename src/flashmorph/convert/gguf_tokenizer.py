@@ -1,7 +1,7 @@
 """The tokenizer of a GGUF file: byte-level or SentencePiece's, built from the file's vocabulary as llama.cpp reads it.
 
-transformers' own builder is not taken: it does not read `add_space_prefix`, puts no space before a text that begins with
-one, cuts words that are tokens though no merge makes them, and gives special tokens beyond ASCII new ids.
+transformers' own builder is not taken: it does not read `add_space_prefix`, puts no space before a text that begins
+with one, cuts words that are tokens though no merge makes them, and gives special tokens beyond ASCII new ids.
 """
 
 import importlib
