@@ -1,5 +1,6 @@
 """What lies in a checkpoint's folder: what travels, what stops nothing, what is not what its name says."""
 
+import copy
 import json
 import os
 import shutil
@@ -9,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_command, tiny_tokenizer
-from families import random_teacher
+from families import ONE_FOR_EACH_HOST, random_teacher
 from safetensors.torch import load_file, save_file
 from test_cli import refused
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Regex, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from flashmorph.convert.checkpoint import travelling_files, weight_files
+from flashmorph.convert.in_memory import transplant
 from flashmorph.convert.load import load_model, load_tokenizer
 from flashmorph.convert.save import replace_checkpoint, save_model
 from flashmorph.convert.teacher import open_teacher
@@ -280,3 +283,20 @@ def test_a_kill_before_old_files_are_gone_leaves_one_whole_checkpoint(before, af
     assert any(whole)
     replace_checkpoint(run, new, new)
     assert all(torch.equal(weight, published(new)[name]) for name, weight in published(run).items())
+
+
+@pytest.mark.parametrize("case", ONE_FOR_EACH_HOST)
+def test_a_hybrid_reads_its_tokenizer_as_the_teacher_does(case, tmp_path):
+    """Combining marks too: transformers has a tokenizer class for some model types, whatever the files say."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(tiny_tokenizer().backend_tokenizer))
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\p{L}+|[^\p{L}]"), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    teacher = random_teacher(case, vocab_size=len(tokenizer))
+    teacher.save_pretrained(tmp_path / "teacher")
+    transplant(teacher)[0].save_pretrained(tmp_path / "hybrid")
+    for name in ("teacher", "hybrid"):
+        tokenizer.save_pretrained(tmp_path / name)
+    text = "cafe\u0301s, क्षत्रिय in 1984"
+    first, second = (load_tokenizer(tmp_path / name)(text).input_ids for name in ("teacher", "hybrid"))
+    assert first == second

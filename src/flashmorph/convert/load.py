@@ -12,6 +12,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from flashmorph.convert.checkpoint import (
@@ -152,6 +153,11 @@ def unreadable(folder: Path, error: Exception) -> UserError:
     return UserError(f"the weights in {folder} cannot be read, are they complete? {first_line(error)}")
 
 
+READ_AS_ANOTHER = frozenset({"qwen3_5_moe_text"})
+"""Hosts' model types whose tokenizer `AutoTokenizer` makes Qwen3.5's, whatever its files say: that one splits words at
+combining marks otherwise than Qwen3's."""
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer in `folder`, or None where there is none.
 
@@ -163,8 +169,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     travelling_files(folder)
     config: Any = load_config(folder)
     try:
-        # With our configuration: its own reading of config.json would not be checked.
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+        if config.model_type in READ_AS_ANOTHER and is_present(folder / "tokenizer.json"):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        else:
+            # With our configuration: its own reading of config.json would not be checked.
+            tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
     if len(tokenizer) > (size := config.vocab_size):

@@ -6,7 +6,7 @@ import yaml
 from transformers import PreTrainedConfig
 
 from flashmorph.convert.gguf import origin_of
-from flashmorph.convert.load import load_config
+from flashmorph.convert.load import READ_AS_ANOTHER, load_config
 from flashmorph.evaluation import text_in_words
 from flashmorph.hosts import configure
 from flashmorph.hosts.serving import Engine
@@ -28,6 +28,11 @@ _NAMES = {
 _KERNELS = """
 On a machine without a GPU, leave flash-linear-attention and mamba-ssm uninstalled (or Triton): transformers picks its
 kernels where they can be imported, and they do not run there.
+"""
+
+_TOKENIZER = """
+`AutoTokenizer` reads the tokenizer of this model type as Qwen3.5's, which splits words at combining marks otherwise
+than the teacher's. `PreTrainedTokenizerFast.from_pretrained` reads it as it is; give engines the teacher's.
 """
 
 
@@ -66,7 +71,7 @@ attention, chosen by {code(plan.strategy)} for the budget {plan.budget}: layers 
 An ordinary `{host.name}` checkpoint. Nothing of flashmorph's is needed to use it:
 
 {code_block(snippet, "python")}
-
+{_TOKENIZER if host.model_type in READ_AS_ANOTHER else ""}
 | model | recall | 95 % interval | perplexity | cache at 128K tokens |
 |---|---|---|---|---|
 {rows}
