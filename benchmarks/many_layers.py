@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flashmorph.cli.options import Options, open_run, quiet
+from flashmorph.errors import UserError
 from flashmorph.evaluation import paired_interval
 from flashmorph.files import write_json
 from flashmorph.model.morphable import Morphable
@@ -65,7 +66,12 @@ def main() -> None:
     form = "window" if arguments.window else "linear"
     changes = [change for change in arguments.set if "micro_batch_tokens" not in change]
     cells = Cells(arguments.cells / f"{form}-{part}-of-{parts}.jsonl", form, " ".join(changes))
-    judge = Judge(arguments, arguments.run or Path(f"runs/many-layers-{form}-{part}"), cells)
+    try:
+        judge = Judge(arguments, arguments.run or Path(f"runs/many-layers-{form}-{part}"), cells)
+        for label in arguments.strategies:
+            Entry.parse(label)
+    except UserError as error:
+        parser.exit(2, f"{error}\n")
     started = time.perf_counter()
     for layers in arguments.plans if part == 0 else ():
         cells.once({"strategy": "given", "budget": str(layers.count(",") + 1), "seed": 0, "plan": layers}, judge.given)
