@@ -42,7 +42,7 @@ smollm2-baseline: ## the same, and evenly spaced full layers beside it
 	$(MAKE) smollm2 ARGS="$(ARGS) --baseline uniform"
 
 smollm2-quick: $(INSTALLED) $(SMOLLM2) ## its untrained hybrid with windows, from layers found before, into runs/smollm2-quick (a minute)
-	$(BIN)/flashmorph build $(SMOLLM2) --recipe laptop --window 128 --layers 7,8,12,15,17,18,20 --data demo --output runs/smollm2-quick $(ARGS)
+	$(BIN)/flashmorph build $(SMOLLM2) --recipe laptop --window 128 --layers 7,8,12,15,17,18,20 --output runs/smollm2-quick $(ARGS)
 
 # One thread a worker: workers that share cores with each other's threads are several times slower.
 test: $(INSTALLED) ## run the tests that need neither a GPU nor the network

@@ -157,6 +157,7 @@ def open_run(options: Options, stages: Collection[str] = EVERY_STAGE, keep_recip
     from flashmorph.convert.load import load_config
     from flashmorph.convert.teacher import open_teacher
     from flashmorph.devices import pick_device
+    from flashmorph.hosts import host_for, with_branches_to_train
     from flashmorph.recipe.given import given_plan
     from flashmorph.recipe.outlook import check
     from flashmorph.recipe.preflight import preflight, reach_text
@@ -176,7 +177,8 @@ def open_run(options: Options, stages: Collection[str] = EVERY_STAGE, keep_recip
     given = given_plan(teacher.name, config, recipe, options.plan, options.layers)
     if tokenizer := teacher.tokenizer():
         distributed.first(lambda: preflight(recipe, tokenizer, config, stages))
-        if not (options.output / STAGES).exists():
+        reads_text = set(stages) - {"align"} or with_branches_to_train(host_for(config, recipe.host))
+        if reads_text and not (options.output / STAGES).exists():
             # A resumed run may have all its text already.
             distributed.first(lambda: reach_text(recipe))
     if recipe.shard is True and not distributed.are_several():
