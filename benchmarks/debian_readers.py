@@ -280,15 +280,15 @@ def _chapters(book: str) -> Iterator[tuple[str, Page]]:
 
 
 def mission_pages(files: dict[str, bytes]) -> Iterator[tuple[str, Page]]:
-    """One page for each mission of Endless Sky: what is told and said, and of the player's answers the first."""
+    """One page for each mission of Endless Sky: its story and dialogue, and of the player's answers the first."""
     for name, data in files.items():
         for mission in re.split(r"^(?=mission )", data.decode("utf-8", "replace"), flags=re.MULTILINE)[1:]:
             title = re.match(r'mission ["`](.*?)["`]', mission)
-            told = list(_told(mission.splitlines()))
-            yield f"{name}:{title[1]}" if title else name, Page([Block(title[1], 1), *told] if title else told)
+            story = list(_story(mission.splitlines()))
+            yield f"{name}:{title[1]}" if title else name, Page([Block(title[1], 1), *story] if title else story)
 
 
-def _told(lines: Sequence[str]) -> Iterator[Block]:
+def _story(lines: Sequence[str]) -> Iterator[Block]:
     choice, answered = -1, False
     for line in lines:
         indent = len(line) - len(line.lstrip("\t"))

@@ -126,7 +126,7 @@ class Run:
             return self.host.model_class(cast(Any, config)).float()
 
     def morphable(self) -> Morphable:
-        """The host with untrained branches; what is frozen has the dtype that a run keeps it in."""
+        """The host with untrained branches; frozen weights have the dtype that a run keeps them in."""
         return Morphable(narrow(self.model(self.own), self.bf16))
 
     def ids(self, tokens: int, length: int) -> torch.Tensor:

@@ -28,7 +28,7 @@ from flashmorph.convert.shards import FLOATS, ShardReader
 from flashmorph.convert.stored import require_layers, take_stock
 from flashmorph.errors import UserError, first_line
 from flashmorph.files import read_json
-from flashmorph.hosts import use_kernels
+from flashmorph.hosts import misreads_tokenizer, use_kernels
 from flashmorph.hosts.build import without_weights
 
 _NO_FOLDER = "no-adapter-is-loaded"
@@ -153,11 +153,6 @@ def unreadable(folder: Path, error: Exception) -> UserError:
     return UserError(f"the weights in {folder} cannot be read, are they complete? {first_line(error)}")
 
 
-READ_AS_ANOTHER = frozenset({"qwen3_5_moe_text"})
-"""Hosts' model types whose tokenizer `AutoTokenizer` makes Qwen3.5's, whatever its files say: that one splits words at
-combining marks otherwise than Qwen3's."""
-
-
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer in `folder`, or None where there is none.
 
@@ -169,7 +164,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     travelling_files(folder)
     config: Any = load_config(folder)
     try:
-        if config.model_type in READ_AS_ANOTHER and is_present(folder / "tokenizer.json"):
+        if misreads_tokenizer(config.model_type) and is_present(folder / "tokenizer.json"):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         else:
             # With our configuration: its own reading of config.json would not be checked.

@@ -133,6 +133,14 @@ def layer_products(host: Host, config: PreTrainedConfig, part: str, context: int
     return host.feed_forward(config) if part == FEED_FORWARD else host.mixers[part].products(config, context)
 
 
+def misreads_tokenizer(model_type: str) -> bool:
+    """Whether `AutoTokenizer` takes a class of its own for a host of this type, whatever the tokenizer's files say.
+
+    For Qwen3-MoE's it is Qwen3.5's, which splits words at combining marks otherwise.
+    """
+    return model_type == "qwen3_5_moe_text"
+
+
 def with_branches_to_train(host: Host) -> bool:
     """Whether any of its mixers has weights of its own, which have to be aligned."""
     return any(mixer.trainable for mixer in host.mixers.values())

@@ -6,9 +6,9 @@ import yaml
 from transformers import PreTrainedConfig
 
 from flashmorph.convert.gguf import origin_of
-from flashmorph.convert.load import READ_AS_ANOTHER, load_config
+from flashmorph.convert.load import load_config
 from flashmorph.evaluation import text_in_words
-from flashmorph.hosts import configure
+from flashmorph.hosts import configure, misreads_tokenizer
 from flashmorph.hosts.serving import Engine
 from flashmorph.mixers import LAYER_TYPES
 from flashmorph.plan import FULL
@@ -71,7 +71,7 @@ attention, chosen by {code(plan.strategy)} for the budget {plan.budget}: layers 
 An ordinary `{host.name}` checkpoint. Nothing of flashmorph's is needed to use it:
 
 {code_block(snippet, "python")}
-{_TOKENIZER if host.model_type in READ_AS_ANOTHER else ""}
+{_TOKENIZER if misreads_tokenizer(host.model_type) else ""}
 | model | recall | 95 % interval | perplexity | cache at 128K tokens |
 |---|---|---|---|---|
 {rows}

@@ -81,7 +81,7 @@ class BestKnown:
 
 
 def found_once(path: Path, find: Callable[[], Found], say: Callable[[str], None]) -> Found:
-    """What `find` gives, or gave when it was kept in `path`; a damaged file is made again, which `say` is told."""
+    """What `find` gives, or gave when it was kept in `path`; `say` reports a damaged file, which is made again."""
     known = kept(path, say, Found)
     if known is not None and has_broken_seal(known):
         say(f"{path} is damaged: its digest is another; making it again")

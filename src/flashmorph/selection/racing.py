@@ -104,12 +104,12 @@ def improve_by_swaps(
         own = _options(search, scores)
         tried.add(tuple(own))
         exchanges = _by_gradient(search, own, first_step + number)
-        choices = [(pair, _exchanged(own, *pair)) for pair in exchanges]
+        choices = [(pair, _options_after(own, *pair)) for pair in exchanges]
         choices = [(pair, options) for pair, options in choices if options not in tried][: swaps.candidates]
         if not choices:
             break
         tried.update(options for _, options in choices)
-        tables = [scores, *(_exchange(scores, *pair) for pair, _ in choices)]
+        tables = [scores, *(_scores_after(scores, *pair) for pair, _ in choices)]
         track = Track(search.objective, len(questions), START_QUESTIONS, CONFIDENCE)
         finish = track.run([search.space.best(table, search.budget) for table in tables], defended=True)
         trace += track.trace
@@ -148,13 +148,13 @@ def _by_gradient(search: Search, own: Sequence[int], step: int) -> list[tuple[in
     return sorted(((out, into) for out in kept for into in rest), key=change)
 
 
-def _exchanged(own: Sequence[int], one: int, other: int) -> tuple[int, ...]:
+def _options_after(own: Sequence[int], one: int, other: int) -> tuple[int, ...]:
     options = list(own)
     options[one], options[other] = options[other], options[one]
     return tuple(options)
 
 
-def _exchange(scores: np.ndarray, one: int, other: int) -> np.ndarray:
+def _scores_after(scores: np.ndarray, one: int, other: int) -> np.ndarray:
     exchanged = scores.copy()
     exchanged[[one, other]] = scores[[other, one]]
     return exchanged
