@@ -5,6 +5,7 @@ from flashmorph.cli.options import (
     DataOption,
     DeviceOption,
     FromOption,
+    MixersOption,
     Options,
     OutputOption,
     RecipeOption,
@@ -23,6 +24,7 @@ def align(
     output: OutputOption,
     recipe: RecipeOption = None,
     window: WindowOption = None,
+    mixers: MixersOption = None,
     data: DataOption = None,
     allow_repeat: RepeatOption = False,
     allow_unused: UnusedOption = False,
@@ -47,6 +49,7 @@ def align(
         allow_repeat=allow_repeat,
         device=device,
         window=window,
+        mixers=mixers,
         allow_unused=allow_unused,
     )
     run = open_run(options, ["align"])

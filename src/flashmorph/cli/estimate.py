@@ -14,6 +14,7 @@ from flashmorph.cli.options import (
     BudgetOption,
     DataOption,
     JsonOption,
+    MixersOption,
     Options,
     RecipeOption,
     SetOption,
@@ -38,6 +39,7 @@ def estimate(
     baseline: BaselineOption = None,
     data: DataOption = None,
     window: WindowOption = None,
+    mixers: MixersOption = None,
     changes: SetOption = None,
     gpu: Annotated[str | None, typer.Option(help="`h200`, `a100`, `l40s`, ...: gives hours and what fits.")] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that share a batch.")] = 1,
@@ -72,6 +74,7 @@ def estimate(
         strategy=strategy,
         baseline=baseline,
         window=window,
+        mixers=mixers,
     )
     settings = recipe_of(options)
     config = open_config(teacher)
@@ -98,7 +101,7 @@ def _show(found: Any) -> None:
 
     model = found.model
     OUT.print(
-        f"{found.teacher} -> {model.host.name}: {model.num_full} of {model.layers} layers stay full "
+        f"{found.teacher} -> {model.host.name}: {model.kept} of {model.groups} {model.unit} stay full "
         f"(budget {found.budget})",
         highlight=False,
         soft_wrap=True,

@@ -29,7 +29,8 @@ RecipeOption = Annotated[
     ),
 ]
 BudgetOption = Annotated[
-    str | None, typer.Option(help="What may stay full: `7`, `25%` or `kv=64MiB@32768`. Default: the recipe's.")
+    str | None, typer.Option(help="What may stay full: `7` or `25%` (layers), `heads=21` or `heads=25%` (key-value heads), "
+        "`kv=64MiB@32768`. Default: the recipe's.")
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Change one setting of the recipe: `align.tokens=1000000`.")
@@ -62,6 +63,13 @@ JsonOption = Annotated[
 WindowOption = Annotated[
     int | None, typer.Option(min=2, help="Switch layers to a sliding window of so many tokens: no new weights.")
 ]
+MixersOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Switch single key-value heads: `full,window` or `full,linear`, in a model type of our own, which "
+        "transformers alone serves."
+    ),
+]
 
 
 @dataclass(kw_only=True)
@@ -81,6 +89,7 @@ class Options:
     device: str = "auto"
     json: bool = False
     window: int | None = None
+    mixers: str | None = None
     plan: Path | None = None
     layers: str | None = None
     allow_unused: bool = False
@@ -126,6 +135,7 @@ def recipe_of(options: Options) -> Any:
         "select.strategy": options.strategy,
         "baseline": options.baseline,
         "host.window": options.window,
+        "host.mixers": options.mixers,
     }
     changes |= {key: value for key, value in given.items() if value is not None}
     if options.allow_repeat:
@@ -175,9 +185,15 @@ def open_run(options: Options, stages: Collection[str] = EVERY_STAGE, keep_recip
     recipe = fitted(recipe, config, screen.say)
     check(teacher, recipe, distributed.count())
     given = given_plan(teacher.name, config, recipe, options.plan, options.layers)
+    host = host_for(config, recipe.host)
+    if host.travelling:
+        screen.say(
+            f"{host.name}: heads may be switched one by one ({', '.join(host.mixers)}), so the hybrid is of flashmorph's own "
+            "type, which transformers alone serves; without --mixers and heads= it is a stock class"
+        )
     if tokenizer := teacher.tokenizer():
         distributed.first(lambda: preflight(recipe, tokenizer, config, stages))
-        reads_text = set(stages) - {"align"} or with_branches_to_train(host_for(config, recipe.host))
+        reads_text = set(stages) - {"align"} or with_branches_to_train(host)
         if reads_text and not (options.output / STAGES).exists():
             # A resumed run may have all its text already.
             distributed.first(lambda: reach_text(recipe))

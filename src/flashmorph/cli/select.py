@@ -107,7 +107,7 @@ def select(
     if as_json:
         print(json.dumps(plan.to_dict(), indent=2))
         return
-    OUT.print(f"{plan.strip()}  layers {plan.in_short()} stay full; written: {output}", soft_wrap=True)
+    OUT.print(f"{plan.strip()}  {plan.unit} {plan.in_short()} stay full; written: {output}", soft_wrap=True)
     if STRATEGIES[plan.strategy].finds_budget:
         _show_what_it_found(run, plan)
 

@@ -32,6 +32,8 @@ _BESIDE = (
     r"additional_chat_templates/[\w.-]+\.jinja",
 )
 _WEIGHTS = (r"model\.safetensors(\.index\.json)?", r"model-.*-of-.*\.safetensors")
+_CODE = (r"(cache|configuration|mixers|modeling)_flashmorph\.py",)
+"""Code of our own model type, which travels with its checkpoints; ours never run a folder's."""
 _MOST_BYTES = 1 << 28
 """More than any tokenizer has; a longer file beside weights is none."""
 _BLOBS = "blobs"
@@ -120,7 +122,7 @@ def _require_own(folder: Path, path: Path) -> None:
 def checkpoint_files(folder: Path) -> list[Path]:
     """Every file in `folder` by whose name transformers would open it as this checkpoint's, also left-over ones."""
     return sorted(
-        path for path in _matching(folder, r"config\.json", *_WEIGHTS, *_TOKENIZER, *_BESIDE) if not path.is_dir()
+        path for path in _matching(folder, r"config\.json", *_WEIGHTS, *_TOKENIZER, *_BESIDE, *_CODE) if not path.is_dir()
     )
 
 

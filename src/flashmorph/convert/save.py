@@ -68,12 +68,15 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
 def complete(folder: Path, config: PreTrainedConfig, origin: Path) -> None:
     """Complete the checkpoint of configuration `config` that transformers has saved in `folder`.
 
-    Its config.json gets the fields that engines read (`Host.serialise`); tokenizer, template and generation settings
+    Its config.json gets the fields that engines read (`Host.serialise`), and the folder the code of a class that
+    transformers does not have; tokenizer, template and generation settings
     come from `origin`. `use_cache: false`, which a teacher may have from its training, becomes true: generation needs
     the cache. safetensors makes weights readable for their owner only: they get the file mode of config.json.
     """
-    values = read_json(folder / "config.json")
-    if (serialised := host_of(config).serialise(values)) != values:
+    host, values = host_of(config), read_json(folder / "config.json")
+    for code in host.travelling:
+        shutil.copyfile(code, folder / code.name)
+    if (serialised := host.serialise(values)) != values:
         write_json(folder / "config.json", serialised)
     bring(origin, folder)
     for name in (CONFIG, GENERATION):

@@ -27,7 +27,7 @@ from flashmorph.estimate.work import (
     teacher_work,
 )
 from flashmorph.hosts import cache_bytes
-from flashmorph.plan import FULL, Budget
+from flashmorph.plan import Budget
 from flashmorph.recipe.outlook import check_recipe, outlook
 from flashmorph.recipe.recipe import Recipe, with_settings
 from flashmorph.records import Figures, SettingValues
@@ -166,9 +166,8 @@ def estimate(
             "another one, and the budget that you expect"
         )
     model = model_of(config, recipe)
-    host, own, num_full = model
-    sizes = count_sizes(host, config, own)
-    hybrid = host.with_plan(own, [FULL] * num_full + [model.switched] * (model.layers - num_full))
+    own, hybrid = model.config, model.hybrid
+    sizes = count_sizes(model.host, config, own)
     bf16 = recipe.bf16 is not False
     room = Room(usable(gpu.memory_bytes) if gpu else 0.0, num_gpus, bf16=bf16)
     sharded = must_shard(recipe, model, sizes, room) if gpu else recipe.shard is True

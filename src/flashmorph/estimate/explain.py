@@ -72,7 +72,7 @@ def explain(found: Estimate) -> Iterator[str]:
     yield f"  teacher {sizes.teacher:,}; host, every layer full {sizes.host:,}"
     yield (
         f"  hybrid = host + {switched} layers · ({switched} mixer - attention) = {sizes.host:,} + "
-        f"{layers - num_full} · ({sizes.parts[switched].parameters:,} - {sizes.parts[FULL].parameters:,}) = "
+        f"{layers - num_full:g} · ({sizes.parts[switched].parameters:,} - {sizes.parts[FULL].parameters:,}) = "
         f"{found.hybrid_parameters:,}"
     )
     yield "\nCache of one sequence, bytes:"
@@ -80,7 +80,7 @@ def explain(found: Estimate) -> Iterator[str]:
         full, other = (model.host.mixers[option].cache_bytes(config, context) for option in (FULL, switched))
         yield (
             f"  at {context:,}: teacher {layers} · {full:,} = {teacher:,}; "
-            f"hybrid {num_full} · {full:,} + {layers - num_full} · {other:,} = {hybrid:,}"
+            f"hybrid {num_full:g} · {full:,} + {layers - num_full:g} · {other:,} = {hybrid:,}"
         )
     length = max(stage.length for stage in found.stages if stage.memory)
     yield f"\nFLOPs of one layer for each token, forward, at a context of {length:,} (a multiply-add counts as two):"

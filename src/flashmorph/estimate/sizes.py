@@ -37,6 +37,10 @@ class Part(NamedTuple):
     idle: int = 0
     kept: tuple[float, float] | None = None
 
+    def beside(self, other: "Part") -> "Part":
+        """Both parts of one layer together."""
+        return Part(self.parameters + other.parameters, self.widths + other.widths)
+
     def kept_bytes(self, bf16: bool) -> float:
         """Bytes a token that it keeps for its backward, its products in float32 or bfloat16."""
         if self.kept:
@@ -56,9 +60,9 @@ class Sizes:
     parts: Mapping[str, Part]
     beside: int
 
-    def hybrid(self, option: str, num_full: int) -> int:
+    def hybrid(self, option: str, num_full: float) -> int:
         """Parameters of the model with `num_full` full layers, all others `option`."""
-        return self.host + (self.layers - num_full) * (self.parts[option].parameters - self.parts[FULL].parameters)
+        return self.host + round((self.layers - num_full) * (self.parts[option].parameters - self.parts[FULL].parameters))
 
     @property
     def branches(self) -> int:
@@ -95,6 +99,8 @@ def count_sizes(
         # A branch without weights of its own runs on those of the attention.
         mixer = others[option]
         parts[option] = _part(branch, chosen) if mixer.trainable else parts[FULL]
+        if mixer.trainable and host.by_head:  # Its projections are the attention's.
+            parts[option] = parts[option].beside(parts[FULL])
         if device and mixer.kernels and not kernel_runs(mixer.kernels, device):
             use_kernels(host.model_type)
             kept = _kept(mixer, config, attention, False), _kept(mixer, config, attention, True)

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 from flashmorph.hosts import (
     FEED_FORWARD,
     HOSTS,
+    OWN,
     WINDOW_HOSTS,
     Host,
     configure,
@@ -60,16 +61,38 @@ class Work(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A host's configuration and how many of its layers stay full in the hybrid."""
+    """A host's configuration and how much of it stays full in the hybrid: `kept` of its `heads` or layers."""
 
     host: Host
     config: PreTrainedConfig
-    num_full: int
+    kept: int
+    heads: int = 0
 
     @property
     def layers(self) -> int:
         """Decoder layers."""
         return self.config.num_hidden_layers
+
+    @property
+    def num_full(self) -> float:
+        """Full layers; of single heads as many as make a layer."""
+        return self.kept if not self.heads else self.kept * self.layers / self.heads
+
+    @property
+    def groups(self) -> int:
+        """Heads or layers, whichever are chosen."""
+        return self.heads or self.layers
+
+    @property
+    def unit(self) -> str:
+        """What they are, in words."""
+        return "heads" if self.heads else "layers"
+
+    @property
+    def hybrid(self) -> PreTrainedConfig:
+        """The configuration of a hybrid that keeps so much, from the first layer on."""
+        options = [FULL] * self.kept + [self.switched] * (self.groups - self.kept)
+        return self.host.with_plan(self.config, options)
 
     @property
     def switched(self) -> str:
@@ -96,7 +119,8 @@ def model_of(config: PreTrainedConfig, recipe: Recipe) -> Model:
     if STRATEGIES[recipe.select.strategy].finds_budget:
         return Model(host, own, 1)
     space = layer_space(host, own, budget)
-    return Model(host, own, len(plan_without_search(BASELINE, space, budget).full_groups))
+    kept = len(plan_without_search(BASELINE, space, budget).full_groups)
+    return Model(host, own, kept, len(space.groups) if space.has_heads else 0)
 
 
 def model_in(config: PreTrainedConfig) -> Model:
@@ -105,7 +129,7 @@ def model_in(config: PreTrainedConfig) -> Model:
     Raises:
         UserError: it is neither.
     """
-    if config.model_type not in {host.model_type for host in (*HOSTS, *WINDOW_HOSTS)}:
+    if config.model_type not in {host.model_type for host in (*HOSTS, *WINDOW_HOSTS, OWN)}:
         host, config = configure(config)
     else:
         host = host_of(config)

@@ -13,12 +13,13 @@ from transformers import PreTrainedConfig
 from flashmorph.errors import UserError
 from flashmorph.hosts.granite_hybrid import GraniteHybridHost
 from flashmorph.hosts.host import FEED_FORWARD, Host
+from flashmorph.hosts.own import OWN, OwnHost
 from flashmorph.hosts.qwen3_5 import Qwen35Host
 from flashmorph.hosts.qwen3_5_moe import Qwen35MoeHost
 from flashmorph.hosts.refused import REFUSED
 from flashmorph.hosts.window import WINDOW_HOSTS
 from flashmorph.inputs.settings import resolve
-from flashmorph.mixers import LAYER_TYPES, LINEAR, SLIDING, Products
+from flashmorph.mixers import LINEAR, SLIDING, Products
 from flashmorph.mixers.kernels import dispatch_by_device
 from flashmorph.plan import Budget, Space
 from flashmorph.records import SettingValues
@@ -29,17 +30,23 @@ CACHE_CONTEXTS = (512, 8192, 131072)
 
 
 def host_for(config: PreTrainedConfig, settings: Mapping[str, Any] | None = None) -> Host:
-    """The host that takes teachers of this configuration; one of the `WINDOW_HOSTS` where a `window` is set.
+    """The host that takes teachers of this configuration: one of the `WINDOW_HOSTS` where a `window` is set, and our own
+    type where `mixers` are.
 
     Raises:
         UserError: no host takes its architecture, or a part of it has no exact counterpart.
     """
-    hosts = WINDOW_HOSTS if "window" in (settings or {}) else HOSTS
+    given = settings or {}
+    hosts = (
+        (OwnHost.asked_for(given["mixers"]),) if "mixers" in given else WINDOW_HOSTS if "window" in given else HOSTS
+    )
     for host in hosts:
         if config.model_type in host.teachers:
             host.check(config)
             return host
     known = ", ".join(sorted(family for host in hosts for family in host.teachers))
+    if "mixers" in given:
+        raise UserError(f"teachers of type {config.model_type!r} cannot be switched by head; these can: {known}")
     if hosts is WINDOW_HOSTS:
         raise UserError(f"teachers of type {config.model_type!r} have no host for windows; these have one: {known}")
     reason = f" ({REFUSED[config.model_type]})" if config.model_type in REFUSED else ""
@@ -47,8 +54,8 @@ def host_for(config: PreTrainedConfig, settings: Mapping[str, Any] | None = None
 
 
 def takes_with_windows(config: PreTrainedConfig) -> bool:
-    """Whether some host takes this family of teachers when a window is set, whatever the others do."""
-    return any(config.model_type in host.teachers for host in WINDOW_HOSTS)
+    """Whether some host takes this family of teachers when a window or mixers are set, whatever the others do."""
+    return any(config.model_type in host.teachers for host in (*WINDOW_HOSTS, OWN))
 
 
 def host_settings(host: Host, given: Mapping[str, Any] | None = None) -> SettingValues:
@@ -76,16 +83,12 @@ def host_of(config: PreTrainedConfig) -> Host:
     Raises:
         UserError: it is no host's.
     """
+    if config.model_type == OWN.model_type:
+        return OwnHost.of(config)
     for host in (*HOSTS, *WINDOW_HOSTS):
         if config.model_type == host.model_type:
             return host
     raise UserError(f"{config.model_type!r} is no host of flashmorph's; run `flashmorph transplant` first")
-
-
-def options_of(host: Host, config: PreTrainedConfig) -> list[str]:
-    """The option of each layer of a host's configuration."""
-    options = {LAYER_TYPES[option]: option for option in host.mixers}
-    return [options[word] for word in config.layer_types]
 
 
 def require_known(config: PreTrainedConfig, name: str) -> None:
@@ -95,7 +98,7 @@ def require_known(config: PreTrainedConfig, name: str) -> None:
         UserError: names the kinds that are known.
     """
     teachers = sorted(family for host in HOSTS for family in host.teachers)
-    made = sorted(host.model_type for host in HOSTS)
+    made = sorted(host.model_type for host in (*HOSTS, OWN))
     if config.model_type not in (*teachers, *made):
         raise UserError(
             f"{name} is of type {config.model_type!r}: give a teacher ({', '.join(teachers)}) or what flashmorph made "
@@ -114,8 +117,9 @@ def cache_bytes(config: PreTrainedConfig, context: int) -> int:
 
 def cache_by_layer(config: PreTrainedConfig, context: int) -> list[int]:
     """`cache_bytes`, layer by layer."""
-    host, config, options = _layers(config)
-    return [host.mixers[option].cache_bytes(config, context) for option in options]
+    host, config, layers = _layers(config)
+    bytes_of = {option: mixer.cache_bytes(config, context) for option, mixer in host.mixers.items()}
+    return [sum(bytes_of[option] for option in options) // len(options) for options in layers]
 
 
 def mixing_operations(config: PreTrainedConfig, context: int) -> int:
@@ -124,8 +128,11 @@ def mixing_operations(config: PreTrainedConfig, context: int) -> int:
     Raises:
         UserError: the configuration is neither a host's nor a teacher's.
     """
-    host, config, options = _layers(config)
-    return sum(each.step for option in options for each in host.mixers[option].products(config, context))
+    host, config, layers = _layers(config)
+    steps = {
+        option: sum(each.step for each in mixer.products(config, context)) for option, mixer in host.mixers.items()
+    }
+    return sum(sum(steps[option] for option in options) // len(options) for options in layers)
 
 
 def layer_products(host: Host, config: PreTrainedConfig, part: str, context: int) -> list[Products]:
@@ -166,22 +173,34 @@ def use_kernels(model_type: str) -> None:
                     dispatch_by_device(mixer.kernels)
 
 
-def _layers(config: PreTrainedConfig) -> tuple[Host, PreTrainedConfig, list[str]]:
-    """The host, its configuration and the option of each layer."""
-    if config.model_type not in {host.model_type for host in (*HOSTS, *WINDOW_HOSTS)}:
+def _layers(config: PreTrainedConfig) -> tuple[Host, PreTrainedConfig, list[tuple[str, ...]]]:
+    """The host, its configuration and the options of each layer."""
+    if config.model_type not in {host.model_type for host in (*HOSTS, *WINDOW_HOSTS, OWN)}:
         dtype, (_, config) = config.dtype, configure(config)
         config.dtype = dtype
     host = host_of(config)
-    return host, config, options_of(host, config)
+    return host, config, host.options(config)
 
 
 def layer_space(host: Host, config: PreTrainedConfig, budget: Budget) -> Space:
-    """The space of plans for a host's configuration, its cost in the budget's resource."""
-    options = tuple(host.mixers)
-    space = Space.of_layers(config.num_hidden_layers, options)
-    if budget.resource != "kv":
+    """The space of plans for a host's configuration, its cost in the budget's resource.
+
+    Its groups are key-value heads where the budget counts them, or bytes in a host that takes heads one by one.
+
+    Raises:
+        UserError: the budget counts heads, and the host takes whole layers.
+    """
+    options, layers = tuple(host.mixers), config.num_hidden_layers
+    if budget.counts_heads and not host.by_head:
+        raise UserError(
+            f"budget {budget} counts heads, and {host.name} takes whole layers: --mixers {','.join(OWN.mixers)} takes heads"
+        )
+    in_bytes = budget.resource == "kv"
+    heads = config.num_key_value_heads if budget.counts_heads or (in_bytes and host.by_head) else 0
+    space = Space.of_heads(layers, heads, options) if heads else Space.of_layers(layers, options)
+    if not in_bytes:
         return space
-    row = [float(mixer.cache_bytes(config, budget.context or 0)) for mixer in host.mixers.values()]
+    row = [mixer.cache_bytes(config, budget.context or 0) / max(1, heads) for mixer in host.mixers.values()]
     return Space(space.groups, space.options, np.tile(row, (len(space.groups), 1)))
 
 
@@ -193,6 +212,7 @@ def cache_by_context(config: PreTrainedConfig) -> dict[str, int]:
 __all__ = [
     "FEED_FORWARD",
     "HOSTS",
+    "OWN",
     "LINEAR",
     "SLIDING",
     "WINDOW_HOSTS",
@@ -208,7 +228,6 @@ __all__ = [
     "layer_products",
     "layer_space",
     "mixing_operations",
-    "options_of",
     "require_known",
     "supports_varlen",
     "takes_with_windows",

@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from flashmorph.hosts.serving import Engine
 from flashmorph.mixers import LAYER_TYPES, Mixer, Products
+from flashmorph.plan import FULL
 
 FEED_FORWARD = "feed-forward"
 """The part of a decoder layer that is not its mixer."""
@@ -21,7 +23,8 @@ class Host(Protocol):
 
     `teachers` maps their `model_type`s to what they are in words; `mixers` maps the options of a layer to what a layer
     is then, in the order of `Space.options`. `settings` describes each setting of `config`; `engines` run
-    the checkpoints. What is written out here is the same in most hosts.
+    the checkpoints. `by_head`: key-value heads of one layer may have different options. `travelling` are files of code
+    that belong to every checkpoint. What is written out here is the same in most hosts.
     """
 
     teachers: Mapping[str, str]
@@ -29,6 +32,8 @@ class Host(Protocol):
     engines: tuple[Engine, ...]
     model_class: type[PreTrainedModel]
     mixers: Mapping[str, Mixer]
+    by_head: bool = False
+    travelling: tuple[Path, ...] = ()
 
     @property
     def name(self) -> str:
@@ -71,10 +76,26 @@ class Host(Protocol):
         ...
 
     def with_plan(self, config: PreTrainedConfig, options: Sequence[str]) -> PreTrainedConfig:
-        """A copy of the host's configuration whose layer l is `options[l]`."""
+        """A copy of the host's configuration whose group g is `options[g]`: a layer, or where all heads are given a head."""
         config = copy.deepcopy(config)
         config.layer_types = [LAYER_TYPES[option] for option in options]
         return config
+
+    def options(self, config: PreTrainedConfig) -> list[tuple[str, ...]]:
+        """The options of each layer: one, or one for each key-value head."""
+        options = {LAYER_TYPES[option]: option for option in self.mixers}
+        return [(options[word],) for word in config.layer_types]
+
+    def layer_state(
+        self, options: Sequence[str], states: Mapping[str, Mapping[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        """The weights of a layer's mixer under their names in a decoder layer, given the `options` of its groups.
+
+        `states` has the weights of every branch; one that is not trainable runs on those of the attention.
+        """
+        (option,) = options
+        own = states[option] if self.mixers[option].trainable else states[FULL]
+        return {f"{self.slot(option)}.{name}": weight for name, weight in own.items()}
 
     def slot(self, option: str) -> str:
         """The attribute of a decoder layer that holds the mixer of this option."""

@@ -44,12 +44,12 @@ class Branch(nn.Module):
 class MorphableLayer(nn.Module):
     """Stands where the attention stood in a decoder layer; `branches` has a branch for each option.
 
-    `rows` are its groups: one, or one for each key-value head.
+    `number` of `layers`: its place in the decoder. Its rows of the gates are one, or one for each key-value head.
     """
 
-    def __init__(self, rows: Sequence[int], branches: Mapping[str, Branch]):
+    def __init__(self, number: int, layers: int, branches: Mapping[str, Branch]):
         super().__init__()
-        self.rows = list(rows)
+        self.number, self.layers = number, layers
         self.branches = nn.ModuleDict(branches)
 
     @property
@@ -76,7 +76,8 @@ class MorphableLayer(nn.Module):
         """
         if arguments.get("past_key_values") is not None:
             raise ValueError("a morphable model has no cache; build the plan first and generate with the result")
-        output = self._mix(hidden_states, None if gates is None else gates[self.rows], arguments)
+        own = None if gates is None else gates.unflatten(0, (self.layers, -1))[self.number]
+        output = self._mix(hidden_states, own, arguments)
         if observer:
             observer(self, hidden_states, arguments, output)
         return output, None
@@ -111,7 +112,7 @@ class Morphable(nn.Module):
                 if option != FULL and mixer.trainable:
                     module = module.to(weight.device, torch.float32).requires_grad_(False)
                 branches[option] = Branch(mixer, module)
-            setattr(layer, self.host.slot(FULL), MorphableLayer([number], branches))
+            setattr(layer, self.host.slot(FULL), MorphableLayer(number, len(self.model.model.layers), branches))
 
     @property
     def layers(self) -> list[MorphableLayer]:
@@ -155,7 +156,7 @@ class Morphable(nn.Module):
         assignments, each from the first layer on that differs from the plan before. One hidden state is kept for each
         depth at which plans diverge. The order of the results is that of the runs.
         """
-        order = run_order(gates, [layer.rows for layer in self.layers])
+        order = run_order(gates, len(self.layers))
         decoder = self.model.model
         every = decoder.layers
         kept: dict[int, torch.Tensor] = {}
@@ -223,15 +224,14 @@ class Morphable(nn.Module):
         Raises:
             UserError: the plan is about another model, or an option that this host cannot hold.
         """
-        space = self.space(Budget("layers", 1))
+        space = self.space(plan.granularity)
         space.one_hot(plan)
         chosen = [plan.assignments[group] for group in space.groups]
         state = {name: weight for name, weight in self.model.state_dict().items() if ".branches." not in name}
-        for number, (layer, option) in enumerate(zip(self.layers, chosen, strict=True)):
-            # A branch without weights of its own runs on those of the attention.
-            own = layer.trained[option] if option in layer.trained else layer.branches[FULL]
-            for name, weight in cast(Branch, own).module.state_dict().items():
-                state[f"model.layers.{number}.{self.host.slot(option)}.{name}"] = weight
+        for layer, rows in zip(self.layers, space.layers, strict=True):
+            states = {option: cast(Branch, branch).module.state_dict() for option, branch in layer.branches.items()}
+            own = self.host.layer_state([chosen[row] for row in rows], states)
+            state |= {f"model.layers.{layer.number}.{name}": weight for name, weight in own.items()}
         config = self.host.with_plan(self.model.config, chosen)
         config.use_cache = True
         state = {name: weight.detach().to(torch.float32, copy=True) for name, weight in state.items()}
@@ -255,12 +255,19 @@ def _is_one_hot(gates: torch.Tensor) -> bool:
     return set(gates.tolist()) == {0.0, 1.0}
 
 
-def run_order(gates: torch.Tensor, layers: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+def rows_by_layer(groups: int, layers: int) -> list[range]:
+    """The rows of each layer in gates of so many groups, which are the layers or the key-value heads of each."""
+    heads = groups // layers
+    return [range(layer * heads, (layer + 1) * heads) for layer in range(layers)]
+
+
+def run_order(gates: torch.Tensor, num_layers: int) -> list[tuple[int, int]]:
     """(index, first layer to run) of each hard plan in `gates` `[plans, groups, options]`, neighbours together.
 
-    `layers` are the rows of each layer among the groups (`Space.layers`). A plan that equals the one before starts with
+    A plan that equals the one before starts with
     the last layer, so that something is run.
     """
+    layers = rows_by_layer(gates.shape[1], num_layers)
     chosen = [tuple(tuple(plan[row] for row in rows) for rows in layers) for plan in gates.argmax(-1).tolist()]
     order: list[tuple[int, int]] = []
     before: tuple[tuple[int, ...], ...] | None = None

@@ -35,13 +35,17 @@ _TOKENIZER = """
 than the teacher's. `PreTrainedTokenizerFast.from_pretrained` reads it as it is; give engines the teacher's.
 """
 
+_OWN_TYPE = """A checkpoint of flashmorph's own model type: stock classes hold whole layers only. The Python files beside it are its
+code, and need nothing but transformers. Where flashmorph is installed, `import flashmorph.own` takes the place of
+`trust_remote_code`:"""
+
 
 def model_card(run: Run, results: Results) -> str:
     """README.md of the output: the model, its scores, engines that serve it, and how it was made."""
     host, config = configure(load_config(run.teacher.folder), run.recipe.host)
     plan = results.plan
     used = [option for option in host.mixers if option != FULL and option in plan.assignments.values()]
-    tags = [LAYER_TYPES[option].replace("_", "-") for option in used]
+    tags = [LAYER_TYPES.get(option, option).replace("_", "-") for option in used]
     mixers = " or ".join(host.mixers[option].name for option in used)
     config = host.with_plan(config, list(plan.assignments.values()))
     engines = "\n".join(served_by(engine, config) for engine in host.engines)
@@ -55,20 +59,21 @@ def model_card(run: Run, results: Results) -> str:
     rows = "\n".join(_row(name, score) for name, score in results.scores.items())
     tasks = ", ".join(map(code, run.recipe.tasks))
     text = text_in_words(results.scores["hybrid"].to_dict())
+    trusted = ", trust_remote_code=True" if host.travelling else ""
     snippet = f"""from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained({python_string(run.folder.path.resolve().name)})"""
+model = AutoModelForCausalLM.from_pretrained({python_string(run.folder.path.resolve().name)}{trusted})"""
     return encodable(f"""---
 {_front_matter(run, tags)}---
 
 # Hybrid of {markdown(teacher)}
 
-Made from {code(teacher)}{revision}{origin} by flashmorph {own_version()}. {kept} of {number} layers keep full
-attention, chosen by {code(plan.strategy)} for the budget {plan.budget}: layers {plan.in_short()}.
+Made from {code(teacher)}{revision}{origin} by flashmorph {own_version()}. {kept} of {number} {"key-value heads" if plan.has_heads else "layers"} keep full
+attention, chosen by {code(plan.strategy)} for the budget {plan.budget}: {"layer.head" if plan.has_heads else "layers"} {plan.in_short()}.
 
-`{plan.strip()}` (■ full attention, □ {mixers})
+`{plan.strip()}` (■ full attention, □ {mixers}{", ◧ heads of both" if plan.has_heads else ""})
 
-An ordinary `{host.name}` checkpoint. Nothing of flashmorph's is needed to use it:
+{_OWN_TYPE if host.travelling else f"An ordinary `{host.name}` checkpoint. Nothing of flashmorph's is needed to use it:"}
 
 {code_block(snippet, "python")}
 {_TOKENIZER if misreads_tokenizer(host.model_type) else ""}

@@ -87,8 +87,9 @@ def budget_curve(run: Run, morphable: Morphable, questions: int, folder: Path, r
         UserError: the strategy cannot spend a count of layers.
     """
     strategy = run.recipe.select.strategy
-    space = morphable.space(Budget("layers", 1))
-    plans = [*find_plans(run, morphable, space, folder, report), space.plan(space.groups, Budget("layers", 1))]
+    by_head = Budget.parse(run.recipe.budget).counts_heads
+    space = morphable.space(Budget("heads" if by_head else "layers", 1))
+    plans = [*find_plans(run, morphable, space, folder, report), space.plan(space.groups, space.count(1))]
     objective = open_objective(run, morphable, folder / "curve", evaluations=folder / "evaluations")
     losses = objective.evaluate(plans).mean(1)
     points = []
@@ -105,7 +106,7 @@ def budget_curve(run: Run, morphable: Morphable, questions: int, folder: Path, r
 def find_plans(run: Run, morphable: Morphable, space: Space, folder: Path, report: Report) -> Sequence[Plan]:
     """The plan for each count of full layers from one to all but one."""
     recipe, strategy = run.recipe, run.recipe.select.strategy
-    budgets = [Budget("layers", kept) for kept in range(1, len(space.groups))]
+    budgets = [space.count(kept) for kept in range(1, len(space.groups))]
     settings = dict(recipe.select.settings)
     record, reuse = STRATEGIES[strategy], reuse_of(strategy, settings)
     if reuse == "order" and len(space.options) > 2:

@@ -18,7 +18,7 @@ from flashmorph.convert.checkpoint import travelling_content, travelling_files, 
 from flashmorph.convert.load import load_config
 from flashmorph.errors import UserError
 from flashmorph.files import atomic_path, read_json, write_json
-from flashmorph.hosts import host_of, options_of
+from flashmorph.hosts import host_of
 from flashmorph.hosts.serving import Gguf, full_interval
 from flashmorph.plan import FULL
 from flashmorph.records import Figures
@@ -81,7 +81,7 @@ def gguf_form(folder: Path, config: PreTrainedConfig) -> tuple[Gguf, tuple[str, 
     host = host_of(config)
     for engine in host.engines:
         if engine.gguf and engine.fits(config):
-            return engine.gguf, tuple(options_of(host, config))
+            return engine.gguf, tuple(option for (option,) in host.options(config))
         if engine.gguf:
             raise UserError(f"{engine.name} does not run {folder} as it is: it needs {engine.needs}")
     raise UserError(

@@ -28,7 +28,7 @@ from flashmorph.pipeline.card import model_card
 from flashmorph.pipeline.publish import publish
 from flashmorph.pipeline.signal import run_teacher, with_signal
 from flashmorph.pipeline.training import run_distill, run_extend
-from flashmorph.plan import Budget, Plan
+from flashmorph.plan import Plan
 from flashmorph.progress import Report
 from flashmorph.recipe.given import require_fits, space_of_run
 from flashmorph.recipe.questions import open_questions
@@ -61,7 +61,7 @@ def morph(run: Run) -> Results:
         UserError: bad input, or a stage that cannot go on.
     """
     if run.given:
-        require_fits(run.given, space_of_run(load_config(run.teacher.folder), run.recipe), "the plan")
+        require_fits(run.given, space_of_run(load_config(run.teacher.folder), run.recipe, run.given), "the plan")
     host = run_transplant(run)
     if not run.given:
         run_teacher(run, host)
@@ -126,9 +126,9 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
 
 def baseline_plan(run: Run, host: Stage, plan: Plan) -> Plan:
     """The baseline's plan with as many full layers as `plan`."""
-    budget = Budget("layers", len(plan.full_groups))
     config = load_config(host.folder / "model")
-    space = layer_space(host_of(config), config, budget)
+    space = layer_space(host_of(config), config, plan.granularity)
+    budget = space.count(len(plan.full_groups))
     return replace(plan_without_search(BASELINE, space, budget), teacher=run.teacher.name)
 
 
@@ -141,7 +141,7 @@ def run_build(run: Run, host: Stage, branches: Stage, plan: Plan, label: str) ->
         save_model(build(morphable, plan), folder / "model", host.folder / "model")
         return {"summary": plan.strip()}
 
-    about = f"{label}{len(plan.full_groups)} of {len(plan.assignments)} layers full"
+    about = f"{label}{len(plan.full_groups)} of {len(plan.assignments)} {plan.unit} full"
     return run.stage("build", about, plan.assignments, [branches.digest], work, alone=True)
 
 

@@ -61,6 +61,21 @@ class Plan:
         """The numbers of the layers that are full, with all their heads, in order."""
         return [layer for layer, options in self.by_layer().items() if options == {FULL}]
 
+    @property
+    def granularity(self) -> Budget:
+        """A budget in the plan's own groups, layers or heads, for the space that it belongs to."""
+        return Budget("heads" if self.has_heads else "layers", 1)
+
+    @property
+    def unit(self) -> str:
+        """What its groups are, in words."""
+        return "heads" if self.has_heads else "layers"
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether heads have options of their own."""
+        return any(group.kv_head is not None for group in self.assignments)
+
     def by_layer(self) -> dict[int, set[str]]:
         """The options that each layer has, in order."""
         found: dict[int, set[str]] = {}
@@ -86,9 +101,11 @@ class Plan:
         return replace(self, assignments={**self.assignments, Group(group): option}, scores=[])
 
     def in_short(self) -> str:
-        """The full layers, `1, 3`; where heads or several other options are chosen, the strip."""
+        """The full layers, `1, 3`, or the full heads, `2.1, 5.0`; the strip if several other options are chosen."""
         others = {option for option in self.assignments.values() if option != FULL}
-        if len(others) > 1 or any(group.kv_head is not None for group in self.assignments):
+        if self.has_heads:
+            return ", ".join(f"{group.layer}.{group.kv_head}" for group in map(Group, self.full_groups)) or "none"
+        if len(others) > 1:
             return self.strip()
         return ", ".join(map(str, self.full_layers)) or "none"
 

@@ -43,6 +43,13 @@ class Space:
         cost = np.tile([float(option == FULL) for option in options], (num_layers, 1))
         return cls(tuple(Group(f"layers.{layer}") for layer in range(num_layers)), tuple(options), cost)
 
+    @classmethod
+    def of_heads(cls, num_layers: int, kv_heads: int, options: Sequence[str] = (FULL, "linear")) -> "Space":
+        """One group a key-value head; a full head costs 1, any other nothing."""
+        cost = np.tile([float(option == FULL) for option in options], (num_layers * kv_heads, 1))
+        heads = (f"layers.{layer}.kv_heads.{head}" for layer in range(num_layers) for head in range(kv_heads))
+        return cls(tuple(map(Group, heads)), tuple(options), cost)
+
     @property
     def order(self) -> np.ndarray:
         """The numbers of the options of each group `[groups, options]` in the order that decides between equals."""
@@ -69,7 +76,7 @@ class Space:
 
     def count(self, kept: int) -> Budget:
         """The budget that keeps so many groups full, where each costs 1."""
-        return Budget("share", kept / len(self.groups)) if self.has_heads else Budget("layers", kept)
+        return Budget("heads" if self.has_heads else "layers", kept)
 
     def limit(self, budget: Budget) -> float:
         """The budget as an amount of this space's cost.
@@ -80,12 +87,15 @@ class Space:
         """
         if budget.resource == "layers" and self.has_heads:
             raise UserError(
-                f"budget {budget} counts layers, and heads are chosen one by one here: give a share such as 25%, or kv="
+                f"budget {budget} counts layers, and heads are chosen one by one here: give heads={budget}, a share such "
+                "as heads=25%, or kv="
             )
+        if budget.counts_heads and not self.has_heads:
+            raise UserError(f"budget {budget} counts heads, and whole layers are chosen here: give a count, or 25%")
         if budget.resource == "kv":
             self._require_bytes(budget)
             limit = budget.limit
-        elif budget.resource == "share":
+        elif budget.is_share:
             limit = max(1, math.floor(budget.limit * len(self.groups) + 1e-9))
         else:
             limit = int(budget.limit)
@@ -141,7 +151,7 @@ class Space:
             raise ValueError(f"scores must be finite and [groups, options] = {self.cost.shape}; got {scores.shape}")
         limit, order = self.limit(budget), self.order
         sorted_scores, sorted_cost = (np.take_along_axis(values, order, 1) for values in (scores, self.cost))
-        chosen = knapsack(sorted_scores, sorted_cost, limit, exact=budget.resource in ("layers", "share"))
+        chosen = knapsack(sorted_scores, sorted_cost, limit, exact=budget.resource != "kv")
         if chosen is None:
             raise UserError(f"no plan spends exactly {self._amount(limit)}")
         return self.of_options(np.take_along_axis(order, np.array(chosen)[:, None], 1)[:, 0].tolist(), budget)

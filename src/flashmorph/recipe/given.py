@@ -28,21 +28,32 @@ def given_plan(
     """
     if path is not None and layers is not None:
         raise UserError("give --plan or --layers, not both")
-    space = space_of_run(config, recipe)
     if layers is not None:
-        plan = replace(plan_of_layers(space, layers), teacher=teacher)
+        plan = replace(plan_of_layers(space_of_run(config, recipe), layers), teacher=teacher)
     elif path is not None:
         plan = Plan.load(path)
     else:
         return None
+    space = space_of_run(config, recipe, plan)
     require_fits(plan, space, f"--layers {quoted(layers)}" if path is None else str(path))
     return plan
 
 
-def space_of_run(config: PreTrainedConfig, recipe: Recipe) -> Space:
-    """The space of plans, layers counted, of the host that the recipe moves a teacher of this configuration into."""
+def space_of_run(config: PreTrainedConfig, recipe: Recipe, plan: Plan | None = None) -> Space:
+    """The space of plans of the host that the recipe moves a teacher of this configuration into.
+
+    Its groups are layers, or heads where those are what `plan` is about.
+
+    Raises:
+        UserError: the plan is about heads, and the host takes whole layers.
+    """
     host, own = configure(config, recipe.host)
-    return layer_space(host, own, Budget("layers", 1))
+    if plan and plan.has_heads and not host.by_head:
+        raise UserError(
+            f"the plan chooses key-value heads, and {host.name} takes whole layers: name the mixers that it was chosen "
+            f"with, --mixers {','.join(sorted(set(plan.assignments.values()), key=FULL.__ne__))}"
+        )
+    return layer_space(host, own, plan.granularity if plan else Budget("layers", 1))
 
 
 def plan_of_layers(space: Space, layers: str) -> Plan:
@@ -81,5 +92,5 @@ def require_fits(plan: Plan, space: Space, name: str) -> None:
         raise UserError(f"{name}: {error}") from error
     full = [option for option in plan.assignments.values() if option == FULL]
     if not 0 < len(full) < len(space.groups):
-        kept = "no layer" if not full else f"all {len(full)} layers"
+        kept = f"no {plan.unit.removesuffix('s')}" if not full else f"all {len(full)} {plan.unit}"
         raise UserError(f"{name} keeps {kept} full; a hybrid keeps at least one and not all")

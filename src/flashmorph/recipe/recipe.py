@@ -162,6 +162,17 @@ class Recipe(Settings):
 
     _given: frozenset[str] = PrivateAttr(default=frozenset())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _heads_need_mixers(cls, values: Any) -> Any:
+        """A budget in heads asks for the host that takes them, with windows where there is a window."""
+        if not isinstance(values, dict) or not str(values.get("budget", "")).strip().startswith("heads="):
+            return values
+        host = values.get("host") or {}
+        if not isinstance(host, dict) or "mixers" in host:
+            return values
+        return {**values, "host": {"mixers": "full,window" if "window" in host else "full,linear", **host}}
+
     @property
     def given(self) -> frozenset[str]:
         """The settings that the user has set, by their names: in a file of their own, or one by one."""

@@ -2,7 +2,7 @@
 
 from flashmorph.plan import FULL, Budget, Plan
 from flashmorph.records import Figures
-from flashmorph.report.charts import Chart, Dots, Lines, Series
+from flashmorph.report.charts import Chart, Dots, Heat, Lines, Series
 from flashmorph.report.looks import QUIET, Look, colour
 from flashmorph.report.source import Source
 from flashmorph.selection import STRATEGIES
@@ -17,14 +17,47 @@ def tips(source: Source) -> dict[str, str]:
     errors = source.align.get("errors", [])
     for row, group in enumerate(source.plan.assignments):
         text = f", score {source.plan.scores[row][FULL]:.3g}" if source.plan.scores else ""
-        by_group[group] = text + (f", error of the aligned branch {errors[row]:.2f}" if errors else "")
+        by_group[group] = text + (f", error of the aligned branch {errors[group.layer]:.2f}" if errors else "")
     return by_group
+
+
+def heads(source: Source) -> Chart | None:
+    """The plan, and the scores that it was made by, as layers and key-value heads."""
+    plan = source.plan
+    if not plan.has_heads:
+        return None
+    layers = sorted({group.layer for group in plan.assignments})
+    rows = sorted({group.kv_head or 0 for group in plan.assignments})
+    places = {(group.kv_head or 0, group.layer): number for number, group in enumerate(plan.assignments)}
+    options, about = list(plan.assignments.values()), tips(source)
+    groups = list(plan.assignments)
+
+    def panel(title: str, values: list[float]) -> Heat:
+        """Percent, head by head."""
+        cells = [[places.get((head, layer)) for layer in layers] for head in rows]
+        return Heat(
+            title,
+            "layer",
+            "key-value head",
+            list(map(str, layers)),
+            list(map(str, rows)),
+            [[None if cell is None else values[cell] for cell in row] for row in cells],
+            [["" if cell is None else f"{groups[cell]}: {options[cell]}{about[groups[cell]]}" for cell in row] for row in cells],
+        )
+
+    panels = [panel("100 = stays full", [100.0 * (option == FULL) for option in options])]
+    if plan.scores:
+        worth = [row[FULL] - max(score for option, score in row.items() if option != FULL) for row in plan.scores]
+        least, span = min(worth), max(max(worth) - min(worth), 1e-12)
+        panels.append(panel("score of staying full, 100 = highest", [100 * (each - least) / span for each in worth]))
+    note = f"Each column is a layer, each row a key-value head with its queries; scores are those of {plan.strategy}."
+    return Chart("heads", "The plan, head by head", note, panels)
 
 
 def scores(source: Source) -> Chart | None:
     """The scores of the search."""
     plan = source.plan
-    if not plan.scores:
+    if not plan.scores or plan.has_heads:
         return None
     groups = list(plan.assignments)
     values = [row[FULL] - max(score for option, score in row.items() if option != FULL) for row in plan.scores]
@@ -49,18 +82,21 @@ def gates(source: Source) -> Chart | None:
     if thinned[-1] is not entries[-1]:
         thinned.append(entries[-1])
     steps = [entry["step"] for entry in thinned]
-    kept = source.plan.full_layers
-    others = [layer for layer in range(len(source.plan.assignments)) if layer not in kept]
+    plan = source.plan
+    names = [f"{plan.unit.removesuffix('s')} {group.removeprefix('layers.')}" for group in plan.assignments]
+    names = [name.replace(".kv_heads.", ".") for name in names]
+    kept = [number for number, option in enumerate(plan.assignments.values()) if option == FULL]
+    others = [number for number in range(len(names)) if number not in kept]
     series = []
-    for layer in [*others, *kept]:
-        index = kept.index(layer) if layer in kept else None
+    for number in [*others, *kept]:
+        index = kept.index(number) if number in kept else None
         look = Look(QUIET if index is None else colour(index), mark=None)
-        name = f"layer {layer}" if index is not None else "other layers"
-        values = [entry["logits"][layer] for entry in thinned]
-        series.append(Series(name, steps, values, look, hover=[f"layer {layer}"] * len(steps)))
+        name = names[number] if index is not None else f"other {plan.unit}"
+        values = [entry["logits"][number] for entry in thinned]
+        series.append(Series(name, steps, values, look, hover=[names[number]] * len(steps)))
     known = STRATEGIES.get(source.plan.strategy)
     y_label = known.gate_label if known else "logit"
-    note = f"{len(entries)} steps of {source.plan.strategy}; coloured layers stay full."
+    note = f"{len(entries)} steps of {source.plan.strategy}; coloured {plan.unit} stay full."
     return Chart("gates", "Gates over time", note, [Lines("", "step of the search", y_label, series)])
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from flashmorph.plan import FULL, Plan
+from flashmorph.plan import FULL, Group, Plan
 
 _ON_ONE_LINE = "\u00a0"
 
@@ -38,12 +38,23 @@ def tile(name: str, value: str, about: str) -> str:
 
 
 def strip(plan: Plan, tips: dict[str, str]) -> str:
-    """A plan as a row of layers; `tips` are the tooltips of groups."""
+    """A plan as a row of layers, or as a row for each key-value head; `tips` are the tooltips of groups."""
+    if plan.has_heads:
+        heads = sorted({group.kv_head or 0 for group in plan.assignments})
+        rows = [
+            [(group, option) for group, option in plan.assignments.items() if (group.kv_head or 0) == head]
+            for head in heads
+        ]
+        return "".join(_row(plan, row, tips) for row in rows)
+    return _row(plan, list(plan.assignments.items()), tips)
+
+
+def _row(plan: Plan, row: Sequence[tuple[Group, str]], tips: dict[str, str]) -> str:
     cells = []
-    for number, (group, option) in enumerate(plan.assignments.items()):
+    for group, option in row:
         tip = f"{group}: {option}{tips.get(group, '')}"
         kind = "full" if option == FULL else "other"
-        cells.append(f'<span class="{kind}" title="{escape(tip)}"><i>{number}</i></span>')
+        cells.append(f'<span class="{kind}" title="{escape(tip)}"><i>{group.layer}</i></span>')
     size = " many" if len(cells) > 20 else ""
     return f'<div class="strip{size}" role="img" aria-label="{escape(plan.strip())}">{"".join(cells)}</div>'
 

@@ -89,11 +89,14 @@ def read_run(folder: Path) -> Source:
 
 
 def _plan(folder: Path) -> Plan:
-    """The run's plan, whose groups are its layers in turn."""
+    """The run's plan, whose groups are its layers in turn, or all their key-value heads."""
     plan = Plan.load(folder / "plan.json")
-    layers = [f"layers.{number}" for number in range(len(plan.assignments))]
-    if list(plan.assignments) != layers:
-        raise UserError(f"{folder / 'plan.json'} is damaged: its groups are not {layers[0]} to {layers[-1]}")
+    heads = [group.kv_head for group in plan.assignments if group.layer == 0]
+    of_layer = ["" if head is None else f".kv_heads.{number}" for number, head in enumerate(heads)] or [""]
+    layers = max(1, len(plan.assignments) // len(of_layer))
+    groups = [f"layers.{number}{head}" for number in range(layers) for head in of_layer]
+    if list(plan.assignments) != groups:
+        raise UserError(f"{folder / 'plan.json'} is damaged: its groups are not {groups[0]} to {groups[-1]}")
     return plan
 
 

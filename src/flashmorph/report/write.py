@@ -60,7 +60,7 @@ def _head(name: str, source: Source) -> str:
         about = f"points of recall over the {BASELINE} layout ({span(worth['interval'], '{:.1f}', 100)})"
         tiles.append(tile("what the choice is worth", f"{100 * worth['difference']:+.1f}", about))
     kept, number = len(plan.full_groups), len(plan.assignments)
-    about = f"{kept} of {number} layers keep full attention. Made by flashmorph {own_version()}."
+    about = f"{kept} of {number} {plan.unit} keep full attention. Made by flashmorph {own_version()}."
     return f"<h1>{escape(name)}</h1><p class='note'>{escape(about)}</p><div class='tiles'>{''.join(tiles)}</div>"
 
 
@@ -71,7 +71,7 @@ def _teacher(plan: Plan) -> list[str]:
 
 def _sections(source: Source) -> list[Section]:
     charts = {
-        "The plan": [_plan(source), choice.scores(source), choice.gates(source), choice.regret(source)],
+        "The plan": [_plan(source), choice.heads(source), choice.scores(source), choice.gates(source), choice.regret(source)],
         "What it can do": [
             _models(source),
             *map(paragraph, source.notes),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from flashmorph.data.heldout import HeldOut
-from flashmorph.model.morphable import Morphable, run_order
+from flashmorph.model.morphable import Morphable, rows_by_layer, run_order
 from flashmorph.plan import FULL, Plan
 from flashmorph.selection.cache import key_of
 from flashmorph.selection.meter import Meter, Parts
@@ -22,7 +22,7 @@ class Ledger:
 
     def __init__(self, morphable: Morphable):
         self._meter = Meter(morphable)
-        self._layers = [layer.rows for layer in morphable.layers]
+        self._layers = len(morphable.layers)
         self._options = morphable.options
         self._questions: set[tuple[str, int]] = set()
         self._texts: set[str] = set()
@@ -57,14 +57,14 @@ class Ledger:
         self._questions.update((key, question) for key in keys for question in questions)
         for unasked, rows in new.items():
             chosen = gates[list(unasked)].argmax(-1).tolist()
-            order = run_order(gates[list(unasked)], self._layers)
+            order, layers = run_order(gates[list(unasked)], self._layers), rows_by_layer(gates.shape[1], self._layers)
             self._meter.count(
                 rows,
                 length,
                 self._meter.parts_of(
                     [self._options[chosen[index][row]] for row in layer]
                     for index, start in order
-                    for layer in self._layers[start:]
+                    for layer in layers[start:]
                 ),
             )
 
@@ -88,8 +88,8 @@ class Ledger:
 
     @property
     def _teacher(self) -> Parts:
-        return self._meter.parts_of([[FULL]] * len(self._layers))
+        return self._meter.parts_of([[FULL]] * self._layers)
 
     def _parts_of(self, plan: Plan) -> Parts:
         options = list(plan.assignments.values())
-        return self._meter.parts_of([options[row] for row in rows] for rows in self._layers)
+        return self._meter.parts_of([options[row] for row in rows] for rows in rows_by_layer(len(options), self._layers))

@@ -1,0 +1,186 @@
+"""Llama- and Qwen3-shaped teachers in flashmorph's own type, whose layers are switched head by head.
+
+Chosen only where a recipe asks for it: by a budget in heads, or by the setting `host.mixers` (`--mixers`). The classes
+are in `flashmorph.own`; they travel with every checkpoint, and no engine beside transformers runs them.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from flashmorph.errors import UserError, quoted
+from flashmorph.hosts.checks import LLAMA_SETTINGS, ROPE_TYPES, refuse_rope, refuse_two_factors, refuse_windows
+from flashmorph.hosts.host import Host, layer_prefixes
+from flashmorph.hosts.serving import TRANSFORMERS, Engine
+from flashmorph.mixers import Mixer, Products
+from flashmorph.mixers.own import OWN_MIXERS
+from flashmorph.mixers.products import feed_forward_products, head_dim_of
+from flashmorph.own import AUTO_MAP, TRAVELLING, FlashmorphConfig, FlashmorphForCausalLM
+from flashmorph.plan import FULL
+
+_BIASED = ("qwen2",)
+"""Teachers whose queries, keys and values have a bias that their configuration does not mention."""
+_NORMED = ("qwen3",)
+"""Teachers whose queries and keys are normalised."""
+_STARTING_ANEW = ("phi3",)
+_Size = Annotated[int, Field(ge=2, lt=1 << 31)]
+
+
+class OwnHost(Host):
+    """`FlashmorphForCausalLM`: each key-value head of each layer is full or has one of the mixers that were asked for."""
+
+    teachers: Mapping[str, str] = {
+        "llama": "Llama and what has its shape",
+        "mistral": "Mistral without a window of its own",
+        "ministral": "Ministral with every layer full",
+        "qwen2": "Qwen2, Qwen2.5",
+        "qwen3": "Qwen3 (dense)",
+        "seed_oss": "Seed-OSS",
+        "smollm3": "SmolLM3, also with layers without RoPE",
+        "phi3": "Phi-3, Phi-4 without a window, rotating whole heads, with one list of rope factors at most",
+    }
+    settings: Mapping[str, str] = {
+        "mixers": "what a head may be, with commas: full and at least one of " + ", ".join(OWN_MIXERS),
+        "window": "tokens that a head with the mixer window sees, the token itself included",
+        "sinks": "first tokens of the text that a window sees as well",
+        "decay": "how a linear head forgets: learned from the layer's input, fixed by head, or none",
+        "head_norm": "whether linear heads have an RMSNorm and a learned scale before the output projection",
+    }
+    engines: tuple[Engine, ...] = (TRANSFORMERS,)
+    model_class: type[PreTrainedModel] = FlashmorphForCausalLM
+    by_head = True
+    travelling = TRAVELLING
+
+    def __init__(self, mixers: Sequence[str] = (FULL, *OWN_MIXERS)):
+        from flashmorph.mixers.own import OwnFull
+
+        self.mixers: Mapping[str, Mixer] = {
+            name: OwnFull() if name == FULL else OWN_MIXERS[name]() for name in mixers
+        }
+
+    @staticmethod
+    def asked_for(mixers: Any) -> "OwnHost":
+        """The host whose heads have one of the mixers in the setting `host.mixers`.
+
+        Raises:
+            UserError: names one that there is not, or says what is missing.
+        """
+        names = [name.strip() for name in mixers.split(",")] if isinstance(mixers, str) else []
+        wrong = [name for name in names if name not in (FULL, *OWN_MIXERS)]
+        if not names or wrong or len(set(names)) < len(names) or FULL not in names or len(names) < 2:
+            raise UserError(
+                f"host.mixers must be {FULL} and at least one of {', '.join(OWN_MIXERS)}, each once and with commas, "
+                f"such as {FULL},{next(iter(OWN_MIXERS))}; got {quoted(mixers)}"
+            )
+        return OwnHost([name for name in (FULL, *OWN_MIXERS) if name in names])
+
+    @staticmethod
+    def of(config: PreTrainedConfig) -> "OwnHost":
+        """The host of a configuration that one has made."""
+        return OwnHost([FULL, *(config.mixer_settings or {})])
+
+    def check(self, teacher: PreTrainedConfig) -> None:
+        """Refuse windows that are there already, and rotary embeddings that Qwen3's class computes otherwise."""
+        refuse_windows(teacher, self.name)
+        refuse_rope(teacher, self.name, ROPE_TYPES)
+        if teacher.model_type in _STARTING_ANEW:
+            refuse_two_factors(teacher, self.name)
+
+    def config(
+        self,
+        teacher: PreTrainedConfig,
+        mixers: str = "",
+        window: _Size = 128,
+        sinks: Annotated[int, Field(ge=0, lt=1 << 16)] = 4,
+        decay: Literal["learned", "fixed", "none"] = "learned",
+        head_norm: bool = False,
+    ) -> FlashmorphConfig:
+        """Same shapes, every head full, and the settings of the mixers that heads may be switched to.
+
+        Raises:
+            UserError: the window is not below the teacher's longest context.
+        """
+        longest = teacher.max_position_embeddings
+        if "window" in self.mixers and not window + sinks < longest:
+            raise UserError(
+                f"host.window={window} and host.sinks={sinks} must be below the teacher's longest context, "
+                f"{longest:,} tokens, together"
+            )
+        given = {"window": window, "sinks": sinks, "decay": decay, "head_norm": head_norm}
+        same: dict[str, Any] = {name: getattr(teacher, name) for name in LLAMA_SETTINGS}
+        bias = teacher.model_type in _BIASED or bool(getattr(teacher, "attention_bias", False))
+        out = getattr(teacher, "attention_out_bias", bias and teacher.model_type not in _BIASED)
+        rope_less = getattr(teacher, "no_rope_layers", None)
+        return FlashmorphConfig(
+            **same,
+            head_dim=head_dim_of(teacher),
+            attention_bias=bias,
+            attention_out_bias=bool(out),
+            mlp_bias=bool(getattr(teacher, "mlp_bias", False)),
+            qk_norm=teacher.model_type in _NORMED,
+            no_rope_layers=[int(bool(each)) for each in rope_less] if rope_less else None,
+            rope_parameters=dict(teacher.rope_parameters),
+            mixer_settings={name: OWN_MIXERS[name].own_settings(given) for name in self.mixers if name != FULL},
+            dtype=teacher.dtype,
+        )
+
+    def state(self, teacher: PreTrainedConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The teacher's weights under their own names; joint projections are split."""
+        state = dict(state)
+        key_rows = teacher.num_key_value_heads * head_dim_of(teacher)
+        for layer in layer_prefixes(state):
+            if (name := f"{layer}self_attn.qkv_proj.weight") in state:
+                fused = state.pop(name)
+                parts = fused.split([len(fused) - 2 * key_rows, key_rows, key_rows])
+                state |= {f"{layer}self_attn.{each}_proj.weight": part for each, part in zip("qkv", parts, strict=True)}
+                halves = state.pop(f"{layer}mlp.gate_up_proj.weight").chunk(2)
+                state |= {f"{layer}mlp.{each}_proj.weight": half for each, half in zip(("gate", "up"), halves, strict=True)}
+        return state
+
+    def with_plan(self, config: PreTrainedConfig, options: Sequence[str]) -> PreTrainedConfig:
+        """A copy whose layers, or key-value heads layer by layer, have these options."""
+        heads = config.num_key_value_heads
+        by_head = [option for option in options for _ in range(heads * config.num_hidden_layers // len(options))]
+        layers = [by_head[start : start + heads] for start in range(0, len(by_head), heads)]
+        values = copy.deepcopy(config).to_dict()
+        values["mixers"] = [
+            {option: [head for head in range(heads) if layer[head] == option] for option in dict.fromkeys(layer)}
+            for layer in layers
+        ]
+        made = FlashmorphConfig.from_dict(values)
+        made.dtype = config.dtype
+        return made
+
+    def options(self, config: PreTrainedConfig) -> list[tuple[str, ...]]:
+        """The option of each key-value head, layer by layer."""
+        return [
+            tuple(option for _, option in sorted((head, option) for option, its in layer.items() for head in its))
+            for layer in config.mixers
+        ]
+
+    def layer_state(
+        self, options: Sequence[str], states: Mapping[str, Mapping[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        """The attention's own weights, and of each mixer the rows of the heads that have it."""
+        state = {f"self_attn.{name}": weight for name, weight in states[FULL].items()}
+        for option in set(options) - {FULL}:
+            its = [head for head, each in enumerate(options) if each == option]
+            for name, weight in states[option].items():
+                rows = weight.unflatten(0, (len(options), -1))[its].flatten(0, 1)
+                state[f"self_attn.mixers.{option}.{name.removeprefix('mixer.')}"] = rows
+        return state
+
+    def serialise(self, values: dict[str, Any]) -> dict[str, Any]:
+        """With the classes in the files that travel with the checkpoint."""
+        return {**values, "auto_map": dict(AUTO_MAP)}
+
+    def feed_forward(self, config: PreTrainedConfig) -> list[Products]:
+        """A gated feed-forward."""
+        return feed_forward_products(config.hidden_size, config.intermediate_size)
+
+
+OWN = OwnHost()

@@ -1,0 +1,43 @@
+"""flashmorph's own model type: hybrids whose key-value heads have mixers of their own.
+
+Importing this registers `flashmorph` with transformers' auto classes, so that `AutoModelForCausalLM.from_pretrained`
+opens a hybrid without `trust_remote_code`. The other files here travel with every checkpoint and import nothing of
+flashmorph but each other: with `trust_remote_code=True` a checkpoint opens where flashmorph is not installed.
+"""
+
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from flashmorph.own.configuration_flashmorph import FORMAT, FlashmorphConfig
+from flashmorph.own.mixers_flashmorph import MIXERS, Linear, OwnMixer, Window
+from flashmorph.own.modeling_flashmorph import FlashmorphAttention, FlashmorphForCausalLM, FlashmorphModel
+
+TRAVELLING = tuple(
+    Path(__file__).parent / f"{name}_flashmorph.py" for name in ("cache", "configuration", "mixers", "modeling")
+)
+"""The files that a checkpoint needs beside transformers."""
+AUTO_MAP = {
+    "AutoConfig": "configuration_flashmorph.FlashmorphConfig",
+    "AutoModelForCausalLM": "modeling_flashmorph.FlashmorphForCausalLM",
+}
+"""The entry in config.json by which transformers finds the classes in these files."""
+
+AutoConfig.register(FlashmorphConfig.model_type, FlashmorphConfig)
+AutoModelForCausalLM.register(FlashmorphConfig, FlashmorphForCausalLM)
+FlashmorphConfig.register_for_auto_class()
+FlashmorphForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = [
+    "AUTO_MAP",
+    "FORMAT",
+    "MIXERS",
+    "TRAVELLING",
+    "FlashmorphAttention",
+    "FlashmorphConfig",
+    "FlashmorphForCausalLM",
+    "FlashmorphModel",
+    "Linear",
+    "OwnMixer",
+    "Window",
+]

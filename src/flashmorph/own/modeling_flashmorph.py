@@ -1,0 +1,219 @@
+"""A Llama- or Qwen3-shaped causal language model whose key-value heads have different mixers.
+
+With every head full it computes what the teacher's own class computes. This file travels with every checkpoint: it
+imports torch and transformers only.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3Attention,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+from .cache_flashmorph import FlashmorphCacheLayer, own_layers
+from .configuration_flashmorph import FULL, FlashmorphConfig
+from .mixers_flashmorph import OwnMixer, make_mixer
+
+Mixing = Mapping[str, tuple[Sequence[int], OwnMixer | None]]
+"""For each mixer its key-value heads and its module; none for full attention."""
+
+
+class FlashmorphAttention(Qwen3Attention):
+    """Projections of the teacher's attention, and between them one mixer for each key-value head and its queries."""
+
+    def __init__(self, config: FlashmorphConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        if not config.qk_norm:
+            self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        if config.attention_out_bias != config.attention_bias:
+            self.o_proj = nn.Linear(self.o_proj.in_features, config.hidden_size, bias=config.attention_out_bias)
+        self.rotates = not config.no_rope_layers or bool(config.no_rope_layers[layer_idx])
+        self.sliding_window = None
+        self.heads = {name: list(its) for name, its in config.mixers[layer_idx].items()}
+        self.mixers = nn.ModuleDict(
+            {name: self.new_mixer(name, len(its)) for name, its in self.heads.items() if name != FULL}
+        )
+
+    def new_mixer(self, name: str, heads: int) -> OwnMixer:
+        """An untrained mixer of so many key-value heads of this layer."""
+        config, groups = self.config, self.num_key_value_groups
+        return make_mixer(config.mixer_settings[name], heads, groups, self.head_dim, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: Any = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """The output `[batch, time, width]`; `attention_mask` is a pair in layers that are not full: causal, padding."""
+        mixing = {name: (its, self.mixers[name] if name != FULL else None) for name, its in self.heads.items()}
+        return self.mix(mixing, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs), None
+
+    def mix(
+        self,
+        mixing: Mixing,
+        hidden: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: Any = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The output `[batch, time, width]` with these mixers, which may be others than the layer's own."""
+        shape = (*hidden.shape[:2], -1, self.head_dim)
+        q = self.q_norm(self.q_proj(hidden).view(shape)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(hidden).view(shape)).transpose(1, 2)
+        v = self.v_proj(hidden).view(shape).transpose(1, 2)
+        turned = apply_rotary_pos_emb(q, k, *position_embeddings) if self.rotates else (q, k)
+        causal, real = attention_mask if isinstance(attention_mask, tuple) else (attention_mask, None)
+        layer = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
+        outputs, order = [], []
+        for name, (its, mixer) in mixing.items():
+            queries, keys = turned if mixer is None or mixer.rotary else (q, k)
+            rows, columns = self._own(queries, keys.shape[1], its), list(its)
+            whole = len(its) == keys.shape[1]
+            key, value = (keys, v) if whole else (keys[:, columns], v[:, columns])
+            if mixer is None:
+                outputs.append(self._full(rows, key, value, causal, past_key_values, **kwargs))
+            else:
+                state = self._state(layer, name)
+                heads = mixer(rows, key, value, hidden, real, state)
+                outputs.append(heads.transpose(1, 2).unflatten(2, (len(its), self.num_key_value_groups)))
+            order.extend(its)
+        if isinstance(layer, FlashmorphCacheLayer) or type(layer).__name__ == FlashmorphCacheLayer.__name__:
+            layer.seen += hidden.shape[1]
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+        if order != sorted(order):
+            output = output[:, :, torch.tensor(order, device=output.device).argsort()]
+        return self.o_proj(output.reshape(*hidden.shape[:2], -1))
+
+    def _own(self, q: torch.Tensor, heads: int, its: Sequence[int]) -> torch.Tensor:
+        """The query heads of these key-value heads."""
+        if len(its) == heads:
+            return q
+        return q.unflatten(1, (heads, self.num_key_value_groups))[:, list(its)].flatten(1, 2)
+
+    def _full(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        causal: torch.Tensor | None,
+        cache: Cache | None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Full attention of some heads, `[batch, time, heads, groups, head_dim]`."""
+        heads = k.shape[1]
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        output, _ = attend(self, q, k, v, causal, dropout=dropout, scaling=self.scaling, sliding_window=None, **kwargs)
+        return output.unflatten(2, (heads, self.num_key_value_groups))
+
+    def _state(self, layer: Any, name: str) -> dict[str, torch.Tensor] | None:
+        return None if layer is None else layer.states.setdefault(name, {})
+
+
+class FlashmorphModel(Qwen3Model):
+    """The decoder: Qwen3's, with our attention in every layer and our cache layers in every cache."""
+
+    config: FlashmorphConfig
+    _can_compile_fullgraph = False
+    _is_stateful = True
+
+    def __init__(self, config: FlashmorphConfig):
+        super().__init__(config)
+        for number, layer in enumerate(self.layers):
+            layer.self_attn = FlashmorphAttention(config, number)
+            if config.mlp_bias:
+                for name in ("gate_proj", "up_proj", "down_proj"):
+                    plain = getattr(layer.mlp, name)
+                    setattr(layer.mlp, name, nn.Linear(plain.in_features, plain.out_features))
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ):
+        """Last hidden states, as of Qwen3's decoder.
+
+        Raises:
+            ValueError: a static or quantised cache, or one that another model has filled.
+        """
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None:
+            own_layers(past_key_values, [word == "hybrid" for word in self.config.layer_types])
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+        if isinstance(attention_mask, dict):
+            masks = attention_mask
+        else:
+            given: dict[str, Any] = {
+                "config": self.config,
+                "inputs_embeds": inputs_embeds,
+                "attention_mask": attention_mask,
+                "past_key_values": past_key_values,
+                "position_ids": position_ids,
+            }
+            masks = {"full_attention": create_causal_mask(**given)}
+            masks["linear_attention"] = create_recurrent_attention_mask(**given)
+        masks = {**masks, "hybrid": (masks["full_attention"], masks.get("linear_attention"))}
+        return super().forward(
+            inputs_embeds=inputs_embeds,
+            attention_mask=masks,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, OwnMixer):
+            module.reset()
+
+
+class FlashmorphForCausalLM(Qwen3ForCausalLM):
+    """The decoder with its head."""
+
+    config: FlashmorphConfig
+    _can_compile_fullgraph = False
+    _is_stateful = True
+
+    def __init__(self, config: FlashmorphConfig):
+        super().__init__(config)
+        self.model = FlashmorphModel(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, OwnMixer):
+            module.reset()
+
+
+__all__ = ["FlashmorphForCausalLM", "FlashmorphModel"]
