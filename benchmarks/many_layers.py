@@ -1,6 +1,7 @@
 """Searches over a real model of many layers, each judged on the same questions that no search saw.
 
     python benchmarks/many_layers.py --window 128 --budgets 7 --seeds 5 --strategies budgeted-gates race
+    python benchmarks/many_layers.py --window 128 --mixers full,window --budgets heads=21 --seeds 2
     python benchmarks/many_layers.py --show
 
 `flashmorph compare --reference found` spends most of its tokens on a reference. Here the reference of a budget is the
@@ -27,7 +28,7 @@ from flashmorph.evaluation import paired_interval
 from flashmorph.files import write_json
 from flashmorph.model.morphable import Morphable
 from flashmorph.pipeline.branches import run_align, run_transplant
-from flashmorph.plan import FULL, Budget, Plan
+from flashmorph.plan import Budget, Plan
 from flashmorph.recipe.given import plan_of_layers
 from flashmorph.referee.entry import Entry
 from flashmorph.referee.judging import REFEREE_SEED
@@ -44,12 +45,13 @@ def main() -> None:
     parser.add_argument("--teacher", default=SMOLLM2, help="`make smollm2` fetches the default")
     parser.add_argument("--recipe", default="laptop")
     parser.add_argument("--window", type=int, help="switch layers to windows of so many tokens; default: linear")
+    parser.add_argument("--mixers", help="choose heads, in the type of our own: full,window")
     parser.add_argument("--set", nargs="+", default=[], help="changes of the recipe")
     parser.add_argument("--data", help="text")
     parser.add_argument("--budgets", nargs="+", default=["7"])
     parser.add_argument("--strategies", nargs="*", default=["budgeted-gates"], help="such as race+start_questions=2")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--plans", nargs="*", default=[], help="plans that are judged too: 7,8,12,15,17,18,20")
+    parser.add_argument("--plans", nargs="*", default=[], help="plans that are judged too: 7,8,12,15,17,18,20, or files")
     parser.add_argument("--questions", type=int, default=128, help="questions of the referee's split")
     parser.add_argument("--part", default="0/1", help="which share of the searches")
     parser.add_argument("--run", type=Path, help="this process's run; default: runs/many-layers-FORM-PART")
@@ -63,7 +65,7 @@ def main() -> None:
         show(arguments.cells, arguments.output)
         return
     part, parts = map(int, arguments.part.split("/"))
-    form = "window" if arguments.window else "linear"
+    form = arguments.mixers or ("window" if arguments.window else "linear")
     changes = [change for change in arguments.set if "micro_batch_tokens" not in change]
     cells = Cells(arguments.cells / f"{form}-{part}-of-{parts}.jsonl", form, " ".join(changes))
     try:
@@ -73,8 +75,9 @@ def main() -> None:
     except UserError as error:
         parser.exit(2, f"{error}\n")
     started = time.perf_counter()
-    for layers in arguments.plans if part == 0 else ():
-        cells.once({"strategy": "given", "budget": str(layers.count(",") + 1), "seed": 0, "plan": layers}, judge.given)
+    for plan in arguments.plans if part == 0 else ():
+        budget = judge.plan_of(plan).budget
+        cells.once({"strategy": "given", "budget": str(budget), "seed": 0, "plan": plan}, judge.given)
     wanted = [
         {"strategy": label, "budget": budget, "seed": seed}
         for seed in range(arguments.seeds)
@@ -117,6 +120,7 @@ class Judge:
     def __init__(self, arguments: argparse.Namespace, folder: Path, cells: Cells):
         self.cells = cells
         window = [f"host.window={arguments.window}"] if arguments.window else []
+        window += [f"host.mixers={arguments.mixers}"] if arguments.mixers else []
         options = Options(
             teacher=arguments.teacher,
             output=folder,
@@ -131,9 +135,20 @@ class Judge:
         self.run = replace(self.run, recipe=self.run.at_once("select", self.work))
         self.search_settings = self.run.recipe.select.search.model_copy(update={"questions": arguments.questions})
 
+    def plan_of(self, text: str) -> Plan:
+        """A plan from the command line: layers, which are all their heads where heads are chosen, or a file."""
+        if text.endswith(".json"):
+            return Plan.load(text)
+        plan = plan_of_layers(self.morphable.space(Budget("layers", 1)), text)
+        if not self.morphable.host.by_head:
+            return plan
+        space = self.morphable.space(Budget("heads", 1))
+        heads = [group for group in space.groups if group.layer in plan.full_layers]
+        return space.plan(heads, space.count(len(heads)))
+
     def given(self, about: dict[str, Any]) -> dict[str, Any]:
         """A plan from the command line."""
-        return self.judged(plan_of_layers(self.morphable.space(Budget("layers", 1)), about["plan"]))
+        return self.judged(self.plan_of(about["plan"]))
 
     def search(self, about: dict[str, Any]) -> dict[str, Any]:
         """A plan that a search finds, and what the search took."""
@@ -147,9 +162,9 @@ class Judge:
 
     def judged(self, plan: Plan) -> dict[str, Any]:
         """Losses on the referee's questions, in nats; a plan that was judged before keeps them."""
-        layers = [number for number, option in enumerate(plan.assignments.values()) if option == FULL]
+        layers = plan.in_short().split(", ") if plan.has_heads else plan.full_layers
         for cell in kept(self.cells.path.parent):
-            if (cell["form"], cell["layers"]) == (self.cells.form, layers):
+            if (cell["form"], cell["set"], cell["layers"]) == (self.cells.form, self.cells.changes, layers):
                 return {"layers": layers, "loss": cell["loss"], "losses": cell["losses"]}
         run = replace(self.run, recipe=self.run.recipe.model_copy(update={"seed": REFEREE_SEED}))
         judging = open_objective(run, self.morphable, self.work / "judge", self.search_settings, judging="referee")
@@ -161,7 +176,7 @@ def show(cells: Path, output: Path) -> None:
     """The table of all cells, and the file."""
     rows, found = [], kept(cells)
     for form, budget in sorted(
-        {(cell["form"], cell["budget"]) for cell in found}, key=lambda key: (key[0], int(key[1]))
+        {(cell["form"], cell["budget"]) for cell in found}, key=lambda key: (key[0], len(key[1]), key[1])
     ):
         alike = [cell for cell in found if (cell["form"], cell["budget"]) == (form, budget)]
         alike.sort(key=lambda cell: (cell["strategy"], cell["set"], cell["seed"], cell["loss"]))

@@ -207,7 +207,7 @@ def select_work(model: Model, recipe: Recipe) -> Work | None:
         passes.append(_times("teacher forward", model.layers, operations(teacher)))
     if rounds := least_rounds(recipe):
         # On average half of the layers are shared. The plan itself has run in the round before.
-        exchanges = model.num_full * (model.layers - model.num_full)
+        exchanges = model.kept * (model.groups - model.kept)
         plans = 1 + rounds * min(swaps_of(recipe).candidates, exchanges)
         raced = plans * START_QUESTIONS * recipe.select.search.longest / 2 / tokens
         passes.append(_times("first questions of the races", raced, body_forward(model, recipe.select.search.longest)))

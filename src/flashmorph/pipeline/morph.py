@@ -102,8 +102,9 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
         UserError: see `with_signal`; or the strategy trains whole models and weights are sharded.
     """
     chosen, strategy = run.recipe.select, STRATEGIES[run.recipe.select.strategy]
-    if run.shards and strategy.needs_training:
-        raise UserError(f"strategy {chosen.strategy} trains whole models: go on with --set shard=false")
+    if run.shards and (strategy.needs_training or strategy.patches):
+        does = "trains whole models" if strategy.needs_training else "replaces activations inside of the model"
+        raise UserError(f"strategy {chosen.strategy} {does}: go on with --set shard=false")
     run = with_signal(run, host, branches)
     recipe = run.recipe
 

@@ -44,6 +44,12 @@ class DistilledLosses(Shape):
     losses: list[Finite]
 
 
+class Effects(Shape):
+    """What is kept of a counterfactual pair; no effects where it measures nothing."""
+
+    effects: list[Finite] | None
+
+
 _Numbers = Finite | list[Finite] | list[list[Finite]]
 _COST = {each.name for each in fields(Cost)}
 
@@ -88,6 +94,11 @@ def kept(path: Path, say: Callable[[str], None], shape: Any) -> Any:
     """What an earlier search wrote, of this `shape` (`read_as`); None if it is not there, or is damaged and has to be
     made again, which is said."""
     return distributed.first(lambda: _read(path, say, shape))
+
+
+def kept_here(path: Path, say: Callable[[str], None], shape: Any) -> Any:
+    """The same in this process alone."""
+    return _read(path, say, shape)
 
 
 def keep(path: Path, value: Any) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from flashmorph.data.heldout import HeldOut
+from flashmorph.hosts import FEED_FORWARD
 from flashmorph.model.morphable import Morphable, rows_by_layer, run_order
 from flashmorph.plan import FULL, Plan
 from flashmorph.selection.cache import key_of
@@ -67,6 +68,21 @@ class Ledger:
                     for layer in layers[start:]
                 ),
             )
+
+    def effects(self, kind: str, effects: Sequence[float], receivers: Sequence[int], length: int) -> None:
+        """Count a counterfactual pair: both texts, and for senders what lies between each and the last receiver.
+
+        For receivers nothing else is run but the feed-forward at a few positions, which is not counted.
+        """
+        self._meter.count(2, length, self._teacher)
+        if kind == "receiver":
+            return
+        heads = len(effects) // self._layers
+        hit = sorted({row // heads for row in receivers})
+        for layer in range(self._layers):
+            above = [each for each in hit if each > layer]
+            if above:
+                self._meter.count(heads, length, {FULL: len(above), FEED_FORWARD: above[-1] - layer})
 
     def text(self, plan: Plan, text: HeldOut) -> None:
         """Count a plan on the text."""

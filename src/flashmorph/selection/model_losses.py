@@ -3,7 +3,7 @@
 Several processes run a share of each batch and get the same results.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -14,8 +14,10 @@ from flashmorph.losses import Head, label_loss, token_losses
 from flashmorph.mixers.mixer import LayerArguments
 from flashmorph.model.morphable import Morphable, MorphableLayer
 from flashmorph.plan import Plan
+from flashmorph.selection.effects import PairEffects
 from flashmorph.selection.searchdata import SearchData
 from flashmorph.tasks import Example
+from flashmorph.tasks.counterfactual import Pair
 
 
 class ModelLosses:
@@ -57,6 +59,18 @@ class ModelLosses:
         with self._autocast(), torch.no_grad():
             for index, hidden in self.morphable.each_plan(ids, self.hard_gates(plans)):
                 yield index, _question_losses(hidden, self._head, ids, marks)
+
+    @torch.no_grad()
+    def effects(self, pair: Pair | None, groups: int, receivers: Collection[int] | None) -> list[float] | None:
+        """Receiver effects of each of `groups` on a pair, or given `receivers` sender effects; None where there is
+        nothing to measure."""
+        if pair is None:
+            return None
+        with self._autocast():
+            measured = PairEffects(self.morphable, self._head, pair, groups)
+            if not measured.counts:
+                return None
+            return measured.receivers() if receivers is None else measured.senders(receivers)
 
     @torch.no_grad()
     def text_of_plan(self, plan: Plan) -> float:

@@ -7,7 +7,7 @@ run a share of each batch and get the same results: a strategy knows nothing of 
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,14 +15,18 @@ import torch
 from flashmorph import distributed
 from flashmorph.data.heldout import HeldOut
 from flashmorph.errors import UserError
+from flashmorph.files import write_json
 from flashmorph.model.morphable import Morphable
 from flashmorph.plan import Plan
+from flashmorph.progress import Report
 from flashmorph.selection.cache import (
     DistilledLosses,
+    Effects,
     TextLoss,
     keep,
     keep_losses,
     kept,
+    kept_here,
     kept_losses,
     key_of,
 )
@@ -123,6 +127,43 @@ class MorphableObjective:
         for plan, losses in zip(plans, found, strict=True):
             _check_finite(losses, "answer", plan)
         return found
+
+    def effects(
+        self, groups: int, pairs: int, kind: Literal["receiver", "sender"], receivers: Sequence[int], report: Report
+    ) -> np.ndarray:
+        """Effects `[tasks, pairs, groups]` by patching; see `Objective`. Pairs measured before are read from disk.
+
+        Raises:
+            UserError: no pair of some task can be made.
+        """
+        tasks = self._data.num_tasks
+        wanted = [(task, number) for task in range(tasks) for number in range(pairs)]
+        found = np.full((tasks, pairs, groups), np.nan)
+        for done, together in enumerate(distributed.rounds([[each] for each in wanted]), 1):
+            own, counts = together[distributed.rank()]
+            measured = {own[0]: self._pair_effects(*own[0], groups, kind, receivers)} if counts else {}
+            for place, values in [item for each in distributed.gather(measured) for item in each.items()]:
+                if values is not None:
+                    found[place] = values
+                    self._ledger.effects(kind, values, receivers, self._data.settings.longest)
+            report(done, -(-len(wanted) // distributed.count()))
+        if empty := [task for task in range(tasks) if np.isnan(found[task]).all()]:
+            raise UserError(
+                f"strategy intervention: none of {pairs} counterfactual pairs of task number {empty[0] + 1} measures "
+                "anything: the teacher hardly prefers the answer, or no other value has as many tokens; leave the task out"
+            )
+        return found
+
+    def _pair_effects(
+        self, task: int, number: int, groups: int, kind: str, receivers: Sequence[int]
+    ) -> list[float] | None:
+        """Effects of one pair; None where it measures nothing."""
+        path = self._evaluations / f"{key_of([task, number, groups, kind, list(receivers)])}.effects.json"
+        if (known := kept_here(path, self._say, Effects)) is not None:
+            return known["effects"]
+        values = self._losses.effects(self._data.pair(task, number), groups, None if kind == "receiver" else receivers)
+        write_json(path, {"task": task, "pair": number, "kind": kind, "effects": values})
+        return values
 
     def text_loss(self, plan: Plan) -> float:
         """Mean next-token cross-entropy on the `text`, in nats; plans evaluated before are read from disk.

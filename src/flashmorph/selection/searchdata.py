@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from flashmorph.inputs.settings import Length, Many, Settings, TokensAtOnce
 from flashmorph.tasks import Example, Layout, Style, TaskSettings, make_example
+from flashmorph.tasks.counterfactual import Pair, make_pair
 
 _USUAL_TOKENS = 16_384
 
@@ -93,6 +94,16 @@ class SearchData:
             numbers = range(self.settings.questions)
             self._questions = [self._example(self._judging, self.settings.longest, number) for number in numbers]
         return self._questions
+
+    @property
+    def num_tasks(self) -> int:
+        """The number of tasks that take turns."""
+        return len(self._tasks)
+
+    def pair(self, task: int, number: int) -> Pair | None:
+        """A counterfactual pair of one task, of the longest length; None where none can be made."""
+        layout, length = self._layouts["train"], self.settings.longest
+        return make_pair(self._tasks[task], layout, self._style, "train", length, self._seed, number)
 
     def micro_batches(self, batch: Sequence[Any]) -> list[Sequence[Any]]:
         """`batch` in pieces that are run at once."""

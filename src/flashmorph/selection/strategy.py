@@ -98,6 +98,19 @@ class Objective(Protocol):
         """
         ...
 
+    def effects(
+        self, groups: int, pairs: int, kind: Literal["receiver", "sender"], receivers: Sequence[int], report: Report
+    ) -> np.ndarray:
+        """Effects of each group's output on the answer, `[tasks, pairs, groups]`, by patching (`effects.py`).
+
+        `pairs` counterfactual pairs of each task; NaN where one measures nothing. `receivers` are the numbers of the
+        groups that senders send to.
+
+        Raises:
+            UserError: no pair of some task can be made.
+        """
+        ...
+
     def text_loss(self, plan: Plan) -> float:
         """Mean next-token cross-entropy of `plan`, in nats, on the text of the search-validation split.
 
@@ -206,7 +219,8 @@ class Strategy:
     `gradient_loss` is the loss whose gradient is asked for, one batch in each of `steps`; `gate_label` what their
     gates are in a picture. `swaps(settings)` are the races at its end. What is not
     `seeded` gives the same for every seed. `two_options`: it cannot choose among more. `finds_budget`: the number of
-    full layers is what it finds. `enumerates`: it evaluates every plan of the budget.
+    full layers is what it finds. `patches`: it replaces activations
+    inside of the model, which must be whole. `enumerates`: it evaluates every plan of the budget.
     """
 
     run: Callable[..., Selection]
@@ -223,6 +237,7 @@ class Strategy:
     seeded: bool = True
     two_options: bool = False
     finds_budget: bool = False
+    patches: bool = False
     enumerates: bool = False
 
 

@@ -4,12 +4,14 @@ A new strategy is one file with one function and its record, and one line in `ST
 is what `--help` shows.
 """
 
+from flashmorph.selection.strategies.attribution import ATTRIBUTION
 from flashmorph.selection.strategies.blocks import FIRST, LAST, MIDDLE
 from flashmorph.selection.strategies.budgeted_gates import BUDGETED_GATES
 from flashmorph.selection.strategies.exhaustive import EXHAUSTIVE
 from flashmorph.selection.strategies.gates import GATES
 from flashmorph.selection.strategies.greedy import GREEDY_BACKWARD, GREEDY_FORWARD
 from flashmorph.selection.strategies.halo import HALO
+from flashmorph.selection.strategies.intervention import INTERVENTION
 from flashmorph.selection.strategies.kl import KL
 from flashmorph.selection.strategies.l0 import L0
 from flashmorph.selection.strategies.race import RACE
@@ -20,6 +22,7 @@ from flashmorph.selection.strategy import Strategy
 
 STRATEGIES: dict[str, Strategy] = {
     "add-one": ADD_ONE,
+    "attribution": ATTRIBUTION,
     "budgeted-gates": BUDGETED_GATES,
     "drop-one": DROP_ONE,
     "exhaustive": EXHAUSTIVE,
@@ -28,6 +31,7 @@ STRATEGIES: dict[str, Strategy] = {
     "greedy-backward": GREEDY_BACKWARD,
     "greedy-forward": GREEDY_FORWARD,
     "halo": HALO,
+    "intervention": INTERVENTION,
     "kl": KL,
     "l0": L0,
     "last": LAST,
