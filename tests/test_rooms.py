@@ -13,7 +13,7 @@ import flashmorph
 from flashmorph.cli import app
 
 FLOORS = """
-    errors progress units records
+    errors progress units records own
     versions
     files losses devices distributed
     inputs
@@ -37,12 +37,12 @@ FLOORS = """
 PACKAGE = Path(flashmorph.__file__).parent
 LONGEST = 300
 
-_MADE = "output recipe budget strategy plan layers window baseline data allow-repeat allow-unused from set device"
+_MADE = "output recipe budget strategy plan layers window mixers baseline data allow-repeat allow-unused from set device"
 _BUILT = _MADE.replace(" baseline", "")
 OPTIONS = {
     "morph": f"{_MADE} dry-run json",
     "transplant": "output set allow-unused device",
-    "align": "output recipe window data allow-repeat allow-unused from set device",
+    "align": "output recipe window mixers data allow-repeat allow-unused from set device",
     "select": "from output recipe budget strategy curve within recall-questions max-plans set allow-unused force "
     "device json",
     "build": _BUILT,
@@ -54,7 +54,7 @@ OPTIONS = {
     "generate": "prompt max-new-tokens allow-unused device",
     "bench": "lengths repeats decode-tokens dtype allow-unused device json",
     "export": "gguf llama-cpp dtype force",
-    "estimate": "recipe budget strategy baseline data window set gpu gpus utilisation contexts explain json",
+    "estimate": "recipe budget strategy baseline data window mixers set gpu gpus utilisation contexts explain json",
     "compare": "output budgets strategies seeds spends questions recall-questions distill-steps distill-budget "
     "max-plans reference reference-tokens kept recipe data from set allow-unused force device json",
     "hosts": "json",

@@ -15,7 +15,7 @@ from flashmorph.plan import FULL
 from flashmorph.selection.strategy import Search, Selection, Steps, Strategy
 
 
-def attribution(search: Search, steps: Steps = 8, points: Annotated[int, Field(ge=1, le=1_000)] = 1) -> Selection:
+def attribution(search: Search, steps: Steps = 8, points: Annotated[int, Field(ge=1, le=1_000)] = 4) -> Selection:
     """Keep what the answer loss would rise by most without, to first order: one backward a batch, in `steps` batches.
 
     With one of `points` gates are fully open. There a loss near 0 has hardly a gradient; with more, batches take
