@@ -2,6 +2,7 @@
 
     python benchmarks/many_layers.py --window 128 --budgets 7 --seeds 5 --strategies budgeted-gates race
     python benchmarks/many_layers.py --window 128 --mixers full,window --budgets heads=21 --seeds 2
+    python benchmarks/many_layers.py --teacher tiny --recipe demo --window 32 --mixers full,window --budgets 2 heads=4
     python benchmarks/many_layers.py --show
 
 `flashmorph compare --reference found` spends most of its tokens on a reference. Here the reference of a budget is the
@@ -28,7 +29,7 @@ from flashmorph.evaluation import paired_interval
 from flashmorph.files import write_json
 from flashmorph.model.morphable import Morphable
 from flashmorph.pipeline.branches import run_align, run_transplant
-from flashmorph.plan import Budget, Plan
+from flashmorph.plan import FULL, Budget, Plan
 from flashmorph.recipe.given import plan_of_layers
 from flashmorph.referee.entry import Entry
 from flashmorph.referee.judging import REFEREE_SEED
@@ -51,7 +52,9 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", default=["7"])
     parser.add_argument("--strategies", nargs="*", default=["budgeted-gates"], help="such as race+start_questions=2")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--plans", nargs="*", default=[], help="plans that are judged too: 7,8,12,15,17,18,20, or files")
+    parser.add_argument(
+        "--plans", nargs="*", default=[], help="plans that are judged too: 7,8,12,15,17,18,20, or files"
+    )
     parser.add_argument("--questions", type=int, default=128, help="questions of the referee's split")
     parser.add_argument("--part", default="0/1", help="which share of the searches")
     parser.add_argument("--run", type=Path, help="this process's run; default: runs/many-layers-FORM-PART")
@@ -76,10 +79,10 @@ def main() -> None:
         parser.exit(2, f"{error}\n")
     started = time.perf_counter()
     for plan in arguments.plans if part == 0 else ():
-        budget = judge.plan_of(plan).budget
-        cells.once({"strategy": "given", "budget": str(budget), "seed": 0, "plan": plan}, judge.given)
+        budget = str(judge.plan_of(plan).budget)
+        cells.once({**judge.teacher, "strategy": "given", "budget": budget, "seed": 0, "plan": plan}, judge.given)
     wanted = [
-        {"strategy": label, "budget": budget, "seed": seed}
+        {**judge.teacher, "strategy": label, "budget": budget, "seed": seed}
         for seed in range(arguments.seeds)
         for budget in arguments.budgets
         for label in arguments.strategies
@@ -133,6 +136,7 @@ class Judge:
         self.morphable: Morphable = open_morphable(self.run, host, run_align(self.run, host))
         self.work = folder / "many-layers"
         self.run = replace(self.run, recipe=self.run.at_once("select", self.work))
+        self.teacher = {} if arguments.teacher == SMOLLM2 else {"teacher": Path(arguments.teacher).name}
         self.search_settings = self.run.recipe.select.search.model_copy(update={"questions": arguments.questions})
 
     def plan_of(self, text: str) -> Plan:
@@ -163,22 +167,31 @@ class Judge:
     def judged(self, plan: Plan) -> dict[str, Any]:
         """Losses on the referee's questions, in nats; a plan that was judged before keeps them."""
         layers = plan.in_short().split(", ") if plan.has_heads else plan.full_layers
+        judged = (self.teacher.get("teacher"), self.cells.form, self.cells.changes, layers)
         for cell in kept(self.cells.path.parent):
-            if (cell["form"], cell["set"], cell["layers"]) == (self.cells.form, self.cells.changes, layers):
-                return {"layers": layers, "loss": cell["loss"], "losses": cell["losses"]}
+            if (cell.get("teacher"), cell["form"], cell["set"], cell["layers"]) == judged:
+                return {"layers": layers, **self._size(plan), "loss": cell["loss"], "losses": cell["losses"]}
         run = replace(self.run, recipe=self.run.recipe.model_copy(update={"seed": REFEREE_SEED}))
         judging = open_objective(run, self.morphable, self.work / "judge", self.search_settings, judging="referee")
         losses = judging.evaluate([plan])[0]
-        return {"layers": layers, "loss": float(losses.mean()), "losses": np.round(losses, 4).tolist()}
+        figures = {"loss": float(losses.mean()), "losses": np.round(losses, 4).tolist()}
+        return {"layers": layers, **self._size(plan), **figures}
+
+    def _size(self, plan: Plan) -> dict[str, Any]:
+        """In the type of our own: how many heads are full, and whether they are whole layers."""
+        if not self.morphable.host.by_head:
+            return {}
+        heads = self.morphable.model.config.num_key_value_heads
+        whole = sum(options == {FULL} for options in plan.by_layer().values())
+        full = len(plan.full_groups) if plan.has_heads else heads * len(plan.full_groups)
+        return {"full_heads": full, "whole_layers": full == heads * whole}
 
 
 def show(cells: Path, output: Path) -> None:
     """The table of all cells, and the file."""
     rows, found = [], kept(cells)
-    for form, budget in sorted(
-        {(cell["form"], cell["budget"]) for cell in found}, key=lambda key: (key[0], len(key[1]), key[1])
-    ):
-        alike = [cell for cell in found if (cell["form"], cell["budget"]) == (form, budget)]
+    for about in sorted({_judged_with(cell) for cell in found}):
+        alike = [cell for cell in found if _judged_with(cell) == about]
         alike.sort(key=lambda cell: (cell["strategy"], cell["set"], cell["seed"], cell["loss"]))
         best = min(alike, key=lambda cell: cell["loss"])
         for cell in alike:
@@ -188,19 +201,58 @@ def show(cells: Path, output: Path) -> None:
             if cost := cell.get("cost"):
                 row["tokens"] = cost["tokens_forward"] + 2 * cost["tokens_backward"]
             rows.append(row)
-    write_json(output, {"best_known": "the best of all plans judged, on the same questions", "cells": rows})
+    by_head = heads_against_layers(found)
+    what = "the best of all plans judged, on the same questions"
+    write_json(output, {"best_known": what, "cells": rows, **({"heads_against_layers": by_head} if by_head else {})})
     table = Table(title="regret against the best known plan, nats an answer token", title_justify="left")
-    words = ("form", "strategy", "set", "layers")
-    for column in ("form", "budget", *words[1:3], "seed", "layers", "loss", "regret", "+-", "tokens, backward twice"):
+    words = ("teacher", "form", "strategy", "set", "layers")
+    for column in (*words[:2], "budget", *words[2:4], "seed", "layers", "loss", "regret", "+-", "tokens"):
         table.add_column(column, justify="left" if column in words else "right")
     for row in rows:
         layers = " ".join(map(str, row["layers"]))
         figures = f"{row['loss']:.3f}", f"{row['regret']:.3f}", f"{row['half_width']:.3f}"
         tokens = f"{row['tokens']:,}" if "tokens" in row else ""
-        table.add_row(
-            row["form"], row["budget"], row["strategy"], row["set"], str(row["seed"]), layers, *figures, tokens
+        about = (row.get("teacher", "SmolLM2"), row["form"], row["budget"], row["strategy"], row["set"])
+        table.add_row(*about, str(row["seed"]), layers, *figures, tokens)
+    Console(width=200).print(table)
+    for row in by_head:
+        low, high = row["interval"]
+        print(
+            f"{row['teacher']}, {row['set']}: best known {row['full_heads']} heads {row['heads']:.3f}, the same as "
+            f"layers {row['layers']:.3f}; difference {row['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
         )
-    Console(width=180).print(table)
+
+
+def _judged_with(cell: dict[str, Any]) -> tuple[str, str, int, str]:
+    """Cells that share this are judged against each other: teacher, form, and the budget, shorter ones first.
+
+    Settings of a mixer, such as sinks, make another model; other settings of a run do not.
+    """
+    form = " ".join([cell["form"], *(part for part in cell["set"].split() if part.startswith("host."))])
+    return cell.get("teacher", ""), form, len(cell["budget"]), cell["budget"]
+
+
+def heads_against_layers(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The best known plan of single heads minus that of whole layers with as many heads, by teacher and settings."""
+    alike: dict[tuple[str, str, int], dict[bool, dict[str, Any]]] = {}
+    for cell in cells:
+        if "full_heads" in cell:
+            key = (cell.get("teacher", "SmolLM2"), cell["set"], cell["full_heads"])
+            own = alike.setdefault(key, {})
+            whole = cell["whole_layers"]
+            if whole not in own or cell["loss"] < own[whole]["loss"]:
+                own[whole] = cell
+    rows = []
+    for (teacher, changes, heads), own in sorted(alike.items()):
+        if len(own) == 2:
+            ends = paired_interval([own[False]["losses"]], [own[True]["losses"]])
+            losses = {"heads": own[False]["loss"], "layers": own[True]["loss"]}
+            plans = {"plan_of_heads": own[False]["layers"], "plan_of_layers": own[True]["layers"]}
+            row = {"teacher": teacher, "set": changes, "full_heads": heads, **losses, **plans}
+            questions = len(own[True]["losses"])
+            difference = losses["heads"] - losses["layers"]
+            rows.append({**row, "difference": difference, "interval": list(ends), "questions": questions})
+    return rows
 
 
 if __name__ == "__main__":

@@ -2,8 +2,16 @@
 
 from typing import Any
 
+import numpy as np
+
 from flashmorph.plan import Budget, Space
 from flashmorph.selection import Search
+
+
+def effects_like(worth: Any, groups: int, pairs: int) -> np.ndarray:
+    """Effects `[2, pairs, groups]` in the proportions of what each group is worth, alike in two tasks."""
+    shares = np.maximum(np.asarray(worth, dtype=float), 0)[:groups]
+    return np.tile(shares / max(shares.max(), 1e-9), (2, pairs, 1))
 
 
 class Forgetful:

@@ -150,7 +150,7 @@ def test_a_forward_takes_the_operations_that_are_counted(case, models, length):
     model = expected(case).model
     for real, kept in ((hybrid, KEPT), (morphable.model, model.layers)):
         found = counted(lambda real=real: real.model(input_ids=ids, use_cache=False))
-        assert body_forward(model._replace(num_full=kept), length)[0] * ids.numel() == pytest.approx(found, rel=0.02)
+        assert body_forward(model._replace(kept=kept), length)[0] * ids.numel() == pytest.approx(found, rel=0.02)
 
 
 @pytest.mark.parametrize("stage", ["align", "select", "distill", "extend"])
@@ -287,7 +287,7 @@ def test_memory_of_a_full_layer_is_about_what_autograd_keeps(bf16):
         model, _ = transplant(random_qwen3(**{**shape, "num_hidden_layers": layers}))
         found.append(kept_bytes(model, ids, bf16))
     plan = estimate("random", random_qwen3(**shape).config, RECIPE)
-    all_full = plan.model._replace(num_full=plan.model.layers)
+    all_full = plan.model._replace(kept=plan.model.layers)
     per_token = stage_memory(all_full, plan.sizes, RECIPE, 1, bf16)["extend"].per_token / plan.model.layers
     assert per_token == pytest.approx((found[1] - found[0]) / 2 / ids.numel(), rel=0.15)
 
@@ -306,7 +306,7 @@ def test_memory_of_experts_is_about_what_autograd_keeps(bf16):
             found.append(kept_bytes(transplant(teacher)[0], ids, bf16))
         config = config_of("qwen3_moe: grouped", **{**shape, "num_experts_per_tok": chosen})
         plan = estimate("random", config, RECIPE)
-        all_full = plan.model._replace(num_full=plan.model.layers)
+        all_full = plan.model._replace(kept=plan.model.layers)
         per_token = stage_memory(all_full, plan.sizes, RECIPE, 1, bf16)["extend"].per_token / plan.model.layers
         assert per_token == pytest.approx((found[1] - found[0]) / 2 / ids.numel(), rel=0.15), chosen
 
@@ -324,7 +324,7 @@ def test_memory_of_a_linear_layer_on_a_cpu_is_about_what_autograd_keeps(family, 
         model = host.model_class(host.with_plan(own, ["linear"] * layers)).float()
         found.append(kept_bytes(model, ids, bf16))
     config = config_of(family, **shape)
-    model = model_of(config, RECIPE)._replace(num_full=0)
+    model = model_of(config, RECIPE)._replace(kept=0)
     kept, by_kernels = (
         stage_memory(model, count_sizes(model.host, config, model.config, device), RECIPE, 1, bf16)["extend"].per_token
         for device in (torch.device("cpu"), None)

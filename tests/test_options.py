@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from surfaces import Forgetful, search_on
+from surfaces import Forgetful, effects_like, search_on
 
 from flashmorph.errors import UserError
 from flashmorph.plan import FULL, Budget, Group, Plan, Space, count_plans, every_plan
@@ -64,6 +64,9 @@ class Additive(Forgetful):
     def evaluate(self, plans, questions=None, report=None) -> np.ndarray:
         chosen = list(range(self.num_questions) if questions is None else questions)
         return np.array([self.loss(plan) + self._difficulty[chosen] for plan in plans])
+
+    def effects(self, groups, pairs, kind, receivers, report) -> np.ndarray:
+        return effects_like(WORTH, groups, pairs)
 
     def gradient(self, gates, step, loss, data="questions"):
         help = torch.tensor(self._help, dtype=gates.dtype)

@@ -310,9 +310,10 @@ def test_a_switched_head_is_no_larger_than_the_attention():
     full = sum(weight.numel() for weight in supernet.model.parameters())
     space = supernet.space(Budget("heads", 1))
     windows = supernet.instantiate(space.of_options([1] * len(space.groups), Budget("heads", 1)))
-    assert windows.num_parameters() == transplant(random_teacher("llama: grouped", 1, num_hidden_layers=3), SETTINGS)[
-        0
-    ].num_parameters()
+    assert (
+        windows.num_parameters()
+        == transplant(random_teacher("llama: grouped", 1, num_hidden_layers=3), SETTINGS)[0].num_parameters()
+    )
     assert windows.num_parameters() < full
 
 
@@ -366,7 +367,9 @@ def test_bytes_are_spent_on_heads(tmp_path):
     assert space.has_heads
     every = space.of_options([0] * len(space.groups), Budget("heads", 1))
     assert space.cost_of(every) == cache_bytes(host.with_plan(config, [FULL] * 4), 512)
-    mixed = Plan.of({group: (FULL, "window")[number % 2] for number, group in enumerate(space.groups)}, Budget("heads", 2))
+    mixed = Plan.of(
+        {group: (FULL, "window")[number % 2] for number, group in enumerate(space.groups)}, Budget("heads", 2)
+    )
     assert space.cost_of(mixed) == cache_bytes(host.with_plan(config, list(mixed.assignments.values())), 512)
 
 

@@ -37,7 +37,9 @@ FLOORS = """
 PACKAGE = Path(flashmorph.__file__).parent
 LONGEST = 300
 
-_MADE = "output recipe budget strategy plan layers window mixers baseline data allow-repeat allow-unused from set device"
+_MADE = (
+    "output recipe budget strategy plan layers window mixers baseline data allow-repeat allow-unused from set device"
+)
 _BUILT = _MADE.replace(" baseline", "")
 OPTIONS = {
     "morph": f"{_MADE} dry-run json",

@@ -29,7 +29,8 @@ SETTINGS = {
     "nll": [{}, {"direction": "switch"}],
     "race": [{}, {"swaps": False}, {"start_questions": 3, "confidence": 0.95}],
 }
-NAMES = [name for name, strategy in STRATEGIES.items() if not strategy.finds_budget]
+LATER = ("attribution", "intervention")
+NAMES = [name for name, strategy in STRATEGIES.items() if not strategy.finds_budget and name not in LATER]
 
 
 class Surface(Forgetful):

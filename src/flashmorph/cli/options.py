@@ -29,8 +29,11 @@ RecipeOption = Annotated[
     ),
 ]
 BudgetOption = Annotated[
-    str | None, typer.Option(help="What may stay full: `7` or `25%` (layers), `heads=21` or `heads=25%` (key-value heads), "
-        "`kv=64MiB@32768`. Default: the recipe's.")
+    str | None,
+    typer.Option(
+        help="What may stay full: `7` or `25%` (layers), `heads=21` or `heads=25%` (key-value heads), "
+        "`kv=64MiB@32768`. Default: the recipe's."
+    ),
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Change one setting of the recipe: `align.tokens=1000000`.")
@@ -188,7 +191,7 @@ def open_run(options: Options, stages: Collection[str] = EVERY_STAGE, keep_recip
     host = host_for(config, recipe.host)
     if host.travelling:
         screen.say(
-            f"{host.name}: heads may be switched one by one ({', '.join(host.mixers)}), so the hybrid is of flashmorph's own "
+            f"{host.name}: heads may be switched one by one ({', '.join(host.mixers)}), so the hybrid is of our own "
             "type, which transformers alone serves; without --mixers and heads= it is a stock class"
         )
     if tokenizer := teacher.tokenizer():

@@ -106,4 +106,6 @@ class RichScreen:
             self.say(note)
         plan = results.plan
         other = ", ".join(sorted(set(plan.assignments.values()) - {FULL})) or "other"
-        self.say(f"\n{plan.strip()}   ■ full □ {other}: {plan.unit} {plan.in_short()} of {len(plan.assignments)} stay full")
+        self.say(
+            f"\n{plan.strip()}   ■ full □ {other}: {plan.unit} {plan.in_short()} of {len(plan.assignments)} stay full"
+        )

@@ -122,7 +122,9 @@ def _require_own(folder: Path, path: Path) -> None:
 def checkpoint_files(folder: Path) -> list[Path]:
     """Every file in `folder` by whose name transformers would open it as this checkpoint's, also left-over ones."""
     return sorted(
-        path for path in _matching(folder, r"config\.json", *_WEIGHTS, *_TOKENIZER, *_BESIDE, *_CODE) if not path.is_dir()
+        path
+        for path in _matching(folder, r"config\.json", *_WEIGHTS, *_TOKENIZER, *_BESIDE, *_CODE)
+        if not path.is_dir()
     )
 
 

@@ -62,7 +62,9 @@ class Sizes:
 
     def hybrid(self, option: str, num_full: float) -> int:
         """Parameters of the model with `num_full` full layers, all others `option`."""
-        return self.host + round((self.layers - num_full) * (self.parts[option].parameters - self.parts[FULL].parameters))
+        return self.host + round(
+            (self.layers - num_full) * (self.parts[option].parameters - self.parts[FULL].parameters)
+        )
 
     @property
     def branches(self) -> int:

@@ -30,16 +30,14 @@ CACHE_CONTEXTS = (512, 8192, 131072)
 
 
 def host_for(config: PreTrainedConfig, settings: Mapping[str, Any] | None = None) -> Host:
-    """The host that takes teachers of this configuration: one of the `WINDOW_HOSTS` where a `window` is set, and our own
+    """The host that takes teachers of this configuration: one of the `WINDOW_HOSTS` where a `window` is set, our own
     type where `mixers` are.
 
     Raises:
         UserError: no host takes its architecture, or a part of it has no exact counterpart.
     """
     given = settings or {}
-    hosts = (
-        (OwnHost.asked_for(given["mixers"]),) if "mixers" in given else WINDOW_HOSTS if "window" in given else HOSTS
-    )
+    hosts = (OwnHost.asked_for(given["mixers"]),) if "mixers" in given else WINDOW_HOSTS if "window" in given else HOSTS
     for host in hosts:
         if config.model_type in host.teachers:
             host.check(config)
@@ -118,8 +116,10 @@ def cache_bytes(config: PreTrainedConfig, context: int) -> int:
 def cache_by_layer(config: PreTrainedConfig, context: int) -> list[int]:
     """`cache_bytes`, layer by layer."""
     host, config, layers = _layers(config)
-    bytes_of = {option: mixer.cache_bytes(config, context) for option, mixer in host.mixers.items()}
-    return [sum(bytes_of[option] for option in options) // len(options) for options in layers]
+    return [
+        sum(host.mixers[option].cache_bytes(config, context) for option in options) // len(options)
+        for options in layers
+    ]
 
 
 def mixing_operations(config: PreTrainedConfig, context: int) -> int:
@@ -129,10 +129,10 @@ def mixing_operations(config: PreTrainedConfig, context: int) -> int:
         UserError: the configuration is neither a host's nor a teacher's.
     """
     host, config, layers = _layers(config)
-    steps = {
-        option: sum(each.step for each in mixer.products(config, context)) for option, mixer in host.mixers.items()
-    }
-    return sum(sum(steps[option] for option in options) // len(options) for options in layers)
+    return sum(
+        sum(each.step for option in options for each in host.mixers[option].products(config, context)) // len(options)
+        for options in layers
+    )
 
 
 def layer_products(host: Host, config: PreTrainedConfig, part: str, context: int) -> list[Products]:
@@ -193,7 +193,8 @@ def layer_space(host: Host, config: PreTrainedConfig, budget: Budget) -> Space:
     options, layers = tuple(host.mixers), config.num_hidden_layers
     if budget.counts_heads and not host.by_head:
         raise UserError(
-            f"budget {budget} counts heads, and {host.name} takes whole layers: --mixers {','.join(OWN.mixers)} takes heads"
+            f"budget {budget} counts heads, and {host.name} takes whole layers; "
+            f"--mixers {','.join(OWN.mixers)} takes heads"
         )
     in_bytes = budget.resource == "kv"
     heads = config.num_key_value_heads if budget.counts_heads or (in_bytes and host.by_head) else 0

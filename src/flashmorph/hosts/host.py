@@ -76,7 +76,7 @@ class Host(Protocol):
         ...
 
     def with_plan(self, config: PreTrainedConfig, options: Sequence[str]) -> PreTrainedConfig:
-        """A copy of the host's configuration whose group g is `options[g]`: a layer, or where all heads are given a head."""
+        """A copy of the host's configuration whose group g is `options[g]`: layers, or all their heads."""
         config = copy.deepcopy(config)
         config.layer_types = [LAYER_TYPES[option] for option in options]
         return config

@@ -31,7 +31,7 @@ _Size = Annotated[int, Field(ge=2, lt=1 << 31)]
 
 
 class OwnHost(Host):
-    """`FlashmorphForCausalLM`: each key-value head of each layer is full or has one of the mixers that were asked for."""
+    """`FlashmorphForCausalLM`: each key-value head of each layer is full or has one of the mixers asked for."""
 
     teachers: Mapping[str, str] = {
         "llama": "Llama and what has its shape",
@@ -58,9 +58,7 @@ class OwnHost(Host):
     def __init__(self, mixers: Sequence[str] = (FULL, *OWN_MIXERS)):
         from flashmorph.mixers.own import OwnFull
 
-        self.mixers: Mapping[str, Mixer] = {
-            name: OwnFull() if name == FULL else OWN_MIXERS[name]() for name in mixers
-        }
+        self.mixers: Mapping[str, Mixer] = {name: OwnFull() if name == FULL else OWN_MIXERS[name]() for name in mixers}
 
     @staticmethod
     def asked_for(mixers: Any) -> "OwnHost":
@@ -138,7 +136,9 @@ class OwnHost(Host):
                 parts = fused.split([len(fused) - 2 * key_rows, key_rows, key_rows])
                 state |= {f"{layer}self_attn.{each}_proj.weight": part for each, part in zip("qkv", parts, strict=True)}
                 halves = state.pop(f"{layer}mlp.gate_up_proj.weight").chunk(2)
-                state |= {f"{layer}mlp.{each}_proj.weight": half for each, half in zip(("gate", "up"), halves, strict=True)}
+                state |= {
+                    f"{layer}mlp.{each}_proj.weight": half for each, half in zip(("gate", "up"), halves, strict=True)
+                }
         return state
 
     def with_plan(self, config: PreTrainedConfig, options: Sequence[str]) -> PreTrainedConfig:

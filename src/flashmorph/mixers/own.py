@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from flashmorph.mixers.full import FullAttention
-from flashmorph.mixers.mixer import LayerArguments, Mixer, Products
+from flashmorph.mixers.mixer import LayerArguments, Products
 from flashmorph.mixers.products import STATE_BYTES, attention_cache_bytes, attention_products, head_dim_of
 from flashmorph.own import FlashmorphAttention, OwnMixer
 
@@ -138,7 +138,7 @@ class _Beside(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
         attention = cast(FlashmorphAttention, self._attention[0])
-        heads = range(attention.config.num_key_value_heads)
+        heads = range(attention.k_proj.out_features // attention.head_dim)
         return attention.mix({self._option: (heads, self.mixer)}, hidden_states, **arguments)
 
 

@@ -6,7 +6,7 @@ W_o and b_o are the branch's output projection. Every branch runs whatever its g
 still gets a gradient. Only under `no_grad` with a one-hot gate does a layer run the one branch that counts.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from flashmorph.hosts import host_of, layer_space, use_kernels
 from flashmorph.hosts.build import empty_model
 from flashmorph.mixers import Mixer, gated
 from flashmorph.mixers.mixer import LayerArguments
+from flashmorph.model.order import run_order
 from flashmorph.model.recompute import recomputed, recomputes
 from flashmorph.plan import FULL, Budget, Plan, Space
 
@@ -253,33 +254,6 @@ class _Resume(nn.Module):
 
 def _is_one_hot(gates: torch.Tensor) -> bool:
     return set(gates.tolist()) == {0.0, 1.0}
-
-
-def rows_by_layer(groups: int, layers: int) -> list[range]:
-    """The rows of each layer in gates of so many groups, which are the layers or the key-value heads of each."""
-    heads = groups // layers
-    return [range(layer * heads, (layer + 1) * heads) for layer in range(layers)]
-
-
-def run_order(gates: torch.Tensor, num_layers: int) -> list[tuple[int, int]]:
-    """(index, first layer to run) of each hard plan in `gates` `[plans, groups, options]`, neighbours together.
-
-    A plan that equals the one before starts with
-    the last layer, so that something is run.
-    """
-    layers = rows_by_layer(gates.shape[1], num_layers)
-    chosen = [tuple(tuple(plan[row] for row in rows) for rows in layers) for plan in gates.argmax(-1).tolist()]
-    order: list[tuple[int, int]] = []
-    before: tuple[tuple[int, ...], ...] | None = None
-    for index in sorted(range(len(chosen)), key=chosen.__getitem__):
-        plan = chosen[index]
-        start = 0
-        if before is not None:
-            differing = [layer for layer in range(len(plan)) if plan[layer] != before[layer]]
-            start = differing[0] if differing else len(plan) - 1
-        order.append((index, start))
-        before = plan
-    return order
 
 
 def attach(model: PreTrainedModel, calibration: torch.Tensor) -> tuple[Morphable, list[float]]:

@@ -19,7 +19,8 @@ DECAYS = ("learned", "fixed", "none")
 class OwnMixer(nn.Module):
     """A mixer of some key-value heads of one layer.
 
-    The rows of its weights belong to one head each, head after head, so that they can be gathered by head. `rotary`: whether it wants queries and keys after RoPE.
+    The rows of its weights belong to one head each, head after head, so that they can be gathered by head. `rotary`:
+    whether it wants queries and keys after RoPE.
     """
 
     rotary = True
@@ -152,13 +153,14 @@ class Linear(OwnMixer):
     """
 
     chunk = 64
+    slope: torch.Tensor
 
-    def __init__(
-        self, heads: int, groups: int, head_dim: int, width: int, decay: str = "learned", norm: bool = False
-    ):
+    def __init__(self, heads: int, groups: int, head_dim: int, width: int, decay: str = "learned", norm: bool = False):
         super().__init__(heads, groups, head_dim, width)
         if decay not in DECAYS or not isinstance(norm, bool):
-            raise ValueError(f"linear heads have a decay, {' or '.join(DECAYS)}, and a norm or none; got {decay}, {norm}")
+            raise ValueError(
+                f"linear heads have a decay, {' or '.join(DECAYS)}, and a norm or none; got {decay}, {norm}"
+            )
         self.decay, self.norm = decay, norm
         self.query_map = nn.Parameter(torch.empty(heads * groups * head_dim, head_dim))
         self.key_map = nn.Parameter(torch.empty(heads * head_dim, head_dim))

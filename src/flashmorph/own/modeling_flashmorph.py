@@ -20,7 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     eager_attention_forward,
 )
 
-from .cache_flashmorph import FlashmorphCacheLayer, own_layers
+from .cache_flashmorph import own_layers
 from .configuration_flashmorph import FULL, FlashmorphConfig
 from .mixers_flashmorph import OwnMixer, make_mixer
 
@@ -39,6 +39,7 @@ class FlashmorphAttention(Qwen3Attention):
             self.o_proj = nn.Linear(self.o_proj.in_features, config.hidden_size, bias=config.attention_out_bias)
         self.rotates = not config.no_rope_layers or bool(config.no_rope_layers[layer_idx])
         self.sliding_window = None
+        assert config.mixers is not None
         self.heads = {name: list(its) for name, its in config.mixers[layer_idx].items()}
         self.mixers = nn.ModuleDict(
             {name: self.new_mixer(name, len(its)) for name, its in self.heads.items() if name != FULL}
@@ -57,8 +58,8 @@ class FlashmorphAttention(Qwen3Attention):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """The output `[batch, time, width]`; `attention_mask` is a pair in layers that are not full: causal, padding."""
-        mixing = {name: (its, self.mixers[name] if name != FULL else None) for name, its in self.heads.items()}
+        """The output `[batch, time, width]`; in a hybrid layer `attention_mask` is a pair: causal, padding."""
+        mixing: Any = {name: (its, self.mixers[name] if name != FULL else None) for name, its in self.heads.items()}
         return self.mix(mixing, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs), None
 
     def mix(
@@ -77,7 +78,7 @@ class FlashmorphAttention(Qwen3Attention):
         v = self.v_proj(hidden).view(shape).transpose(1, 2)
         turned = apply_rotary_pos_emb(q, k, *position_embeddings) if self.rotates else (q, k)
         causal, real = attention_mask if isinstance(attention_mask, tuple) else (attention_mask, None)
-        layer = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
+        layer: Any = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
         outputs, order = [], []
         for name, (its, mixer) in mixing.items():
             queries, keys = turned if mixer is None or mixer.rotary else (q, k)
@@ -91,7 +92,7 @@ class FlashmorphAttention(Qwen3Attention):
                 heads = mixer(rows, key, value, hidden, real, state)
                 outputs.append(heads.transpose(1, 2).unflatten(2, (len(its), self.num_key_value_groups)))
             order.extend(its)
-        if isinstance(layer, FlashmorphCacheLayer) or type(layer).__name__ == FlashmorphCacheLayer.__name__:
+        if hasattr(layer, "seen"):  # By its class another copy of these files would not be known.
             layer.seen += hidden.shape[1]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
         if order != sorted(order):
@@ -117,7 +118,8 @@ class FlashmorphAttention(Qwen3Attention):
         heads = k.shape[1]
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        name = self.config._attn_implementation or "eager"
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         output, _ = attend(self, q, k, v, causal, dropout=dropout, scaling=self.scaling, sliding_window=None, **kwargs)
         return output.unflatten(2, (heads, self.num_key_value_groups))
@@ -163,10 +165,11 @@ class FlashmorphModel(Qwen3Model):
             use_cache = False
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        assert inputs_embeds is not None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
-            own_layers(past_key_values, [word == "hybrid" for word in self.config.layer_types])
+            own_layers(past_key_values, [word == "hybrid" for word in self.config.layer_types or ()])
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
@@ -183,13 +186,9 @@ class FlashmorphModel(Qwen3Model):
             masks = {"full_attention": create_causal_mask(**given)}
             masks["linear_attention"] = create_recurrent_attention_mask(**given)
         masks = {**masks, "hybrid": (masks["full_attention"], masks.get("linear_attention"))}
+        prepared: dict[str, Any] = {"attention_mask": masks, "position_ids": position_ids}
         return super().forward(
-            inputs_embeds=inputs_embeds,
-            attention_mask=masks,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            **kwargs,
+            inputs_embeds=inputs_embeds, past_key_values=past_key_values, use_cache=use_cache, **prepared, **kwargs
         )
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -35,9 +35,12 @@ _TOKENIZER = """
 than the teacher's. `PreTrainedTokenizerFast.from_pretrained` reads it as it is; give engines the teacher's.
 """
 
-_OWN_TYPE = """A checkpoint of flashmorph's own model type: stock classes hold whole layers only. The Python files beside it are its
-code, and need nothing but transformers. Where flashmorph is installed, `import flashmorph.own` takes the place of
-`trust_remote_code`:"""
+_OWN_TYPE = """A checkpoint of flashmorph's own model type: stock classes hold whole layers only. The Python files beside
+it are its code, and need nothing but transformers. Where flashmorph is installed, `import flashmorph.own` takes the
+place of `trust_remote_code`. transformers alone serves it; vLLM would need a plugin that registers the class and keeps the
+states of its mixers beside the paged keys and values:"""
+
+_STOCK = "Nothing of flashmorph's is needed to use it:"
 
 
 def model_card(run: Run, results: Results) -> str:
@@ -59,6 +62,7 @@ def model_card(run: Run, results: Results) -> str:
     rows = "\n".join(_row(name, score) for name, score in results.scores.items())
     tasks = ", ".join(map(code, run.recipe.tasks))
     text = text_in_words(results.scores["hybrid"].to_dict())
+    groups, named = ("key-value heads", "layer.head") if plan.has_heads else ("layers", "layers")
     trusted = ", trust_remote_code=True" if host.travelling else ""
     snippet = f"""from transformers import AutoModelForCausalLM
 
@@ -68,12 +72,12 @@ model = AutoModelForCausalLM.from_pretrained({python_string(run.folder.path.reso
 
 # Hybrid of {markdown(teacher)}
 
-Made from {code(teacher)}{revision}{origin} by flashmorph {own_version()}. {kept} of {number} {"key-value heads" if plan.has_heads else "layers"} keep full
-attention, chosen by {code(plan.strategy)} for the budget {plan.budget}: {"layer.head" if plan.has_heads else "layers"} {plan.in_short()}.
+Made from {code(teacher)}{revision}{origin} by flashmorph {own_version()}. {kept} of {number} {groups} keep full
+attention, chosen by {code(plan.strategy)} for the budget {plan.budget}: {named} {plan.in_short()}.
 
 `{plan.strip()}` (■ full attention, □ {mixers}{", ◧ heads of both" if plan.has_heads else ""})
 
-{_OWN_TYPE if host.travelling else f"An ordinary `{host.name}` checkpoint. Nothing of flashmorph's is needed to use it:"}
+{_OWN_TYPE if host.travelling else f"An ordinary `{host.name}` checkpoint. {_STOCK}"}
 
 {code_block(snippet, "python")}
 {_TOKENIZER if misreads_tokenizer(host.model_type) else ""}

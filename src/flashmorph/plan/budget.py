@@ -19,8 +19,8 @@ _FORMS = (
 class Budget:
     """A resource and the amount of it that a plan may use.
 
-    `resource` is `layers` (a count, spent exactly), `share` (a share of the layers, rounded down, at least one), `heads`
-    and `head_share` (the same of key-value heads), or `kv` (bytes of cache at `context` tokens, at most).
+    `resource` is `layers` (a count, spent exactly), `share` (a share of the layers, rounded down, at least one),
+    `heads` and `head_share` (the same of key-value heads), or `kv` (bytes of cache at `context` tokens, at most).
     """
 
     resource: str

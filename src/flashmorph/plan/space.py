@@ -87,8 +87,8 @@ class Space:
         """
         if budget.resource == "layers" and self.has_heads:
             raise UserError(
-                f"budget {budget} counts layers, and heads are chosen one by one here: give heads={budget}, a share such "
-                "as heads=25%, or kv="
+                f"budget {budget} counts layers, and heads are chosen one by one here: give a share such as heads=25%, "
+                "or kv="
             )
         if budget.counts_heads and not self.has_heads:
             raise UserError(f"budget {budget} counts heads, and whole layers are chosen here: give a count, or 25%")

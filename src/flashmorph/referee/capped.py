@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -110,6 +110,12 @@ class Capped:
     def text_loss(self, plan: Plan) -> float:
         """Not offered: a reference is chosen by questions."""
         raise ValueError("a reference is chosen by questions, not by text")
+
+    def effects(
+        self, groups: int, pairs: int, kind: Literal["receiver", "sender"], receivers: Sequence[int], report: Report
+    ) -> np.ndarray:
+        """Not offered: no strategy that patches is one of a reference's."""
+        raise ValueError("a reference is chosen by questions, not by patching")
 
     def distill(self, path: Sequence[Plan], steps: int) -> Distilled:
         """Not offered: a reference is chosen before any distillation."""

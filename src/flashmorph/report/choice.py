@@ -2,7 +2,7 @@
 
 from flashmorph.plan import FULL, Budget, Plan
 from flashmorph.records import Figures
-from flashmorph.report.charts import Chart, Dots, Heat, Lines, Series
+from flashmorph.report.charts import Chart, Dots, Heat, Lines, Panel, Series
 from flashmorph.report.looks import QUIET, Look, colour
 from flashmorph.report.source import Source
 from flashmorph.selection import STRATEGIES
@@ -42,10 +42,13 @@ def heads(source: Source) -> Chart | None:
             list(map(str, layers)),
             list(map(str, rows)),
             [[None if cell is None else values[cell] for cell in row] for row in cells],
-            [["" if cell is None else f"{groups[cell]}: {options[cell]}{about[groups[cell]]}" for cell in row] for row in cells],
+            [
+                ["" if cell is None else f"{groups[cell]}: {options[cell]}{about[groups[cell]]}" for cell in row]
+                for row in cells
+            ],
         )
 
-    panels = [panel("100 = stays full", [100.0 * (option == FULL) for option in options])]
+    panels: list[Panel] = [panel("100 = stays full", [100.0 * (option == FULL) for option in options])]
     if plan.scores:
         worth = [row[FULL] - max(score for option, score in row.items() if option != FULL) for row in plan.scores]
         least, span = min(worth), max(max(worth) - min(worth), 1e-12)

@@ -71,7 +71,13 @@ def _teacher(plan: Plan) -> list[str]:
 
 def _sections(source: Source) -> list[Section]:
     charts = {
-        "The plan": [_plan(source), choice.heads(source), choice.scores(source), choice.gates(source), choice.regret(source)],
+        "The plan": [
+            _plan(source),
+            choice.heads(source),
+            choice.scores(source),
+            choice.gates(source),
+            choice.regret(source),
+        ],
         "What it can do": [
             _models(source),
             *map(paragraph, source.notes),

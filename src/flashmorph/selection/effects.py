@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from flashmorph.losses import Head
-from flashmorph.model.morphable import Morphable, rows_by_layer
+from flashmorph.model.morphable import Morphable
+from flashmorph.model.order import rows_by_layer
 from flashmorph.model.patching import Recording
 from flashmorph.tasks.counterfactual import Pair
 
@@ -61,9 +62,7 @@ class PairEffects:
 
     def senders(self, receivers: Collection[int]) -> list[float]:
         """The sender effect of each group on these `receivers`, groups too."""
-        return [
-            self._sent(layer, number, receivers) for layer, rows in enumerate(self._rows) for number in rows
-        ]
+        return [self._sent(layer, number, receivers) for layer, rows in enumerate(self._rows) for number in rows]
 
     def layers_of(self, receivers: Collection[int]) -> list[int]:
         """The layers that have any of the receivers."""

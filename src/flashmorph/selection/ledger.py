@@ -6,7 +6,8 @@ import torch
 
 from flashmorph.data.heldout import HeldOut
 from flashmorph.hosts import FEED_FORWARD
-from flashmorph.model.morphable import Morphable, rows_by_layer, run_order
+from flashmorph.model.morphable import Morphable
+from flashmorph.model.order import rows_by_layer, run_order
 from flashmorph.plan import FULL, Plan
 from flashmorph.selection.cache import key_of
 from flashmorph.selection.meter import Meter, Parts
@@ -108,4 +109,6 @@ class Ledger:
 
     def _parts_of(self, plan: Plan) -> Parts:
         options = list(plan.assignments.values())
-        return self._meter.parts_of([options[row] for row in rows] for rows in rows_by_layer(len(options), self._layers))
+        return self._meter.parts_of(
+            [options[row] for row in rows] for rows in rows_by_layer(len(options), self._layers)
+        )

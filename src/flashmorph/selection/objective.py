@@ -150,7 +150,7 @@ class MorphableObjective:
         if empty := [task for task in range(tasks) if np.isnan(found[task]).all()]:
             raise UserError(
                 f"strategy intervention: none of {pairs} counterfactual pairs of task number {empty[0] + 1} measures "
-                "anything: the teacher hardly prefers the answer, or no other value has as many tokens; leave the task out"
+                "anything: the teacher hardly prefers the answer, or no other value has as many tokens; leave it out"
             )
         return found
 

@@ -27,12 +27,12 @@ def attribution(search: Search, steps: Steps = 8, points: Annotated[int, Field(g
     space, budget = search.space, search.budget
     space.limit(budget)
     full, cheapest = space.plan(space.groups, budget), space.plan([], budget)
-    ends = [torch.tensor(space.one_hot(plan), dtype=torch.float32) for plan in (full, cheapest)]
+    start, end = (torch.tensor(space.one_hot(plan), dtype=torch.float32) for plan in (full, cheapest))
     rise = torch.zeros(space.cost.shape)
     trace = []
     for step in range(steps):
         way = (step % points + 0.5) / points if points > 1 else 0.0
-        loss, gradient = search.objective.gradient(torch.lerp(*ends, way), step, "answers")
+        loss, gradient = search.objective.gradient(start + way * (end - start), step, "answers")
         rise += (gradient - gradient[:, [space.options.index(FULL)]]) / steps
         trace.append({"loss": loss, "gates": 1 - way})
         search.report(step + 1, steps, loss=loss)
