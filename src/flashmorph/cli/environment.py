@@ -6,7 +6,7 @@ import torch
 
 from flashmorph.data.isolation import how_apart
 from flashmorph.devices import pick_device, use_bf16
-from flashmorph.hosts import HOSTS, supports_varlen, use_kernels
+from flashmorph.hosts import HOSTS, OWN, supports_varlen, use_kernels
 from flashmorph.mixers.kernels import REFERENCE, implementation_in_use
 from flashmorph.mixers.mixer import Kernels
 from flashmorph.versions import own_version, version_of
@@ -36,7 +36,8 @@ def describe() -> dict[str, str]:
         use_kernels(host.model_type)
         for kernels in (mixer.kernels for mixer in host.mixers.values() if mixer.kernels):
             facts |= {name: _kernel(kernels, name, device) for name in kernels.functions}
-    for host in HOSTS:
+    facts[OWN.name] = "linear heads: PyTorch's operations on every device, no kernel"
+    for host in (*HOSTS, OWN):
         facts[f"{host.name} rows"] = f"packed documents {how_apart(True, supports_varlen(host, device))}"
     return facts
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from flashmorph.cli.app import app
 from flashmorph.cli.options import OUT, JsonOption, quiet
@@ -27,16 +28,23 @@ def hosts(as_json: JsonOption = False) -> None:
         full, *others = host["options"].values()
         rows += [("switched layer", mixer, f"in the place of {full}") for mixer in others]
         for name, setting in host["settings"].items():
-            # A window has no default: 0 stands for none given.
-            shown = {0: "TOKENS", None: "NUMBER"}.get(setting["default"], setting["default"])
+            shown = _shown(setting["default"])
             rows.append(("setting", f"host.{name}={shown}", setting["about"]))
         for engine in host["serves"]:
             needs = f"needs {engine['needs']}" if engine["needs"] else ""
             about = "; ".join(part for part in (engine["known"], engine["takes"], needs) if part)
             about += f". {engine['otherwise']}" if engine["otherwise"] else ""
             rows.append(("served by", f"{engine['name']} {engine['version']}", about))
-        _print_table(host["host"] + (", with --window" if "window" in host["settings"] else ""), rows)
+        asked = next((f", with --{name}" for name in ("mixers", "window") if name in host["settings"]), "")
+        _print_table(host["host"] + asked, rows)
     _print_table("no exact host", list(table["refused"].items()))
+
+
+def _shown(default: Any) -> str:
+    """A default in words. A window has none: 0 stands for none given."""
+    if isinstance(default, bool):
+        return str(default).lower()
+    return {0: "TOKENS", None: "NUMBER", "": "NAMES"}.get(default, str(default))
 
 
 def _print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
