@@ -23,9 +23,9 @@ def _own_mounts() -> bool:
     return bool(shutil.which("unshare")) and subprocess.run(mount, capture_output=True).returncode == 0
 
 
-def _crash(folder: Path, teacher: Path, *options: str) -> dict:
+def _crash(folder: Path, teacher: Path, *options: str, budget: str = FEW_STEPS["budget"]) -> dict:
     recipe = folder / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({**FEW_STEPS, "baseline": None, "extend": None}))
+    recipe.write_text(yaml.safe_dump({**FEW_STEPS, "budget": budget, "baseline": None, "extend": None}))
     command = [sys.executable, CRASH, "--skip-renames", "--teacher", teacher, "--recipe", recipe, *options]
     command += ["--output", folder / "runs", "--results", folder / "crash.json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -39,6 +39,11 @@ def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_weights(tmp_p
     assert results["kills"] == 3 and results["runs"] == results["runs_with_the_same_weights"] > 0
     assert {kill["signal"] for kill in results["each_kill"]} == {"SIGKILL", "SIGTERM", "SIGINT"}
     assert not list(tmp_path.glob("runs/random-*/**/*.part*"))
+
+
+def test_a_run_by_heads_that_is_killed_ends_with_the_same_weights(tmp_path, teacher_folder):
+    results = _crash(tmp_path, teacher_folder, "--kills", "3", "--disks", "0", budget="heads=2")["random"]
+    assert results["kills"] == 3 and results["runs"] == results["runs_with_the_same_weights"] > 0
 
 
 @pytest.mark.skipif(not _own_mounts(), reason="needs Linux's unshare, and to be allowed to mount")

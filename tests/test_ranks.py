@@ -94,6 +94,23 @@ def two(request) -> tuple[Path, str]:
     return request.getfixturevalue(request.param)
 
 
+@pytest.mark.parametrize(
+    ("changes", "ways"),
+    [({"budget": "heads=2"}, ((), ("--set", "shard=true"))), ({"host": {"window": 32}}, (("--set", "shard=true"),))],
+    ids=["heads", "windows"],
+)
+def test_two_processes_do_as_one_where_branches_share_projections(teacher, recipe, tmp_path, changes, ways):
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | {"extend": None} | changes))
+    one = tmp_path / "one"
+    assert run_command("morph", teacher, "--recipe", own, "--output", one) == 0
+    for more in ways:
+        two, _ = run_of_two(teacher, own, tmp_path / f"two-{len(more)}", *more)
+        assert Plan.load(two / "plan.json").assignments == Plan.load(one / "plan.json").assignments
+        weights = [load_file(run / "model.safetensors") for run in (one, two)]
+        assert difference(weights[0], weights[1]) < 1e-5
+
+
 def stages_of(run: Path) -> dict[str, dict]:
     return {path.parent.name: json.loads(path.read_text()) for path in run.glob("stages/*/stage.json")}
 

@@ -100,8 +100,8 @@ def count_sizes(
     for option, branch in branches.items():
         # A branch without weights of its own runs on those of the attention.
         mixer = others[option]
-        parts[option] = _part(branch, chosen) if mixer.trainable else parts[FULL]
-        if mixer.trainable and host.by_head:  # Its projections are the attention's.
+        parts[option] = _part(branch, chosen)
+        if mixer.borrows:
             parts[option] = parts[option].beside(parts[FULL])
         if device and mixer.kernels and not kernel_runs(mixer.kernels, device):
             use_kernels(host.model_type)

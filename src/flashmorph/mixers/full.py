@@ -18,6 +18,7 @@ class FullAttention:
     """
 
     trainable = False
+    borrows = False
     separable_by_head = True
     projection = "o_proj"
     kernels: Kernels | None = None

@@ -57,6 +57,7 @@ class GatedDeltaNet:
 
     name = "Gated DeltaNet"
     trainable = True
+    borrows = False
     separable_by_head = True
     projection = "out_proj"
 

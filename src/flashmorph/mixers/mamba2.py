@@ -34,6 +34,7 @@ class Mamba2:
 
     name = "Mamba2"
     trainable = True
+    borrows = False
     separable_by_head = False
     projection = "out_proj"
     kernels: Kernels | None = Kernels(

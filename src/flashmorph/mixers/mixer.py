@@ -59,14 +59,15 @@ class Kernels(NamedTuple):
 class Mixer(Protocol):
     """One kind of mixer, as an option of a host's layers. Its modules are transformers' own.
 
-    `name` is the mixer in words. A mixer that is not `trainable` has no weights of its own: it runs on
-    those of the attention, and there is nothing to align. `separable_by_head`: what enters its output projection, the
-    submodule `projection`, divides evenly into parts that belong to one key-value head each, and no part depends on
-    which others are used.
+    `name` is the mixer in words. A mixer that is not `trainable` has no weights of its own, and there is nothing to
+    align. One that `borrows` runs on the attention's projections, whatever weights it has besides. `separable_by_head`:
+    what enters its output projection, the submodule `projection`, divides evenly into parts that belong to one
+    key-value head each, and no part depends on which others are used.
     """
 
     name: str
     trainable: bool
+    borrows: bool
     separable_by_head: bool
     projection: str
     kernels: Kernels | None

@@ -30,6 +30,7 @@ class _OwnAdapter(FullAttention):
     """What the mixers here have in common: `option` is their name in the configuration."""
 
     option: str
+    borrows = True
 
     def build(self, config: PreTrainedConfig, layer: int, attention: nn.Module) -> nn.Module:
         """The mixer of all heads of the layer, beside the attention whose projections it uses."""

@@ -15,6 +15,8 @@ from flashmorph.mixers.products import attention_cache_bytes, attention_products
 class SlidingWindow(FullAttention):
     """Attention to `sliding_window` tokens of the configuration, the token itself included."""
 
+    borrows = True
+
     def __init__(self) -> None:
         super().__init__("sliding window")
 

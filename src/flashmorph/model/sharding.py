@@ -66,7 +66,7 @@ def _shard_parts(model: PreTrainedModel, device: torch.device, bf16: bool) -> No
     mesh = _mesh(device.type)
     for layer in model.model.layers:
         for part in layer.children():
-            for unit in part.branches.values() if isinstance(part, MorphableLayer) else (part,):
+            for unit in _units(part):
                 matrices = {weight.dtype for weight in unit.parameters() if weight.ndim > 1}
                 # A unit has one dtype: beside frozen matrices in bfloat16, norms in float32 are not sharded.
                 apart = {weight for weight in unit.parameters() if weight.dtype not in matrices}
@@ -76,6 +76,17 @@ def _shard_parts(model: PreTrainedModel, device: torch.device, bf16: bool) -> No
     fully_shard(model.model, mesh=mesh, ignored_params=kept)
     for tensor in (*kept, *model.buffers()):
         tensor.data = tensor.data.to(device)
+
+
+def _units(part: nn.Module) -> list[nn.Module]:
+    """The parts of a decoder layer's part that are sharded apart.
+
+    An attention whose projections another branch borrows stays whole: a unit is gathered for its own forward only.
+    """
+    if not isinstance(part, MorphableLayer):
+        return [part]
+    borrowed = any(branch.mixer.borrows for branch in part.others.values())
+    return [*part.others.values()] if borrowed else [*part.branches.values()]
 
 
 def is_sharded(model: nn.Module) -> bool:

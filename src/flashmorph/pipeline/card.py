@@ -35,9 +35,9 @@ _TOKENIZER = """
 than the teacher's. `PreTrainedTokenizerFast.from_pretrained` reads it as it is; give engines the teacher's.
 """
 
-_OWN_TYPE = """A checkpoint of flashmorph's own model type: stock classes hold whole layers only. The Python files beside
-it are its code, and need nothing but transformers. Where flashmorph is installed, `import flashmorph.own` takes the
-place of `trust_remote_code`. transformers alone serves it; vLLM would need a plugin that registers the class and keeps the
+_OWN_TYPE = """A checkpoint of flashmorph's own model type: stock classes hold whole layers only. Its code lies
+beside it and needs nothing but transformers. Where flashmorph is installed, `import flashmorph.own` takes the place of
+`trust_remote_code`. transformers alone serves it; vLLM would need a plugin that registers the class and keeps the
 states of its mixers beside the paged keys and values:"""
 
 _STOCK = "Nothing of flashmorph's is needed to use it:"
