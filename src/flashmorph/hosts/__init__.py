@@ -194,7 +194,7 @@ def layer_space(host: Host, config: PreTrainedConfig, budget: Budget) -> Space:
     if budget.counts_heads and not host.by_head:
         raise UserError(
             f"budget {budget} counts heads, and {host.name} takes whole layers; "
-            f"--mixers {','.join(OWN.mixers)} takes heads"
+            f"--mixers {','.join(list(OWN.mixers)[:2])} takes heads"
         )
     in_bytes = budget.resource == "kv"
     heads = config.num_key_value_heads if budget.counts_heads or (in_bytes and host.by_head) else 0

@@ -45,8 +45,9 @@ class OwnHost(Host):
     }
     settings: Mapping[str, str] = {
         "mixers": "what a head may be, with commas: full and at least one of " + ", ".join(OWN_MIXERS),
-        "window": "tokens that a head with the mixer window sees, the token itself included",
+        "window": "tokens that heads with the mixers window and thin see exactly, the token itself included",
         "sinks": "first tokens of the text that a window sees as well",
+        "points": "size of each part of the sample that a head with the mixer thin keeps beside its window",
         "decay": "how a linear head forgets: learned from the layer's input, fixed by head, or none",
         "head_norm": "whether linear heads have an RMSNorm and a learned scale before the output projection",
     }
@@ -94,6 +95,7 @@ class OwnHost(Host):
         mixers: str = "",
         window: _Size = 128,
         sinks: Annotated[int, Field(ge=0, lt=1 << 16)] = 4,
+        points: Annotated[int, Field(ge=2, lt=1 << 16)] = 64,
         decay: Literal["learned", "fixed", "none"] = "learned",
         head_norm: bool = False,
     ) -> FlashmorphConfig:
@@ -103,12 +105,12 @@ class OwnHost(Host):
             UserError: the window is not below the teacher's longest context.
         """
         longest = teacher.max_position_embeddings
-        if "window" in self.mixers and not window + sinks < longest:
+        if {"window", "thin"} & set(self.mixers) and not window + sinks < longest:
             raise UserError(
                 f"host.window={window} and host.sinks={sinks} must be below the teacher's longest context, "
                 f"{longest:,} tokens, together"
             )
-        given = {"window": window, "sinks": sinks, "decay": decay, "head_norm": head_norm}
+        given = {"window": window, "sinks": sinks, "points": points, "decay": decay, "head_norm": head_norm}
         same: dict[str, Any] = {name: getattr(teacher, name) for name in LLAMA_SETTINGS}
         bias = teacher.model_type in _BIASED or bool(getattr(teacher, "attention_bias", False))
         out = getattr(teacher, "attention_out_bias", bias and teacher.model_type not in _BIASED)

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from flashmorph.mixers.full import FullAttention
 from flashmorph.mixers.mixer import LayerArguments, Products
 from flashmorph.mixers.products import STATE_BYTES, attention_cache_bytes, attention_products, head_dim_of
-from flashmorph.own import FlashmorphAttention, OwnMixer
+from flashmorph.own import FlashmorphAttention, OwnMixer, held_after
 
 LINEAR_CHUNK = 64
 
@@ -63,12 +63,38 @@ class OwnWindow(_OwnAdapter):
     def cache_bytes(self, config: PreTrainedConfig, context: int) -> int:
         """Keys and values of the window but its newest token, and of the sinks."""
         settings = config.mixer_settings[self.option]
-        return attention_cache_bytes(config, min(context, settings["size"] - 1) + settings["sinks"])
+        return attention_cache_bytes(config, min(context, settings["size"] - 1) + settings.get("sinks", 0))
 
     def products(self, config: PreTrainedConfig, context: int) -> list[Products]:
         """As of attention, the scores over window and sinks."""
         settings = config.mixer_settings[self.option]
-        return attention_products(config, context, settings["size"] + settings["sinks"])
+        return attention_products(config, context, settings["size"] + settings.get("sinks", 0))
+
+
+class OwnThin(_OwnAdapter):
+    """A weighted sample of the past beside a window."""
+
+    option = "thin"
+
+    def __init__(self) -> None:
+        super().__init__("thinned attention by head", varlen=False)
+
+    @staticmethod
+    def own_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+        """Its entry in `mixer_settings`, from the host's settings."""
+        return {"kind": "thin"} | {name: given[name] for name in ("points", "window", "sinks")}
+
+    def cache_bytes(self, config: PreTrainedConfig, context: int) -> int:
+        """Keys and values of the exact tokens and of the sample."""
+        return attention_cache_bytes(config, self._held(config, context))
+
+    def products(self, config: PreTrainedConfig, context: int) -> list[Products]:
+        """As of attention to as many tokens as are held at the end; the halvings are not counted."""
+        return attention_products(config, context, self._held(config, context))
+
+    def _held(self, config: PreTrainedConfig, context: int) -> int:
+        settings = config.mixer_settings[self.option]
+        return sum(held_after(context, settings["points"], settings["window"], settings.get("sinks", 0)))
 
 
 class OwnLinear(_OwnAdapter):
@@ -143,5 +169,5 @@ class _Beside(nn.Module):
         return attention.mix({self._option: (heads, self.mixer)}, hidden_states, **arguments)
 
 
-OWN_MIXERS: Mapping[str, Any] = {"window": OwnWindow, "linear": OwnLinear}
+OWN_MIXERS: Mapping[str, Any] = {"window": OwnWindow, "linear": OwnLinear, "thin": OwnThin}
 """The mixers of our own type by the name that an option has."""

@@ -10,12 +10,12 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flashmorph.own.configuration_flashmorph import FORMAT, FlashmorphConfig
-from flashmorph.own.mixers_flashmorph import MIXERS, Linear, OwnMixer, Window
+from flashmorph.own.mixer_flashmorph import OwnMixer
+from flashmorph.own.mixers_flashmorph import MIXERS
 from flashmorph.own.modeling_flashmorph import FlashmorphAttention, FlashmorphForCausalLM, FlashmorphModel
+from flashmorph.own.thin_flashmorph import held_after
 
-TRAVELLING = tuple(
-    Path(__file__).parent / f"{name}_flashmorph.py" for name in ("cache", "configuration", "mixers", "modeling")
-)
+TRAVELLING = tuple(sorted(Path(__file__).parent.glob("*_flashmorph.py")))
 """The files that a checkpoint needs beside transformers."""
 AUTO_MAP = {
     "AutoConfig": "configuration_flashmorph.FlashmorphConfig",
@@ -37,7 +37,6 @@ __all__ = [
     "FlashmorphConfig",
     "FlashmorphForCausalLM",
     "FlashmorphModel",
-    "Linear",
     "OwnMixer",
-    "Window",
+    "held_after",
 ]

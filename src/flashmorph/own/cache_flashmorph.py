@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-State = dict[str, torch.Tensor]
-"""What one mixer keeps of the tokens before: tensors whose first dimension is the batch."""
+from .mixer_flashmorph import State
 
 
 class FlashmorphCacheLayer(DynamicLayer):

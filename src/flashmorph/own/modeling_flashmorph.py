@@ -22,7 +22,8 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 from .cache_flashmorph import own_layers
 from .configuration_flashmorph import FULL, FlashmorphConfig
-from .mixers_flashmorph import OwnMixer, make_mixer
+from .mixer_flashmorph import OwnMixer
+from .mixers_flashmorph import make_mixer
 
 Mixing = Mapping[str, tuple[Sequence[int], OwnMixer | None]]
 """For each mixer its key-value heads and its module; none for full attention."""
