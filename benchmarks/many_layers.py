@@ -218,8 +218,8 @@ def show(cells: Path, output: Path) -> None:
     for row in by_head:
         low, high = row["interval"]
         print(
-            f"{row['teacher']}, {row['set']}: best known {row['full_heads']} heads {row['heads']:.3f}, the same as "
-            f"layers {row['layers']:.3f}; difference {row['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
+            f"{row['teacher']}, {row['mixers']} {row['set']}: best known {row['full_heads']} heads {row['heads']:.3f}, "
+            f"the same as layers {row['layers']:.3f}; difference {row['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
         )
 
 
@@ -234,21 +234,21 @@ def _judged_with(cell: dict[str, Any]) -> tuple[str, str, int, str]:
 
 def heads_against_layers(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The best known plan of single heads minus that of whole layers with as many heads, by teacher and settings."""
-    alike: dict[tuple[str, str, int], dict[bool, dict[str, Any]]] = {}
+    alike: dict[tuple[str, str, str, int], dict[bool, dict[str, Any]]] = {}
     for cell in cells:
         if "full_heads" in cell:
-            key = (cell.get("teacher", "SmolLM2"), cell["set"], cell["full_heads"])
+            key = (cell.get("teacher", "SmolLM2"), cell["form"], cell["set"], cell["full_heads"])
             own = alike.setdefault(key, {})
             whole = cell["whole_layers"]
             if whole not in own or cell["loss"] < own[whole]["loss"]:
                 own[whole] = cell
     rows = []
-    for (teacher, changes, heads), own in sorted(alike.items()):
+    for (teacher, mixers, changes, heads), own in sorted(alike.items()):
         if len(own) == 2:
             ends = paired_interval([own[False]["losses"]], [own[True]["losses"]])
             losses = {"heads": own[False]["loss"], "layers": own[True]["loss"]}
             plans = {"plan_of_heads": own[False]["layers"], "plan_of_layers": own[True]["layers"]}
-            row = {"teacher": teacher, "set": changes, "full_heads": heads, **losses, **plans}
+            row = {"teacher": teacher, "mixers": mixers, "set": changes, "full_heads": heads, **losses, **plans}
             questions = len(own[True]["losses"])
             difference = losses["heads"] - losses["layers"]
             rows.append({**row, "difference": difference, "interval": list(ends), "questions": questions})
