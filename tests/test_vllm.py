@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import random_teacher
+from families import YARN, random_teacher
 
 from flashmorph.convert.in_memory import transplant
 from flashmorph.convert.load import load_model
@@ -32,14 +32,17 @@ ANSWERS = Path(__file__).with_name("vllm_answers.py")
 PROMPTS, NEW = (50, 77, 128, 200), 16
 EXACT = 1e-4
 """The largest difference of log-probabilities in float32, in nats."""
-NOISE = 1.2
-"""Root mean square in bfloat16, in units of transformers' own between bfloat16 and float32."""
+NOISE = {"qwen3.5, heads of 64": 1.2, "qwen3.5-moe, heads of 64": 2.5}
+"""Root mean square in bfloat16, in units of transformers' own between bfloat16 and float32; rounding that turns a near
+tie of random experts is worth more than any other."""
 GRANITE = {"enable_prefix_caching": False}
 """vLLM's Mamba2 on a CPU fails with prefix caching."""
 BY_TRANSFORMERS = {"model_impl": "transformers"}
 """vLLM's own class of Qwen2 and Qwen3 refuses windows by layer."""
 SHAPE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4}
 WIDE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4, "head_dim": 64}
+
+YARN_512 = {**YARN, "original_max_position_embeddings": 128}
 
 # Teacher in tests/families.py, changes of its shape, settings of the host, options of vLLM.
 EXACT_CASES: dict[str, tuple[str, dict, dict, dict]] = {
@@ -48,7 +51,7 @@ EXACT_CASES: dict[str, tuple[str, dict, dict, dict]] = {
     "granite, heads of 64": ("llama: grouped", WIDE, {}, GRANITE),
     "granite of Qwen2, biases": ("qwen2: grouped", {**SHAPE, "head_dim": None}, {}, GRANITE),
     "granite, untied, llama3": ("llama: bias, untied, llama3", {**SHAPE, "head_dim": 32}, {}, GRANITE),
-    "granite, yarn": ("qwen2: multi-query, yarn", {**SHAPE, "head_dim": None}, {}, GRANITE),
+    "granite, yarn": ("qwen2: grouped", {**SHAPE, "head_dim": None, "rope_parameters": YARN_512}, {}, GRANITE),
     "windows of Qwen3": ("qwen3: grouped", {**SHAPE, "head_dim": 32}, {"window": 16}, BY_TRANSFORMERS),
     "windows of Qwen2": ("qwen2: grouped", {**SHAPE, "head_dim": None}, {"window": 16}, BY_TRANSFORMERS),
     "windows of Llama, as Ministral": ("llama: grouped", {**SHAPE, "head_dim": 32}, {"window": 16}, {}),
@@ -69,7 +72,7 @@ BROKEN = {
 
 def prompts() -> list[list[int]]:
     generator = torch.Generator().manual_seed(5)
-    return [torch.randint(90, (length,), generator=generator).tolist() for length in PROMPTS]
+    return [torch.randint(1, 90, (length,), generator=generator).tolist() for length in PROMPTS]
 
 
 def hybrid(case: tuple[str, dict, dict, dict], folder: Path) -> Path:
@@ -94,9 +97,9 @@ def computed(folder: Path, dtype: torch.dtype, texts: list[list[int]] | None = N
     if texts is None:
         texts = []
         for prompt in prompts():
-            row = model.generate(
-                torch.tensor([prompt]), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0
-            )[0]
+            ids = torch.tensor([prompt])
+            whole = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "do_sample": False}
+            row = model.generate(ids, max_new_tokens=NEW, min_new_tokens=NEW, **whole)[0]
             tokens.append(row[len(prompt) :].tolist())
             texts.append(row.tolist())
     rows = []
@@ -109,7 +112,8 @@ def computed(folder: Path, dtype: torch.dtype, texts: list[list[int]] | None = N
 
 def environment() -> dict[str, str]:
     return {
-        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        **os.environ,
+        "PYTHONPATH": str(ANSWERS.parent / "vllm_site"),
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -173,7 +177,7 @@ def test_in_bfloat16_log_probabilities_differ_by_its_noise(known, name):
     rounded = computed(case["folder"], torch.bfloat16, case["texts"])["logprobs"]
     pairs = zip(rounded, case["logprobs"], strict=True)
     noise = torch.cat([torch.tensor(found) - torch.tensor(exact) for found, exact in pairs])
-    assert differences(case).square().mean().sqrt() < NOISE * noise.square().mean().sqrt()
+    assert differences(case).square().mean().sqrt() < NOISE[name] * noise.square().mean().sqrt()
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -191,12 +195,9 @@ def test_the_server_answers_with_the_same_tokens(known):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-    prelude = f"import sys; sys.path.insert(0, {str(ANSWERS.parent)!r}); import vllm_answers as own; "
-    prelude += "own.without_torchvision_kernels(); "
-    run = "import runpy; runpy.run_module('vllm.entrypoints.openai.api_server', run_name='__main__')"
     options = ["--model", case["folder"], "--dtype", "float32", "--host", "127.0.0.1", "--port", port]
     options += ["--no-enable-prefix-caching", "--enforce-eager", "--skip-tokenizer-init", "--max-model-len", 512]
-    command = [os.environ["VLLM_PYTHON"], "-c", prelude + run, *options]
+    command = [os.environ["VLLM_PYTHON"], "-m", "vllm.entrypoints.openai.api_server", *options]
     server = subprocess.Popen(
         list(map(str, command)), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

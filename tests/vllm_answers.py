@@ -7,22 +7,6 @@ import gc
 import json
 import sys
 
-import torch
-
-
-def without_torchvision_kernels() -> None:
-    """torchvision of PyPI is built for CUDA; beside a CPU torch the operators that it looks for are missing."""
-    library = torch.library.Library("torchvision", "DEF")
-    for name in (
-        "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        "qnms(Tensor a, Tensor b, float c) -> Tensor",
-    ):
-        try:
-            library.define(name)
-        except RuntimeError:
-            pass
-    globals()["_kept"] = library
-
 
 def answer(job: dict) -> dict:
     """Tokens `[prompts][new]`, and log-probabilities of all tokens but the first of `texts`."""
@@ -55,7 +39,6 @@ def answer(job: dict) -> dict:
 
 def main() -> None:
     """All jobs."""
-    without_torchvision_kernels()
     answers = []
     for job in json.load(sys.stdin):
         try:
