@@ -21,7 +21,7 @@ from flashmorph.hosts.checks import (
     refuse_windows,
 )
 from flashmorph.hosts.host import Host, layer_prefixes
-from flashmorph.hosts.serving import READ, RUN, TRANSFORMERS, Engine, Gguf
+from flashmorph.hosts.serving import READ, RUN, RUN_ON_CPU, TRANSFORMERS, Engine, Gguf
 from flashmorph.mixers import LAYER_TYPES, LINEAR, FullAttention, Mamba2, Mixer, Products
 from flashmorph.mixers.products import feed_forward_products, head_dim_of
 from flashmorph.plan import FULL
@@ -67,8 +67,9 @@ class GraniteHybridHost(Host):
         TRANSFORMERS,
         Engine(
             "vLLM",
-            "0.33",
-            READ,
+            "0.32",
+            RUN_ON_CPU,
+            takes="on a CPU start it with --no-enable-prefix-caching: its Mamba2 there fails without",
             needs=_SQUARE,
             otherwise="It loads any other without a word, and answers nonsense.",
             fits=lambda config: _is_square(config),

@@ -15,7 +15,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 from flashmorph.errors import UserError
 from flashmorph.hosts.checks import refuse_activation, refuse_rope, refuse_windows
 from flashmorph.hosts.host import Host, layer_prefixes
-from flashmorph.hosts.serving import READ, RUN, TRANSFORMERS, Engine, Gguf, full_interval
+from flashmorph.hosts.serving import READ, RUN, RUN_ON_CPU, TRANSFORMERS, Engine, Gguf, full_interval
 from flashmorph.mixers import LAYER_TYPES, LINEAR, FullAttention, GatedDeltaNet, Mixer, Products
 from flashmorph.mixers.products import feed_forward_products
 from flashmorph.plan import FULL
@@ -31,7 +31,13 @@ LinearSize = Annotated[int | None, Field(gt=0)]
 """Number or width of heads of a linear mixer; None: by the teacher's shape."""
 
 
-VLLM = Engine("vLLM", "0.33", READ)
+VLLM = Engine(
+    "vLLM",
+    "0.32",
+    RUN_ON_CPU,
+    takes="on a CPU with heads of 64 or 128 in bfloat16; on Hopper with heads other than 128 start it with "
+    "--gdn-prefill-backend triton (read in its source)",
+)
 SGLANG = Engine(
     "SGLang",
     "0.5.23",

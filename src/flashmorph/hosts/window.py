@@ -23,7 +23,7 @@ from transformers import (
 from flashmorph.errors import UserError
 from flashmorph.hosts.checks import LLAMA_SETTINGS, ROPE_TYPES, refuse_rope, refuse_windows
 from flashmorph.hosts.host import Host
-from flashmorph.hosts.serving import READ, TRANSFORMERS, Engine, Gguf
+from flashmorph.hosts.serving import READ, RUN_ON_CPU, TRANSFORMERS, Engine, Gguf
 from flashmorph.mixers import LAYER_TYPES, SLIDING, FullAttention, Mixer, Products, SlidingWindow
 from flashmorph.mixers.products import feed_forward_products
 from flashmorph.plan import FULL
@@ -83,7 +83,10 @@ class WindowHost(Host):
         return feed_forward_products(config.hidden_size, config.intermediate_size)
 
 
-_VLLM = Engine("vLLM", "0.33", READ, "start it with --model-impl transformers: its own class refuses windows by layer")
+_VLLM = Engine(
+    "vLLM", "0.32", RUN_ON_CPU, "start it with --model-impl transformers: its own class refuses windows by layer"
+)
+_VLLM_AS_IT_IS = Engine("vLLM", "0.32", RUN_ON_CPU)  # It takes these classes from transformers by itself.
 _LLAMA_CPP = Engine(
     "llama.cpp",
     "as in llama-cpp-python 0.3.36",
@@ -95,9 +98,10 @@ _LLAMA_CPP = Engine(
 WINDOW_HOSTS = (
     WindowHost(Qwen3ForCausalLM, {"qwen3": "Qwen3 (dense)"}, _VLLM, _LLAMA_CPP),
     WindowHost(Qwen2ForCausalLM, {"qwen2": "Qwen2 and 2.5"}, _VLLM, _LLAMA_CPP),
-    WindowHost(SmolLM3ForCausalLM, {"smollm3": "SmolLM3, also with layers without RoPE"}),
+    WindowHost(SmolLM3ForCausalLM, {"smollm3": "SmolLM3, also with layers without RoPE"}, _VLLM_AS_IT_IS),
     WindowHost(
         MinistralForCausalLM,
         {"ministral": "Ministral", "llama": "Llama without biases", "mistral": "Mistral without a window of its own"},
+        _VLLM_AS_IT_IS,
     ),
 )
