@@ -180,7 +180,7 @@ def test_in_bfloat16_log_probabilities_differ_by_its_noise(known, name):
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_checkpoint_is_told_from_a_right_one(known, name):
+def test_a_broken_checkpoint_differs_from_a_right_one(known, name):
     assert differences(known[name]).abs().max() > 100 * EXACT
 
 

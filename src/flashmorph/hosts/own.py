@@ -17,7 +17,7 @@ from flashmorph.hosts.checks import LLAMA_SETTINGS, ROPE_TYPES, refuse_rope, ref
 from flashmorph.hosts.host import Host, layer_prefixes
 from flashmorph.hosts.serving import TRANSFORMERS, Engine
 from flashmorph.mixers import Mixer, Products
-from flashmorph.mixers.own import OWN_MIXERS
+from flashmorph.mixers.own import OWN_MIXERS, OwnFull
 from flashmorph.mixers.products import feed_forward_products, head_dim_of
 from flashmorph.own import AUTO_MAP, TRAVELLING, FlashmorphConfig, FlashmorphForCausalLM
 from flashmorph.plan import FULL
@@ -57,8 +57,6 @@ class OwnHost(Host):
     travelling = TRAVELLING
 
     def __init__(self, mixers: Sequence[str] = (FULL, *OWN_MIXERS)):
-        from flashmorph.mixers.own import OwnFull
-
         self.mixers: Mapping[str, Mixer] = {name: OwnFull() if name == FULL else OWN_MIXERS[name]() for name in mixers}
 
     @staticmethod

@@ -14,9 +14,7 @@ from transformers import PreTrainedConfig
 from flashmorph.mixers.full import FullAttention
 from flashmorph.mixers.mixer import LayerArguments, Products
 from flashmorph.mixers.products import STATE_BYTES, attention_cache_bytes, attention_products, head_dim_of
-from flashmorph.own import FlashmorphAttention, OwnMixer, held_after
-
-LINEAR_CHUNK = 64
+from flashmorph.own import FlashmorphAttention, Linear, OwnMixer, held_after
 
 
 class OwnFull(FullAttention):
@@ -137,7 +135,7 @@ class OwnLinear(_OwnAdapter):
         into, _, out = attention_products(config, context)
         features, values = 2 * head_dim, head_dim + 1
         maps = 2 * (heads + kv_heads) * head_dim * head_dim
-        chunk = min(LINEAR_CHUNK, context)
+        chunk = min(Linear.chunk, context)
         scores = 2 * chunk * heads * (features + values)
         states = 2 * (heads + kv_heads) * features * values
         return [

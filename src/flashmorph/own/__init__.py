@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flashmorph.own.configuration_flashmorph import FORMAT, FlashmorphConfig
+from flashmorph.own.linear_flashmorph import Linear
 from flashmorph.own.mixer_flashmorph import OwnMixer
 from flashmorph.own.mixers_flashmorph import MIXERS
 from flashmorph.own.modeling_flashmorph import FlashmorphAttention, FlashmorphForCausalLM, FlashmorphModel
@@ -37,6 +38,7 @@ __all__ = [
     "FlashmorphConfig",
     "FlashmorphForCausalLM",
     "FlashmorphModel",
+    "Linear",
     "OwnMixer",
     "held_after",
 ]

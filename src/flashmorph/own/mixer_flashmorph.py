@@ -4,6 +4,8 @@ A mixer works on the queries, keys and values of the teacher's own projections, 
 its own or none. This file travels with every checkpoint: it imports torch and transformers only.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,7 +14,7 @@ State = dict[str, torch.Tensor]
 """What a mixer keeps of the tokens before: tensors whose first dimension is the batch."""
 
 
-class OwnMixer(nn.Module):
+class OwnMixer(nn.Module, ABC):
     """A mixer of some key-value heads of one layer.
 
     The rows of its weights belong to one head each, head after head, so that they can be gathered by head. `rotary`:
@@ -28,6 +30,7 @@ class OwnMixer(nn.Module):
     def reset(self) -> None:
         """Set its own weights to their start."""
 
+    @abstractmethod
     def forward(
         self,
         q: torch.Tensor,
@@ -47,7 +50,7 @@ class OwnMixer(nn.Module):
             real: Which tokens are none of the padding, `[batch, time]`; None: all.
             state: Of the tokens before, empty at the beginning, and updated in place; None: there is no cache.
         """
-        raise NotImplementedError
+        ...
 
 
 def masked_attention(

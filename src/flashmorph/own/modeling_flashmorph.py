@@ -129,7 +129,16 @@ class FlashmorphAttention(Qwen3Attention):
         return None if layer is None else layer.states.setdefault(name, {})
 
 
-class FlashmorphModel(Qwen3Model):
+class _StartsMixers:
+    """Of both models: weights of mixers that a checkpoint does not have get their start."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, OwnMixer):
+            module.reset()
+
+
+class FlashmorphModel(_StartsMixers, Qwen3Model):
     """The decoder: Qwen3's, with our attention in every layer and our cache layers in every cache."""
 
     config: FlashmorphConfig
@@ -192,13 +201,8 @@ class FlashmorphModel(Qwen3Model):
             inputs_embeds=inputs_embeds, past_key_values=past_key_values, use_cache=use_cache, **prepared, **kwargs
         )
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, OwnMixer):
-            module.reset()
 
-
-class FlashmorphForCausalLM(Qwen3ForCausalLM):
+class FlashmorphForCausalLM(_StartsMixers, Qwen3ForCausalLM):
     """The decoder with its head."""
 
     config: FlashmorphConfig
@@ -209,11 +213,6 @@ class FlashmorphForCausalLM(Qwen3ForCausalLM):
         super().__init__(config)
         self.model = FlashmorphModel(config)
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, OwnMixer):
-            module.reset()
 
 
 __all__ = ["FlashmorphForCausalLM", "FlashmorphModel"]

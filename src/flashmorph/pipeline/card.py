@@ -126,7 +126,7 @@ def _worth(results: Results) -> str:
         return ""
     worth, low, high = (100 * value for value in (gain["difference"], *gain["interval"]))
     return (
-        f"\nThe choice of layers is worth {worth:.1f} points of recall ({low:.1f} to {high:.1f}, paired) over\n"
+        f"\nThe choice is worth {worth:.1f} points of recall ({low:.1f} to {high:.1f}, paired) over\n"
         "the uniform layout of the same budget and training.\n"
     )
 

@@ -1,4 +1,4 @@
-"""Attribution: what each switch would change to first order, from one backward of the full model.
+"""Attribution: the change of the loss with each switch, to first order.
 
 The gates' gradient at the full model is the gradient of the answer loss times the difference between a mixer's output
 and the attention's. HydraHead (arXiv 2606.20097, appendix D) names attribution patching as its cheap proxy, there with
