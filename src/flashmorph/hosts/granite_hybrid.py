@@ -20,7 +20,7 @@ from flashmorph.hosts.checks import (
     refuse_two_factors,
     refuse_windows,
 )
-from flashmorph.hosts.host import Host, layer_prefixes
+from flashmorph.hosts.host import Host, layer_prefixes, split_joint
 from flashmorph.hosts.serving import READ, RUN, RUN_ON_CPU, TRANSFORMERS, Engine, Gguf
 from flashmorph.mixers import LAYER_TYPES, LINEAR, FullAttention, Mamba2, Mixer, Products
 from flashmorph.mixers.products import feed_forward_products, head_dim_of
@@ -152,10 +152,8 @@ class GraniteHybridHost(Host):
         key_rows = teacher.num_key_value_heads * head_dim_of(teacher)
         for layer in layer_prefixes(state):
             mixer, mlp, shared = (f"{layer}{name}." for name in ("self_attn", "mlp", "shared_mlp"))
-            if f"{mixer}qkv_proj.weight" in state:
-                fused = state.pop(f"{mixer}qkv_proj.weight")
-                parts = fused.split([len(fused) - 2 * key_rows, key_rows, key_rows])
-                state |= {f"{mixer}{name}_proj.weight": part for name, part in zip("qkv", parts, strict=True)}
+            split_joint(state, mixer, key_rows)
+            if f"{mlp}gate_up_proj.weight" in state:
                 gate_up = state.pop(f"{mlp}gate_up_proj.weight")
             else:
                 gate_up = torch.cat([state.pop(f"{mlp}{name}.weight") for name in ("gate_proj", "up_proj")])

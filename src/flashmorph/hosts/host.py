@@ -110,3 +110,11 @@ def layer_prefixes(names: Iterable[str]) -> list[str]:
     """The prefixes `model.layers.3.` of the decoder layers whose weights are among `names`."""
     matches = (_LAYER.match(name) for name in names)
     return list(dict.fromkeys(match.group() for match in matches if match))
+
+
+def split_joint(state: dict[str, torch.Tensor], attention: str, key_rows: int) -> None:
+    """Replace a joint projection of queries, keys and values, where `attention` (a prefix) has one, by three."""
+    if (name := f"{attention}qkv_proj.weight") in state:
+        joint = state.pop(name)
+        parts = joint.split([len(joint) - 2 * key_rows, key_rows, key_rows])
+        state |= {f"{attention}{each}_proj.weight": part for each, part in zip("qkv", parts, strict=True)}

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from flashmorph.errors import UserError, quoted
 from flashmorph.hosts.checks import LLAMA_SETTINGS, ROPE_TYPES, refuse_rope, refuse_two_factors, refuse_windows
-from flashmorph.hosts.host import Host, layer_prefixes
+from flashmorph.hosts.host import Host, layer_prefixes, split_joint
 from flashmorph.hosts.serving import TRANSFORMERS, Engine
 from flashmorph.mixers import Mixer, Products
 from flashmorph.mixers.own import OWN_MIXERS, OwnFull
@@ -131,14 +131,10 @@ class OwnHost(Host):
         state = dict(state)
         key_rows = teacher.num_key_value_heads * head_dim_of(teacher)
         for layer in layer_prefixes(state):
-            if (name := f"{layer}self_attn.qkv_proj.weight") in state:
-                fused = state.pop(name)
-                parts = fused.split([len(fused) - 2 * key_rows, key_rows, key_rows])
-                state |= {f"{layer}self_attn.{each}_proj.weight": part for each, part in zip("qkv", parts, strict=True)}
-                halves = state.pop(f"{layer}mlp.gate_up_proj.weight").chunk(2)
-                state |= {
-                    f"{layer}mlp.{each}_proj.weight": half for each, half in zip(("gate", "up"), halves, strict=True)
-                }
+            split_joint(state, f"{layer}self_attn.", key_rows)
+            if (joint := f"{layer}mlp.gate_up_proj.weight") in state:
+                gate, up = state.pop(joint).chunk(2)
+                state |= {f"{layer}mlp.gate_proj.weight": gate, f"{layer}mlp.up_proj.weight": up}
         return state
 
     def with_plan(self, config: PreTrainedConfig, options: Sequence[str]) -> PreTrainedConfig:
