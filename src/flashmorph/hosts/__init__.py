@@ -37,7 +37,7 @@ def host_for(config: PreTrainedConfig, settings: Mapping[str, Any] | None = None
         UserError: no host takes its architecture, or a part of it has no exact counterpart.
     """
     given = settings or {}
-    hosts = (OwnHost.asked_for(given["mixers"]),) if "mixers" in given else WINDOW_HOSTS if "window" in given else HOSTS
+    hosts = (OwnHost.asked_for(given),) if "mixers" in given else WINDOW_HOSTS if "window" in given else HOSTS
     for host in hosts:
         if config.model_type in host.teachers:
             host.check(config)

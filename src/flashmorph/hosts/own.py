@@ -45,8 +45,14 @@ class OwnHost(Host):
     }
     settings: Mapping[str, str] = {
         "mixers": "what a head may be, with commas: full and at least one of " + ", ".join(OWN_MIXERS),
-        "window": "tokens that heads with the mixers window and thin see exactly, the token itself included",
+        "window": "tokens that heads with the mixers window, thin and pooled see exactly, the token itself included",
         "sinks": "first tokens of the text that a window sees as well",
+        "segment": "tokens that a head with the mixer pooled sees as one key and value, outside of its window",
+        "dash": "which published implementation heads with the mixer dash follow: package or benchmark",
+        "chunk": "tokens that a head with the mixer dash reads or leaves out together; 0: as published",
+        "density": "share of the chunks that heads with the mixer dash read on text; 0: what the published gamma gives",
+        "conv": "taps of a convolution of queries, keys and values before RoPE, its taps made from the input; 0: none",
+        "conv_rank": "numbers of a key-value head that these taps are made from; 0: taps fixed after training",
         "points": "size of each part of the sample that a head with the mixer thin keeps beside its window",
         "decay": "how a linear head forgets: learned from the layer's input, fixed by head, or none",
         "head_norm": "whether linear heads have an RMSNorm and a learned scale before the output projection",
@@ -56,16 +62,19 @@ class OwnHost(Host):
     by_head = True
     travelling = TRAVELLING
 
-    def __init__(self, mixers: Sequence[str] = (FULL, *OWN_MIXERS)):
-        self.mixers: Mapping[str, Mixer] = {name: OwnFull() if name == FULL else OWN_MIXERS[name]() for name in mixers}
+    def __init__(self, mixers: Sequence[str] = (FULL, *OWN_MIXERS), convolved: bool = False):
+        self.mixers: Mapping[str, Mixer] = {
+            name: OwnFull() if name == FULL else OWN_MIXERS[name](convolved) for name in mixers
+        }
 
     @staticmethod
-    def asked_for(mixers: Any) -> "OwnHost":
+    def asked_for(given: Mapping[str, Any]) -> "OwnHost":
         """The host whose heads have one of the mixers in the setting `host.mixers`.
 
         Raises:
             UserError: names one that there is not, or says what is missing.
         """
+        mixers = given["mixers"]
         names = [name.strip() for name in mixers.split(",")] if isinstance(mixers, str) else []
         wrong = [name for name in names if name not in (FULL, *OWN_MIXERS)]
         if not names or wrong or len(set(names)) < len(names) or FULL not in names or len(names) < 2:
@@ -73,12 +82,13 @@ class OwnHost(Host):
                 f"host.mixers must be {FULL} and at least one of {', '.join(OWN_MIXERS)}, each once and with commas, "
                 f"such as {FULL},{next(iter(OWN_MIXERS))}; got {quoted(mixers)}"
             )
-        return OwnHost([name for name in (FULL, *OWN_MIXERS) if name in names])
+        return OwnHost([name for name in (FULL, *OWN_MIXERS) if name in names], bool(given.get("conv")))
 
     @staticmethod
     def of(config: PreTrainedConfig) -> "OwnHost":
         """The host of a configuration that one has made."""
-        return OwnHost([FULL, *(config.mixer_settings or {})])
+        settings = config.mixer_settings or {}
+        return OwnHost([FULL, *settings], any("conv" in each for each in settings.values()))
 
     def check(self, teacher: PreTrainedConfig) -> None:
         """Refuse windows that are there already, and rotary embeddings that Qwen3's class computes otherwise."""
@@ -94,6 +104,12 @@ class OwnHost(Host):
         window: _Size = 128,
         sinks: Annotated[int, Field(ge=0, lt=1 << 16)] = 4,
         points: Annotated[int, Field(ge=2, lt=1 << 16)] = 64,
+        segment: Annotated[int, Field(ge=2, lt=1 << 16)] = 16,
+        dash: Literal["package", "benchmark"] = "package",
+        chunk: Annotated[int, Field(ge=0, lt=1 << 16)] = 0,
+        density: Annotated[float, Field(ge=0, le=1)] = 0.0,
+        conv: Annotated[int, Field(ge=0, le=64)] = 0,
+        conv_rank: Annotated[int, Field(ge=0, lt=1 << 12)] = 15,
         decay: Literal["learned", "fixed", "none"] = "learned",
         head_norm: bool = False,
     ) -> FlashmorphConfig:
@@ -103,12 +119,14 @@ class OwnHost(Host):
             UserError: the window is not below the teacher's longest context.
         """
         longest = teacher.max_position_embeddings
-        if {"window", "thin"} & set(self.mixers) and not window + sinks < longest:
+        if {"window", "thin", "pooled"} & set(self.mixers) and not window + sinks < longest:
             raise UserError(
                 f"host.window={window} and host.sinks={sinks} must be below the teacher's longest context, "
                 f"{longest:,} tokens, together"
             )
         given = {"window": window, "sinks": sinks, "points": points, "decay": decay, "head_norm": head_norm}
+        given |= {"segment": segment, "dash": dash, "chunk": chunk, "density": density}
+        before = {"conv": {"taps": conv, "rank": conv_rank}} if conv else {}
         same: dict[str, Any] = {name: getattr(teacher, name) for name in LLAMA_SETTINGS}
         bias = teacher.model_type in _BIASED or bool(getattr(teacher, "attention_bias", False))
         out = getattr(teacher, "attention_out_bias", bias and teacher.model_type not in _BIASED)
@@ -122,7 +140,9 @@ class OwnHost(Host):
             qk_norm=teacher.model_type in _NORMED,
             no_rope_layers=[int(bool(each)) for each in rope_less] if rope_less else None,
             rope_parameters=dict(teacher.rope_parameters),
-            mixer_settings={name: OWN_MIXERS[name].own_settings(given) for name in self.mixers if name != FULL},
+            mixer_settings={
+                name: {**OWN_MIXERS[name].own_settings(given), **before} for name in self.mixers if name != FULL
+            },
             dtype=teacher.dtype,
         )
 

@@ -1,5 +1,6 @@
 """Full attention: the teacher's own."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ class FullAttention:
 
     def initialise(self, module: Any, attention: Any, hidden: torch.Tensor, arguments: LayerArguments) -> None:
         """Nothing to start: its weights are the teacher's."""
+
+    def settle(self, modules: Sequence[Any]) -> None:
+        """Nothing that all layers share has to be chosen."""
 
     def run(self, module: Any, hidden: torch.Tensor, arguments: LayerArguments) -> torch.Tensor:
         """The output, given everything that the decoder layer passes."""

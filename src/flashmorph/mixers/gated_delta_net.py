@@ -3,6 +3,7 @@
 import copy
 import importlib
 import math
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -119,6 +120,9 @@ class GatedDeltaNet:
         module.out_proj.weight.copy_(columns.flatten(0, 1).T)
         target = attention(hidden_states=hidden, **arguments)[0]
         fit_head_scales(module.out_proj, module.head_v_dim, lambda: module(hidden_states=hidden), target)
+
+    def settle(self, modules: Sequence[Any]) -> None:
+        """Nothing that all layers share has to be chosen."""
 
     def cache_bytes(self, config: PreTrainedConfig, context: int) -> int:
         """The convolution's inputs, and the recurrent state in float32."""

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -99,6 +100,9 @@ class Mamba2:
         module.out_proj.weight.copy_(attention.o_proj.weight.unflatten(1, (heads, head_dim))[:, source].flatten(1))
         target = attention(hidden_states=hidden, **arguments)[0]
         fit_head_scales(module.out_proj, head_dim, lambda: module(hidden_states=hidden), target)
+
+    def settle(self, modules: Sequence[Any]) -> None:
+        """Nothing that all layers share has to be chosen."""
 
     def cache_bytes(self, config: PreTrainedConfig, context: int) -> int:
         """The convolution's inputs, and the recurrent state in float32."""

@@ -1,6 +1,6 @@
 """`Mixer`: one way in which a decoder layer passes information between tokens, and its cost."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -78,6 +78,10 @@ class Mixer(Protocol):
 
     def initialise(self, module: Any, attention: Any, hidden: torch.Tensor, arguments: LayerArguments) -> None:
         """Start `module` from the attention's weights and from its input `[batch, time, width]`."""
+        ...
+
+    def settle(self, modules: Sequence[Any]) -> None:
+        """Choose what the modules of all layers share, after each has been initialised."""
         ...
 
     def run(self, module: Any, hidden: torch.Tensor, arguments: LayerArguments) -> torch.Tensor:

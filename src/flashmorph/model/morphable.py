@@ -213,9 +213,17 @@ class Morphable(nn.Module):
         def start(layer: MorphableLayer, hidden: torch.Tensor, arguments: LayerArguments, output: torch.Tensor) -> None:
             for branch in layer.others.values():
                 branch.mixer.initialise(branch.module, layer.branches[FULL].module, hidden, arguments)
+
+        def measure(
+            layer: MorphableLayer, hidden: torch.Tensor, arguments: LayerArguments, output: torch.Tensor
+        ) -> None:
+            for branch in layer.others.values():
                 errors.append(relative_error(branch(hidden, arguments), output).item())
 
         self(calibration, observer=start)
+        for option, mixer in self.host.mixers.items():
+            mixer.settle([cast(Any, layer.branches[option]).module for layer in self.layers])
+        self(calibration, observer=measure)
         return errors
 
     @torch.no_grad()

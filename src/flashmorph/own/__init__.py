@@ -10,10 +10,12 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flashmorph.own.configuration_flashmorph import FORMAT, FlashmorphConfig
+from flashmorph.own.dash_flashmorph import VARIANTS, Dash
 from flashmorph.own.linear_flashmorph import Linear
-from flashmorph.own.mixer_flashmorph import OwnMixer
+from flashmorph.own.mixer_flashmorph import OwnMixer, start
 from flashmorph.own.mixers_flashmorph import MIXERS
 from flashmorph.own.modeling_flashmorph import FlashmorphAttention, FlashmorphForCausalLM, FlashmorphModel
+from flashmorph.own.pooled_flashmorph import pooled_after
 from flashmorph.own.thin_flashmorph import held_after
 
 TRAVELLING = tuple(sorted(Path(__file__).parent.glob("*_flashmorph.py")))
@@ -34,6 +36,8 @@ __all__ = [
     "FORMAT",
     "MIXERS",
     "TRAVELLING",
+    "VARIANTS",
+    "Dash",
     "FlashmorphAttention",
     "FlashmorphConfig",
     "FlashmorphForCausalLM",
@@ -41,4 +45,6 @@ __all__ = [
     "Linear",
     "OwnMixer",
     "held_after",
+    "pooled_after",
+    "start",
 ]

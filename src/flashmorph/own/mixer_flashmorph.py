@@ -5,6 +5,7 @@ its own or none. This file travels with every checkpoint: it imports torch and t
 """
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,19 @@ State = dict[str, torch.Tensor]
 """What a mixer keeps of the tokens before: tensors whose first dimension is the batch."""
 
 
-class OwnMixer(nn.Module, ABC):
+class Starts(nn.Module):
+    """A module with weights of its own that a checkpoint may not have."""
+
+    def reset(self) -> None:
+        """Set its own weights to their start."""
+
+
+class OwnMixer(Starts, ABC):
     """A mixer of some key-value heads of one layer.
 
     The rows of its weights belong to one head each, head after head, so that they can be gathered by head. `rotary`:
-    whether it wants queries and keys after RoPE.
+    whether it wants queries and keys after RoPE. `conv`, where there is one, changes queries, keys and values before
+    RoPE.
     """
 
     rotary = True
@@ -26,9 +35,7 @@ class OwnMixer(nn.Module, ABC):
     def __init__(self, heads: int, groups: int, head_dim: int, width: int):
         super().__init__()
         self.heads, self.groups, self.head_dim, self.width = heads, groups, head_dim, width
-
-    def reset(self) -> None:
-        """Set its own weights to their start."""
+        self.conv: Any = None
 
     @abstractmethod
     def forward(
@@ -51,6 +58,13 @@ class OwnMixer(nn.Module, ABC):
             state: Of the tokens before, empty at the beginning, and updated in place; None: there is no cache.
         """
         ...
+
+
+def start(mixer: nn.Module) -> None:
+    """Set all weights of a mixer, and of a convolution before it, to their start."""
+    for module in mixer.modules():
+        if isinstance(module, Starts):
+            module.reset()
 
 
 def masked_attention(

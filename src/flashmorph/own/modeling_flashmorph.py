@@ -22,7 +22,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 from .cache_flashmorph import own_layers
 from .configuration_flashmorph import FULL, FlashmorphConfig
-from .mixer_flashmorph import OwnMixer
+from .mixer_flashmorph import OwnMixer, Starts
 from .mixers_flashmorph import make_mixer
 
 Mixing = Mapping[str, tuple[Sequence[int], OwnMixer | None]]
@@ -77,20 +77,20 @@ class FlashmorphAttention(Qwen3Attention):
         q = self.q_norm(self.q_proj(hidden).view(shape)).transpose(1, 2)
         k = self.k_norm(self.k_proj(hidden).view(shape)).transpose(1, 2)
         v = self.v_proj(hidden).view(shape).transpose(1, 2)
-        turned = apply_rotary_pos_emb(q, k, *position_embeddings) if self.rotates else (q, k)
         causal, real = attention_mask if isinstance(attention_mask, tuple) else (attention_mask, None)
         layer: Any = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
         outputs, order = [], []
         for name, (its, mixer) in mixing.items():
-            queries, keys = turned if mixer is None or mixer.rotary else (q, k)
-            rows, columns = self._own(queries, keys.shape[1], its), list(its)
-            whole = len(its) == keys.shape[1]
-            key, value = (keys, v) if whole else (keys[:, columns], v[:, columns])
+            rows, columns = self._own(q, k.shape[1], its), list(its)
+            key, value = (k, v) if len(its) == k.shape[1] else (k[:, columns], v[:, columns])
+            if mixer is not None and mixer.conv is not None:
+                rows, key, value = mixer.conv(rows, key, value, hidden, real, self._state(layer, f"{name}.conv"))
+            if self.rotates and (mixer is None or mixer.rotary):
+                rows, key = apply_rotary_pos_emb(rows, key, *position_embeddings)
             if mixer is None:
                 outputs.append(self._full(rows, key, value, causal, past_key_values, **kwargs))
             else:
-                state = self._state(layer, name)
-                heads = mixer(rows, key, value, hidden, real, state)
+                heads = mixer(rows, key, value, hidden, real, self._state(layer, name))
                 outputs.append(heads.transpose(1, 2).unflatten(2, (len(its), self.num_key_value_groups)))
             order.extend(its)
         if hasattr(layer, "seen"):  # By its class another copy of these files would not be known.
@@ -134,7 +134,7 @@ class _StartsMixers:
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
-        if isinstance(module, OwnMixer):
+        if isinstance(module, Starts):
             module.reset()
 
 

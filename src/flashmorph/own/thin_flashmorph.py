@@ -6,9 +6,9 @@ This file travels with every checkpoint: it imports torch and transformers only.
 import math
 
 import torch
-import torch.nn.functional as F
 
-from .mixer_flashmorph import OwnMixer, State, masked_attention
+from .mixer_flashmorph import State, masked_attention
+from .rows_flashmorph import RowMixer, counted
 
 Points = tuple[torch.Tensor, ...]
 """Keys and values, each `[batch, heads, points, head_dim]`."""
@@ -17,7 +17,7 @@ _FAILURE = 0.5
 """The probability with which the published bound may fail."""
 
 
-class Thin(OwnMixer):
+class Thin(RowMixer):
     """Attention to a weighted sample of the past: merge and reduce by kernel halving, beside an exact window.
 
     Thinformer's halving (Express, arXiv 2606.10944), in place of its schedule a binary counter: the newest tokens, at
@@ -50,51 +50,17 @@ class Thin(OwnMixer):
             raise ValueError(f"thresholds are {' or '.join(THRESHOLDS)}; got {thresholds}")
         self.points, self.window, self.sinks, self.thresholds = points, window, sinks, thresholds
 
-    def forward(self, q, k, v, hidden, real, state):  # noqa: D102
-        counts = state["count"] if state else torch.zeros(len(k), dtype=torch.long)
-        if real is None and len(set(counts.tolist())) == 1:
-            return self._run(q, k, v, state)
-        return self._row_by_row(q, k, v, real, state, counts)
-
     def held(self, count: int) -> tuple[int, int]:
         """Exact tokens and points of a sample after `count` tokens."""
         return held_after(count, self.points, self.window, self.sinks)
 
-    def _row_by_row(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        real: torch.Tensor | None,
-        state: State | None,
-        counts: torch.Tensor,
-    ) -> torch.Tensor:
-        """Rows that have seen different numbers of tokens have samples of different sizes."""
-        output, states = torch.zeros_like(q), []
-        for row in range(len(k)):
-            own = torch.ones(k.shape[2], dtype=torch.bool) if real is None else real[row].bool().cpu()
-            places = own.nonzero()[:, 0].to(k.device)
-            exact, sampled = self.held(int(counts[row]))
-            kept: State = {}
-            if state:
-                kept = {name: state[name][row : row + 1, :, :exact] for name in ("k", "v")}
-                kept |= {name: state[name][row : row + 1, :, :sampled] for name in ("points_k", "points_v")}
-                kept["count"] = counts[row : row + 1]
-            part = slice(row, row + 1)
-            output[part, :, places] = self._run(
-                q[part][:, :, places], k[part][:, :, places], v[part][:, :, places], kept
-            )
-            states.append(kept)
-        if state is not None:
-            for name in ("k", "v", "points_k", "points_v"):
-                longest = max(each[name].shape[2] for each in states)
-                padded = [F.pad(each[name], (0, 0, 0, longest - each[name].shape[2])) for each in states]
-                state[name] = torch.cat(padded)
-            state["count"] = torch.cat([each["count"] for each in states])
-        return output
+    def sizes(self, count: int) -> dict[str, int]:
+        """The length of each tensor of the state."""
+        exact, sampled = self.held(count)
+        return {"k": exact, "v": exact, "points_k": sampled, "points_v": sampled}
 
-    def _run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: State | None) -> torch.Tensor:
-        """Rows that have seen the same number of tokens, piece by piece up to the next halving."""
+    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: State) -> torch.Tensor:
+        """The output, piece by piece up to the next halving."""
         none = k[:, :, :0]
         held = state if state else {"k": none, "v": none, "points_k": none, "points_v": none}
         count = int(state["count"][0]) if state else 0
@@ -109,9 +75,7 @@ class Thin(OwnMixer):
             if exact[0].shape[2] == limit:
                 exact, sample = self._reduced(exact, sample, count)
             start = stop
-        if state is not None:
-            state.update(k=exact[0], v=exact[1], points_k=sample[0], points_v=sample[1])
-            state["count"] = torch.full((len(k),), count, dtype=torch.long)
+        state.update(k=exact[0], v=exact[1], points_k=sample[0], points_v=sample[1], count=counted(len(k), count))
         return torch.cat(outputs, 2) if outputs else torch.zeros_like(q)
 
     def _attend(self, q: torch.Tensor, exact: Points, sample: Points, count: int) -> torch.Tensor:
