@@ -4,11 +4,13 @@
     make smollm2-baseline ARGS='--data runs/text'
     python benchmarks/many_layers.py --data runs/text --window 128 --strategies budgeted-gates race
     python benchmarks/many_layers.py --show
-    python benchmarks/smollm2.py runs/smollm2-window runs/smollm2-linear
+    flashmorph evaluate MODEL.gguf runs/smollm2-window --set evaluate.length=2048 --json > runs/evaluated/length-2048.json
+    python benchmarks/smollm2.py runs/smollm2-window runs/smollm2-linear --evaluated runs/evaluated/*.json
 
 Writes `benchmarks/results/smollm2.json`: of each run all models, the plan, what the search took, the seconds of every
-stage, and the settings in which the run differs from the recipe `laptop`; and how far the default search is from the
-best plan known. Prints a table.
+stage, and the settings in which the run differs from the recipe `laptop`; how far the default search is from the
+best plan known; and what `flashmorph evaluate` printed into files, by their names. Forms and files of an earlier call
+stay. Prints a table.
 """
 
 import argparse
@@ -24,19 +26,29 @@ from flashmorph.recipe.recipe import load_recipe
 from flashmorph.selection import DEFAULT_STRATEGY
 
 MODELS = ("teacher", "uniform_undistilled", "uniform", "hybrid_undistilled", "hybrid")
+BY_POSITION = "perplexity_by_position"
 RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
     """Read, write and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("runs", nargs="*", type=Path)
+    parser.add_argument("--evaluated", nargs="+", type=Path, default=[])
     parser.add_argument("--machine", default="", help="what the runs ran on, in words")
     parser.add_argument("--search", type=Path, default=RESULTS / "smollm2_search.json")
     parser.add_argument("--output", type=Path, default=RESULTS / "smollm2.json")
     arguments = parser.parse_args()
+    before = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     forms = {folder.name.removeprefix("smollm2-"): figures_of(folder) for folder in arguments.runs}
-    figures = {"machine": arguments.machine, **forms, "default_vs_best_known": cells_of(arguments.search)}
+    evaluated = {file.stem: evaluated_in(file) for file in arguments.evaluated}
+    figures = {
+        **before,
+        **({"machine": arguments.machine} if arguments.machine else {}),
+        **forms,
+        "evaluated": before.get("evaluated", {}) | evaluated,
+        "default_vs_best_known": cells_of(arguments.search),
+    }
     write_json(arguments.output, figures)
     show(forms)
 
@@ -55,6 +67,19 @@ def figures_of(folder: Path) -> dict[str, Any]:
         "search_tokens": search[0]["cost"] if search else None,
         "seconds": [[stage["stage"], stage["seconds"]] for stage in stages],
     }
+
+
+def evaluated_in(file: Path) -> dict[str, Any]:
+    """Figures by model: the teacher, the runs by their form, and the baseline of the run whose stage it is."""
+    text = file.read_text()
+    named = {}
+    for model, figures in json.loads(text[text.index("{") :]).items():
+        form = next((part for part in Path(model).parts if part.startswith("smollm2-")), "teacher")
+        name = "uniform" if "stages" in Path(model).parts else form.removeprefix("smollm2-")
+        named[name] = {key: value for key, value in figures.items() if key not in ("cache_bytes", BY_POSITION)}
+        if "minus_first" in figures:
+            named[name]["minus_first"]["perplexity"].pop("by_position")
+    return named
 
 
 def changes(folder: Path) -> dict[str, Any]:
