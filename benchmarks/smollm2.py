@@ -4,7 +4,7 @@
     make smollm2-baseline ARGS='--data runs/text'
     python benchmarks/many_layers.py --data runs/text --window 128 --strategies budgeted-gates race
     python benchmarks/many_layers.py --show
-    flashmorph evaluate MODEL.gguf runs/smollm2-window --set evaluate.length=2048 --json > runs/evaluated/length-2048.json
+    flashmorph evaluate MODEL.gguf runs/smollm2-window --set evaluate.length=2048 --json > runs/evaluated/2048.json
     python benchmarks/smollm2.py runs/smollm2-window runs/smollm2-linear --evaluated runs/evaluated/*.json
 
 Writes `benchmarks/results/smollm2.json`: of each run all models, the plan, what the search took, the seconds of every

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import tiny_tokenizer
 from families import SHAPES, random_teacher
+from own_models import IDS, KINDS, logits, random_hybrid
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -20,63 +21,12 @@ from flashmorph.convert.save import save_model
 from flashmorph.errors import UserError
 from flashmorph.hosts import OWN, cache_bytes, configure, layer_space
 from flashmorph.model.morphable import Morphable, attach
-from flashmorph.own import FORMAT, TRAVELLING, FlashmorphConfig, FlashmorphForCausalLM, held_after
-from flashmorph.own.linear_flashmorph import chunked
-from flashmorph.own.thin_flashmorph import Thin, halve
-from flashmorph.own.window_flashmorph import Window
+from flashmorph.own import FORMAT, TRAVELLING, FlashmorphForCausalLM
 from flashmorph.plan import FULL, Budget, Plan
 
 SETTINGS = {"mixers": "full,window,linear", "window": 8, "sinks": 2}
+EVERY = {**SETTINGS, "mixers": "full,window,linear,thin,pooled,dash", "points": 2, "segment": 3, "chunk": 4, "conv": 3}
 CASES = [f"{family}: {shape}" for family in OWN.teachers for shape in SHAPES[family]]
-IDS = torch.randint(97, (2, 60), generator=torch.Generator().manual_seed(3))
-KINDS = {
-    "windows with sinks": {"window": {"kind": "window", "size": 8, "sinks": 3}},
-    "a window longer than a block of queries": {"window": {"kind": "window", "size": 300, "sinks": 1}},
-    "learned decay": {"linear": {"kind": "linear"}},
-    "fixed decay, normalised": {"linear": {"kind": "linear", "decay": "fixed", "norm": True}},
-    "a thinned sample": {"thin": {"kind": "thin", "points": 4, "window": 6, "sinks": 2}},
-    "thinned at random": {"thin": {"kind": "thin", "points": 2, "window": 3, "thresholds": "published"}},
-    "pooled": {"pooled": {"kind": "pooled", "segment": 4, "window": 7, "sinks": 2}},
-    "pooled, a window shorter than a segment": {"pooled": {"kind": "pooled", "segment": 6, "window": 2}},
-    "chunks": {"dash": {"kind": "dash", "chunk": 4, "gamma": 2.0}},
-    "chunks, two of them local": {"dash": {"kind": "dash", "chunk": 7, "gamma": 0.5, "local": 2, "sigma": 10.0}},
-    "convolved": {
-        "window": {"kind": "window", "size": 8, "sinks": 2, "conv": {"taps": 3, "rank": 2}},
-        "linear": {"kind": "linear", "conv": {"taps": 4, "rank": 0}},
-    },
-    "no decay": {"linear": {"kind": "linear", "decay": "none"}},
-    "both": {"window": {"kind": "window", "size": 5, "sinks": 0}, "linear": {"kind": "linear"}},
-}
-
-
-def random_hybrid(settings: dict, seed: int = 0, everywhere: bool = False) -> FlashmorphForCausalLM:
-    """Three layers of four key-value heads with random mixers, at least one of each kind, in float32."""
-    drawn = random.Random(seed)
-    names = [*settings, *([] if everywhere else [FULL])]
-    chosen = [[drawn.choice(names) for _ in range(4)] for _ in range(3)]
-    chosen[0] = [names[number % len(names)] for number in range(4)]
-    config = FlashmorphConfig(
-        vocab_size=97,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=16,
-        max_position_embeddings=512,
-        mixer_settings=settings,
-        mixers=[{name: [head for head in range(4) if layer[head] == name] for name in set(layer)} for layer in chosen],
-    )
-    torch.manual_seed(seed)
-    model = FlashmorphForCausalLM(config).eval()
-    for name, weight in model.named_parameters():
-        if any(part in name for part in ("proj", "map", "embed", "summary", "conv")):
-            nn.init.normal_(weight, std=0.3)
-    return model.requires_grad_(False)
-
-
-def logits(model, ids, **arguments):
-    return model(ids, use_cache=False, **arguments).logits
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -102,148 +52,6 @@ def test_layers_without_rope_move_exactly():
 def test_an_mlp_with_biases_moves_exactly():
     _, proof = transplant(random_teacher("llama: grouped", mlp_bias=True), {"mixers": "full,window", "window": 8})
     assert proof.difference == 0
-
-
-@pytest.mark.parametrize("everywhere", [False, True], ids=["beside full heads", "in all heads"])
-@pytest.mark.parametrize("kind", KINDS)
-class TestEveryMixer:
-    def test_is_causal(self, kind, everywhere):
-        model = random_hybrid(KINDS[kind], everywhere=everywhere)
-        changed = IDS.clone()
-        changed[:, 30:] = 5
-        assert torch.equal(logits(model, changed)[:, :30], logits(model, IDS)[:, :30])
-
-    def test_reads_in_parts_and_writes_as_it_reads_at_once(self, kind, everywhere):
-        model = random_hybrid(KINDS[kind], everywhere=everywhere)
-        cache, parts = None, []
-        for start, stop in ((0, 25), (25, 40), *((step, step + 1) for step in range(40, 60))):
-            output = model(IDS[:, start:stop], past_key_values=cache, use_cache=True)
-            cache, parts = output.past_key_values, [*parts, output.logits]
-        assert torch.allclose(torch.cat(parts, 1), logits(model, IDS), atol=2e-5)
-
-    def test_reads_padded_rows_as_each_alone(self, kind, everywhere):
-        model = random_hybrid(KINDS[kind], everywhere=everywhere)
-        pads = 9
-        ids = torch.cat([torch.zeros(1, pads, dtype=torch.long), IDS[:1, :-pads]], 1)
-        ids = torch.cat([ids, IDS[1:]])
-        mask = torch.ones_like(ids)
-        mask[0, :pads] = 0
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        output = logits(model, ids, attention_mask=mask, position_ids=positions)
-        assert torch.allclose(output[0, pads:], logits(model, IDS)[0, :-pads], atol=2e-5)
-        assert torch.allclose(output[1], logits(model, IDS)[1], atol=2e-5)
-
-        written = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
-        row = IDS[:1, :-pads]
-        for _ in range(12):
-            row = torch.cat([row, logits(model, row)[:, -1:].argmax(-1)], 1)
-        assert torch.equal(written[0, pads:], row[0])
-
-    def test_beam_search_with_a_cache_is_that_without(self, kind, everywhere):
-        model = random_hybrid(KINDS[kind], everywhere=everywhere)
-        common = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
-        ids = IDS[:, :20]
-        mask = torch.ones_like(ids)
-        with_cache = model.generate(ids, attention_mask=mask, **common)
-        assert torch.equal(with_cache, model.generate(ids, attention_mask=mask, use_cache=False, **common))
-
-    def test_the_cache_has_the_computed_size(self, kind, everywhere):
-        model = random_hybrid(KINDS[kind], everywhere=everywhere)
-        model.config.dtype = torch.float32
-        cache = model(IDS[:1], use_cache=True).past_key_values
-        held = 0
-        for layer in cache.layers:
-            tensors = [layer.keys, layer.values] if layer.is_initialized else []
-            tensors += [tensor for state in getattr(layer, "states", {}).values() for tensor in state.values()]
-            # A window also counts tokens, and marks those that are no padding: a byte each and no more.
-            held += sum(tensor.nbytes for tensor in tensors if tensor.is_floating_point())
-        assert held == cache_bytes(model.config, IDS.shape[1])
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.3])
-def test_chunked_recurrent_and_parallel_linear_attention_are_one(decay):
-    generator = torch.Generator().manual_seed(0)
-    q = torch.rand(2, 4, 50, 6, generator=generator)
-    k = torch.rand(2, 2, 50, 6, generator=generator)
-    v = torch.randn(2, 2, 50, 5, generator=generator)
-    rates = decay * torch.rand(2, 2, 50, generator=generator)
-    found, last = chunked(q, k, v, rates, None, 2, 16)
-    state = torch.zeros(2, 2, 6, 5)
-    steps = []
-    for t in range(50):
-        state = state * torch.exp(-rates[:, :, t])[..., None, None] + k[:, :, t, :, None] * v[:, :, t, None]
-        steps.append(torch.einsum("bhgf,bhfv->bhgv", q.unflatten(1, (2, 2))[:, :, :, t], state).flatten(1, 2))
-    assert torch.allclose(found, torch.stack(steps, 2), atol=1e-5)
-    assert torch.allclose(last, state, atol=1e-5)
-    fallen = rates.cumsum(-1)
-    weights = torch.exp(fallen[..., None, :] - fallen[..., :, None]).tril()
-    scores = torch.einsum("bhgtf,bhsf->bhgts", q.unflatten(1, (2, 2)), k) * weights[:, :, None]
-    assert torch.allclose(found, torch.einsum("bhgts,bhsv->bhgtv", scores, v).flatten(1, 2), atol=1e-5)
-
-
-def smooth(tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values `[1, 1, tokens, 8]` of one head; values are smooth in keys of 4 dimensions."""
-    generator = torch.Generator().manual_seed(seed)
-    keys = torch.randn(tokens, 4, generator=generator) / 2
-    directions = torch.randn(4, 8, generator=generator)
-    padded = torch.cat([keys, torch.zeros(tokens, 4)], 1)
-    queries = torch.cat([torch.randn(tokens, 4, generator=generator), torch.zeros(tokens, 4)], 1)
-    return queries[None, None], padded[None, None], torch.sin(keys @ directions)[None, None]
-
-
-class TestThin:
-    @torch.no_grad()
-    def test_is_exact_while_nothing_is_halved(self):
-        q, k, v = smooth(40)
-        thin = Thin(1, 1, 8, 8, points=8, window=25)
-        exact = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        assert thin.held(40) == (40, 0)
-        assert torch.allclose(thin(q, k, v, q[0], None, None), exact, atol=1e-5)
-
-    @torch.no_grad()
-    @pytest.mark.parametrize("thresholds", ["greedy", "published"])
-    def test_the_weights_of_all_that_is_held_sum_to_the_tokens(self, thresholds):
-        thin, state = Thin(1, 1, 8, 8, points=4, window=5, sinks=2, thresholds=thresholds), {}
-        q, k, v = smooth(150)
-        for end in range(150):
-            part = slice(end, end + 1)
-            thin(q[:, :, part], k[:, :, part], v[:, :, part], q[0, :, part], None, state)
-            exact, sampled = thin.held(end + 1)
-            assert (state["k"].shape[2], state["points_k"].shape[2]) == (exact, sampled)
-            assert exact + sum(thin._weights(end + 1)) == end + 1
-
-    @torch.no_grad()
-    def test_more_points_err_less_and_less_than_a_window_of_their_size(self):
-        q, k, v = smooth(2048)
-        exact = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, -256:]
-
-        def error(mixer) -> float:
-            found = mixer(q, k, v, q[0], None, None)[:, :, -256:]
-            return ((found - exact).norm() / exact.norm()).item()
-
-        errors = [error(Thin(1, 1, 8, 8, points=points, window=32)) for points in (8, 16, 32, 64)]
-        assert errors[-1] == min(errors) < errors[0] / 3
-        exact_tokens, points = held_after(2048, 64, 32)
-        assert errors[-1] < error(Window(1, 1, 8, 8, size=exact_tokens + points)) * 0.7
-
-    def test_points_that_are_the_same_are_halved_to_one_of_each(self):
-        k = torch.randn(1, 2, 6, 4).repeat_interleave(2, 2)
-        v = torch.randn(1, 2, 6, 4).repeat_interleave(2, 2)
-        kept = halve(k, v, "greedy")
-        assert (kept // 2 == torch.arange(6)).all()
-
-    def test_halving_balances_the_kernel_better_than_chance(self):
-        _, k, v = smooth(64)
-        scores = torch.exp(k[0, 0] @ k[0, 0].T / 8**0.5) * (v[0, 0] @ v[0, 0].T + v.abs().max() ** 2)
-
-        def imbalance(kept: torch.Tensor) -> float:
-            signs = -torch.ones(64)
-            signs[kept] = 1
-            return (signs @ scores @ signs).item()
-
-        drawn = torch.Generator().manual_seed(0)
-        chance = [imbalance(2 * torch.arange(32) + torch.randint(2, (32,), generator=drawn)) for _ in range(50)]
-        assert imbalance(halve(k, v, "greedy")[0, 0]) < min(chance)
 
 
 def test_windows_without_sinks_are_those_of_the_stock_class():
@@ -284,6 +92,19 @@ def test_one_hot_gates_are_the_built_model(teacher, seed):
     assert torch.allclose(same, hidden, atol=5e-5)
 
 
+def test_one_hot_gates_are_the_built_model_with_every_mixer_and_convolutions():
+    supernet = morphable(**EVERY)
+    space = supernet.space(Budget("heads", 1))
+    plan = space.of_options([1, 2, 3, 4, 5, 0], Budget("heads", 1))
+    gates = torch.tensor(space.one_hot(plan), dtype=torch.float32).requires_grad_()
+    hidden = supernet(IDS, gates)
+    built = supernet.instantiate(plan)
+    assert {name for layer in built.config.mixers for name in layer} == set(supernet.options)
+    assert torch.allclose(built.lm_head(hidden), logits(built, IDS), atol=1e-3)
+    hidden.square().mean().backward()
+    assert gates.grad is not None and torch.isfinite(gates.grad).all() and (gates.grad != 0).all()
+
+
 def test_a_plan_of_layers_is_the_plan_of_all_their_heads():
     supernet = morphable()
     layers, heads = supernet.space(Budget("layers", 1)), supernet.space(Budget("heads", 1))
@@ -296,6 +117,7 @@ def test_a_plan_of_layers_is_the_plan_of_all_their_heads():
     assert torch.equal(*(supernet(IDS, each) for each in gates))
 
 
+@torch.no_grad()
 def saved(folder: Path, **settings) -> tuple[Path, torch.Tensor]:
     """A hybrid with both mixers on disk as runs publish it, and its logits."""
     origin = folder / "origin"
@@ -304,14 +126,16 @@ def saved(folder: Path, **settings) -> tuple[Path, torch.Tensor]:
     model, _ = transplant(load_model(origin, torch.float32), SETTINGS | settings)
     supernet, _ = attach(model, IDS)
     space = supernet.space(Budget("heads", 1))
-    built = supernet.instantiate(space.of_options([0, 1, 2, 0, 1, 2], Budget("heads", 2)))
+    chosen = [number % len(space.options) for number in range(len(space.groups))]
+    built = supernet.instantiate(space.of_options(chosen, Budget("heads", 2)))
     expected = logits(built, IDS)
     save_model(built, folder / "hybrid", origin)
     return folder / "hybrid", expected
 
 
-def test_a_checkpoint_opens_where_flashmorph_is_not(tmp_path):
-    folder, expected = saved(tmp_path)
+@pytest.mark.parametrize("settings", [{}, EVERY], ids=["window and linear", "every mixer, convolved"])
+def test_a_checkpoint_opens_where_flashmorph_is_not(tmp_path, settings):
+    folder, expected = saved(tmp_path, **settings)
     torch.save({"ids": IDS, "logits": expected}, tmp_path / "expected.pt")
     script = f"""
 import sys
@@ -400,8 +224,16 @@ def test_a_switched_head_is_no_larger_than_the_attention():
         ({"mixers": "window"}, "full and at least one of"),
         ({"mixers": "full,swamp"}, "full and at least one of"),
         ({"mixers": 3}, "full and at least one of"),
-        ({"mixers": "full,window", "window": 511}, "below the teacher's longest context"),
+        ({"mixers": "full,window", "window": 511}, "must be below"),
         ({"mixers": "full,linear", "decay": "slow"}, "host.decay must be"),
+        ({"mixers": "full,pool"}, "did you mean pooled"),
+        ({"mixers": "full,dash", "density": 2}, "host.density must be"),
+        ({"mixers": "full,dash", "dash": "paper"}, "host.dash must be"),
+        ({"mixers": "full,pooled", "segment": 1}, "host.segment must be"),
+        ({"mixers": "full,dash", "chunk": 1}, "chunk=1 is too small"),
+        ({"mixers": "full,window", "conv": 1}, "conv=1 is too small"),
+        ({"mixers": "full,dash", "chunk": 4096}, "chunk=4096: the mixer dash would see"),
+        ({"mixers": "full,pooled", "segment": 4096}, "their sum must be below"),
     ],
 )
 def test_wrong_settings_are_one_sentence(settings, words):

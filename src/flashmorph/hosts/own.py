@@ -5,6 +5,7 @@ are in `flashmorph.own`; they travel with every checkpoint, and no engine beside
 """
 
 import copy
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -77,10 +78,12 @@ class OwnHost(Host):
         mixers = given["mixers"]
         names = [name.strip() for name in mixers.split(",")] if isinstance(mixers, str) else []
         wrong = [name for name in names if name not in (FULL, *OWN_MIXERS)]
+        near = difflib.get_close_matches(wrong[0], (FULL, *OWN_MIXERS), 1) if wrong else []
         if not names or wrong or len(set(names)) < len(names) or FULL not in names or len(names) < 2:
             raise UserError(
                 f"host.mixers must be {FULL} and at least one of {', '.join(OWN_MIXERS)}, each once and with commas, "
                 f"such as {FULL},{next(iter(OWN_MIXERS))}; got {quoted(mixers)}"
+                + (f": did you mean {near[0]}?" if near else "")
             )
         return OwnHost([name for name in (FULL, *OWN_MIXERS) if name in names], bool(given.get("conv")))
 
@@ -116,16 +119,21 @@ class OwnHost(Host):
         """Same shapes, every head full, and the settings of the mixers that heads may be switched to.
 
         Raises:
-            UserError: the window is not below the teacher's longest context.
+            UserError: a mixer would see the teacher's longest context as full attention does; or a single tap or token.
         """
-        longest = teacher.max_position_embeddings
-        if {"window", "thin", "pooled"} & set(self.mixers) and not window + sinks < longest:
-            raise UserError(
-                f"host.window={window} and host.sinks={sinks} must be below the teacher's longest context, "
-                f"{longest:,} tokens, together"
-            )
+        for name, value in (("conv", conv), ("chunk", chunk)):
+            if value == 1:
+                raise UserError(f"host.{name}=1 is too small: it must be 2 or more, or 0")
         given = {"window": window, "sinks": sinks, "points": points, "decay": decay, "head_norm": head_norm}
         given |= {"segment": segment, "dash": dash, "chunk": chunk, "density": density}
+        longest = teacher.max_position_embeddings
+        for name in self.mixers:
+            if name != FULL and (sizes := OWN_MIXERS[name].exact_sizes(given)) and not sum(sizes.values()) < longest:
+                together = " and ".join(f"host.{size}={value}" for size, value in sizes.items())
+                raise UserError(
+                    f"{together}: the mixer {name} would see the teacher's longest context, {longest:,} tokens, as "
+                    f"full attention does; {'their sum' if len(sizes) > 1 else 'it'} must be below that"
+                )
         before = {"conv": {"taps": conv, "rank": conv_rank}} if conv else {}
         same: dict[str, Any] = {name: getattr(teacher, name) for name in LLAMA_SETTINGS}
         bias = teacher.model_type in _BIASED or bool(getattr(teacher, "attention_bias", False))

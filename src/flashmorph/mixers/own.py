@@ -52,6 +52,11 @@ class OwnAdapter(FullAttention, ABC):
         """Its entry in `mixer_settings`, from the host's settings."""
         ...
 
+    @staticmethod
+    def exact_sizes(given: Mapping[str, Any]) -> dict[str, int]:
+        """The settings of the host whose sum is the longest text that the mixer sees as full attention does."""
+        return {}
+
     def build(self, config: PreTrainedConfig, layer: int, attention: nn.Module) -> nn.Module:
         """The mixer of all heads of the layer, beside the attention whose projections it uses."""
         mixer = cast(FlashmorphAttention, attention).new_mixer(self.option, config.num_key_value_heads)
@@ -97,6 +102,11 @@ class OwnWindow(OwnAdapter):
         """Its entry in `mixer_settings`, from the host's settings."""
         return {"kind": "window", "size": given["window"], "sinks": given["sinks"]}
 
+    @staticmethod
+    def exact_sizes(given: Mapping[str, Any]) -> dict[str, int]:
+        """Window and sinks."""
+        return {name: given[name] for name in ("window", "sinks")}
+
     def state_bytes(self, config: PreTrainedConfig, context: int) -> int:
         """Keys and values of the window but its newest token, and of the sinks."""
         settings = config.mixer_settings[self.option]
@@ -118,6 +128,11 @@ class OwnThin(OwnAdapter):
         """Its entry in `mixer_settings`, from the host's settings."""
         return {"kind": "thin"} | {name: given[name] for name in ("points", "window", "sinks")}
 
+    @staticmethod
+    def exact_sizes(given: Mapping[str, Any]) -> dict[str, int]:
+        """Window, sinks and what is halved together."""
+        return {"window": given["window"], "sinks": given["sinks"], "points": given["points"]}
+
     def held(self, settings: Mapping[str, Any], context: int) -> int:
         """Exact tokens and the sample."""
         return sum(held_after(context, settings["points"], settings["window"], settings.get("sinks", 0)))
@@ -133,6 +148,11 @@ class OwnPooled(OwnAdapter):
     def own_settings(given: Mapping[str, Any]) -> dict[str, Any]:
         """Its entry in `mixer_settings`, from the host's settings."""
         return {"kind": "pooled"} | {name: given[name] for name in ("segment", "window", "sinks")}
+
+    @staticmethod
+    def exact_sizes(given: Mapping[str, Any]) -> dict[str, int]:
+        """Window, sinks and a segment."""
+        return {name: given[name] for name in ("window", "sinks", "segment")}
 
     def state_bytes(self, config: PreTrainedConfig, context: int) -> int:
         """Exact keys and values; of each segment a key, and a value for each query head; sums of queries in float32."""
@@ -167,6 +187,11 @@ class OwnDash(OwnAdapter):
         if given["chunk"]:
             settings["chunk"] = given["chunk"]
         return settings | ({"density": given["density"]} if given["density"] else {})
+
+    @staticmethod
+    def exact_sizes(given: Mapping[str, Any]) -> dict[str, int]:
+        """A chunk."""
+        return {"chunk": given["chunk"]}
 
     def initialise(self, module: Any, attention: Any, hidden: torch.Tensor, arguments: LayerArguments) -> None:
         """Keep queries and keys of the layer, where gamma has to be chosen for all layers together."""
