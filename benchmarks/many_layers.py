@@ -231,7 +231,9 @@ def show(cells: Path, output: Path) -> None:
             rows.append(row)
     by_head = heads_against_layers(found)
     what = "the best of all plans judged, on the same questions"
-    write_json(output, {"best_known": what, "cells": rows, **({"heads_against_layers": by_head} if by_head else {})})
+    mixed = mixed_against_pure(found)
+    further = {"heads_against_layers": by_head, "mixed_against_pure": mixed}
+    write_json(output, {"best_known": what, "cells": rows, **{name: each for name, each in further.items() if each}})
     table = Table(title="regret against the best known plan, nats an answer token", title_justify="left")
     words = ("teacher", "form", "strategy", "set", "layers")
     for column in (*words[:2], "budget", *words[2:4], "seed", "layers", "loss", "regret", "+-", "tokens"):
@@ -249,6 +251,33 @@ def show(cells: Path, output: Path) -> None:
             f"{row['teacher']}, {row['mixers']} {row['set']}: best known {row['full_heads']} heads {row['heads']:.3f}, "
             f"the same as layers {row['layers']:.3f}; difference {row['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
         )
+    for row in mixed:
+        low, high = row["interval"]
+        losses = f"{row['mixed']} {row['loss']:.3f}, {row['pure']} {row['loss_of_pure']:.3f}"
+        print(
+            f"{row['teacher']}, {row['budget']}: {losses}; "
+            f"difference {row['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
+        )
+
+
+def mixed_against_pure(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The best known plan of several mixers minus that of one mixer beside full attention, at the same budget."""
+    best: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for cell in cells:
+        about = (cell.get("teacher", "SmolLM2"), cell["budget"], cell["set"])
+        forms = best.setdefault(about, {})
+        if cell["form"] not in forms or cell["loss"] < forms[cell["form"]]["loss"]:
+            forms[cell["form"]] = cell
+    rows = []
+    for (teacher, budget, changes), forms in sorted(best.items()):
+        several = [form for form in forms if form.count(",") > 1]
+        for form, other in ((form, other) for form in several for other in forms if other.count(",") == 1):
+            ours, theirs = forms[form], forms[other]
+            row = {"teacher": teacher, "budget": budget, "set": changes, "mixed": form, "pure": other}
+            row |= {"loss": ours["loss"], "loss_of_pure": theirs["loss"], "plan": ours["layers"]}
+            row |= {"plan_of_pure": theirs["layers"], "difference": ours["loss"] - theirs["loss"]}
+            rows.append({**row, "interval": list(paired_interval([ours["losses"]], [theirs["losses"]]))})
+    return rows
 
 
 def _judged_with(cell: dict[str, Any]) -> tuple[str, str, int, str]:
