@@ -138,11 +138,21 @@ def _show_curve(run: Any, host: Any, branches: Any, questions: int, share: float
     from rich.table import Table
 
     from flashmorph import distributed
-    from flashmorph.pipeline.curve import draw_curve, run_curve
+    from flashmorph.hosts.vllm_cache import unpadded
+    from flashmorph.pipeline.curve import curve_in_vllm, draw_curve, run_curve
 
     curve = run_curve(run, host, branches, questions)
     enough = curve.smallest_within(share)
-    values = {**curve.to_dict(), "within": share, "smallest_within": enough.num_full}
+    vllm = curve_in_vllm(run, curve)
+    in_vllm = vllm and [
+        {
+            "full": point.num_full,
+            "padded_layers": cache.groups.padded,
+            "cache_bytes": {context: cache.sequence_bytes(int(context)) for context in point.cache_bytes},
+        }
+        for point, cache in zip(curve.points, vllm, strict=True)
+    ]
+    values = {**curve.to_dict(), "within": share, "smallest_within": enough.num_full, "vllm": in_vllm}
     picture = output.with_suffix(".png")
     if distributed.is_first():
         write_json(output, {**made_by(_CURVE), **values})
@@ -152,15 +162,24 @@ def _show_curve(run: Any, host: Any, branches: Any, questions: int, share: float
         return
     context = max(enough.cache_bytes, key=int)
     table = Table(title=f"{curve.strategy}, before distillation", title_justify="left")
-    for column in ("full", "plan", "loss", "recall", f"cache at {int(context):,}", ""):
+    shown = ("in vLLM", "padded") if vllm else ()
+    for column in ("full", "plan", "loss", "recall", f"cache at {int(context):,}", *shown, ""):
         table.add_column(column, justify="left" if column in ("plan", "") else "right", no_wrap=True)
-    for point in curve.points:
-        cache = f"{point.cache_bytes[context] / 2**20:,.1f} MiB"
+    for number, point in enumerate(curve.points):
+        caches = [_mebibytes(point.cache_bytes[context])]
+        if vllm:
+            caches += [_mebibytes(vllm[number].sequence_bytes(int(context))), str(vllm[number].groups.padded)]
         note = f"<- smallest within {share:.0%}" if point is enough else ""
-        figures = (f"{point.loss:.3f}", f"{point.recall:.0%}", cache, note)
-        table.add_row(str(point.num_full), point.strip, *figures)
+        table.add_row(str(point.num_full), point.strip, f"{point.loss:.3f}", f"{point.recall:.0%}", *caches, note)
     OUT.print(table)
+    if vllm:
+        counts = ", ".join(map(str, unpadded(len(curve.points))))
+        OUT.print(f"vLLM pads no layer with {counts} full ones.", highlight=False, soft_wrap=True)
     OUT.print(f"written: {output} and {picture}", highlight=False, soft_wrap=True)
+
+
+def _mebibytes(value: int) -> str:
+    return f"{value / 2**20:,.1f} MiB"
 
 
 def _show_what_it_found(run: Any, plan: Any) -> None:
