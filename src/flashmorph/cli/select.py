@@ -138,7 +138,6 @@ def _show_curve(run: Any, host: Any, branches: Any, questions: int, share: float
     from rich.table import Table
 
     from flashmorph import distributed
-    from flashmorph.hosts.vllm_cache import unpadded
     from flashmorph.pipeline.curve import curve_in_vllm, draw_curve, run_curve
 
     curve = run_curve(run, host, branches, questions)
@@ -162,20 +161,34 @@ def _show_curve(run: Any, host: Any, branches: Any, questions: int, share: float
         return
     context = max(enough.cache_bytes, key=int)
     table = Table(title=f"{curve.strategy}, before distillation", title_justify="left")
-    shown = ("in vLLM", "padded") if vllm else ()
-    for column in ("full", "plan", "loss", "recall", f"cache at {int(context):,}", *shown, ""):
+    for column in ("full", "plan", "loss", "recall", f"cache at {int(context):,}", ""):
         table.add_column(column, justify="left" if column in ("plan", "") else "right", no_wrap=True)
-    for number, point in enumerate(curve.points):
-        caches = [_mebibytes(point.cache_bytes[context])]
-        if vllm:
-            caches += [_mebibytes(vllm[number].sequence_bytes(int(context))), str(vllm[number].groups.padded)]
+    for point in curve.points:
         note = f"<- smallest within {share:.0%}" if point is enough else ""
-        table.add_row(str(point.num_full), point.strip, f"{point.loss:.3f}", f"{point.recall:.0%}", *caches, note)
+        figures = (f"{point.loss:.3f}", f"{point.recall:.0%}", _mebibytes(point.cache_bytes[context]), note)
+        table.add_row(str(point.num_full), point.strip, *figures)
     OUT.print(table)
     if vllm:
-        counts = ", ".join(map(str, unpadded(len(curve.points))))
-        OUT.print(f"vLLM pads no layer with {counts} full ones.", highlight=False, soft_wrap=True)
+        _show_vllm(curve, vllm, context)
     OUT.print(f"written: {output} and {picture}", highlight=False, soft_wrap=True)
+
+
+def _show_vllm(curve: Any, caches: Any, context: str) -> None:
+    """The same budgets in vLLM, a table of its own: beside the plans it would not fit."""
+    from rich.table import Table
+
+    from flashmorph.hosts.vllm_cache import unpadded
+
+    table = Table(title="the same in vLLM", title_justify="left")
+    for column in ("full", "layers of a group", "padded layers", f"cache at {int(context):,}"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for point, cache in zip(curve.points, caches, strict=True):
+        groups = cache.groups
+        allocated = _mebibytes(cache.sequence_bytes(int(context)))
+        table.add_row(str(point.num_full), str(groups.size), str(groups.padded), allocated)
+    OUT.print(table)
+    counts = ", ".join(map(str, unpadded(len(curve.points))))
+    OUT.print(f"vLLM pads no layer with {counts} full ones.", highlight=False, soft_wrap=True)
 
 
 def _mebibytes(value: int) -> str:
