@@ -1,13 +1,21 @@
-"""Benchmarks that need a GPU run at toy size without one, and say that they measured nothing."""
+"""Benchmarks that need a GPU run at toy size without one, and say that they measured nothing; what others compute."""
 
+import importlib
+import json
 import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+from flashmorph.convert.load import load_tokenizer
+from flashmorph.convert.teacher import locate
+from flashmorph.recipe.questions import held_out, open_questions
+from flashmorph.recipe.recipe import load_recipe, with_settings
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -42,3 +50,44 @@ def test_the_check_of_a_gpu_runs_without_one_and_shows_nothing(part, code, said,
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     assert said in done.stdout + done.stderr and not list(tmp_path.iterdir())
+
+
+def test_what_llama_cpp_answers_is_judged_as_what_transformers_answers(monkeypatch):
+    """`benchmarks/quantised.py` reads its rows back in their order, and losses of predicted tokens only."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    quantised = importlib.import_module("quantised")
+    recipe = with_settings(load_recipe("demo"), {"evaluate.questions": 2, "evaluate.perplexity_tokens": 1024})
+    tokenizer = load_tokenizer(locate("tiny")[0])
+    assert tokenizer
+    corpus = recipe.data.corpus
+    questions, text = open_questions(recipe, corpus, tokenizer), held_out(recipe, corpus, tokenizer)
+    asked = quantised.Asked(tokenizer, [], questions, text)
+    rows, results, place = asked.rows(), [], 0
+    while place < len(rows):
+        new, length = rows[place : place + 2]
+        results.append(np.full(new or length - 1, 0 if new else 2.0, np.float32))
+        place += 2 + length
+    score = asked.score(np.concatenate(results))
+    assert score.recall == 0 and score.perplexity == pytest.approx(np.exp(2))
+    first = questions["one_key"][0].prompt
+    answer = tokenizer(first.references[0] + first.stop, add_special_tokens=False).input_ids
+    results[0][: len(answer)] = answer[: len(results[0])]
+    assert asked.score(np.concatenate(results)).right["one_key"] == [True, False]
+
+
+@pytest.mark.serving
+@pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP names no built llama.cpp: make test-serving")
+def test_a_teacher_beside_itself_in_every_type(tmp_path, monkeypatch):
+    """Twice the same model: the same figures, and fewer bytes by each type."""
+    output = tmp_path / "quantised.json"
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    options = ["--llama-cpp", os.environ["LLAMA_CPP"], "--questions", "1", "--threads", "1", "--output", str(output)]
+    monkeypatch.setattr("sys.argv", ["quantised.py", str(locate("tiny")[0]), *options])
+    runpy.run_path(str(BENCHMARKS / "quantised.py"), run_name="__main__")
+    rows = json.loads(output.read_text(encoding="utf-8"))["rows"]
+    assert [row["type"] for row in rows[::2]] == ["f32", "q8_0", "q4_0", "q4_k_m"]
+    for teacher, hybrid in zip(rows[::2], rows[1::2], strict=True):
+        assert hybrid["minus_teacher"]["perplexity"]["ratio"] == pytest.approx(1, abs=1e-6)
+        assert teacher["file_bytes"] == hybrid["file_bytes"]
+    sizes = {row["type"]: row["file_bytes"] for row in rows}
+    assert sizes["q4_0"] < sizes["q4_k_m"] < sizes["q8_0"] < sizes["f32"]

@@ -1,6 +1,7 @@
 """Export: what is refused before anything is written, what the converter is told, and when its file is not kept."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from flashmorph.cli.options import quiet
 from flashmorph.convert.load import load_config
 from flashmorph.errors import UserError
 from flashmorph.hosts import LINEAR, configure
-from flashmorph.pipeline.export import CONVERTER, gguf_form, lay_out, require_fields, require_layers
-from flashmorph.plan import FULL
+from flashmorph.pipeline.export import CONVERTER, card_of, gguf_form, lay_out, require_fields, require_layers
+from flashmorph.plan import FULL, Budget, Plan
 from flashmorph.run.folder import RunFolder
 
 IRREGULAR = (FULL, LINEAR, LINEAR, FULL, LINEAR)
@@ -23,7 +24,8 @@ REPORTS = """
 import json, pathlib, sys
 place = pathlib.Path(__file__).parent
 config = json.loads((pathlib.Path(sys.argv[1]) / "config.json").read_text())
-(place / "told.json").write_text(json.dumps({"arguments": sys.argv[1:], "config": config}))
+card = json.loads(pathlib.Path(sys.argv[-1]).read_text())
+(place / "told.json").write_text(json.dumps({"arguments": sys.argv[1:], "config": config, "card": card}))
 sys.exit("NotImplementedError: BPE pre-tokenizer was not recognized - update get_vocab_base_pre()")
 """
 
@@ -57,16 +59,44 @@ def test_the_converter_is_told_what_the_host_needs(capsys, tmp_path):
     told = json.loads((converter / "told.json").read_text())
     source, *rest = told["arguments"]
     assert Path(source).name == "qwen-hybrid" and not Path(source).exists()
-    assert rest[0] == "--outfile" and rest[2:] == ["--outtype", "f32", "--no-mtp"]
+    assert rest[0] == "--outfile" and rest[2:-1] == ["--outtype", "f32", "--no-mtp", "--metadata"]
     assert told["config"] == json.loads((qwen / "config.json").read_text())
     llama = hybrid(tmp_path / "llama-hybrid", teacher="llama: grouped", **SQUARE)
-    refused(capsys, *export(llama, file, converter, "--dtype", "q8_0"))
-    told = json.loads((converter / "told.json").read_text())
-    assert told["arguments"][3:] == ["--outtype", "q8_0"]
+    for option in ("--dtype", "--outtype"):
+        refused(capsys, *export(llama, file, converter, option, "q8_0"))
+        told = json.loads((converter / "told.json").read_text())
+        assert told["arguments"][3:-1] == ["--outtype", "q8_0", "--metadata"]
     assert told["config"]["layer_types"] == ["attention", "mamba", "mamba", "attention", "mamba"]
     assert told["config"]["rope_theta"] == 10000.0
     assert json.loads((llama / "config.json").read_text())["layer_types"][0] == "full_attention"
     assert not file.exists() and not any(file.parent.iterdir())
+
+
+def test_the_file_describes_itself(tmp_path):
+    folder = hybrid(tmp_path / "hybrid")
+    config = load_config(folder)
+    values = card_of(folder, config, IRREGULAR)
+    assert values["general.description"].startswith("Hybrid, made by flashmorph")
+    assert "layers 0, 3 of 5 keep full attention, the others are Gated DeltaNet." in values["general.description"]
+    options = {f"layers.{layer}": option for layer, option in enumerate(IRREGULAR)}
+    plan = replace(Plan.of(options, Budget("layers", 2)), strategy="race", teacher="/home/somebody/teacher")
+    plan.save(folder / "plan.json")
+    values = card_of(folder, config, IRREGULAR)
+    assert "Hybrid of teacher, made" in values["general.description"]
+    assert "(chosen by race for the budget 2)" in values["general.description"]
+    assert "general.base_models" not in values
+    replace(plan, teacher="Qwen/Qwen3-1.7B", revision="abc").save(folder / "plan.json")
+    assert card_of(folder, config, IRREGULAR)["general.base_models"] == [
+        {"name": "Qwen3-1.7B", "organization": "Qwen", "repo_url": "https://huggingface.co/Qwen/Qwen3-1.7B"}
+    ]
+    assert card_of(folder, config, [FULL] * 5) == {}
+
+
+def test_types_that_the_converter_does_not_make(capsys, tmp_path):
+    converter, file = llama_cpp(tmp_path / "llama.cpp", REPORTS), tmp_path / "hybrid.gguf"
+    said = refused(capsys, *export(hybrid(tmp_path / "hybrid"), file, converter, "--dtype", "Q4_K_M"))
+    assert "none of f32, bf16, f16, q8_0" in said and "llama-quantize" in said
+    assert not (converter / "told.json").exists()
 
 
 def test_the_copy_has_links_to_everything_but_the_configuration(tmp_path):

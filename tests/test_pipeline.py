@@ -267,6 +267,10 @@ def test_the_budget_curve_has_a_plan_for_every_budget(finished, teacher_folder, 
     assert [list(point["assignments"].values()).count("full") for point in values["points"]] == [1, 2]
     assert values["points"][0]["cache_bytes"]["131072"] < values["points"][1]["cache_bytes"]["131072"]
     assert values["smallest_within"] == 1
+    in_vllm = values["vllm"]
+    assert [point["full"] for point in in_vllm] == list(range(1, len(values["points"]) + 1))
+    assert all(point["cache_bytes"].keys() == values["points"][0]["cache_bytes"].keys() for point in in_vllm)
+    assert in_vllm[-1]["padded_layers"] == 0
     assert output.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     assert run_command(*select, "--within", "5") == 2
     assert "must be a percentage" in capsys.readouterr().err

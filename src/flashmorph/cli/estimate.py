@@ -109,13 +109,15 @@ def _show(found: Any) -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("", "teacher", "hybrid", *(["least ms a token"] if found.gpu else [])):
         table.add_column(column, justify="right" if column else "left")
-    both = (found.sizes.teacher, found.hybrid_parameters)
+    both, vllm = (found.sizes.teacher, found.hybrid_parameters), found.in_vllm
     table.add_row("parameters", *map(amount, both))
     table.add_row("weights", *(byte_size(found.weight_bytes(parameters)) for parameters in both))
     for context, cache in found.cache.items():
         seconds = [found.seconds_per_token(*pair) for pair in zip(both, cache, strict=True)]
         times = [f"{1000 * least:.2f}" for least in seconds if least is not None]
         table.add_row(f"cache at {context:,}", *map(byte_size, cache), *([" -> ".join(times)] if times else []))
+        if vllm:
+            table.add_row("  in vLLM", *(byte_size(each.sequence_bytes(context)) for each in vllm))
     OUT.print(table)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     sharded = found.num_gpus > 1

@@ -19,15 +19,20 @@ def export(
         Path, typer.Option("--llama-cpp", help="Your checkout of llama.cpp: its converter does the work.")
     ],
     dtype: Annotated[
-        str | None, typer.Option(help="`f32`, `bf16`, `f16`, `q8_0`: as its converter's --outtype. Default: as it is.")
+        str | None,
+        typer.Option(
+            "--dtype",
+            "--outtype",
+            help="`f32`, `bf16`, `f16` or `q8_0`, as its converter's --outtype. Default: as it is.",
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE if it is there.")] = False,
 ) -> None:
     """Write a hybrid as a GGUF file for llama.cpp and what is built on it, with the converter of your llama.cpp.
 
     Gives the converter the settings of the hybrid's class, then reads the file back: its list of full and linear layers
-    must be the plan's. Refuses hybrids that llama.cpp would run wrongly. Make smaller types (`Q4_K_M`, ...) from the
-    file with llama.cpp's own `llama-quantize`.
+    must be the plan's. Its metadata describe the hybrid. Refuses hybrids that llama.cpp would run wrongly. Make smaller
+    types (`Q4_K_M`, ...) from the file with llama.cpp's own `llama-quantize`.
 
     Example: `flashmorph export runs/demo --gguf demo.gguf --llama-cpp ~/llama.cpp`
     """

@@ -138,11 +138,20 @@ def _show_curve(run: Any, host: Any, branches: Any, questions: int, share: float
     from rich.table import Table
 
     from flashmorph import distributed
-    from flashmorph.pipeline.curve import draw_curve, run_curve
+    from flashmorph.pipeline.curve import curve_in_vllm, draw_curve, run_curve
 
     curve = run_curve(run, host, branches, questions)
     enough = curve.smallest_within(share)
-    values = {**curve.to_dict(), "within": share, "smallest_within": enough.num_full}
+    vllm = curve_in_vllm(run, curve)
+    in_vllm = vllm and [
+        {
+            "full": point.num_full,
+            "padded_layers": cache.groups.padded,
+            "cache_bytes": {context: cache.sequence_bytes(int(context)) for context in point.cache_bytes},
+        }
+        for point, cache in zip(curve.points, vllm, strict=True)
+    ]
+    values = {**curve.to_dict(), "within": share, "smallest_within": enough.num_full, "vllm": in_vllm}
     picture = output.with_suffix(".png")
     if distributed.is_first():
         write_json(output, {**made_by(_CURVE), **values})
@@ -155,12 +164,35 @@ def _show_curve(run: Any, host: Any, branches: Any, questions: int, share: float
     for column in ("full", "plan", "loss", "recall", f"cache at {int(context):,}", ""):
         table.add_column(column, justify="left" if column in ("plan", "") else "right", no_wrap=True)
     for point in curve.points:
-        cache = f"{point.cache_bytes[context] / 2**20:,.1f} MiB"
         note = f"<- smallest within {share:.0%}" if point is enough else ""
-        figures = (f"{point.loss:.3f}", f"{point.recall:.0%}", cache, note)
+        figures = (f"{point.loss:.3f}", f"{point.recall:.0%}", _mebibytes(point.cache_bytes[context]), note)
         table.add_row(str(point.num_full), point.strip, *figures)
     OUT.print(table)
+    if vllm:
+        _show_vllm(curve, vllm, context)
     OUT.print(f"written: {output} and {picture}", highlight=False, soft_wrap=True)
+
+
+def _show_vllm(curve: Any, caches: Any, context: str) -> None:
+    """The same budgets in vLLM, a table of its own: beside the plans it would not fit."""
+    from rich.table import Table
+
+    from flashmorph.hosts.vllm_cache import unpadded
+
+    table = Table(title="the same in vLLM", title_justify="left")
+    for column in ("full", "layers of a group", "padded layers", f"cache at {int(context):,}"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for point, cache in zip(curve.points, caches, strict=True):
+        groups = cache.groups
+        allocated = _mebibytes(cache.sequence_bytes(int(context)))
+        table.add_row(str(point.num_full), str(groups.size), str(groups.padded), allocated)
+    OUT.print(table)
+    counts = ", ".join(map(str, unpadded(len(curve.points))))
+    OUT.print(f"vLLM pads no layer with {counts} full ones.", highlight=False, soft_wrap=True)
+
+
+def _mebibytes(value: int) -> str:
+    return f"{value / 2**20:,.1f} MiB"
 
 
 def _show_what_it_found(run: Any, plan: Any) -> None:

@@ -27,7 +27,8 @@ from flashmorph.estimate.work import (
     teacher_work,
 )
 from flashmorph.hosts import cache_bytes
-from flashmorph.plan import Budget
+from flashmorph.hosts.vllm_cache import VllmCache, unpadded, vllm_cache
+from flashmorph.plan import FULL, Budget
 from flashmorph.recipe.outlook import check_recipe, outlook
 from flashmorph.recipe.recipe import Recipe, with_settings
 from flashmorph.records import Figures, SettingValues
@@ -73,6 +74,15 @@ class Estimate:
     """Whether a run on these GPUs would shard its weights."""
 
     @property
+    def in_vllm(self) -> tuple[VllmCache, VllmCache] | None:
+        """The caches of the teacher and the hybrid in vLLM; None where it does not serve the host."""
+        model = self.model
+        options = [FULL] * model.kept + [model.switched] * (model.groups - model.kept)
+        teacher = vllm_cache(model.host, model.config, [FULL] * model.groups)
+        hybrid = vllm_cache(model.host, model.hybrid, options)
+        return (teacher, hybrid) if teacher and hybrid else None
+
+    @property
     def hybrid_parameters(self) -> int:
         """Parameters of the hybrid."""
         return self.sizes.hybrid(self.model.switched, self.model.num_full)
@@ -105,6 +115,7 @@ class Estimate:
     def to_dict(self) -> Figures:
         """The JSON form: bytes, hours, operations."""
         models = {"teacher": (self.sizes.teacher, 0), "hybrid": (self.hybrid_parameters, 1)}
+        vllm = self.in_vllm
         return {
             "teacher": self.teacher,
             "host": self.model.host.name,
@@ -118,6 +129,8 @@ class Estimate:
                 name: {
                     "parameters": parameters,
                     "cache_bytes": {str(context): cache[index] for context, cache in self.cache.items()},
+                    "vllm_cache_bytes": vllm
+                    and {str(context): vllm[index].sequence_bytes(context) for context in self.cache},
                     "least_seconds_per_token": {
                         str(context): self.seconds_per_token(parameters, cache[index])
                         for context, cache in self.cache.items()
@@ -125,6 +138,8 @@ class Estimate:
                 }
                 for name, (parameters, index) in models.items()
             },
+            "vllm_padded_layers": vllm and vllm[1].groups.padded,
+            "vllm_unpadded_full_layers": vllm and unpadded(self.model.layers),
             "stages": [
                 {
                     "stage": stage.name,

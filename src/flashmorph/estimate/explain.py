@@ -4,13 +4,16 @@ from collections.abc import Iterator
 
 from flashmorph.estimate.estimate import Estimate, Stage
 from flashmorph.hosts import FEED_FORWARD
+from flashmorph.hosts.vllm_cache import VllmCache, in_words
 from flashmorph.plan import FULL
 from flashmorph.units import amount
 
 
 def notes(found: Estimate) -> Iterator[str]:
     """What the tables assume, and what to change where a stage does not fit."""
-    gpu = found.gpu
+    gpu, model = found.gpu, found.model
+    if vllm := found.in_vllm:
+        yield in_words(vllm[1].groups, model.kept, model.layers - model.kept)
     if not gpu:
         yield "Hours and what fits: name a GPU, for example --gpu h200. Formulas: --explain."
         if any(stage.auto for stage in found.stages):
@@ -82,6 +85,10 @@ def explain(found: Estimate) -> Iterator[str]:
             f"  at {context:,}: teacher {layers} · {full:,} = {teacher:,}; "
             f"hybrid {num_full:g} · {full:,} + {layers - num_full:g} · {other:,} = {hybrid:,}"
         )
+    if vllm := found.in_vllm:
+        yield "\nThe same in vLLM, groups · layers of a group · pages · bytes of a page, as its 0.32 does on a GPU:"
+        for context in found.cache:
+            yield f"  at {context:,}: {_vllm_formula(vllm[1], context)}"
     length = max(stage.length for stage in found.stages if stage.memory)
     yield f"\nFLOPs of one layer for each token, forward, at a context of {length:,} (a multiply-add counts as two):"
     for part in (FULL, switched, FEED_FORWARD):
@@ -116,3 +123,12 @@ def explain(found: Estimate) -> Iterator[str]:
             if stage.memory.tokens:
                 parts.append(f"{stage.memory.tokens:,} tokens at once · {stage.memory.per_token:,.0f} kept for each")
             yield f"  {stage.name}: " + "; ".join(parts) + f"; in all {stage.memory.bytes():,.0f}"
+
+
+def _vllm_formula(cache: VllmCache, context: int) -> str:
+    groups, pages = cache.groups, cache.pages
+    of_switched = pages.switched(context)
+    return (
+        f"({groups.full} · {-(-context // pages.block_tokens)} + {groups.switched} · {of_switched}) · {groups.size} · "
+        f"{pages.page_bytes:,} = {cache.sequence_bytes(context):,} (blocks of {pages.block_tokens} tokens)"
+    )

@@ -126,8 +126,13 @@ class GatedDeltaNet:
 
     def cache_bytes(self, config: PreTrainedConfig, context: int) -> int:
         """The convolution's inputs, and the recurrent state in float32."""
+        channels, taps, numbers = self.state_numbers(config)
+        return channels * taps * number_bytes(config) + numbers * STATE_BYTES
+
+    def state_numbers(self, config: PreTrainedConfig) -> tuple[int, int, int]:
+        """Channels and taps of the convolution, and numbers of the recurrent state, of one layer."""
         mixed, _, state = _sizes(config)
-        return mixed * config.linear_conv_kernel_dim * number_bytes(config) + state * STATE_BYTES
+        return mixed, config.linear_conv_kernel_dim, state
 
     def products(self, config: PreTrainedConfig, context: int) -> list[Products]:
         """In chunks of 64 (arXiv 2412.06464, section 3.3); a step decays, reads, writes and queries the state."""

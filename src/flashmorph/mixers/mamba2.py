@@ -106,8 +106,13 @@ class Mamba2:
 
     def cache_bytes(self, config: PreTrainedConfig, context: int) -> int:
         """The convolution's inputs, and the recurrent state in float32."""
+        channels, taps, numbers = self.state_numbers(config)
+        return channels * taps * number_bytes(config) + numbers * STATE_BYTES
+
+    def state_numbers(self, config: PreTrainedConfig) -> tuple[int, int, int]:
+        """Channels and taps of the convolution, and numbers of the recurrent state, of one layer."""
         inner, convolved = _sizes(config)
-        return convolved * config.mamba_d_conv * number_bytes(config) + inner * config.mamba_d_state * STATE_BYTES
+        return convolved, config.mamba_d_conv, inner * config.mamba_d_state
 
     def products(self, config: PreTrainedConfig, context: int) -> list[Products]:
         """In chunks (arXiv 2405.21060, section 6), C meeting B once for each group, as in `mamba2_scan.py`.

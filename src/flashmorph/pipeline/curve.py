@@ -8,9 +8,11 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 
 from flashmorph import distributed
+from flashmorph.convert.load import load_config
 from flashmorph.errors import UserError
 from flashmorph.files import write_json
-from flashmorph.hosts import cache_by_context
+from flashmorph.hosts import cache_by_context, configure
+from flashmorph.hosts.vllm_cache import VllmCache, vllm_cache
 from flashmorph.inputs.shapes import Count, Finite, Shape, read_as
 from flashmorph.model.morphable import Morphable
 from flashmorph.pipeline.signal import with_signal
@@ -150,6 +152,14 @@ def run_curve(run: Run, host: Stage, branches: Stage, questions: int) -> Curve:
     stage = run.stage("curve", f"{recipe.select.strategy}, every budget", stage_settings, [branches.digest], work)
     values = read_as(stage.folder / "curve.json", _Curve)
     return Curve(values["strategy"], [Point(**point) for point in values["points"]])
+
+
+def curve_in_vllm(run: Run, curve: Curve) -> list[VllmCache] | None:
+    """The cache of each point in vLLM; None where that does not serve the run's host."""
+    host, config = configure(load_config(run.teacher.folder), run.recipe.host)
+    plans = [list(point.assignments.values()) for point in curve.points]
+    caches = [vllm_cache(host, host.with_plan(config, options), options) for options in plans]
+    return [cache for cache in caches if cache] if all(caches) else None
 
 
 def draw_curve(curve: Curve, within: float, path: Path) -> None:

@@ -16,16 +16,19 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from flashmorph.convert.checkpoint import travelling_content, travelling_files, weight_files
 from flashmorph.convert.load import load_config
-from flashmorph.errors import UserError
+from flashmorph.errors import UserError, quoted
 from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.hosts import host_of
 from flashmorph.hosts.serving import Gguf, full_interval
-from flashmorph.plan import FULL
+from flashmorph.plan import FULL, Plan
 from flashmorph.records import Figures
 from flashmorph.run.folder import MARKER
 from flashmorph.surface.outputs import claim_output
+from flashmorph.versions import own_version
 
 CONVERTER = "convert_hf_to_gguf.py"
+TYPES = ("f32", "bf16", "f16", "q8_0")
+"""The `--outtype`s of the converter that are offered; llama-quantize makes all others."""
 _OUTTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _UNKNOWN_TOKENIZER = "pre-tokenizer was not recognized"
 _UNKNOWN_MODULE = "No module named "
@@ -36,13 +39,18 @@ def export_gguf(
 ) -> tuple[str, ...]:
     """Write the hybrid in `folder` as the GGUF file `target`; returns the option of each layer, as the file has it.
 
-    `llama_cpp` is a checkout of llama.cpp; `dtype` one of its converter's `--outtype`s, by default what the checkpoint
-    is in. All that can be known before is checked before; the file appears whole, or not at all.
+    `llama_cpp` is a checkout of llama.cpp; `dtype` one of `TYPES`, by default what the checkpoint is in. All that can
+    be known before is checked before; the file appears whole, or not at all.
 
     Raises:
-        UserError: llama.cpp does not run such a hybrid; the file exists and `force` is not set; the converter is
-            missing, too old, or fails; what it wrote has other layers than the hybrid.
+        UserError: llama.cpp does not run such a hybrid; the file exists and `force` is not set; `dtype` is not offered;
+            the converter is missing, too old, or fails; what it wrote has other layers than the hybrid.
     """
+    if dtype not in (None, *TYPES):
+        raise UserError(
+            f"--dtype {quoted(dtype)} is none of {', '.join(TYPES)}: make other types from the file with llama.cpp's "
+            "llama-quantize"
+        )
     claim_output(target, None, force)
     config = _config_of(folder)
     form, options = gguf_form(folder, config)
@@ -51,9 +59,11 @@ def export_gguf(
     with TemporaryDirectory() as temporary, atomic_path(target) as file:
         source = Path(temporary) / (folder.resolve().name or "model")
         lay_out(folder, config, source)
+        card = Path(temporary) / "card.json"
+        write_json(card, card_of(folder, config, options))
         outtype = dtype or _OUTTYPES.get(str(config.dtype).removeprefix("torch."), "auto")
         _convert([sys.executable, str(llama_cpp / CONVERTER), str(source), "--outfile", str(file), "--outtype", outtype,
-                  *form.flags], folder, llama_cpp)  # fmt: skip
+                  *form.flags, "--metadata", str(card)], folder, llama_cpp)  # fmt: skip
         with _gguf_package(llama_cpp) as package:
             wanted = form.fields(config)
             set_fields(package, file, wanted)
@@ -146,6 +156,32 @@ def lay_out(folder: Path, config: PreTrainedConfig, target_folder: Path) -> None
     values = {name: value for name, value in read_json(folder / "config.json").items() if name != "auto_map"}
     values.setdefault("rope_parameters", config.rope_parameters)
     write_json(target_folder / "config.json", host_of(config).serialise(values))
+
+
+def card_of(folder: Path, config: PreTrainedConfig, options: Sequence[str]) -> Figures:
+    """What the file says of itself, by the names of its metadata: the layers, and as far as known where they come from.
+
+    A teacher is the base model where it has a name on the hub; of a folder only the last part is named.
+    """
+    host = host_of(config)
+    mixers = [host.mixers[option].name for option in dict.fromkeys(options) if option != FULL]
+    if not mixers:
+        return {}
+    plan = Plan.load(folder / "plan.json") if (folder / "plan.json").is_file() else None
+    teacher = plan.teacher if plan and plan.revision else Path(plan.teacher).name if plan else ""
+    layers = _full([option != FULL for option in options])
+    chosen = f" (chosen by {plan.strategy} for the budget {plan.budget})" if plan else ""
+    hybrid = f"Hybrid of {teacher}" if teacher else "Hybrid"
+    values: Figures = {
+        "general.description": f"{hybrid}, made by flashmorph {own_version()}: layers {layers} of {len(options)} keep "
+        f"full attention{chosen}, the others are {' or '.join(mixers)}.",
+        "general.tags": ["flashmorph", "hybrid-attention", "text-generation"],
+    }
+    if plan and plan.revision:
+        owner, _, name = teacher.rpartition("/")
+        base = {"name": name, "organization": owner, "repo_url": f"https://huggingface.co/{teacher}"}
+        values["general.base_models"] = [{key: value for key, value in base.items() if value}]
+    return values
 
 
 def _convert(command: list[str], folder: Path, llama_cpp: Path) -> None:
