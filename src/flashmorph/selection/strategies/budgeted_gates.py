@@ -19,6 +19,7 @@ from flashmorph.inputs.settings import FinalRate, Rate
 from flashmorph.plan import FULL, Budget, Space
 from flashmorph.selection.descend import Loss, Schedule, descend
 from flashmorph.selection.racing import improve_by_swaps
+from flashmorph.selection.respending import improve_by_respending
 from flashmorph.selection.strategy import Reuse, Search, Selection, Steps, Strategy, Swaps
 
 Noise = Annotated[float, Field(ge=0, le=1_000)]
@@ -44,7 +45,9 @@ def budgeted_gates(
     `budget` and one search serves every count. With `shared_moment` steps keep the proportions of the gradients
     (`SharedAdam`) instead of being equally long for every logit. The logits cannot say that one layer makes up for
     another; so at the end the plan races against its `candidates` most promising one-swap neighbours, and the winner
-    again, in at most `swaps` rounds (`improve_by_swaps`; 0 for none), where options cost the same everywhere.
+    again, in at most `swaps` rounds (`improve_by_swaps`; 0 for none). Of more than two options, or where groups cost
+    differently, it races against plans that spend the budget otherwise (`improve_by_respending`); the scores then are
+    those before the races.
 
     Raises:
         UserError: see `Space.limit`.
@@ -70,9 +73,17 @@ def budgeted_gates(
     dearer = np.ones(scores.shape, dtype=bool)
     np.put_along_axis(dearer, least, False, 1)
     scores = np.where(dearer, scores - scores[dearer].min(), 0.0)
-    if swaps and space.costs_alike:
+    if swaps and _only_exchanges(space):
         scores = improve_by_swaps(search, scores, Swaps(swaps, candidates), steps, trace)
-    return Selection(space.best(scores, budget), scores, trace, search.objective.cost)
+    plan = space.best(scores, budget)
+    if swaps and not _only_exchanges(space):
+        plan = improve_by_respending(search, plan, Swaps(swaps, candidates), steps, trace)
+    return Selection(plan, scores, trace, search.objective.cost)
+
+
+def _only_exchanges(space: Space) -> bool:
+    """Whether every other plan of the budget is some exchanges of two groups away, and none saves anything."""
+    return space.costs_alike and len(space.options) == 2
 
 
 def _reuse(settings: Mapping[str, Any]) -> Reuse:
