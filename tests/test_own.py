@@ -19,7 +19,7 @@ from flashmorph.convert.in_memory import transplant
 from flashmorph.convert.load import load_config, load_model
 from flashmorph.convert.save import save_model
 from flashmorph.errors import UserError
-from flashmorph.hosts import OWN, cache_bytes, configure, layer_space
+from flashmorph.hosts import OWN, cache_bytes, configure, host_of, layer_space
 from flashmorph.model.morphable import Morphable, attach
 from flashmorph.own import FORMAT, TRAVELLING, FlashmorphForCausalLM
 from flashmorph.plan import FULL, Budget, Plan
@@ -103,6 +103,12 @@ def test_one_hot_gates_are_the_built_model_with_every_mixer_and_convolutions():
     assert torch.allclose(built.lm_head(hidden), logits(built, IDS), atol=1e-3)
     hidden.square().mean().backward()
     assert gates.grad is not None and torch.isfinite(gates.grad).all() and (gates.grad != 0).all()
+
+
+def test_a_saved_model_has_its_options_in_the_same_order(tmp_path):
+    folder, _ = saved(tmp_path, **EVERY)
+    wanted = OWN.asked_for(EVERY)
+    assert list(host_of(load_config(folder)).mixers) == list(wanted.mixers) == EVERY["mixers"].split(",")
 
 
 def test_a_plan_of_layers_is_the_plan_of_all_their_heads():

@@ -91,7 +91,9 @@ class OwnHost(Host):
     def of(config: PreTrainedConfig) -> "OwnHost":
         """The host of a configuration that one has made."""
         settings = config.mixer_settings or {}
-        return OwnHost([FULL, *settings], any("conv" in each for each in settings.values()))
+        # config.json sorts its keys, and of options that cost the same the first one counts.
+        names = [name for name in (FULL, *OWN_MIXERS) if name == FULL or name in settings]
+        return OwnHost(names, any("conv" in each for each in settings.values()))
 
     def check(self, teacher: PreTrainedConfig) -> None:
         """Refuse windows that are there already, and rotary embeddings that Qwen3's class computes otherwise."""
