@@ -121,7 +121,7 @@ def vllm_cache(host: Host, config: PreTrainedConfig, options: Sequence[str]) -> 
     full = list(options).count(FULL)
     groups = group_layers(full, len(options) - full)
     mixer = next(mixer for option, mixer in host.mixers.items() if option != FULL)
-    token_bytes, values = attention_cache_bytes(config, 1), vars(config)
+    token_bytes, values = attention_cache_bytes(config, 1), host.serialise(config.to_dict())
     if isinstance(mixer, SlidingWindow) or full == len(options):
         pages = Pages(BLOCK_TOKENS, BLOCK_TOKENS * token_bytes, window=values.get("sliding_window") or 0)
     elif isinstance(mixer, (GatedDeltaNet, Mamba2)):
