@@ -38,6 +38,8 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from llama_tools import compiled, stand_in
 
 KINDS = ("prefill", "decode")
+TIMES = (*KINDS, *(f"{kind}_cpu" for kind in KINDS))
+"""Seconds by the clock and of the processor, as `llama_times` prints them."""
 _CACHE = re.compile(r"(?:llama_kv_cache|llama_memory_recurrent)\w*: size = +([\d.]+) MiB")
 
 
@@ -59,9 +61,9 @@ def random_pair(arguments: argparse.Namespace, place: Path) -> dict[str, Path]:
 
 
 def measure(command: list) -> tuple[dict[str, float], float]:
-    """Seconds by kind, to read the context and to write one token after it; and MiB of cache, as llama.cpp says."""
+    """Seconds by kind and clock, to read the context and to write one token; and MiB of cache, as llama.cpp says."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
-    return dict(zip(KINDS, map(float, done.stdout.split()), strict=True)), sum(map(float, _CACHE.findall(done.stderr)))
+    return dict(zip(TIMES, map(float, done.stdout.split()), strict=True)), sum(map(float, _CACHE.findall(done.stderr)))
 
 
 def rounds(arguments: argparse.Namespace, program: Path, pair: dict[str, Path], lengths: list[int]) -> list[dict]:
@@ -80,7 +82,7 @@ def rounds(arguments: argparse.Namespace, program: Path, pair: dict[str, Path], 
                     done += 1
                     report(done, total)
             row: dict[str, Any] = {"length": length, "cache_mib": cache}
-            for kind in KINDS:
+            for kind in TIMES:
                 times = {name: [each[kind] for each in tries] for name, tries in seconds.items()}
                 faster = [one / other for one, other in zip(times["teacher"], times["hybrid"], strict=True)]
                 row[kind] = {name: spread(each) for name, each in times.items()} | {"times_faster": spread(faster)}

@@ -60,7 +60,7 @@ def test_the_converter_is_told_what_the_host_needs(capsys, tmp_path):
     source, *rest = told["arguments"]
     assert Path(source).name == "qwen-hybrid" and not Path(source).exists()
     assert rest[0] == "--outfile" and rest[2:-1] == ["--outtype", "f32", "--no-mtp", "--metadata"]
-    assert told["config"] == json.loads((qwen / "config.json").read_text())
+    assert told["config"] == json.loads((qwen / "config.json").read_text()) | {"mamba_ssm_dtype": "float32"}
     llama = hybrid(tmp_path / "llama-hybrid", teacher="llama: grouped", **SQUARE)
     for option in ("--dtype", "--outtype"):
         refused(capsys, *export(llama, file, converter, option, "q8_0"))

@@ -296,6 +296,24 @@ def test_config_json_says_what_engines_read(tmp_path):
     assert torch.equal(logits(again, some_tokens()), logits(model, some_tokens()))
 
 
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+def test_config_json_says_that_the_state_of_gated_deltanet_is_in_float32(tmp_path, name):
+    """As published ones do: engines take the model's dtype otherwise. transformers passes it on and reads the same."""
+    teacher = random_teacher(name)
+    model, _ = transplant(teacher)
+    teacher.save_pretrained(tmp_path / "teacher")
+    save_model(model, tmp_path / "host", tmp_path / "teacher")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "host")
+    assert torch.equal(logits(again, some_tokens()), logits(model, some_tokens()))
+    again.save_pretrained(tmp_path / "again")
+    for folder in ("host", "again"):
+        values = json.loads((tmp_path / folder / "config.json").read_text())
+        assert values["mamba_ssm_dtype"] == "float32"
+    save_model(again, tmp_path / "twice", tmp_path / "host")
+    written = [(tmp_path / folder / "config.json").read_text() for folder in ("host", "twice")]
+    assert json.loads(written[0]) == json.loads(written[1])
+
+
 @pytest.mark.parametrize("config", [GPT2Config(n_layer=1), OPTConfig(num_hidden_layers=1)], ids=["gpt2", "opt"])
 def test_an_architecture_without_a_host_is_refused_with_those_that_have_one(tmp_path, config):
     config.save_pretrained(tmp_path)

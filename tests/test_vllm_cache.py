@@ -107,9 +107,9 @@ def test_the_state_is_in_the_dtype_that_the_checkpoint_names():
     host, _ = configure(config_of("qwen3: wide heads", num_hidden_layers=8))
     options = [FULL] * 4 + [LINEAR] * 4
     config.dtype = torch.bfloat16
+    large = vllm_cache(host, config, options)  # Our checkpoints name float32.
+    config.mamba_ssm_dtype = "bfloat16"
     small = vllm_cache(host, config, options)
-    config.mamba_ssm_dtype = "float32"
-    large = vllm_cache(host, config, options)
     assert small and large and small.pages.page_bytes < large.pages.page_bytes
 
 

@@ -166,6 +166,13 @@ class Qwen35Host(Host):
             config.full_attention_interval = interval
         return config
 
+    def serialise(self, values: dict[str, Any]) -> dict[str, Any]:
+        """With `mamba_ssm_dtype`, as published Qwen3.5 have it: engines would keep the state in the model's dtype.
+
+        transformers keeps it in float32 and does not read the field, which it reads and writes again as it is.
+        """
+        return {**values, "mamba_ssm_dtype": values.get("mamba_ssm_dtype", "float32")}
+
     def slot(self, option: str) -> str:
         """Qwen3.5's decoder layer holds one of the two."""
         return {FULL: "self_attn", LINEAR: "linear_attn"}[option]

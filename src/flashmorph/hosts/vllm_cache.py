@@ -19,7 +19,7 @@ from flashmorph.plan import FULL
 BLOCK_TOKENS = 16
 """Tokens of a block of attention on a GPU, before it is made as large as a state; on a CPU 128."""
 STATE_PAGES = 2
-"""Pages that a state takes of each sequence: with prefix caching, which is on unless it is turned off, two."""
+"""Pages that a state takes of each sequence: with prefix caching, which is on unless it is turned off, two; else one."""
 _NEARLY_EQUAL = 1.5
 
 
@@ -81,13 +81,15 @@ def group_layers(full: int, switched: int) -> Groups:
     return Groups(size, groups[0], groups[1], size * sum(groups) - full - switched)
 
 
-def pages_of_states(token_bytes: int, state_bytes: int, block_tokens: int = BLOCK_TOKENS) -> Pages:
+def pages_of_states(
+    token_bytes: int, state_bytes: int, block_tokens: int = BLOCK_TOKENS, state_pages: int = STATE_PAGES
+) -> Pages:
     """Pages where switched layers have a state of `state_bytes`, and attention `token_bytes` a token and layer.
 
     A block is made so long that a page holds a state, and a state is padded to the page.
     """
     block_tokens *= _ceil(state_bytes, block_tokens * token_bytes)
-    return Pages(block_tokens, block_tokens * token_bytes, state_pages=STATE_PAGES)
+    return Pages(block_tokens, block_tokens * token_bytes, state_pages=state_pages)
 
 
 def unpadded(layers: int) -> list[int]:
@@ -111,7 +113,13 @@ def in_words(groups: Groups, full: int, switched: int) -> str:
     return f"{kinds}: {groups.padded} of {layers} layers are padding; none with {near} full ones."
 
 
-def vllm_cache(host: Host, config: PreTrainedConfig, options: Sequence[str]) -> VllmCache | None:
+def vllm_cache(
+    host: Host,
+    config: PreTrainedConfig,
+    options: Sequence[str],
+    block_tokens: int = BLOCK_TOKENS,
+    state_pages: int = STATE_PAGES,
+) -> VllmCache | None:
     """The cache of a host's model with these options of its layers; None where vLLM does not serve it.
 
     The state is in the checkpoint's dtype, unless its configuration has another `mamba_ssm_dtype`.
@@ -121,11 +129,11 @@ def vllm_cache(host: Host, config: PreTrainedConfig, options: Sequence[str]) -> 
     full = list(options).count(FULL)
     groups = group_layers(full, len(options) - full)
     mixer = next(mixer for option, mixer in host.mixers.items() if option != FULL)
-    token_bytes, values = attention_cache_bytes(config, 1), vars(config)
+    token_bytes, values = attention_cache_bytes(config, 1), host.serialise(config.to_dict())
     if isinstance(mixer, SlidingWindow) or full == len(options):
-        pages = Pages(BLOCK_TOKENS, BLOCK_TOKENS * token_bytes, window=values.get("sliding_window") or 0)
+        pages = Pages(block_tokens, block_tokens * token_bytes, window=values.get("sliding_window") or 0)
     elif isinstance(mixer, (GatedDeltaNet, Mamba2)):
-        pages = pages_of_states(token_bytes, _state_bytes(mixer, config, values))
+        pages = pages_of_states(token_bytes, _state_bytes(mixer, config, values), block_tokens, state_pages)
     else:
         return None
     return VllmCache(groups, pages)
