@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -94,7 +93,7 @@ def make(place: Path, names: list[str], full: list[int], dtype: torch.dtype, lon
     rope = {"rope_type": "default", "rope_theta": 1e5}
     shape = {**SHAPE, "max_position_embeddings": longest, "rope_parameters": rope, "tie_word_embeddings": True}
     config = LlamaConfig(**shape, dtype=dtype)
-    teacher = LlamaForCausalLM(config).to(dtype)
+    teacher = LlamaForCausalLM(config).to(dtype=dtype)
     teacher.save_pretrained(place / "teacher")
     for path in Path(str(files("flashmorph") / "assets" / "tiny")).glob("tokenizer*"):
         shutil.copy(path, place / "teacher")
@@ -103,8 +102,9 @@ def make(place: Path, names: list[str], full: list[int], dtype: torch.dtype, lon
         settings, switched = HYBRIDS[name]
         host, whole = configure(config, settings)
         options = tuple(FULL if layer in full else switched for layer in range(config.num_hidden_layers))
-        model = host.model_class(host.with_plan(whole, options)).to(dtype)
+        model = host.model_class(host.with_plan(whole, options)).to(dtype=dtype)
         save_model(model, place / name, place / "teacher")
+        model.config.dtype = dtype  # Saving has made a word of it.
         made[name] = Made(place / name, model.config, model.num_parameters(), host, options)
     return made
 
@@ -177,7 +177,7 @@ def in_llama_cpp(arguments: argparse.Namespace, place: Path) -> dict[str, Any]:
     made = make(place, ["mamba2"], numbers("--layers", arguments.layers), torch.float32, 2 * max(lengths))
     program = compiled(arguments.llama_cpp, Path(__file__).with_name("llama_times.cpp"), place)
     converter = stand_in(arguments.llama_cpp, place / "llama.cpp")
-    settings = SimpleNamespace(repeats=arguments.repeats, decode_tokens=arguments.decode_tokens, threads=1)
+    settings = argparse.Namespace(repeats=arguments.repeats, decode_tokens=arguments.decode_tokens, threads=1)
     found: dict[str, Any] = {}
     for kind in arguments.types:
         pair = {"teacher": place / f"teacher-{kind}.gguf", "hybrid": place / f"hybrid-{kind}.gguf"}

@@ -75,6 +75,29 @@ def test_what_llama_cpp_answers_is_judged_as_what_transformers_answers(monkeypat
     assert asked.score(np.concatenate(results)).right["one_key"] == [True, False]
 
 
+def test_engines_are_compared_within_rounds_and_by_the_blocks_that_were_taken(monkeypatch, tmp_path):
+    """The machine is half as fast in the second round: the ratio does not see it. Blocks are as by our arithmetic."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    engines = importlib.import_module("engines")
+    monkeypatch.setattr(engines, "SHAPE", {**engines.SHAPE, "vocab_size": 96, "num_hidden_layers": 4})
+    made = engines.make(tmp_path, ["windows", "mamba2"], [1], torch.bfloat16, 1024)
+
+    def took(seconds: float, blocks: int) -> dict:
+        steps = [seconds / 10, seconds / 10, 99.0]  # One step was interrupted.
+        kinds = {"prefill": seconds, "prefill_cpu": seconds, "decode": steps, "decode_cpu": steps}
+        return {**kinds, "blocks": blocks}
+
+    # One layer is full and three have windows: four groups of one layer.
+    rounds = {"teacher": [took(4.0, 5), took(8.0, 5)], "windows": [took(2.0, 11), took(4.0, 11)]}
+    page = 128 * 2 * 3 * 64 * 2
+    caches = {"teacher": {"block_bytes": 4 * page}, "windows": {"block_bytes": page}}
+    row = engines.row_of({"length": 520, "rounds": rounds}, caches, made, 2)
+    assert row["windows"]["prefill_cpu_times_faster"]["rounds"] == [2.0, 2.0]
+    assert row["windows"]["decode_times_faster"]["median"] == 2.0
+    assert row["windows"]["cache_bytes"] == row["windows"]["our_cache_bytes"] == 11 * page
+    assert row["teacher"]["our_cache_bytes"] is None and made["mamba2"].our_cache(520) > 0
+
+
 @pytest.mark.serving
 @pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP names no built llama.cpp: make test-serving")
 def test_a_teacher_beside_itself_in_every_type(tmp_path, monkeypatch):

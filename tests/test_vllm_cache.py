@@ -42,7 +42,8 @@ def test_layers_are_grouped_as_vllm_groups_them(full, switched, groups):
 def test_vllm_itself_groups_them_so():
     pairs = [(full, layers - full) for layers in (8, 28, 30, 36, 64) for full in range(1, layers)]
     command = [os.environ["VLLM_PYTHON"], Path(__file__).with_name("vllm_groups.py")]
-    done = subprocess.run(command, input=json.dumps(pairs), capture_output=True, text=True, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).with_name("vllm_site"))}
+    done = subprocess.run(command, input=json.dumps(pairs), env=environment, capture_output=True, text=True, check=True)
     ours = [group_layers(*pair) for pair in pairs]
     assert json.loads(done.stdout.splitlines()[-1]) == [[each.size, each.full, each.switched] for each in ours]
 
