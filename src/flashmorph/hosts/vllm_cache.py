@@ -19,7 +19,7 @@ from flashmorph.plan import FULL
 BLOCK_TOKENS = 16
 """Tokens of a block of attention on a GPU, before it is made as large as a state; on a CPU 128."""
 STATE_PAGES = 2
-"""Pages that a state takes of each sequence with prefix caching, which is on unless it is turned off; without one."""
+"""Pages of a sequence that a state takes with prefix caching, which is on unless it is turned off; else it is one."""
 _NEARLY_EQUAL = 1.5
 
 
