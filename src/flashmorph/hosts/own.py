@@ -130,7 +130,8 @@ class OwnHost(Host):
         given |= {"segment": segment, "dash": dash, "chunk": chunk, "density": density}
         longest = teacher.max_position_embeddings
         for name in self.mixers:
-            if name != FULL and (sizes := OWN_MIXERS[name].exact_sizes(given)) and not sum(sizes.values()) < longest:
+            sizes = {size: given[size] for size in OWN_MIXERS[name].sizes} if name != FULL else {}
+            if sum(sizes.values()) >= longest:
                 together = " and ".join(f"host.{size}={value}" for size, value in sizes.items())
                 raise UserError(
                     f"{together}: the mixer {name} would see the teacher's longest context, {longest:,} tokens, as "

@@ -4,7 +4,6 @@ They work on the queries, keys and values of the attention beside them. Everythi
 key-value head and its queries, so a plan may take any heads of a branch.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -31,14 +30,17 @@ class OwnFull(FullAttention):
         super().__init__(varlen=False)
 
 
-class OwnAdapter(FullAttention, ABC):
-    """What the mixers here have in common: `option` is their name in the configuration, `words` is what they are.
+class OwnAdapter(FullAttention):
+    """What the mixers here have in common.
 
-    With a convolution before it (`convolved`) every mixer has weights of its own.
+    `option` is their name in the configuration, and their kind; `words` describes them. `sizes` are settings of the
+    host that a mixer takes as they are, and whose sum is the longest text that it sees as full attention does. With a
+    convolution before it (`convolved`) every mixer has weights of its own.
     """
 
     option: str
     words: str
+    sizes: tuple[str, ...] = ()
     own_weights = False
     borrows = True
 
@@ -46,16 +48,10 @@ class OwnAdapter(FullAttention, ABC):
         super().__init__(f"{self.words} by head" + (", after a convolution" if convolved else ""), varlen=False)
         self.trainable = self.own_weights or convolved
 
-    @staticmethod
-    @abstractmethod
-    def own_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    @classmethod
+    def own_settings(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """Its entry in `mixer_settings`, from the host's settings."""
-        ...
-
-    @staticmethod
-    def exact_sizes(given: Mapping[str, Any]) -> dict[str, int]:
-        """The settings of the host whose sum is the longest text that the mixer sees as full attention does."""
-        return {}
+        return {"kind": cls.option, **{name: given[name] for name in cls.sizes}}
 
     def build(self, config: PreTrainedConfig, layer: int, attention: nn.Module) -> nn.Module:
         """The mixer of all heads of the layer, beside the attention whose projections it uses."""
@@ -96,16 +92,12 @@ class OwnWindow(OwnAdapter):
 
     option = "window"
     words = "window"
+    sizes = ("window", "sinks")
 
-    @staticmethod
-    def own_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    @classmethod
+    def own_settings(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """Its entry in `mixer_settings`, from the host's settings."""
         return {"kind": "window", "size": given["window"], "sinks": given["sinks"]}
-
-    @staticmethod
-    def exact_sizes(given: Mapping[str, Any]) -> dict[str, int]:
-        """Window and sinks."""
-        return {name: given[name] for name in ("window", "sinks")}
 
     def state_bytes(self, config: PreTrainedConfig, context: int) -> int:
         """Keys and values of the window but its newest token, and of the sinks."""
@@ -122,16 +114,7 @@ class OwnThin(OwnAdapter):
 
     option = "thin"
     words = "thinned attention"
-
-    @staticmethod
-    def own_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-        """Its entry in `mixer_settings`, from the host's settings."""
-        return {"kind": "thin"} | {name: given[name] for name in ("points", "window", "sinks")}
-
-    @staticmethod
-    def exact_sizes(given: Mapping[str, Any]) -> dict[str, int]:
-        """Window, sinks and what is halved together."""
-        return {"window": given["window"], "sinks": given["sinks"], "points": given["points"]}
+    sizes = ("window", "sinks", "points")
 
     def held(self, settings: Mapping[str, Any], context: int) -> int:
         """Exact tokens and the sample."""
@@ -143,16 +126,7 @@ class OwnPooled(OwnAdapter):
 
     option = "pooled"
     words = "attention pooled by segment"
-
-    @staticmethod
-    def own_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-        """Its entry in `mixer_settings`, from the host's settings."""
-        return {"kind": "pooled"} | {name: given[name] for name in ("segment", "window", "sinks")}
-
-    @staticmethod
-    def exact_sizes(given: Mapping[str, Any]) -> dict[str, int]:
-        """Window, sinks and a segment."""
-        return {name: given[name] for name in ("window", "sinks", "segment")}
+    sizes = ("window", "sinks", "segment")
 
     def state_bytes(self, config: PreTrainedConfig, context: int) -> int:
         """Exact keys and values; of each segment a key, and a value for each query head; sums of queries in float32."""
@@ -178,20 +152,16 @@ class OwnDash(OwnAdapter):
 
     option = "dash"
     words = "attention to routed chunks (saves reading, no memory)"
+    sizes = ("chunk",)
     own_weights = True
 
-    @staticmethod
-    def own_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    @classmethod
+    def own_settings(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """Its entry in `mixer_settings`, from the host's settings."""
         settings = {"kind": "dash", **VARIANTS[given["dash"]]}
         if given["chunk"]:
             settings["chunk"] = given["chunk"]
         return settings | ({"density": given["density"]} if given["density"] else {})
-
-    @staticmethod
-    def exact_sizes(given: Mapping[str, Any]) -> dict[str, int]:
-        """A chunk."""
-        return {"chunk": given["chunk"]}
 
     def initialise(self, module: Any, attention: Any, hidden: torch.Tensor, arguments: LayerArguments) -> None:
         """Keep queries and keys of the layer, where gamma has to be chosen for all layers together."""
@@ -223,8 +193,8 @@ class OwnLinear(OwnAdapter):
     words = "gated linear attention"
     own_weights = True
 
-    @staticmethod
-    def own_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    @classmethod
+    def own_settings(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """Its entry in `mixer_settings`, from the host's settings."""
         return {"kind": "linear", "decay": given["decay"], "norm": given["head_norm"]}
 

@@ -104,14 +104,19 @@ class Dash(RowMixer):
         weights = (parts @ query / math.sqrt(self.head_dim)).float().softmax(3)
         return (weights.to(keys.dtype) * parts).sum(3)
 
-    def routed(self, q: torch.Tensor, summaries: torch.Tensor, before: int) -> torch.Tensor:
-        """Probabilities `[batch, heads, time, chunks]` of queries from token `before` on, 0 from their own chunk on."""
+    def routed(
+        self, q: torch.Tensor, summaries: torch.Tensor, before: int, gamma: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Probabilities `[batch, heads, time, chunks]` of queries from token `before` on, 0 from their own chunk on.
+
+        With another `gamma` `[heads]` than its own where one is given.
+        """
         own = (torch.arange(before, before + q.shape[2], device=q.device) // self.chunk)[:, None]
         chunks = int(own[-1])
         earlier = torch.arange(chunks, device=q.device) < own
         queries = q.float().unflatten(1, (self.heads, self.groups))
         scores = queries @ summaries[:, :, None, :chunks].float().mT / math.sqrt(self.head_dim)
-        scores = scores * self.gamma.float()[:, None, None, None]
+        scores = scores * (self.gamma if gamma is None else gamma).float()[:, None, None, None]
         # The lowest number instead of infinity: a query of the first chunk has no other, and no probabilities.
         shares = entmax15(scores.masked_fill(~earlier, torch.finfo(scores.dtype).min / 4)) if chunks else scores
         return shares.mean(2) * earlier
@@ -123,9 +128,8 @@ class Dash(RowMixer):
 
     def kept_share(self, q: torch.Tensor, summaries: torch.Tensor, before: int, gamma: float) -> float:
         """The mean share of the chunks up to their own that queries attend to at this gamma."""
-        self.gamma.fill_(gamma)
         own = torch.arange(before, before + q.shape[2], device=q.device) // self.chunk
-        shares = self.routed(q, summaries, before)
+        shares = self.routed(q, summaries, before, torch.full_like(self.gamma, gamma))
         kept = self._bias(shares, own[:, None]) > -math.inf
         seen = (kept & (torch.arange(shares.shape[-1], device=q.device) < own[:, None])).sum(-1) + 1
         return (seen / (own + 1)).mean().item()

@@ -1,8 +1,8 @@
 """Where plans race: the same questions for all, few at first, more for those that may still be the best."""
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from flashmorph.records import Figures
 from flashmorph.selection.measure import first_questions
 from flashmorph.selection.strategy import Objective, Search, Swaps
 
+Entrant = TypeVar("Entrant")
+"""What stands for a plan in `defend`."""
 START_QUESTIONS = 4
 """Of a race in which the plan so far is defended. `race`, which defends none, asks more."""
 PATIENCE = 2
@@ -97,28 +99,57 @@ def improve_by_swaps(
     to first order. The first of them race against the plan, forward passes only, and the winner becomes the plan. It
     ends with `PATIENCE` rounds in a row that changed nothing. Options must cost the same in every group.
     """
-    questions = first_questions(search, MOST_QUESTIONS)
     tried: set[tuple[int, ...]] = set()
-    lost = 0
-    for number in range(swaps.rounds):
+
+    def candidates(scores: np.ndarray, number: int) -> list[np.ndarray]:
         own = _options(search, scores)
         tried.add(tuple(own))
         exchanges = _by_gradient(search, own, first_step + number)
         choices = [(pair, _options_after(own, *pair)) for pair in exchanges]
         choices = [(pair, options) for pair, options in choices if options not in tried][: swaps.candidates]
-        if not choices:
-            break
         tried.update(options for _, options in choices)
-        tables = [scores, *(_scores_after(scores, *pair) for pair, _ in choices)]
+        return [_scores_after(scores, *pair) for pair, _ in choices]
+
+    return defend(
+        search, scores, candidates, lambda table: search.space.best(table, search.budget), swaps.rounds, trace
+    )
+
+
+def defend(
+    search: Search,
+    first: Entrant,
+    candidates: Callable[[Entrant, int], Sequence[Entrant]],
+    plan_of: Callable[[Entrant], Plan],
+    rounds: int,
+    trace: list[Figures],
+) -> Entrant:
+    """Race `first` against the `candidates` of each round, given the winner so far and the round's number.
+
+    The winner goes on. It ends where there are no candidates, or with `PATIENCE` rounds in a row that changed nothing.
+    The losses of all races are added to `trace`.
+    """
+    questions = first_questions(search, MOST_QUESTIONS)
+    winner, lost = first, 0
+    for number in range(rounds):
+        entrants = [winner, *candidates(winner, number)]
+        if len(entrants) == 1:
+            break
         track = Track(search.objective, len(questions), START_QUESTIONS, CONFIDENCE)
-        finish = track.run([search.space.best(table, search.budget) for table in tables], defended=True)
+        finish = track.run([plan_of(each) for each in entrants], defended=True)
         trace += track.trace
-        scores = tables[finish.winner]
-        search.report(number + 1, swaps.rounds, loss=finish.loss)
+        winner = entrants[finish.winner]
+        search.report(number + 1, rounds, loss=finish.loss)
         lost = 0 if finish.winner else lost + 1
         if lost == PATIENCE:
             break
-    return scores
+    return winner
+
+
+def gradient_at(search: Search, own: Sequence[int], step: int) -> torch.Tensor:
+    """How much the loss rises with each gate `[groups, options]` at the plan of these options, on a training batch."""
+    gates = torch.zeros(search.space.cost.shape)
+    gates[range(len(own)), list(own)] = 1
+    return search.objective.gradient(gates, step, "answers")[1]
 
 
 def _options(search: Search, scores: np.ndarray) -> list[int]:
@@ -133,9 +164,7 @@ def _by_gradient(search: Search, own: Sequence[int], step: int) -> list[tuple[in
     The gates' gradient says what a little of another option would change. It has the right order, not the right size.
     """
     space = search.space
-    gates = torch.zeros(space.cost.shape)
-    gates[range(len(own)), list(own)] = 1
-    _, gradient = search.objective.gradient(gates, step, "answers")
+    gradient = gradient_at(search, own, step)
     cheapest = space.order[:, 1].tolist()
     kept = [row for row, option in enumerate(own) if option != cheapest[row]]
     rest = [row for row, option in enumerate(own) if option == cheapest[row]]

@@ -3,12 +3,10 @@
 import itertools
 
 import numpy as np
-import torch
 
 from flashmorph.plan import FULL, Plan, Space
 from flashmorph.records import Figures
-from flashmorph.selection.measure import first_questions
-from flashmorph.selection.racing import CONFIDENCE, MOST_QUESTIONS, PATIENCE, START_QUESTIONS, Track
+from flashmorph.selection.racing import defend, gradient_at
 from flashmorph.selection.strategy import Search, Swaps
 
 
@@ -23,32 +21,25 @@ def improve_by_respending(search: Search, plan: Plan, swaps: Swaps, first_step: 
     forward passes only, and the winner becomes the plan. It ends with `PATIENCE` rounds in a row that changed nothing.
     """
     space, budget = search.space, search.budget
-    limit, questions = space.limit(budget), first_questions(search, MOST_QUESTIONS)
-    own = tuple(space.one_hot(plan).argmax(1).tolist())
-    tried, lost = {own}, 0
-    for number in range(swaps.rounds):
-        gradient = _gradient(search, own, first_step + number)
+    limit, first = space.limit(budget), tuple(space.one_hot(plan).argmax(1).tolist())
+    tried = {first}
+
+    def candidates(own: tuple[int, ...], number: int) -> list[tuple[int, ...]]:
+        gradient = gradient_at(search, own, first_step + number).double().numpy()
         full = np.array(own) == space.options.index(FULL)
         moves = [(group, option) for group, option in np.ndindex(*space.cost.shape) if option != own[group]]
-        found = {}
+        rises = {}
         for (group, option), spared in itertools.product(moves, (np.zeros_like(full), full)):
             options = respent(space, own, group, option, gradient, limit, spared)
             if options is not None and options not in tried:
-                found[options] = _change(gradient, own, options)
-        choices = sorted(found, key=found.__getitem__)[: swaps.candidates]
-        if not choices:
-            break
+                rises[options] = _rise(gradient, own, options)
+        choices = sorted(rises, key=rises.__getitem__)[: swaps.candidates]
         tried.update(choices)
-        entrants = [own, *choices]
-        track = Track(search.objective, len(questions), START_QUESTIONS, CONFIDENCE)
-        finish = track.run([space.of_options(options, budget) for options in entrants], defended=True)
-        trace += track.trace
-        own = entrants[finish.winner]
-        search.report(number + 1, swaps.rounds, loss=finish.loss)
-        lost = 0 if finish.winner else lost + 1
-        if lost == PATIENCE:
-            break
-    return space.of_options(own, budget)
+        return choices
+
+    return space.of_options(
+        defend(search, first, candidates, lambda own: space.of_options(own, budget), swaps.rounds, trace), budget
+    )
 
 
 def respent(
@@ -90,13 +81,7 @@ def respent(
         options[row] = dearer
 
 
-def _gradient(search: Search, own: tuple[int, ...], step: int) -> np.ndarray:
-    gates = torch.zeros(search.space.cost.shape)
-    gates[range(len(own)), list(own)] = 1
-    return search.objective.gradient(gates, step, "answers")[1].double().numpy()
-
-
-def _change(gradient: np.ndarray, own: tuple[int, ...], options: tuple[int, ...]) -> float:
+def _rise(gradient: np.ndarray, own: tuple[int, ...], options: tuple[int, ...]) -> float:
     """By how much the loss rises to first order."""
     rows = range(len(own))
     return float((gradient[rows, list(options)] - gradient[rows, list(own)]).sum())
