@@ -59,8 +59,8 @@ def evaluate(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(
-            help="Dtype of the models. Default: the recipe's `evaluate.dtype`, which is float32 on a CPU and the "
-            "checkpoint's own elsewhere."
+            help="Dtype of the models. Default: the recipe's `evaluate.dtype`, which is usually float32 on a CPU "
+            "and the checkpoint's own elsewhere."
         ),
     ] = None,
     style: Annotated[

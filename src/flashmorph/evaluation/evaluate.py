@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import torch
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmorph.data.heldout import HeldOut
+from flashmorph.devices import use_bf16
 from flashmorph.evaluation.figures import Difference, TextRatio, TextSize
 from flashmorph.evaluation.intervals import paired_interval, share_interval
 from flashmorph.evaluation.perplexity import RangeLosses, text_losses
@@ -33,13 +35,18 @@ class EvaluateSettings(Settings):
     chat_template: bool = Field(
         default=False, description="ask through the teacher's chat template (for teachers that follow instructions)"
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="of the models; `auto`: float32 on a CPU, elsewhere the checkpoint's own"
+    dtype: Literal["auto", "fast", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="of the models; `auto`: float32 on a CPU, elsewhere the checkpoint's own; `fast`: the checkpoint's "
+        "own on CPUs with fast bfloat16 products too",
     )
 
     def dtype_on(self, kind: str) -> str:
-        """What `auto` means on this kind of device (`auto` is then the checkpoint's own)."""
-        return "float32" if self.dtype == "auto" and kind == "cpu" else self.dtype
+        """What `auto` and `fast` mean on this kind of device (`auto` is then the checkpoint's own)."""
+        if self.dtype not in ("auto", "fast"):
+            return self.dtype
+        own = kind != "cpu" or (self.dtype == "fast" and use_bf16(torch.device("cpu")))
+        return "auto" if own else "float32"
 
     @property
     def tokens_at_once(self) -> int:
