@@ -15,6 +15,7 @@ from test_cli import broken_copy, refused
 from flashmorph.cli.evaluate_tables import show_figures
 from flashmorph.data.corpus import Corpus
 from flashmorph.data.heldout import HeldOut
+from flashmorph.errors import UserError
 from flashmorph.evaluation import (
     Grid,
     GridRow,
@@ -106,6 +107,17 @@ def test_the_grid_asks_every_depth_equally_often(model):
     figures = grid.to_dict()
     one_key = next(row for row in figures["rows"] if (row["task"], row["length"]) == ("one_key", 400))
     assert [cell["questions"] for cell in one_key["depths"]] == [2] * 4
+
+
+def test_chosen_tasks_of_a_grid_ask_what_the_whole_grid_asks():
+    asker = Lines(TOKENIZER, Corpus().pool("test", 0, 100_000), seed=0)
+    whole = GridSettings(lengths=(128,), depths=2, questions=4, style="lines")
+    some = whole.model_copy(update={"tasks": ("two_hops", "one_key")})
+    chosen, everything = make_questions(asker, some), make_questions(asker, whole)
+    assert list(chosen.prompts) == [("one_key", 128), ("two_hops", 128)]  # In the style's own order.
+    assert all(prompts == everything.prompts[about] for about, prompts in chosen.prompts.items())
+    with pytest.raises(UserError, match="unknown task of the style lines 'one_kez'; did you mean 'one_key'"):
+        make_questions(asker, whole.model_copy(update={"tasks": ("one_kez",)}))
 
 
 def test_grids_are_compared_row_by_row_and_the_worst_cells_are_named():

@@ -50,8 +50,8 @@ OPTIONS = {
     "build": _BUILT,
     "distill": _BUILT,
     "extend": _BUILT,
-    "evaluate": "recipe lengths depths questions dtype style tasks tokens report data set allow-unused force device "
-    "json",
+    "evaluate": "recipe lengths depths questions dtype style grid-tasks tasks tokens report data set allow-unused "
+    "force device json",
     "report": "output force",
     "generate": "prompt max-new-tokens allow-unused device",
     "bench": "lengths repeats decode-tokens dtype allow-unused device json",

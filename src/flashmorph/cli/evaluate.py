@@ -71,6 +71,13 @@ def evaluate(
             "`tiny` and where the recipe says so, else `ruler`."
         ),
     ] = None,
+    grid_tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the grid's tasks only these, such as `niah_single_1,niah_multikey_1`. Default: all.",
+            metavar="TASK,TASK...",
+        ),
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -134,7 +141,10 @@ def evaluate(
     settings, notice = fit_to_models(models, settings, pick_device(device))
     if notice:
         RichScreen(ERR).say(notice)
-    grid = _grid_settings(lengths, depths, questions, asked, settings.evaluate) if lengths else None
+    if grid_tasks and not lengths:
+        raise UserError("--grid-tasks chooses tasks of the grid: give its --lengths too, for example 1024,2048")
+    only = names("--grid-tasks", grid_tasks) if grid_tasks else []
+    grid = _grid_settings(lengths, only, depths, questions, asked, settings.evaluate) if lengths else None
     harness = (
         Harness(names("--tasks", tasks), {"max_seq_lengths": list(grid.lengths)} if grid else None) if tasks else None
     )
@@ -154,10 +164,10 @@ def evaluate(
     show_figures(OUT, figures)
 
 
-def _grid_settings(lengths: str, depths: int, questions: int | None, style: str, evaluate: Any):
+def _grid_settings(lengths: str, tasks: list[str], depths: int, questions: int | None, style: str, evaluate: Any):
     from flashmorph.evaluation import GridSettings
 
-    given: dict[str, Any] = {"lengths": numbers("--lengths", lengths), "depths": depths, "style": style}
+    given: dict[str, Any] = {"lengths": numbers("--lengths", lengths), "tasks": tasks, "depths": depths, "style": style}
     given |= {"batch_tokens": evaluate.tokens_at_once, "chat_template": evaluate.chat_template}
     try:
         return GridSettings.model_validate(given | ({"questions": questions} if questions else {}))

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flashmorph.errors import UserError
+from flashmorph.errors import UserError, unknown
 from flashmorph.evaluation.figures import Cell, Difference, Recall
 from flashmorph.evaluation.intervals import paired_interval, share_interval
 from flashmorph.evaluation.recall import answer_scores
@@ -48,6 +48,7 @@ class GridSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     lengths: tuple[int, ...]
+    tasks: tuple[str, ...] = Field(default=(), description="of the style's tasks only these; empty: all")
     depths: int = Field(default=5, gt=0, description="depths between the start and the end of the context")
     questions: int = Field(default=200, gt=0, description="questions a task and length, spread over the depths")
     style: Literal["lines", "ruler"] = "ruler"
@@ -146,12 +147,13 @@ def make_questions(asker: Asker, settings: GridSettings, report: Report = silent
     """Every question of a grid.
 
     Raises:
-        UserError: no task fits into any length.
+        UserError: the style has no such task, or no task fits into any length.
     """
-    depths = {name: tuple(settings.depth_values) if asker.has_depth(name) else () for name in asker.names}
+    names = _chosen(settings, asker.names)
+    depths = {name: tuple(settings.depth_values) if asker.has_depth(name) else () for name in names}
     prompts: dict[tuple[str, int], list[Prompt]] = {}
     left_out: list[str] = []
-    pairs = [(name, length) for name in asker.names for length in settings.lengths]
+    pairs = [(name, length) for name in names for length in settings.lengths]
     for done, (name, length) in enumerate(pairs, 1):
         of_task = depths[name] or (None,)
         try:
@@ -182,6 +184,14 @@ def ask_grid(
         done += len(asked)
         rows.append(GridRow(name, length, questions.depths[name], scores))
     return Grid(rows, questions.left_out)
+
+
+def _chosen(settings: GridSettings, names: Sequence[str]) -> list[str]:
+    """The tasks that are asked for, in the style's own order."""
+    for name in settings.tasks:
+        if name not in names:
+            raise UserError(unknown(f"task of the style {settings.style}", name, names))
+    return [name for name in names if not settings.tasks or name in settings.tasks]
 
 
 def _figure(scores: Sequence[float]) -> Recall:
