@@ -35,16 +35,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--evaluated", nargs="+", type=Path, default=[])
-    parser.add_argument("--machine", default="", help="what the runs ran on, in words")
+    parser.add_argument("--machine", default="", help="what these runs ran on, in words")
     parser.add_argument("--search", type=Path, default=RESULTS / "smollm2_search.json")
     parser.add_argument("--output", type=Path, default=RESULTS / "smollm2.json")
     arguments = parser.parse_args()
     before = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    forms = {folder.name.removeprefix("smollm2-"): figures_of(folder) for folder in arguments.runs}
+    machine = {"machine": arguments.machine} if arguments.machine else {}
+    forms = {folder.name.removeprefix("smollm2-"): machine | figures_of(folder) for folder in arguments.runs}
     evaluated = {file.stem: evaluated_in(file) for file in arguments.evaluated}
     figures = {
         **before,
-        **({"machine": arguments.machine} if arguments.machine else {}),
         **forms,
         "evaluated": before.get("evaluated", {}) | evaluated,
         "default_vs_best_known": cells_of(arguments.search),
