@@ -38,6 +38,7 @@ from flashmorph.run.run import Run
 NARROW = {
     "window": {"mixers": "full,window", "window": 32},
     "thin": {"mixers": "full,thin", "window": 32, "points": 16},
+    "thin, express": {"mixers": "full,thin", "window": 32, "points": 16, "schedule": "express"},
     "pooled": {"mixers": "full,pooled", "window": 32, "segment": 16},
     "dash, a quarter": {"mixers": "full,dash", "chunk": 16, "density": 0.25},
     "dash, a half": {"mixers": "full,dash", "chunk": 16, "density": 0.5},
@@ -48,6 +49,7 @@ WIDE = {
     **NARROW,
     "window": {"mixers": "full,window", "window": 128},
     "thin": {"mixers": "full,thin", "window": 64, "points": 16},
+    "thin, express": {"mixers": "full,thin", "window": 64, "points": 16, "schedule": "express"},
     "pooled": {"mixers": "full,pooled", "window": 64, "segment": 16},
 }
 """For teachers of longer contexts: about as many bytes of cache each at 768 tokens, but for `dash` and `linear`."""

@@ -15,7 +15,11 @@ KINDS = {
     "learned decay": {"linear": {"kind": "linear"}},
     "fixed decay, normalised": {"linear": {"kind": "linear", "decay": "fixed", "norm": True}},
     "a thinned sample": {"thin": {"kind": "thin", "points": 4, "window": 6, "sinks": 2}},
-    "thinned at random": {"thin": {"kind": "thin", "points": 2, "window": 3, "thresholds": "published"}},
+    "thinned at random": {"thin": {"kind": "thin", "points": 2, "window": 3, "halving": "published"}},
+    "a bounded sample": {"thin": {"kind": "thin", "points": 2, "window": 3, "sinks": 1, "schedule": "express"}},
+    "a bounded sample, at random": {
+        "thin": {"kind": "thin", "points": 4, "window": 2, "schedule": "express", "halving": "published"}
+    },
     "pooled": {"pooled": {"kind": "pooled", "segment": 4, "window": 7, "sinks": 2}},
     "pooled, a window shorter than a segment": {"pooled": {"kind": "pooled", "segment": 6, "window": 2}},
     "chunks": {"dash": {"kind": "dash", "chunk": 4, "gamma": 2.0}},

@@ -139,7 +139,11 @@ def saved(folder: Path, **settings) -> tuple[Path, torch.Tensor]:
     return folder / "hybrid", expected
 
 
-@pytest.mark.parametrize("settings", [{}, EVERY], ids=["window and linear", "every mixer, convolved"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, EVERY, {"mixers": "full,thin", "points": 2, "schedule": "express", "halving": "published"}],
+    ids=["window and linear", "every mixer, convolved", "a bounded sample"],
+)
 def test_a_checkpoint_opens_where_flashmorph_is_not(tmp_path, settings):
     folder, expected = saved(tmp_path, **settings)
     torch.save({"ids": IDS, "logits": expected}, tmp_path / "expected.pt")
@@ -236,6 +240,9 @@ def test_a_switched_head_is_no_larger_than_the_attention():
         ({"mixers": "full,dash", "density": 2}, "host.density must be"),
         ({"mixers": "full,dash", "dash": "paper"}, "host.dash must be"),
         ({"mixers": "full,pooled", "segment": 1}, "host.segment must be"),
+        ({"mixers": "full,thin", "schedule": "expres"}, "host.schedule must be reduce or express; got 'expres'"),
+        ({"mixers": "full,thin", "halving": "best"}, "host.halving must be greedy or published; got 'best'"),
+        ({"mixers": "full,thin", "schedule": "express", "points": 48}, "host.points=48 .*a power of two, such as 32"),
         ({"mixers": "full,dash", "chunk": 1}, "chunk=1 is too small"),
         ({"mixers": "full,window", "conv": 1}, "conv=1 is too small"),
         ({"mixers": "full,dash", "chunk": 4096}, "chunk=4096: the mixer dash would see"),

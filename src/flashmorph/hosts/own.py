@@ -55,6 +55,8 @@ class OwnHost(Host):
         "conv": "taps of a convolution of queries, keys and values before RoPE, its taps made from the input; 0: none",
         "conv_rank": "numbers of a key-value head that these taps are made from; 0: taps fixed after training",
         "points": "size of each part of the sample that a head with the mixer thin keeps beside its window",
+        "schedule": "what thin heads halve together: reduce (memory points · log n), or express (memory of 6 · points)",
+        "halving": "which of two neighbours thin heads keep: the better one (greedy), or by the published thresholds",
         "decay": "how a linear head forgets: learned from the layer's input, fixed by head, or none",
         "head_norm": "whether linear heads have an RMSNorm and a learned scale before the output projection",
     }
@@ -109,6 +111,8 @@ class OwnHost(Host):
         window: _Size = 128,
         sinks: Annotated[int, Field(ge=0, lt=1 << 16)] = 4,
         points: Annotated[int, Field(ge=2, lt=1 << 16)] = 64,
+        schedule: Literal["reduce", "express"] = "reduce",
+        halving: Literal["greedy", "published"] = "greedy",
         segment: Annotated[int, Field(ge=2, lt=1 << 16)] = 16,
         dash: Literal["package", "benchmark"] = "package",
         chunk: Annotated[int, Field(ge=0, lt=1 << 16)] = 0,
@@ -121,13 +125,20 @@ class OwnHost(Host):
         """Same shapes, every head full, and the settings of the mixers that heads may be switched to.
 
         Raises:
-            UserError: a mixer would see the teacher's longest context as full attention does; or a single tap or token.
+            UserError: a mixer would see the teacher's longest context as full attention does; a single tap or token; or
+                points that the schedule express does not take.
         """
         for name, value in (("conv", conv), ("chunk", chunk)):
             if value == 1:
                 raise UserError(f"host.{name}=1 is too small: it must be 2 or more, or 0")
         given = {"window": window, "sinks": sinks, "points": points, "decay": decay, "head_norm": head_norm}
+        given |= {"schedule": schedule, "halving": halving}
         given |= {"segment": segment, "dash": dash, "chunk": chunk, "density": density}
+        if "thin" in self.mixers and schedule == "express" and points & (points - 1):
+            raise UserError(
+                f"host.points={points} with host.schedule=express: it must be a power of two, such as "
+                f"{1 << points.bit_length() - 1}"
+            )
         longest = teacher.max_position_embeddings
         for name in self.mixers:
             sizes = {size: given[size] for size in OWN_MIXERS[name].sizes} if name != FULL else {}

@@ -116,9 +116,15 @@ class OwnThin(OwnAdapter):
     words = "thinned attention"
     sizes = ("window", "sinks", "points")
 
+    @classmethod
+    def own_settings(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Its entry in `mixer_settings`, from the host's settings."""
+        return {**super().own_settings(given), "schedule": given["schedule"], "halving": given["halving"]}
+
     def held(self, settings: Mapping[str, Any], context: int) -> int:
         """Exact tokens and the sample."""
-        return sum(held_after(context, settings["points"], settings["window"], settings.get("sinks", 0)))
+        points, window, sinks = settings["points"], settings["window"], settings.get("sinks", 0)
+        return sum(held_after(context, points, window, sinks, settings.get("schedule", "reduce")))
 
 
 class OwnPooled(OwnAdapter):

@@ -7,27 +7,30 @@ import math
 
 import torch
 
+from .halving_flashmorph import HALVINGS, halve, halve_by_coin
 from .mixer_flashmorph import State, masked_attention
 from .rows_flashmorph import RowMixer, counted
 
-Points = tuple[torch.Tensor, ...]
+Points = tuple[torch.Tensor, torch.Tensor]
 """Keys and values, each `[batch, heads, points, head_dim]`."""
-THRESHOLDS = ("greedy", "published")
-_FAILURE = 0.5
-"""The probability with which the published bound may fail."""
+SCHEDULES = ("reduce", "express")
 
 
 class Thin(RowMixer):
-    """Attention to a weighted sample of the past: merge and reduce by kernel halving, beside an exact window.
+    """Attention to a weighted sample of the past by kernel halving (Express, arXiv 2606.10944), beside an exact window.
 
-    Thinformer's halving (Express, arXiv 2606.10944), in place of its schedule a binary counter: the newest tokens, at
-    least `window` and fewer than `window + 2 · points`, and the first `sinks` are exact. Of the others every
-    `2 · points` are halved to `points` of twice the weight; two such samples of one weight are halved together. After n
-    tokens there are at most `points · log2(n / points)` of them, and the weights of all sum to n.
+    The newest tokens, at least `window` and fewer than `window + 2 · points`, and the first `sinks` are exact. Of the
+    others every `2 · points` join the sample together. A point of the sample stands for a power of two of tokens, its
+    weight, and the weights of all points and exact tokens sum to the tokens seen.
 
-    Halving keeps one of each two neighbours, so that the sum over the kept ones of
-    `exp(q · k / sqrt(head_dim)) v` stays close to half of the sum over all. `thresholds`: `greedy`, always the better
-    sign, or `published`, at random where both are about as good.
+    `schedule`, what is halved with what:
+
+    - `reduce`: merge and reduce, a binary counter. Every `2 · points` tokens are halved; two halves of one weight are
+      halved together. After n tokens there are at most `points · log2(n / points)` points.
+    - `express`: the bounded cache of the paper in our reconstruction, since its code is not public; see `Express`.
+      After n tokens there are fewer than `6 · points + log2(n)` points.
+
+    `halving`: the rule by which one of each two neighbours stays, see `halve`.
     """
 
     def __init__(
@@ -39,20 +42,27 @@ class Thin(RowMixer):
         points: int,
         window: int,
         sinks: int = 0,
-        thresholds: str = "greedy",
+        schedule: str = "reduce",
+        halving: str = "greedy",
     ):
         super().__init__(heads, groups, head_dim, width)
         if any(type(each) is not int for each in (points, window, sinks)) or points < 2 or window < 1 or sinks < 0:
             raise ValueError(
                 f"thin heads need 2 points or more, a window and sinks from 0 on; got {points}, {window}, {sinks}"
             )
-        if thresholds not in THRESHOLDS:
-            raise ValueError(f"thresholds are {' or '.join(THRESHOLDS)}; got {thresholds}")
-        self.points, self.window, self.sinks, self.thresholds = points, window, sinks, thresholds
+        if halving not in HALVINGS:
+            raise ValueError(f"the halving of thin heads is {' or '.join(HALVINGS)}; got {halving}")
+        self.points, self.window, self.sinks, self.halving = points, window, sinks, halving
+        self.schedule = schedule_of(schedule, points)
 
     def held(self, count: int) -> tuple[int, int]:
         """Exact tokens and points of a sample after `count` tokens."""
-        return held_after(count, self.points, self.window, self.sinks)
+        exact, weights = self.weights(count)
+        return exact, sum(weights)
+
+    def weights(self, count: int) -> tuple[int, list[int]]:
+        """Exact tokens after `count` tokens, and how many points of weight 1, 2, 4, ... there are."""
+        return _weights(count, self.schedule, self.window, self.sinks)
 
     def sizes(self, count: int) -> dict[str, int]:
         """The length of each tensor of the state."""
@@ -69,86 +79,138 @@ class Thin(RowMixer):
         outputs, start = [], 0
         while start < k.shape[2]:
             stop = min(k.shape[2], start + limit - exact[0].shape[2])
-            exact = tuple(torch.cat([kept, new[:, :, start:stop]], 2) for kept, new in zip(exact, (k, v), strict=True))
+            exact = joined(exact, (k[:, :, start:stop], v[:, :, start:stop]))
             outputs.append(self._attend(q[:, :, start:stop], exact, sample, count))
             count += stop - start
             if exact[0].shape[2] == limit:
-                exact, sample = self._reduced(exact, sample, count)
+                exact, sample = self._grown(exact, sample, count)
             start = stop
         state.update(k=exact[0], v=exact[1], points_k=sample[0], points_v=sample[1], count=counted(len(k), count))
         return torch.cat(outputs, 2) if outputs else torch.zeros_like(q)
 
     def _attend(self, q: torch.Tensor, exact: Points, sample: Points, count: int) -> torch.Tensor:
         """Queries of the newest tokens: a point of weight w counts like w tokens, by log w on its scores."""
-        time, near, far = q.shape[2], exact[0].shape[2], sample[0].shape[2]
-        weights = torch.tensor([float(each) for each in self._weights(count)], device=q.device, dtype=q.dtype)
+        time, near = q.shape[2], exact[0].shape[2]
+        sizes = self.weights(count)[1][::-1]
+        levels = torch.arange(len(sizes) - 1, -1, -1).repeat_interleave(torch.tensor(sizes, dtype=torch.long))
+        logs = (levels * math.log(2)).to(q.device, q.dtype)
         causal = torch.ones(time, near, dtype=torch.bool, device=q.device).tril(near - time)
         seen = torch.zeros(time, near, dtype=q.dtype, device=q.device).masked_fill(~causal, -math.inf)
-        mask = torch.cat([weights.log().expand(time, far), seen], 1)
-        return masked_attention(
-            q, torch.cat([sample[0], exact[0]], 2), torch.cat([sample[1], exact[1]], 2), mask, self.groups
-        )
+        keys, values = joined(sample, exact)
+        return masked_attention(q, keys, values, torch.cat([logs.expand(time, -1), seen], 1), self.groups)
 
-    def _weights(self, count: int) -> list[int]:
-        """The weight of each point, the largest first: a part of the sample for each bit of the number of halvings."""
-        halved = max(0, count - self.sinks - self.window) // (2 * self.points)
-        bits = range(halved.bit_length() - 1, -1, -1)
-        return [2 ** (bit + 1) for bit in bits if halved >> bit & 1 for _ in range(self.points)]
-
-    def _reduced(self, exact: Points, sample: Points, count: int) -> tuple[Points, Points]:
-        """Halve the oldest exact tokens, and with them every part of the sample that has their weight."""
+    @torch.no_grad()
+    def _grown(self, exact: Points, sample: Points, count: int) -> tuple[Points, Points]:
+        """Move the oldest exact tokens but the sinks into the sample."""
+        blocks = (count - self.sinks - self.window) // (2 * self.points) - 1
+        waiting = self.schedule.sizes(blocks)
         first, oldest = self.sinks, self.sinks + 2 * self.points
-        carry: Points = tuple(each[:, :, first:oldest] for each in exact)
-        exact = tuple(torch.cat([each[:, :, :first], each[:, :, oldest:]], 2) for each in exact)
-        halved = (count - self.sinks - self.window) // (2 * self.points) - 1
-        level = 0
-        carry = self._halved(carry, count, level)
-        while halved >> level & 1:
-            carry = tuple(
-                torch.cat([each[:, :, -self.points :], new], 2) for each, new in zip(sample, carry, strict=True)
-            )
-            sample = tuple(each[:, :, : -self.points] for each in sample)
-            level += 1
-            carry = self._halved(carry, count, level)
-        return exact, tuple(torch.cat([each, new], 2) for each, new in zip(sample, carry, strict=True))
+        new = (exact[0][:, :, first:oldest], exact[1][:, :, first:oldest])
+        exact = joined(*((exact[0][:, :, part], exact[1][:, :, part]) for part in (slice(first), slice(oldest, None))))
+        for level, (bucket, by_coin) in enumerate(self.schedule.ladder(blocks)):
+            rest = sample[0].shape[2] - waiting[level]
+            new = joined((sample[0][:, :, rest:], sample[1][:, :, rest:]), new)
+            sample = (sample[0][:, :, :rest], sample[1][:, :, :rest])
+            if new[0].shape[2] < bucket:
+                return exact, joined(sample, new)
+            new = self._halved(new, bucket, by_coin, seed=count * 64 + level)
+        sample = joined(sample, new)
+        for level, bucket in enumerate(self.schedule.full(blocks, sample[0].shape[2])):
+            sample = self._halved(sample, bucket, False, seed=count * 64 + 32 + level)
+        return exact, sample
 
-    def _halved(self, points: Points, count: int, level: int) -> Points:
-        """One of each two neighbours."""
-        with torch.no_grad():
-            chosen = halve(points[0], points[1], self.thresholds, seed=count * 64 + level)
-        index = chosen[..., None].expand(-1, -1, -1, points[0].shape[-1])
-        return tuple(each.gather(2, index) for each in points)
-
-
-def held_after(count: int, points: int, window: int, sinks: int = 0) -> tuple[int, int]:
-    """How many exact tokens and how many points `Thin` holds after `count` tokens."""
-    halved = max(0, count - sinks - window) // (2 * points)
-    return count - 2 * points * halved, points * halved.bit_count()
+    def _halved(self, points: Points, bucket: int, by_coin: bool, seed: int) -> Points:
+        """One of each two neighbours, decided apart in each bucket of as many points."""
+        k, v = (each.unflatten(2, (-1, bucket)) for each in points)
+        chosen = halve_by_coin(k, seed) if by_coin else halve(k, v, self.halving, seed)
+        index = chosen[..., None].expand(*chosen.shape, k.shape[-1])
+        return k.gather(3, index).flatten(2, 3), v.gather(3, index).flatten(2, 3)
 
 
-def halve(k: torch.Tensor, v: torch.Tensor, thresholds: str, seed: int = 0) -> torch.Tensor:
-    """The places `[batch, heads, points / 2]` of the points that stay, one of each two neighbours, in order.
+class Reduce:
+    """Merge and reduce: points of every weight wait until there are `2 · points` of them, and are halved."""
 
-    Kernel halving (Express, algorithm 6): signs are chosen one pair after the other so that the signed sum of the
-    kernel `exp(k · k' / sqrt(head_dim)) (v · v' + b^2)` stays small, b the largest entry of a value.
+    def __init__(self, points: int):
+        self.points = points
+
+    def sizes(self, blocks: int) -> list[int]:
+        """How many points of weight 1, 2, 4, ... there are after `blocks` times `2 · points` tokens."""
+        return [0, *(self.points * (blocks >> bit & 1) for bit in range(blocks.bit_length() + 1))]
+
+    def ladder(self, blocks: int) -> list[tuple[int, bool]]:
+        """For each weight that the next block may climb from: points that are halved together, and not by a coin."""
+        return [(2 * self.points, False)] * (blocks + 1).bit_length()
+
+    def full(self, blocks: int, points: int) -> list[int]:
+        """Nothing is halved beyond the ladder."""
+        return []
+
+
+class Express:
+    """Our reconstruction of the bookkeeping of Express: a cache of `points` to `4 · points` points of one weight.
+
+    The first `4 · points` tokens fill the cache, at weight 1. A full cache is halved twice: its weight is now `2^m`,
+    with m two higher than before. It fills up by three times `points` new points of that weight, each of `2^m · points`
+    tokens, which climb a ladder of m halvings on the way. The last log2(points) of them are kernel halvings of buckets
+    of 4, 8, ..., 2 · points points, in the order of the tokens (Compress, arXiv 2111.07941); the ones before, where the
+    weight is higher, keep one of two by a coin. What waits on the ladder for a full bucket is seen with the weight that
+    it has.
     """
-    k, v = k.float(), v.float()
-    scores = k @ k.mT / math.sqrt(k.shape[-1])
-    scores = scores - scores.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
-    bound = v.abs().amax((-2, -1))[..., None, None]
-    kernel = scores.exp() * (v @ v.mT + bound**2)
-    even, odd = kernel[..., 0::2, :], kernel[..., 1::2, :]
-    apart = even[..., 0::2] - even[..., 1::2] - odd[..., 0::2] + odd[..., 1::2]
-    pairs = apart.shape[-1]
-    limits = torch.zeros(apart.shape[:-1], device=k.device)
-    if thresholds == "published":
-        sizes = apart.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-        draws = torch.rand(pairs, generator=torch.Generator().manual_seed(seed)).to(k.device) * 2 - 1
-        limits = draws * (0.5 + math.log(4 * pairs / _FAILURE)) * sizes * sizes.cummax(-1).values
-    total = apart[..., 0, :].clone()
-    swaps = [torch.zeros_like(total[..., 0], dtype=torch.bool)]
-    for pair in range(1, pairs):
-        swap = limits[..., pair] <= total[..., pair]
-        total = total + torch.where(swap, -1.0, 1.0)[..., None] * apart[..., pair, :]
-        swaps.append(swap)
-    return 2 * torch.arange(pairs, device=k.device) + torch.stack(swaps, -1)
+
+    def __init__(self, points: int):
+        if points & (points - 1):
+            raise ValueError(f"the schedule express of thin heads needs a power of two of points; got {points}")
+        self.points = points
+
+    def sizes(self, blocks: int) -> list[int]:
+        """How many points of weight 1, 2, 4, ... there are after `blocks` times `2 · points` tokens."""
+        top = self._top(blocks)
+        cached = self.points << top if top else 0
+        parts, rest = divmod(2 * self.points * blocks - cached, self.points << top)
+        waiting = []
+        for bucket, _ in self.ladder(blocks):
+            waiting.append(rest % bucket)
+            rest = rest // bucket * (bucket // 2)
+        return [*waiting, self.points * (parts + (top > 0))]
+
+    def ladder(self, blocks: int) -> list[tuple[int, bool]]:
+        """For each weight below the cache's: points that are halved together, and whether by a coin."""
+        top = self._top(blocks)
+        by_kernel = min(top, self.points.bit_length() - 1)
+        buckets = [2 * self.points >> step for step in range(by_kernel)]
+        return [(2, True)] * (top - by_kernel) + [(bucket, False) for bucket in reversed(buckets)]
+
+    def full(self, blocks: int, points: int) -> list[int]:
+        """The buckets by which a cache of as many points is halved, and halved again, if it is full."""
+        return [4 * self.points, 2 * self.points] if points == 4 * self.points else []
+
+    def _top(self, blocks: int) -> int:
+        """The logarithm of the cache's weight: 0 below `4 · points` tokens, then two more each time they quadruple."""
+        return blocks.bit_length() // 2 * 2
+
+
+def schedule_of(name: str, points: int) -> Reduce | Express:
+    """The bookkeeping of a schedule.
+
+    Raises:
+        ValueError: there is no such schedule, or it does not take that many points.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"the schedule of thin heads is {' or '.join(SCHEDULES)}; got {name}")
+    return Reduce(points) if name == "reduce" else Express(points)
+
+
+def held_after(count: int, points: int, window: int, sinks: int = 0, schedule: str = "reduce") -> tuple[int, int]:
+    """How many exact tokens and how many points `Thin` holds after `count` tokens."""
+    exact, weights = _weights(count, schedule_of(schedule, points), window, sinks)
+    return exact, sum(weights)
+
+
+def joined(one: Points, other: Points) -> Points:
+    """All points of both."""
+    return torch.cat([one[0], other[0]], 2), torch.cat([one[1], other[1]], 2)
+
+
+def _weights(count: int, schedule: Reduce | Express, window: int, sinks: int) -> tuple[int, list[int]]:
+    blocks = max(0, count - sinks - window) // (2 * schedule.points)
+    return count - 2 * schedule.points * blocks, schedule.sizes(blocks)
