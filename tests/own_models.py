@@ -28,6 +28,9 @@ KINDS = {
         "window": {"kind": "window", "size": 8, "sinks": 2, "conv": {"taps": 3, "rank": 2}},
         "linear": {"kind": "linear", "conv": {"taps": 4, "rank": 0}},
     },
+    "the delta rule": {"gated_delta_net": {"kind": "gated_delta_net"}},
+    "the delta rule, normalised": {"gated_delta_net": {"kind": "gated_delta_net", "norm": True}},
+    "a state space": {"mamba2": {"kind": "mamba2"}},
     "no decay": {"linear": {"kind": "linear", "decay": "none"}},
     "both": {"window": {"kind": "window", "size": 5, "sinks": 0}, "linear": {"kind": "linear"}},
 }
@@ -61,7 +64,7 @@ def random_hybrid(settings: dict, seed: int = 0, everywhere: bool = False, **sha
     torch.manual_seed(seed)
     model = FlashmorphForCausalLM(config).eval()
     for name, weight in model.named_parameters():
-        if any(part in name for part in ("proj", "map", "embed", "summary", "conv")):
+        if any(part in name for part in ("proj", "map", "embed", "summary", "conv", "strength", "step", "skip")):
             nn.init.normal_(weight, std=0.3)
     return model.requires_grad_(False)
 

@@ -20,12 +20,13 @@ from flashmorph.convert.load import load_config, load_model
 from flashmorph.convert.save import save_model
 from flashmorph.errors import UserError
 from flashmorph.hosts import OWN, cache_bytes, configure, host_of, layer_space
+from flashmorph.mixers.own import OWN_MIXERS
 from flashmorph.model.morphable import Morphable, attach
 from flashmorph.own import FORMAT, TRAVELLING, FlashmorphForCausalLM
 from flashmorph.plan import FULL, Budget, Plan
 
 SETTINGS = {"mixers": "full,window,linear", "window": 8, "sinks": 2}
-EVERY = {**SETTINGS, "mixers": "full,window,linear,thin,pooled,dash", "points": 2, "segment": 3, "chunk": 4, "conv": 3}
+EVERY = {**SETTINGS, "mixers": ",".join(["full", *OWN_MIXERS]), "points": 2, "segment": 3, "chunk": 4, "conv": 3}
 CASES = [f"{family}: {shape}" for family in OWN.teachers for shape in SHAPES[family]]
 
 
@@ -95,14 +96,17 @@ def test_one_hot_gates_are_the_built_model(teacher, seed):
 def test_one_hot_gates_are_the_built_model_with_every_mixer_and_convolutions():
     supernet = morphable(**EVERY)
     space = supernet.space(Budget("heads", 1))
-    plan = space.of_options([1, 2, 3, 4, 5, 0], Budget("heads", 1))
-    gates = torch.tensor(space.one_hot(plan), dtype=torch.float32).requires_grad_()
-    hidden = supernet(IDS, gates)
-    built = supernet.instantiate(plan)
-    assert {name for layer in built.config.mixers for name in layer} == set(supernet.options)
-    assert torch.allclose(built.lm_head(hidden), logits(built, IDS), atol=1e-3)
-    hidden.square().mean().backward()
-    assert gates.grad is not None and torch.isfinite(gates.grad).all() and (gates.grad != 0).all()
+    names = set()
+    for options in ([1, 2, 3, 4, 5, 0], [6, 7, 0, 1, 7, 6]):
+        plan = space.of_options(options, Budget("heads", 1))
+        gates = torch.tensor(space.one_hot(plan), dtype=torch.float32).requires_grad_()
+        hidden = supernet(IDS, gates)
+        built = supernet.instantiate(plan)
+        names |= {name for layer in built.config.mixers for name in layer}
+        assert torch.allclose(built.lm_head(hidden), logits(built, IDS), atol=1e-3)
+        hidden.square().mean().backward()
+        assert gates.grad is not None and torch.isfinite(gates.grad).all() and (gates.grad != 0).all()
+    assert names == set(supernet.options)
 
 
 def test_a_saved_model_has_its_options_in_the_same_order(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flashmorph.own.linear_flashmorph import chunked
+from flashmorph.own.states_flashmorph import chunked
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3])

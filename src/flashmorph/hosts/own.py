@@ -58,7 +58,7 @@ class OwnHost(Host):
         "schedule": "what thin heads halve together: reduce (memory points · log n), or express (memory of 6 · points)",
         "halving": "which of two neighbours thin heads keep: the better one (greedy), or by the published thresholds",
         "decay": "how a linear head forgets: learned from the layer's input, fixed by head, or none",
-        "head_norm": "whether linear heads have an RMSNorm and a learned scale before the output projection",
+        "head_norm": "whether linear and gated_delta_net heads have an RMSNorm before the output projection",
     }
     engines: tuple[Engine, ...] = (TRANSFORMERS,)
     model_class: type[PreTrainedModel] = FlashmorphForCausalLM

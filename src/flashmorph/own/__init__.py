@@ -11,11 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from flashmorph.own.configuration_flashmorph import FORMAT, FlashmorphConfig
 from flashmorph.own.dash_flashmorph import VARIANTS, Dash
-from flashmorph.own.linear_flashmorph import Linear
 from flashmorph.own.mixer_flashmorph import OwnMixer, start
 from flashmorph.own.mixers_flashmorph import MIXERS
 from flashmorph.own.modeling_flashmorph import FlashmorphAttention, FlashmorphForCausalLM, FlashmorphModel
 from flashmorph.own.pooled_flashmorph import pooled_after
+from flashmorph.own.states_flashmorph import StateMixer
 from flashmorph.own.thin_flashmorph import held_after
 
 TRAVELLING = tuple(sorted(Path(__file__).parent.glob("*_flashmorph.py")))
@@ -42,8 +42,8 @@ __all__ = [
     "FlashmorphConfig",
     "FlashmorphForCausalLM",
     "FlashmorphModel",
-    "Linear",
     "OwnMixer",
+    "StateMixer",
     "held_after",
     "pooled_after",
     "start",

@@ -7,7 +7,9 @@ from typing import Any
 
 from .convolution_flashmorph import DynamicConv
 from .dash_flashmorph import Dash
+from .delta_flashmorph import GatedDeltaNet
 from .linear_flashmorph import Linear
+from .mamba2_flashmorph import Mamba2
 from .mixer_flashmorph import OwnMixer
 from .pooled_flashmorph import Pooled
 from .thin_flashmorph import Thin
@@ -16,6 +18,8 @@ from .window_flashmorph import Window
 MIXERS: dict[str, type[OwnMixer]] = {
     "window": Window,
     "linear": Linear,
+    "gated_delta_net": GatedDeltaNet,
+    "mamba2": Mamba2,
     "thin": Thin,
     "pooled": Pooled,
     "dash": Dash,
