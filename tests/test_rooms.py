@@ -54,9 +54,10 @@ OPTIONS = {
     "force device json",
     "report": "output force",
     "generate": "prompt max-new-tokens allow-unused device",
-    "bench": "lengths repeats decode-tokens dtype allow-unused device json",
+    "bench": "lengths repeats decode-tokens dtype costs recipe window mixers set allow-unused force device json",
     "export": "gguf llama-cpp dtype force",
-    "estimate": "recipe budget strategy baseline data window mixers set gpu gpus utilisation contexts explain json",
+    "estimate": "recipe budget strategy baseline data window mixers set gpu gpus utilisation contexts explain costs "
+    "force json",
     "compare": "output budgets strategies seeds spends questions recall-questions distill-steps distill-budget "
     "max-plans reference reference-tokens kept recipe data from set allow-unused force device json",
     "hosts": "json",

@@ -32,6 +32,11 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def device_name(device: torch.device) -> str:
+    """The name of a GPU of CUDA's; of other devices their kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def limit_threads() -> None:
     """Let PyTorch use no more threads than there are cores for this process.
 

@@ -1,8 +1,23 @@
 """Cost of models: prefill and decode time, cache and memory, against the first model and the machine's limits."""
 
-from flashmorph.bench.growth import Growth, crossing, exponent
+from flashmorph.bench.costs import measure_costs, source_here, time_tokens
+from flashmorph.bench.growth import Growth, crossing, exponent, spread
 from flashmorph.bench.kernels import kernels_of
 from flashmorph.bench.limit import Limit, Rates, measure_rates
 from flashmorph.bench.run import BenchSettings, bench
 
-__all__ = ["BenchSettings", "Growth", "Limit", "Rates", "bench", "crossing", "exponent", "kernels_of", "measure_rates"]
+__all__ = [
+    "BenchSettings",
+    "Growth",
+    "Limit",
+    "Rates",
+    "bench",
+    "crossing",
+    "exponent",
+    "kernels_of",
+    "measure_costs",
+    "measure_rates",
+    "source_here",
+    "spread",
+    "time_tokens",
+]

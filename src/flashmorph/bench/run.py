@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from flashmorph.bench.growth import Growth, crossing, exponent, spread
 from flashmorph.bench.limit import Limit, Rates, measure_rates, timed
 from flashmorph.bench.memory import peak_bytes
+from flashmorph.devices import device_name
 from flashmorph.hosts import cache_by_layer
 from flashmorph.progress import Report, silent
 from flashmorph.records import Figures
@@ -77,9 +78,9 @@ def bench(models: Mapping[str, PreTrainedModel], settings: BenchSettings, report
 
 def _warm_up(model: PreTrainedModel, ids: torch.Tensor, measured: _Measured, device: torch.device) -> None:
     def work() -> None:
-        cache = _read(model, ids).past_key_values
+        cache = read_context(model, ids).past_key_values
         measured.cache.append([_layer_bytes(layer) for layer in cache.layers])
-        _write(model, ids, cache)
+        write_token(model, ids, cache)
 
     measured.memory.append(peak_bytes(work, device))
 
@@ -88,17 +89,19 @@ def _time(
     model: PreTrainedModel, ids: torch.Tensor, decode_tokens: int, measured: _Measured, device: torch.device
 ) -> None:
     parts: list[Any] = []
-    measured.seconds["prefill"][-1].append(timed(lambda: parts.append(_read(model, ids)), device))
+    measured.seconds["prefill"][-1].append(timed(lambda: parts.append(read_context(model, ids)), device))
     cache = parts[0].past_key_values
-    steps = [timed(lambda: _write(model, ids, cache), device) for _ in range(decode_tokens)]
+    steps = [timed(lambda: write_token(model, ids, cache), device) for _ in range(decode_tokens)]
     measured.seconds["decode"][-1].append(float(np.median(steps)))
 
 
-def _read(model: PreTrainedModel, ids: torch.Tensor) -> Any:
+def read_context(model: PreTrainedModel, ids: torch.Tensor) -> Any:
+    """The output of a forward over `ids` `[1, time]`, with the cache that it leaves."""
     return cast(Any, model)(input_ids=ids, use_cache=True, logits_to_keep=1)
 
 
-def _write(model: PreTrainedModel, ids: torch.Tensor, cache: Any) -> None:
+def write_token(model: PreTrainedModel, ids: torch.Tensor, cache: Any) -> None:
+    """A forward over one token more, which `cache` then has as well."""
     # Which token it is makes no difference to the time.
     cast(Any, model)(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
 
@@ -155,6 +158,9 @@ def _figures(measured: _Measured, first: _Measured | None, limit: Limit, lengths
 
 
 def _machine(device: torch.device, dtype: torch.dtype, rates: Rates) -> Figures:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    facts = {"device": name, "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+    facts = {
+        "device": device_name(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
     return {**facts, **rates.to_dict()}

@@ -7,8 +7,23 @@ import typer
 from rich.table import Table
 
 from flashmorph.cli.app import app
+from flashmorph.cli.costs import CostsOption, claim_costs, measure_for, write_costs
 from flashmorph.cli.evaluate_tables import new_table
-from flashmorph.cli.options import ERR, OUT, DeviceOption, JsonOption, UnusedOption, numbers, quiet
+from flashmorph.cli.options import (
+    ERR,
+    OUT,
+    DeviceOption,
+    ForceOption,
+    JsonOption,
+    MixersOption,
+    Options,
+    RecipeOption,
+    SetOption,
+    UnusedOption,
+    WindowOption,
+    numbers,
+    quiet,
+)
 from flashmorph.errors import UserError
 from flashmorph.files import short_names
 from flashmorph.records import Figures
@@ -23,13 +38,21 @@ def bench(
     models: Annotated[
         list[str], typer.Argument(help="Folders that flashmorph wrote, or teachers.", metavar="MODEL...")
     ],
-    lengths: Annotated[str, typer.Option(help="Context lengths in tokens.", metavar="N,N...")] = "512,1024,2048,4096",
+    lengths: Annotated[
+        str | None, typer.Option(help="Context lengths in tokens. Default: 512,1024,2048,4096.", metavar="N,N...")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, max=1_000_000, help="Timed rounds; models take turns in each.")] = 5,
     decode_tokens: Annotated[int, typer.Option(min=1, max=1_000_000, help="Tokens written after each context.")] = 8,
     dtype: Annotated[
         str, typer.Option(help="`auto` (float32 on a CPU, else the checkpoint's), `float32`, `bfloat16` or `float16`.")
     ] = "auto",
+    costs: CostsOption = None,
+    recipe: RecipeOption = None,
+    window: WindowOption = None,
+    mixers: MixersOption = None,
+    changes: SetOption = None,
     allow_unused: UnusedOption = False,
+    force: ForceOption = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -40,7 +63,13 @@ def bench(
     model is faster than the first. The limit is what the bytes and operations of the model must take at the rates that
     this machine copies and multiplies at, measured before and after the rounds. Leave the machine alone meanwhile.
 
+    With `--costs` it times one teacher in its host instead, with few and with many layers (or heads) switched, and
+    writes what one of them takes: `--budget ms=4.2@32768 --set select.costs=FILE` spends it. `--recipe`, `--window`,
+    `--mixers` and `--set host.NAME=...` are those of the run that will.
+
     Example: `flashmorph bench tiny runs/demo --lengths 128,256,512`
+
+    Example: `flashmorph bench tiny --costs costs.json --lengths 504 --repeats 20`
     """
     import torch
 
@@ -55,13 +84,32 @@ def bench(
     quiet()
     if dtype not in _DTYPES:
         raise UserError(f"--dtype {dtype!r} must be one of {', '.join(_DTYPES)}")
-    settings = BenchSettings(
-        lengths=tuple(sorted(numbers("--lengths", lengths))), repeats=repeats, decode_tokens=decode_tokens
-    )
     names = list(dict.fromkeys(models))
+    made = {"--recipe": recipe, "--window": window, "--mixers": mixers, "--set": changes, "--force": force}
+    if costs:
+        if len(names) > 1:
+            raise UserError(f"--costs is about one teacher; got {len(names)} models")
+        wanted_lengths = [claim_costs(costs, "bench", force, "--lengths", lengths)]
+    elif alone := next((option for option, value in made.items() if value), None):
+        raise UserError(f"{alone} is for --costs, which times one teacher in the host that a run would make")
+    else:
+        wanted_lengths = sorted(numbers("--lengths", lengths)) if lengths else list(BenchSettings().lengths)
+    settings = BenchSettings(lengths=tuple(wanted_lengths), repeats=repeats, decode_tokens=decode_tokens)
     check(names, max(settings.lengths) + decode_tokens)
     chosen = pick_device(device)
     wanted: Any = getattr(torch, dtype) if dtype != "auto" else torch.float32 if chosen.type == "cpu" else "auto"
+    if costs:
+        options = Options(
+            teacher=names[0],
+            output=costs,
+            recipe=recipe,
+            changes=changes,
+            window=window,
+            mixers=mixers,
+            allow_unused=allow_unused,
+        )
+        write_costs(costs, "bench", *measure_for(options, settings, wanted, chosen), as_json)
+        return
     screen = RichScreen(ERR)
     loaded = {name: load_model(locate(name)[0], wanted, chosen, screen.say, allow_unused) for name in names}
     for model in loaded.values():

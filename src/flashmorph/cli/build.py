@@ -30,6 +30,7 @@ def _finish_until(last: str, options: Options) -> None:
     from flashmorph.pipeline.branches import run_align, run_transplant
     from flashmorph.pipeline.morph import run_build, run_select
     from flashmorph.pipeline.signal import run_teacher
+    from flashmorph.pipeline.timing import run_timing
     from flashmorph.pipeline.training import run_distill, run_extend
 
     stages = ["align", *([] if options.plan or options.layers else ["select"])]
@@ -40,6 +41,7 @@ def _finish_until(last: str, options: Options) -> None:
     branches = run_align(run, host)
     chosen = run.given or run_select(run, host, branches)
     stage = run_build(run, host, branches, chosen, "")
+    run_timing(run, host, stage, chosen)
     if last != "build":
         stage = run_distill(run, host, stage, "")
     if last == "extend" and run.recipe.extend:

@@ -7,12 +7,14 @@ from typing import Annotated, Any
 import typer
 
 from flashmorph.cli.app import app
+from flashmorph.cli.costs import CostsOption, claim_costs, write_costs
 from flashmorph.cli.options import (
     ERR,
     OUT,
     BaselineOption,
     BudgetOption,
     DataOption,
+    ForceOption,
     JsonOption,
     MixersOption,
     Options,
@@ -46,8 +48,12 @@ def estimate(
     utilisation: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Share of the peak that hours assume; yours, if you know it.")
     ] = 0.3,
-    contexts: Annotated[str, typer.Option(help="Context lengths of the cache, with commas.")] = "8192,32768,131072",
+    contexts: Annotated[
+        str | None, typer.Option(help="Context lengths of the cache, with commas. Default: 8192,32768,131072.")
+    ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Every figure with its formula.")] = False,
+    costs: CostsOption = None,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """The cost of a run before it starts: parameters, cache, operations, memory, hours.
@@ -55,14 +61,23 @@ def estimate(
     Reads config.json alone: no weights, no tokenizer, no GPU. Parameters and cache are exact, memory and hours are
     estimates. `morph --dry-run` shows the data of each stage.
 
+    With `--costs` it writes what each layer (or head) takes of a token on the GPU, and nothing else:
+    `--budget ms=4.2@32768 --set select.costs=FILE` spends it. `bench --costs` measures that instead.
+
     Example: `flashmorph estimate Qwen/Qwen3-8B --budget 25% --gpu h200 --gpus 8`
+
+    Example: `flashmorph estimate Qwen/Qwen3-8B --gpu h200 --contexts 32768 --costs costs.json`
     """
     from flashmorph.cli.screen import RichScreen
     from flashmorph.convert.teacher import open_config
+    from flashmorph.estimate import CONTEXTS, estimated_costs, find_gpu
     from flashmorph.estimate import estimate as estimated
-    from flashmorph.estimate import find_gpu
 
     quiet()
+    if costs:
+        lengths = [claim_costs(costs, "estimate", force, "--contexts", contexts)]
+    else:
+        lengths = numbers("--contexts", contexts) if contexts else CONTEXTS
     found_gpu = find_gpu(gpu) if gpu else None
     options = Options(
         teacher=teacher,
@@ -79,7 +94,10 @@ def estimate(
     settings = recipe_of(options)
     config = open_config(teacher)
     settings = fitted(settings, config, RichScreen(ERR if as_json else OUT).say)
-    outcome = estimated(teacher, config, settings, found_gpu, gpus, utilisation, numbers("--contexts", contexts))
+    outcome = estimated(teacher, config, settings, found_gpu, gpus, utilisation, lengths)
+    if costs:
+        write_costs(costs, "estimate", estimated_costs(outcome, lengths[0]), {}, as_json)
+        return
     if as_json:
         print(json.dumps(outcome.to_dict(), indent=2))
         return

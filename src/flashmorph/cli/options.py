@@ -32,7 +32,8 @@ BudgetOption = Annotated[
     str | None,
     typer.Option(
         help="What may stay full: `7` or `25%` (layers), `heads=21` or `heads=25%` (key-value heads), "
-        "`kv=64MiB@32768`. Default: the recipe's."
+        "`kv=64MiB@32768` (cache of one sequence), `ms=4.2@32768` (a token, with `--set select.costs=FILE` of "
+        "`bench --costs`). Default: the recipe's."
     ),
 ]
 SetOption = Annotated[

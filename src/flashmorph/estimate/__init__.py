@@ -4,7 +4,8 @@ Parameters and cache are exact; operations are counted as `torch.utils.flop_coun
 memory and hours are estimates whose formulas `Estimate.explain` prints.
 """
 
-from flashmorph.estimate.estimate import Estimate, estimate
+from flashmorph.estimate.costs import estimated_costs
+from flashmorph.estimate.estimate import CONTEXTS, Estimate, estimate
 from flashmorph.estimate.gpus import GPUS, Gpu, find_gpu
 
-__all__ = ["GPUS", "Estimate", "Gpu", "estimate", "find_gpu"]
+__all__ = ["CONTEXTS", "GPUS", "Estimate", "Gpu", "estimate", "estimated_costs", "find_gpu"]

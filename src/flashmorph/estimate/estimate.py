@@ -30,6 +30,7 @@ from flashmorph.hosts import cache_bytes
 from flashmorph.hosts.vllm_cache import VllmCache, unpadded, vllm_cache
 from flashmorph.plan import FULL, Budget
 from flashmorph.recipe.outlook import check_recipe, outlook
+from flashmorph.recipe.pricing import budget_of_recipe
 from flashmorph.recipe.recipe import Recipe, with_settings
 from flashmorph.records import Figures, SettingValues
 from flashmorph.selection import STRATEGIES
@@ -174,7 +175,7 @@ def estimate(
         UserError: no exact host, a recipe that does not fit the teacher, or a budget that is no number of layers.
     """
     check_recipe(config, recipe)
-    budget = Budget.parse(recipe.budget)
+    budget = budget_of_recipe(config, recipe)
     if STRATEGIES[recipe.select.strategy].finds_budget:
         raise UserError(
             f"strategy {recipe.select.strategy} finds the number of full layers only as it trains: estimate with "

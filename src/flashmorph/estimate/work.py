@@ -19,8 +19,9 @@ from flashmorph.hosts import (
 from flashmorph.mixers import Products
 from flashmorph.mixers.products import operations
 from flashmorph.model.recompute import recomputes
-from flashmorph.plan import FULL, Budget
+from flashmorph.plan import FULL
 from flashmorph.recipe.outlook import least_rounds, num_models, search_tokens, signal_questions, swaps_of
+from flashmorph.recipe.pricing import budget_of_recipe
 from flashmorph.recipe.recipe import Recipe
 from flashmorph.selection import BASELINE, STRATEGIES
 from flashmorph.selection.racing import START_QUESTIONS
@@ -114,7 +115,7 @@ def model_of(config: PreTrainedConfig, recipe: Recipe) -> Model:
 
     A strategy that finds their number itself counts as one: linear mixers keep more.
     """
-    budget = Budget.parse(recipe.budget)
+    budget = budget_of_recipe(config, recipe)
     host, own = configure(config, recipe.host)
     if STRATEGIES[recipe.select.strategy].finds_budget:
         return Model(host, own, 1)

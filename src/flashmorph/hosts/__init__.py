@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from flashmorph.errors import UserError
+from flashmorph.files import digest_of
 from flashmorph.hosts.granite_hybrid import GraniteHybridHost
 from flashmorph.hosts.host import FEED_FORWARD, Host
 from flashmorph.hosts.own import OWN, OwnHost
@@ -25,6 +26,19 @@ from flashmorph.plan import Budget, Space
 from flashmorph.records import SettingValues
 
 HOSTS: tuple[Host, ...] = (Qwen35Host(), Qwen35MoeHost(), GraniteHybridHost())
+_TIMELESS = {
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "initializer_range",
+    "pad_token_id",
+    "transformers_version",
+    "use_cache",
+}
+"""Entries of a configuration that the time of a token does not depend on."""
 CACHE_CONTEXTS = (512, 8192, 131072)
 """Context lengths in tokens at which results give the size of the cache."""
 
@@ -185,10 +199,11 @@ def _layers(config: PreTrainedConfig) -> tuple[Host, PreTrainedConfig, list[tupl
 def layer_space(host: Host, config: PreTrainedConfig, budget: Budget) -> Space:
     """The space of plans for a host's configuration, its cost in the budget's resource.
 
-    Its groups are key-value heads where the budget counts them, or bytes in a host that takes heads one by one.
+    Its groups are key-value heads where the budget counts them, or bytes or time in a host that takes heads one by one.
 
     Raises:
-        UserError: the budget counts heads, and the host takes whole layers.
+        UserError: the budget counts heads, and the host takes whole layers; or it is one of time, and has no costs or
+            those of another model.
     """
     options, layers = tuple(host.mixers), config.num_hidden_layers
     if budget.counts_heads and not host.by_head:
@@ -196,13 +211,33 @@ def layer_space(host: Host, config: PreTrainedConfig, budget: Budget) -> Space:
             f"budget {budget} counts heads, and {host.name} takes whole layers; "
             f"--mixers {','.join(list(OWN.mixers)[:2])} takes heads"
         )
-    in_bytes = budget.resource == "kv"
-    heads = config.num_key_value_heads if budget.counts_heads or (in_bytes and host.by_head) else 0
+    heads = config.num_key_value_heads if budget.counts_heads or (budget.is_amount and host.by_head) else 0
     space = Space.of_heads(layers, heads, options) if heads else Space.of_layers(layers, options)
-    if not in_bytes:
+    if not budget.is_amount:
         return space
+    if budget.is_time:
+        if not budget.costs:
+            raise UserError(_without_costs(budget))
+        return Space(space.groups, space.options, budget.costs.table(space.groups, space.options))
     row = [mixer.cache_bytes(config, budget.context or 0) / max(1, heads) for mixer in host.mixers.values()]
     return Space(space.groups, space.options, np.tile(row, (len(space.groups), 1)))
+
+
+def _without_costs(budget: Budget) -> str:
+    return (
+        f"budget {budget} needs the time of each layer: `flashmorph bench TEACHER --lengths {budget.context} --costs "
+        f"costs.json` measures it here, `flashmorph estimate TEACHER --gpu h100 --contexts {budget.context} --costs "
+        "costs.json` estimates it for a GPU; then give --set select.costs=costs.json"
+    )
+
+
+def shape_of(host: Host, config: PreTrainedConfig) -> str:
+    """The digest of what the time of a host's model depends on: its configuration with every layer full, and mixers.
+
+    Names of files, versions, special tokens and the dtype are left out.
+    """
+    values = {name: value for name, value in config.to_diff_dict().items() if name not in _TIMELESS}
+    return digest_of([host.name, list(host.mixers), values])
 
 
 def cache_by_context(config: PreTrainedConfig) -> dict[str, int]:
@@ -230,6 +265,7 @@ __all__ = [
     "layer_space",
     "mixing_operations",
     "require_known",
+    "shape_of",
     "supports_varlen",
     "takes_with_windows",
     "use_kernels",

@@ -227,8 +227,9 @@ class Morphable(nn.Module):
         return errors
 
     @torch.no_grad()
-    def instantiate(self, plan: Plan) -> PreTrainedModel:
-        """The plan as a plain model of the host's class, in float32, with weights of its own.
+    def instantiate(self, plan: Plan, dtype: torch.dtype = torch.float32, shared: bool = False) -> PreTrainedModel:
+        """The plan as a plain model of the host's class in `dtype`, with weights of its own; `shared`: with those of
+        this model that have the dtype already.
 
         Raises:
             UserError: the plan is about another model, or an option that this host cannot hold.
@@ -243,7 +244,7 @@ class Morphable(nn.Module):
             state |= {f"model.layers.{layer.number}.{name}": weight for name, weight in own.items()}
         config = self.host.with_plan(self.model.config, chosen)
         config.use_cache = True
-        state = {name: weight.detach().to(torch.float32, copy=True) for name, weight in state.items()}
+        state = {name: weight.detach().to(dtype, copy=not shared) for name, weight in state.items()}
         model = empty_model(self.host, config, state)
         model.generation_config = self.model.generation_config
         return model.requires_grad_(True)

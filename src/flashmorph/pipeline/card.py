@@ -1,6 +1,6 @@
 """The model card of a finished run."""
 
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from transformers import PreTrainedConfig
@@ -11,6 +11,7 @@ from flashmorph.evaluation import text_in_words
 from flashmorph.hosts import configure, misreads_tokenizer
 from flashmorph.hosts.serving import Engine
 from flashmorph.mixers import LAYER_TYPES
+from flashmorph.pipeline.timing import Timing, in_words
 from flashmorph.plan import FULL
 from flashmorph.run.run import Results, Run
 from flashmorph.selection import BASELINE
@@ -73,7 +74,7 @@ model = AutoModelForCausalLM.from_pretrained({python_string(run.folder.path.reso
 # Hybrid of {markdown(teacher)}
 
 Made from {code(teacher)}{revision}{origin} by flashmorph {own_version()}. {kept} of {number} {groups} keep full
-attention, chosen by {code(plan.strategy)} for the budget {plan.budget}: {named} {plan.in_short()}.
+attention, chosen by {code(plan.strategy)} for the budget {plan.budget}: {named} {plan.in_short()}.{_time(results)}
 
 `{plan.strip()}` (■ full attention, □ {mixers}{", ◧ heads of both" if plan.has_heads else ""})
 
@@ -129,6 +130,14 @@ def _worth(results: Results) -> str:
         f"\nThe choice is worth {worth:.1f} points of recall ({low:.1f} to {high:.1f}, paired) over\n"
         "the uniform layout of the same budget and training.\n"
     )
+
+
+def _time(results: Results) -> str:
+    """The time of a token, where the budget was in milliseconds."""
+    if not results.timing:
+        return ""
+    words = in_words(cast(Timing, results.timing))
+    return f" {words[0].upper()}{words[1:]}."
 
 
 def _row(name: str, score) -> str:

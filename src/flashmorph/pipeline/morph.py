@@ -27,6 +27,7 @@ from flashmorph.pipeline.branches import run_align, run_transplant
 from flashmorph.pipeline.card import model_card
 from flashmorph.pipeline.publish import publish
 from flashmorph.pipeline.signal import run_teacher, with_signal
+from flashmorph.pipeline.timing import run_timing
 from flashmorph.pipeline.training import run_distill, run_extend
 from flashmorph.plan import Plan
 from flashmorph.progress import Report
@@ -68,6 +69,7 @@ def morph(run: Run) -> Results:
     branches = run_align(run, host)
     plan = run.given or run_select(run, host, branches)
     hybrid = finish(run, host, branches, plan, "")
+    timing = run_timing(run, host, hybrid["build"], plan)
     models = {"teacher": host, "hybrid_undistilled": hybrid["build"], "hybrid": hybrid["extend"]}
     if hybrid["extend"].name == "extend":
         models["hybrid_before_extend"] = hybrid["distill"]
@@ -75,7 +77,7 @@ def morph(run: Run) -> Results:
         other = finish(run, host, branches, baseline_plan(run, host, plan), f"{BASELINE} ")
         models |= {f"{BASELINE}_undistilled": other["build"], BASELINE: other["extend"]}
     scores = {name: run_evaluate(run, name, stage) for name, stage in models.items()}
-    results = Results(plan, scores, list(run.done.values()))
+    results = Results(plan, scores, list(run.done.values()), dict(timing) if timing else None)
 
     def leave_behind() -> None:
         folder, model = run.folder.path, hybrid["extend"].folder
@@ -105,21 +107,23 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
     if run.shards and (strategy.needs_training or strategy.patches):
         does = "trains whole models" if strategy.needs_training else "replaces activations inside of the model"
         raise UserError(f"strategy {chosen.strategy} {does}: go on with --set shard=false")
+    budget = run.budget()
     run = with_signal(run, host, branches)
     recipe = run.recipe
 
     def work(folder: Path, report: Report) -> Figures:
         morphable = open_sharded(run, lambda: open_morphable(run, host, branches), shard_morphable)
         fitted = replace(run, recipe=run.at_once("select", folder))
-        found = run_search(fitted, morphable, recipe.budget, folder, report)
+        found = run_search(fitted, morphable, budget, folder, report)
         if distributed.is_first():
             replace(found.plan, teacher=run.teacher.name, revision=run.teacher.revision).save(folder / "plan.json")
             write_json(folder / "trace.json", found.trace)
         tokens = found.cost.tokens_forward + found.cost.tokens_backward
         figures = {"cost": found.cost.to_dict(), "tokens": tokens, "left_out": list(run.left_out)}
-        return {**figures, "summary": found.plan.strip()}
+        time = f", {budget.costs.of(found.plan.assignments) / 1000:,.3f} ms by the costs" if budget.costs else ""
+        return {**figures, "summary": f"{found.plan.strip()}{time}"}
 
-    spent = {} if strategy.finds_budget else {"budget": budget_settings(run)}
+    spent = {} if strategy.finds_budget else budget_settings(budget)
     about = chosen.strategy if strategy.finds_budget else f"{chosen.strategy}, budget {recipe.budget}"
     stage = run.stage("select", about, {**spent, **select_settings(run)}, [branches.digest], work)
     return Plan.load(stage.folder / "plan.json")

@@ -5,9 +5,10 @@ discretises scores goes through `Space.best`, so every strategy spends a budget 
 """
 
 from flashmorph.plan.budget import Budget
+from flashmorph.plan.costs import Costs
 from flashmorph.plan.enumeration import count_plans, every_plan
 from flashmorph.plan.group import Group
 from flashmorph.plan.plan import FULL, PLAN_VERSION, Plan
 from flashmorph.plan.space import Space
 
-__all__ = ["FULL", "PLAN_VERSION", "Budget", "Group", "Plan", "Space", "count_plans", "every_plan"]
+__all__ = ["FULL", "PLAN_VERSION", "Budget", "Costs", "Group", "Plan", "Space", "count_plans", "every_plan"]

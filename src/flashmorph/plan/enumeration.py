@@ -12,7 +12,7 @@ from flashmorph.plan.space import Space
 
 
 def every_plan(space: Space, budget: Budget) -> Iterator[Plan]:
-    """The plans that spend the budget, `full` first: a count exactly; of bytes as much as they can.
+    """The plans that spend the budget, `full` first: a count exactly; of bytes or time as much as they can.
 
     Raises:
         UserError: see `Space.limit`.
@@ -20,7 +20,7 @@ def every_plan(space: Space, budget: Budget) -> Iterator[Plan]:
     limit, order = space.limit(budget), space.order
     least = np.append(np.cumsum(space.cost.min(1)[::-1])[::-1], 0.0)
     most = np.append(np.cumsum(space.cost.max(1)[::-1])[::-1], 0.0)
-    exact = _is_exact(budget)
+    exact = not budget.is_amount
 
     def below(row: int, spent: float) -> Iterator[list[int]]:
         if spent + least[row] > limit or (exact and spent + most[row] < limit):
@@ -38,11 +38,11 @@ def every_plan(space: Space, budget: Budget) -> Iterator[Plan]:
 
 
 def count_plans(space: Space, budget: Budget, most: int) -> int:
-    """The number of plans of `every_plan`; for budgets in bytes, counted no further than `most + 1`.
+    """The number of plans of `every_plan`; for budgets in bytes or milliseconds, counted no further than `most + 1`.
 
     Sums of bytes may all differ, so that plans of bytes cannot be counted without going through them.
     """
-    if not _is_exact(budget):
+    if budget.is_amount:
         return sum(1 for _ in islice(every_plan(space, budget), most + 1))
     limit, counts = space.limit(budget), Counter({0.0: 1})
     for row in space.cost:
@@ -52,10 +52,6 @@ def count_plans(space: Space, budget: Budget, most: int) -> int:
                 more[spent + cost] += number
         counts = more
     return counts[limit]
-
-
-def _is_exact(budget: Budget) -> bool:
-    return budget.resource in ("layers", "share")
 
 
 def _has_room(space: Space, chosen: list[int], limit: float) -> bool:

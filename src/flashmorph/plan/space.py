@@ -21,7 +21,7 @@ class Space:
     """All plans: `groups`, `options`, and the cost of each option of each group.
 
     `cost` is `[groups, options]` in the budget's resource: 1 for a full layer when layers are counted, bytes of cache
-    for `kv`.
+    for `kv`, microseconds for `ms`.
 
     Of equally good options the first counts in this order: `full`, then the cheaper one, then the one named first.
     """
@@ -79,7 +79,7 @@ class Space:
         return Budget("heads" if self.has_heads else "layers", kept)
 
     def limit(self, budget: Budget) -> float:
-        """The budget as an amount of this space's cost.
+        """The budget as an amount of this space's cost, without what every plan takes.
 
         Raises:
             UserError: the budget leaves no choice (every layer, or more), buys nothing, cannot be saved by switching
@@ -92,9 +92,9 @@ class Space:
             )
         if budget.counts_heads and not self.has_heads:
             raise UserError(f"budget {budget} counts heads, and whole layers are chosen here: give a count, or 25%")
-        if budget.resource == "kv":
-            self._require_bytes(budget)
-            limit = budget.limit
+        if budget.is_amount:
+            self._require_savings(budget)
+            limit = budget.limit - budget.base
         elif budget.is_share:
             limit = max(1, math.floor(budget.limit * len(self.groups) + 1e-9))
         else:
@@ -102,30 +102,38 @@ class Space:
         most = self.cost[:, self.options.index(FULL)].sum()
         if limit >= most:
             raise UserError(
-                f"budget {budget} keeps everything full: {self._amount(limit)} of {self._amount(most)}; "
-                "give less, for example 25%"
+                f"budget {budget} keeps everything full: {self._amount(limit, budget)} of "
+                f"{self._amount(most, budget)}; give less, for example 25%"
             )
         return limit
 
-    def _require_bytes(self, budget: Budget) -> None:
-        """Refuse bytes of cache that switching layers does not save, or that pay for no full layer."""
+    def _require_savings(self, budget: Budget) -> None:
+        """Refuse an amount that switching layers does not save, or that pays for no full layer."""
         full, rest = self.order[:, 0], self.order[:, 1]
         rows = np.arange(len(self.groups))
         extra = self.cost[rows, full] - self.cost[rows, rest]
         if extra.min() <= 0:
-            row = int(extra.argmin())
-            raise UserError(
-                f"budget {budget}: at {budget.context:,} tokens the cache of a full layer takes "
-                f"{byte_size(self.cost[row, full[row]])} and of a {self.options[rest[row]]} one "
-                f"{byte_size(self.cost[row, rest[row]])}, so that nothing is saved; give a longer context behind "
-                "the @, or a count such as 25%"
-            )
+            raise UserError(self._saves_nothing(budget, int(extra.argmin())))
         least = self.cost[rows, rest].sum()
-        if budget.limit < least + extra.min():
+        if budget.limit - budget.base < least + extra.min():
+            taker = "a token" if budget.is_time else "the cache"
             raise UserError(
-                f"budget {budget} is below one full layer: with none full the cache takes {byte_size(least)} and the "
-                f"smallest full layer adds {byte_size(extra.min())}"
+                f"budget {budget} is below one full {self._unit}: with none full {taker} takes "
+                f"{_size(budget.base + least, budget)} and the smallest full {self._unit} adds "
+                f"{_size(extra.min(), budget)}"
             )
+
+    def _saves_nothing(self, budget: Budget, row: int) -> str:
+        """A sentence on a group that takes no less with any other option than full."""
+        full, rest = (self.cost[row, self.order[row, number]] for number in (0, 1))
+        other, remedy = self.options[self.order[row, 1]], "give a longer context behind the @"
+        if budget.is_time:
+            fault = f"after {budget.context:,} tokens a {other} {self._unit} takes {_size(rest - full, budget)} more"
+            fault, remedy = f"{fault} than a full one", "measure or estimate a longer context"
+        else:
+            fault = f"at {budget.context:,} tokens the cache of a full {self._unit} takes {_size(full, budget)}"
+            fault += f" and of a {other} one {_size(rest, budget)}"
+        return f"budget {budget}: {fault}, so that nothing is saved; {remedy}, or give a count such as 25%"
 
     def worth(self, scores: np.ndarray) -> np.ndarray:
         """How much higher the score of `full` is than that of the best other option, `[groups]`.
@@ -138,9 +146,9 @@ class Space:
     def best(self, scores: np.ndarray, budget: Budget) -> Plan:
         """The plan of the largest summed score under the budget: the only function that turns scores into a plan.
 
-        Exact: a multiple-choice knapsack (`knapsack`). A count of layers is spent exactly, bytes at most. Of plans
-        with the same sum the first one is taken, compared group by group from the first on in `order`: the lower layers
-        stay full, and the others get what `plan` gives them.
+        Exact: a multiple-choice knapsack (`knapsack`). A count of layers is spent exactly, bytes and time at most. Of
+        plans with the same sum the first one is taken, compared group by group from the first on in `order`: the lower
+        layers stay full, and the others get what `plan` gives them.
 
         Raises:
             UserError: see `limit`.
@@ -151,9 +159,9 @@ class Space:
             raise ValueError(f"scores must be finite and [groups, options] = {self.cost.shape}; got {scores.shape}")
         limit, order = self.limit(budget), self.order
         sorted_scores, sorted_cost = (np.take_along_axis(values, order, 1) for values in (scores, self.cost))
-        chosen = knapsack(sorted_scores, sorted_cost, limit, exact=budget.resource != "kv")
+        chosen = knapsack(sorted_scores, sorted_cost, limit, exact=not budget.is_amount)
         if chosen is None:
-            raise UserError(f"no plan spends exactly {self._amount(limit)}")
+            raise UserError(f"no plan spends exactly {self._amount(limit, budget)}")
         return self.of_options(np.take_along_axis(order, np.array(chosen)[:, None], 1)[:, 0].tolist(), budget)
 
     def cost_of(self, plan: Plan) -> float:
@@ -199,6 +207,17 @@ class Space:
         kept = [group in full_groups for group in self.groups]
         return self.of_options(np.where(kept, full, rest).tolist(), budget)
 
-    def _amount(self, cost: float) -> str:
-        counted = set(np.unique(self.cost)) <= {0.0, 1.0}
-        return f"{cost:.0f} {'heads' if self.has_heads else 'layers'}" if counted else f"{cost:,.0f} bytes"
+    @property
+    def _unit(self) -> str:
+        return "head" if self.has_heads else "layer"
+
+    def _amount(self, cost: float, budget: Budget) -> str:
+        """A cost in the words of the budget, with what every plan takes."""
+        if budget.is_time:
+            return _size(budget.base + cost, budget)
+        return f"{cost:,.0f} bytes" if budget.is_amount else f"{cost:.0f} {self._unit}s"
+
+
+def _size(amount: float, budget: Budget) -> str:
+    """An amount of time or cache."""
+    return f"{amount / 1000:,.3f} ms" if budget.is_time else byte_size(amount)

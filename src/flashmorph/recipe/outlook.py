@@ -11,8 +11,8 @@ from flashmorph.data.corpus import shares_of
 from flashmorph.data.documents import require_template
 from flashmorph.errors import UserError
 from flashmorph.hosts import configure, layer_space, with_branches_to_train
-from flashmorph.plan import Budget
 from flashmorph.recipe.fitting import require_within_limit
+from flashmorph.recipe.pricing import budget_of_recipe
 from flashmorph.recipe.recipe import Recipe
 from flashmorph.records import Figures
 from flashmorph.selection import STRATEGIES
@@ -54,11 +54,11 @@ def check_recipe(config: PreTrainedConfig, recipe: Recipe) -> None:
     """Check a teacher's configuration and a recipe.
 
     Raises:
-        UserError: a budget that leaves no choice or saves nothing, settings that the host or the strategy does not
-            take, a context longer than the teacher's, or more of its tokens than it has.
+        UserError: a budget that leaves no choice, saves nothing or has no costs, settings that the host or the strategy
+            does not take, a context longer than the teacher's, or more of its tokens than it has.
     """
     host, own = configure(config, recipe.host)
-    chosen, budget = recipe.select, Budget.parse(recipe.budget)
+    chosen, budget = recipe.select, budget_of_recipe(config, recipe)
     check_search(chosen.strategy, layer_space(host, own, budget), budget, chosen.search.questions, chosen.settings)
     require_within_limit(recipe, config)
     if (kept := recipe.distill.teacher_logits) and kept.top_k > config.vocab_size:

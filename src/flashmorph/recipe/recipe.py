@@ -111,7 +111,8 @@ class DataSettings(SourceSettings):
 class SelectSettings(Settings):
     """The search for layers. `settings` are the strategy's own (`flashmorph select --help`).
 
-    With `require_signal` (`pipeline/signal.py`) tasks that the teacher cannot do are left out of the search.
+    With `require_signal` (`pipeline/signal.py`) tasks that the teacher cannot do are left out of the search. `costs` is
+    the file of costs that a budget in milliseconds is spent by.
     """
 
     strategy: str = DEFAULT_STRATEGY
@@ -119,6 +120,7 @@ class SelectSettings(Settings):
     search: SearchSettings = SearchSettings()
     require_signal: bool = Field(default=True, description="a task counts only where full attention answers better")
     teacher_questions: Many = Field(default=16, description="questions a task for the teacher, before align")
+    costs: Name | None = Field(default=None, description="what `bench --costs` or `estimate --costs` wrote")
 
 
 def _as_text(value: Any) -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from flashmorph.convert.load import load_config
 from flashmorph.hosts import configure, layer_space
-from flashmorph.plan import Budget
 from flashmorph.records import Figures
 from flashmorph.referee.cells import Cell, CellFile
 from flashmorph.referee.entry import FOUND, Wanted, budget_of, wanted
@@ -70,13 +69,13 @@ def _check(run: Run, settings: CompareSettings, searches: Sequence[Wanted]) -> N
         UserError: see `check_search`, `require_few` and `require_tokens`.
     """
     host, config = configure(load_config(run.teacher.folder), run.recipe.host)
-    search, budgets = run.recipe.select.search, [Budget.parse(name) for name in settings.budgets]
+    search, budgets = run.recipe.select.search, [run.budget(name) for name in settings.budgets]
     if settings.reference == "enumerated":
         require_few(lambda budget: layer_space(host, config, budget), budgets, settings.max_plans)
     else:
         for budget in budgets:
             require_tokens(budget, search.questions, prices_of(search), settings.reference_tokens)
     for entry, _, spend, names in searches:
-        for budget in map(budget_of, names):
+        for budget in (budget_of(run, name) for name in names):
             space = layer_space(host, config, budget)
             check_search(entry.strategy, space, budget, search.questions, entry.at(spend, search.questions))

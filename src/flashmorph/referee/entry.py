@@ -8,6 +8,7 @@ from flashmorph.plan import Budget
 from flashmorph.recipe.recipe import parse_changes
 from flashmorph.records import Figures, SettingValues
 from flashmorph.referee.settings import CompareSettings
+from flashmorph.run.run import Run
 from flashmorph.selection import STRATEGIES, Strategy
 from flashmorph.selection.search import own_settings, reuse_of
 
@@ -74,6 +75,6 @@ def wanted(settings: CompareSettings) -> Iterator[Wanted]:
         yield from ((entry, seed, spend, budgets) for seed in range(seeds) for spend in spends)
 
 
-def budget_of(name: str) -> Budget:
-    """A budget by its name; one layer for strategies that choose their own."""
-    return Budget("layers", 1) if name == FOUND else Budget.parse(name)
+def budget_of(run: Run, name: str) -> Budget:
+    """A budget of a run by its name; one layer for strategies that choose their own."""
+    return Budget("layers", 1) if name == FOUND else run.budget(name)

@@ -52,6 +52,8 @@ class Referee:
         about = [task_settings(run), text_settings(run), ends(run), search, trained, settings.questions]
         if settings.reference == "found":
             about += ["found", settings.reference_tokens]
+        costs = {budget.costs.digest for budget in map(run.budget, settings.budgets) if budget.costs}
+        about += sorted(costs)
         self.context = digest_of([branches.digest, run.bf16, *about])
         self._work = run.folder.path / "compare" / self.context
         self._run = run = replace(run, recipe=run.at_once(COMPARE, self._work))
@@ -68,7 +70,7 @@ class Referee:
         run = replace(self._run, recipe=recipe.model_copy(update={"seed": seed, "select": chosen}))
         evaluations = self._work / f"validation-{seed}"
         with run.screen.stage("search", f"{entry.label}, budget {budget}, seed {seed}") as report:
-            return run_search(run, self._morphable, budget_of(budget), folder, report, evaluations)
+            return run_search(run, self._morphable, budget_of(self._run, budget), folder, report, evaluations)
 
     def judge(
         self, entry: Entry, found: Selection, budget: str, seed: int, spend: float, settings: SettingValues
@@ -89,7 +91,7 @@ class Referee:
         """
         plan, truth = found.plan, self.truths.get(budget)
         if entry.serves_every_budget:
-            parsed = Budget.parse(budget)
+            parsed = self._run.budget(budget)
             plan = self._morphable.space(parsed).best(found.scores, parsed)
         details: Figures = {"scores": self._morphable.space(plan.budget).worth(found.scores).tolist()}
         if budget == FOUND:
@@ -129,7 +131,7 @@ class Referee:
     def _enumerate(self) -> Mapping[str, Reference]:
         """The losses of all plans of every budget, on the referee's split."""
         with self._run.screen.stage("referee", "every plan") as report:
-            budgets, most = [Budget.parse(name) for name in self._settings.budgets], self._settings.max_plans
+            budgets, most = [self._run.budget(name) for name in self._settings.budgets], self._settings.max_plans
             space_of = self._morphable.space
             return find_truths(space_of, budgets, self._judging(), most, lambda share: report(round(100 * share), 100))
 
@@ -137,7 +139,7 @@ class Referee:
         """The best known plan of every budget, found by questions of the validation split and kept on disk."""
         return {
             str(budget): BestKnown(budget, self._found(budget), self._judging())
-            for budget in map(Budget.parse, self._settings.budgets)
+            for budget in map(self._run.budget, self._settings.budgets)
         }
 
     def _found(self, budget: Budget) -> Found:

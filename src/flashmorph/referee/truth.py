@@ -93,8 +93,8 @@ def require_few(space_of: Callable[[Budget], Space], budgets: Sequence[Budget], 
     spaces = [space_of(budget) for budget in budgets]
     count = sum(count_plans(space, budget, max_plans) for space, budget in zip(spaces, budgets, strict=True))
     if count > max_plans:
-        # Of bytes no more than that were counted.
-        more = " or more" if any(budget.resource == "kv" for budget in budgets) else ""
+        # Of bytes and milliseconds no more than that were counted.
+        more = " or more" if any(budget.is_amount for budget in budgets) else ""
         raise UserError(
             f"the referee would evaluate {count:,} plans{more} of {len(spaces[0].groups)} layers and max_plans is "
             f"{max_plans:,}: give smaller budgets, or more plans, or --reference found, which judges by the best known "

@@ -103,9 +103,9 @@ def ends(run: Run) -> SettingValues:
     return {"end_tokens": end_tokens(run.tokenizer, *configs)}
 
 
-def budget_settings(run: Run) -> str:
-    """The budget in its canonical form."""
-    return str(Budget.parse(run.recipe.budget))
+def budget_settings(budget: Budget) -> SettingValues:
+    """The budget in its canonical form, and the content of its costs."""
+    return {"budget": str(budget), **({"costs": budget.costs.digest} if budget.costs else {})}
 
 
 def plain(tasks: Iterable[TaskSettings]) -> list[SettingValues]:

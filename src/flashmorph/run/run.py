@@ -20,8 +20,9 @@ from flashmorph.estimate.auto import Room, asked, chosen, must_shard, resolved
 from flashmorph.estimate.sizes import Sizes, count_sizes
 from flashmorph.estimate.work import Model, model_of
 from flashmorph.evaluation import Score, recall_difference
-from flashmorph.plan import Plan
+from flashmorph.plan import Budget, Plan
 from flashmorph.progress import Report
+from flashmorph.recipe.pricing import budget_of_recipe
 from flashmorph.recipe.recipe import Recipe
 from flashmorph.records import Figures
 from flashmorph.run.folder import RunFolder, Stage
@@ -73,6 +74,14 @@ class Run:
     def bf16(self) -> bool:
         """Whether matrices are multiplied in bfloat16."""
         return use_bf16(self.device) if self.recipe.bf16 == "auto" else self.recipe.bf16
+
+    def budget(self, text: str | None = None) -> Budget:
+        """The recipe's budget, or the one in `text`; one in milliseconds with its costs.
+
+        Raises:
+            UserError: see `budget_of_recipe`.
+        """
+        return budget_of_recipe(load_config(self.teacher.folder), self.recipe, text)
 
     def must_shard(self) -> bool:
         """What `shards` has to be; every rank must ask, before any stage: in some stages one rank is alone."""
@@ -167,11 +176,12 @@ class Run:
 
 @dataclass
 class Results:
-    """The results of `morph`: plan, scores by model, and stages."""
+    """The results of `morph`: plan, scores by model, and stages; `timing` where the budget was in milliseconds."""
 
     plan: Plan
     scores: dict[str, Score]
     stages: list[Stage]
+    timing: Figures | None = None
 
     def to_dict(self) -> Figures:
         """The content of `results.json`."""
@@ -185,6 +195,8 @@ class Results:
             "assignments": self.plan.assignments,
             "budget": str(self.plan.budget),
         }
+        if self.timing:
+            values["timing"] = self.timing
         values["stages"] = [
             {name: stage.record.get(name) for name in ("stage", "digest", "seconds", "tokens")} for stage in self.stages
         ]

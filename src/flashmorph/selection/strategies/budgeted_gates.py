@@ -103,11 +103,11 @@ BUDGETED_GATES = Strategy(
 
 def _random_budgets(space: Space, budget: Budget, rng: np.random.Generator, steps: int) -> list[Budget]:
     """A budget for each step, of the kind of `budget`."""
-    if budget.resource != "kv":
+    if not budget.is_amount:
         return [space.count(int(kept)) for kept in rng.integers(1, len(space.groups), size=steps)]
     full, rest = space.cost[:, space.options.index(FULL)], space.cost.min(1)
     limits = rng.uniform(rest.sum() + (full - rest).min(), full.sum(), size=steps)
-    return [replace(budget, limit=float(limit)) for limit in limits]
+    return [replace(budget, limit=budget.base + float(limit)) for limit in limits]
 
 
 def _project(logits: torch.Tensor, space: Space) -> torch.Tensor:

@@ -31,10 +31,10 @@ def exhaustive(
     space, budget = search.space, search.budget
     count = count_plans(space, budget, max_plans)
     if count > max_plans:
-        # Of bytes no more than that were counted.
+        # Of bytes and milliseconds no more than that were counted.
         number, enough = (
             (f"{count:,}", f"max_plans {count}")
-            if budget.resource != "kv"
+            if not budget.is_amount
             else (f"more than {max_plans:,}", "a larger max_plans")
         )
         raise UserError(

@@ -1,0 +1,98 @@
+"""The time of a built plan, where the budget is in milliseconds: measured beside the teacher, or by the costs alone."""
+
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+
+from flashmorph.bench import BenchSettings, source_here, spread, time_tokens
+from flashmorph.convert.load import load_model
+from flashmorph.inputs.shapes import Finite, Shape, require_shape
+from flashmorph.plan import Costs, Plan
+from flashmorph.progress import Report
+from flashmorph.records import Figures
+from flashmorph.run.folder import Stage
+from flashmorph.run.run import Run
+
+_REPEATS = 10
+
+
+class Timing(TypedDict):
+    """Milliseconds of a token after `context` others: the budget's limit, by the costs (`origin` says where they are
+    from), and as measured, the median of the built plan and of the teacher; None where it was not measured, or where
+    the costs are those of other groups than the plan's."""
+
+    context: int
+    limit: float
+    by_costs: float | None
+    origin: str
+    hybrid: float | None
+    teacher: float | None
+
+
+class _Spread(Shape):
+    median: Finite
+    quartiles: list[Finite]
+
+
+class _Timed(Shape):
+    """What the record of `timing` has beside others'."""
+
+    milliseconds: dict[str, _Spread]
+
+
+def run_timing(run: Run, host: Stage, built: Stage, plan: Plan) -> Timing | None:
+    """The time of a token of the built plan, said on the screen; None where the budget is in no milliseconds.
+
+    Measured, as a stage, where the costs were measured on this device, in their dtype and at their context. Sharded
+    weights are not timed.
+    """
+    budget = run.budget()
+    costs = budget.costs
+    if not costs:
+        return None
+    dtype, times = getattr(torch, costs.source["dtype"], None), {}
+    if isinstance(dtype, torch.dtype) and source_here(run.device, dtype) == costs.source and not run.shards:
+        times = _measured(run, host, built, costs, dtype)
+    known = set(plan.assignments) == set(costs.groups)
+    timing = Timing(
+        context=costs.context,
+        limit=budget.limit / 1000,
+        by_costs=costs.of(plan.assignments) / 1000 if known else None,
+        origin=costs.origin,
+        hybrid=times.get("hybrid"),
+        teacher=times.get("teacher"),
+    )
+    run.screen.say(in_words(timing))
+    return timing
+
+
+def _measured(run: Run, host: Stage, built: Stage, costs: Costs, dtype: torch.dtype) -> dict[str, float]:
+    """The medians of the teacher and the hybrid, in milliseconds."""
+    settings = BenchSettings(lengths=(costs.context,), repeats=_REPEATS)
+
+    def work(folder: Path, report: Report) -> Figures:
+        stages = {"teacher": host, "hybrid": built}
+        models = {name: load_model(stage.folder / "model", dtype, run.device) for name, stage in stages.items()}
+        seconds = time_tokens(models, settings, report)
+        spreads = {name: spread([1e3 * each for each in tries]) for name, tries in seconds.items()}
+        summary = ", ".join(f"{name} {each['median']:,.3f} ms" for name, each in spreads.items())
+        return {"milliseconds": spreads, "summary": summary}
+
+    about = f"a token after {costs.context:,}, in turns"
+    wanted = {"source": dict(costs.source), **settings.model_dump(mode="json")}
+    stage = run.stage("timing", about, wanted, [host.digest, built.digest], work, alone=True)
+    require_shape(stage.record, _Timed, str(stage.folder / "stage.json"))
+    return {name: each["median"] for name, each in stage.record["milliseconds"].items()}
+
+
+def in_words(timing: Timing) -> str:
+    """A sentence on the time of a plan, and whether that is above the budget."""
+    limit, by_costs, hybrid = timing["limit"], timing["by_costs"], timing["hybrid"]
+    about = f"a token after {timing['context']:,} others"
+    expected = "" if by_costs is None else f"{by_costs:,.3f} ms by the costs ({timing['origin']})"
+    if hybrid is None:
+        return f"{about}, not timed here, takes {expected or 'a time that the costs do not say'} of {limit:,.3f} ms"
+    verdict = "above" if hybrid > limit else "within"
+    beside = f"; the teacher takes {timing['teacher']:,.3f} ms" + (f", this plan {expected}" if expected else "")
+    return f"{about} takes {hybrid:,.3f} ms, {verdict} the budget of {limit:,.3f} ms{beside}"
