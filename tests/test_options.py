@@ -9,7 +9,7 @@ import torch
 from surfaces import Forgetful, effects_like, search_on
 
 from flashmorph.errors import UserError
-from flashmorph.plan import FULL, Budget, Group, Plan, Space, count_plans, every_plan
+from flashmorph.plan import FULL, Budget, Costs, Group, Plan, Space, count_plans, every_plan
 from flashmorph.selection import STRATEGIES, Cost, Search
 from flashmorph.selection.search import check_search, select
 from flashmorph.selection.strategy import Distilled
@@ -41,10 +41,28 @@ def heads() -> Space:
     return Space(groups, (FULL, "linear"), np.tile([1.0, 0.0], (6, 1)))
 
 
+COSTS = Costs(
+    "",
+    "",
+    "",
+    1024,
+    {"kind": "estimated", "device": "GPU", "dtype": "float32"},
+    500,
+    {group: {FULL: 100 + index, "linear": 2, "sliding": 20} for index, group in enumerate(layers().groups)},
+)
+TIME = Budget.parse("ms=0.8@1024").priced(COSTS)
+
+
+def milliseconds() -> Space:
+    """The same in microseconds, of which no plan changes 500; groups differ."""
+    return Space(layers().groups, OPTIONS, COSTS.table(layers().groups, OPTIONS))
+
+
 CASES = {
     "three options, layers counted": (layers(), Budget("layers", 2)),
     "three options, bytes": (bytes_of_cache(), Budget("kv", 300, 1024)),
     "heads, a share": (heads(), Budget("share", 0.4)),
+    "three options, milliseconds": (milliseconds(), TIME),
     "heads, bytes": (Space(heads().groups, (FULL, "linear"), np.tile([50.0, 1.0], (6, 1))), Budget("kv", 120, 1024)),
 }
 

@@ -26,9 +26,7 @@ def claim_costs(path: Path, command: str, force: bool, option: str, contexts: st
     claim_output(path, json_of(f"{command} --costs"), force)
     given = numbers(option, contexts) if contexts else []
     if len(given) != 1:
-        raise UserError(
-            f"--costs is about one context: give {option} the one behind the @ of the budget, such as 32768"
-        )
+        raise UserError(f"--costs is about one context: give {option} that of the budget, for example {option} 32768")
     return given[0]
 
 
