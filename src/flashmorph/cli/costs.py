@@ -64,18 +64,19 @@ def write_costs(path: Path, command: str, costs: Any, figures: Figures, as_json:
     rows = list(costs.groups.values())
     ms = {option: [1e-3 * row[option] for row in rows] for option in rows[0]}
     unit = "head" if any(group.kv_head is not None for group in costs.groups) else "layer"
-    full = costs.of(dict.fromkeys(costs.groups, "full"))
-    alone = figures.get("seconds", {}).get("full")
     lines = [
-        f"{costs.host} after {costs.context:,} tokens, {costs.origin}: {1e-3 * full:,.3f} ms a token with every {unit} "
-        f"full, of which no plan changes {1e-3 * costs.base:,.3f}",
+        f"{costs.host} after {costs.context:,} tokens, {costs.origin}: every plan takes {1e-3 * costs.base:,.3f} ms a "
+        "token, and besides",
         *(f"  a {option} {unit}: {each[0]:,.3f} ms" for option, each in ms.items()),
     ]
     for option, each in figures.get("seconds_of_a_group_beyond_full", {}).items():
         low, high = (1e3 * end for end in each["quartiles"])
         lines.append(f"  {option} less full: {1e3 * each['median']:+,.3f} ms a {unit} ({low:+,.3f} to {high:+,.3f})")
-    if alone:
-        lines.append(f"  the model with every {unit} full, which no hybrid is: {1e3 * alone['median']:,.3f} ms")
+    if "seconds" in figures:
+        # Not the sum of the above: a model of one kind of layers does not pay for having two.
+        lines.append(
+            f"  the model without any other {unit}: {1e3 * figures['seconds']['full']['median']:,.3f} ms a token"
+        )
     lines.append(f"written: {path}; spend it with --budget ms=LIMIT@{costs.context} --set select.costs={path}")
     for line in lines:
         OUT.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -128,8 +128,9 @@ class Space:
         full, rest = (self.cost[row, self.order[row, number]] for number in (0, 1))
         other, remedy = self.options[self.order[row, 1]], "give a longer context behind the @"
         if budget.is_time:
-            fault = f"after {budget.context:,} tokens a {other} {self._unit} takes {_size(rest - full, budget)} more"
-            fault, remedy = f"{fault} than a full one", "measure or estimate a longer context"
+            more = f"{_size(rest - full, budget)} more than" if rest > full else "as long as"
+            fault = f"after {budget.context:,} tokens a {other} {self._unit} takes {more} a full one"
+            remedy = "measure or estimate a longer context"
         else:
             fault = f"at {budget.context:,} tokens the cache of a full {self._unit} takes {_size(full, budget)}"
             fault += f" and of a {other} one {_size(rest, budget)}"
