@@ -31,7 +31,8 @@ def select(
 
     Args:
         morphable: The host with its branches.
-        budget: How much may stay full: `25%`, a number of layers, or bytes of cache (`kv=64MiB@4096`).
+        budget: How much may stay full: `25%`, a number of layers, or bytes of cache (`kv=64MiB@4096`); one in
+            milliseconds with its costs, `Budget.parse("ms=4.2@32768").priced(Costs.load(path))`.
         strategy: A name in `STRATEGIES`.
         objective: The losses that the strategy asks for.
         seed: Of everything random in the search.
