@@ -346,3 +346,21 @@ def test_a_search_spends_milliseconds_and_what_is_built_is_timed(teacher_folder,
     assert "for the budget ms=0.007@64" in (card := (folder / "README.md").read_text()) and "not timed here" in card
     recipe = load_recipe(recipe_file, {"budget": "ms=0.007@64", "select.costs": str(file), "host": settings})
     assert budget_of_recipe(config, recipe).costs == elsewhere
+
+
+def test_strategies_are_compared_within_milliseconds(teacher_folder, recipe_file, tmp_path, capsys):
+    folder, file = tmp_path / "run", tmp_path / "costs.json"
+    source = {"kind": "estimated", "device": "NVIDIA H100 SXM", "dtype": "bfloat16"}
+    config, settings = load_config(teacher_folder), {"mixers": "full,window", "window": 16}
+    made = ("--set", "host.mixers=full,window", "--set", "host.window=16", "--set", f"select.costs={file}")
+    asked = ("--budgets", "ms=0.007@64", "--strategies", "nll,uniform", "--seeds", 1, "--questions", 4)
+    compare = ("compare", teacher_folder, "--recipe", recipe_file, "--output", folder, *asked, *made)
+    plans = []
+    for full in (2, 3):
+        write_json(file, costs_for(config, settings, source, full=full, other=1, base=1).to_dict())
+        assert run_command(*compare) == 0
+        cells = [json.loads(line) for line in (folder / "compare/cells.jsonl").read_text().splitlines()]
+        assert len(cells) == 2 and all(cell["rank"] >= 1 for cell in cells), "none of other costs is kept"
+        plans.append({sum(option == FULL for option in cell["assignments"].values()) for cell in cells})
+    assert plans == [{2}, {1}]
+    capsys.readouterr()
