@@ -140,6 +140,8 @@ def test_compare_judges_strategies_and_goes_on(teacher_folder, recipe_file, tmp_
     again = json.loads(capsys.readouterr().out)
     assert summary.pop("made_by") == "flashmorph compare"
     assert again == summary and (tmp_path / "run/compare/cells.jsonl").read_text() == made
+    assert run_command(*arguments, *searched, "--budgets", "01, 1", "--json") == 0  # One budget in two spellings.
+    assert json.loads(capsys.readouterr().out) == summary
     assert run_command(*arguments, "--strategies", "greedy") == 2
     assert "unknown strategy 'greedy'; did you mean 'greedy-" in capsys.readouterr().err
     assert run_command(*arguments, "--strategies", "gates+step=3") == 2

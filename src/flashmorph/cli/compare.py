@@ -95,6 +95,7 @@ def compare(
     --strategies race,gates,uniform`
     """
     from flashmorph.files import write_json
+    from flashmorph.plan import Budget
     from flashmorph.referee import CompareSettings
     from flashmorph.referee.compare import compare as judge
     from flashmorph.referee.figures import draw_regret
@@ -126,7 +127,8 @@ def compare(
         about = f"numbers above 0 and at most {_MOST_SPENT:,} with commas, for example 0.25,1"
         raise UserError(f"--spends {quoted(spends)} must be {about}") from error
     settings = CompareSettings(
-        budgets=tuple(name.strip() for name in budgets.split(",")),
+        # As cells and references have them: of two spellings of a budget one would lose its regret.
+        budgets=tuple(dict.fromkeys(str(Budget.parse(name)) for name in budgets.split(","))),
         seeds=seeds,
         spends=shares,
         questions=questions,
