@@ -106,7 +106,9 @@ def test_the_command_prints_ratios_growth_and_where_it_wins(capsys, teacher_fold
 
 
 def test_what_bench_refuses(capsys, tmp_path, teacher_folder):
-    assert "at most 512 tokens; 520" in refused(capsys, "bench", teacher_folder, "--lengths", "512")
+    assert "at most 512 tokens; 512 are asked for, and 8 are written after them: at most 504 fit" in refused(
+        capsys, "bench", teacher_folder, "--lengths", "512"
+    )
     assert "must be one of auto" in refused(capsys, "bench", teacher_folder, "--dtype", "int3")
     assert "no folder" in refused(capsys, "bench", tmp_path / "none")
 

@@ -16,6 +16,7 @@ from flashmorph.bench import BenchSettings, measure_costs, source_here, time_tok
 from flashmorph.bench.costs import pair
 from flashmorph.convert.in_memory import transplant
 from flashmorph.convert.load import load_config
+from flashmorph.devices import _cpu_model, device_name
 from flashmorph.errors import UserError
 from flashmorph.estimate import estimate, estimated_costs, find_gpu
 from flashmorph.files import read_json, write_json
@@ -301,6 +302,15 @@ def test_what_the_commands_refuse(options, says, tmp_path, capsys):
     assert says in capsys.readouterr().err and not file.exists()
 
 
+def test_a_cpu_is_named_by_its_model(tmp_path):
+    """Costs that were measured on one CPU are not those of another with as many threads."""
+    assert device_name(torch.device("cpu")).startswith("cpu, ") and device_name(torch.device("meta")) == "meta"
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\n")
+    assert _cpu_model(tmp_path / "cpuinfo") == "Some CPU @ 2 GHz"
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\n")
+    assert _cpu_model(tmp_path / "cpuinfo") == _cpu_model(tmp_path / "missing")
+
+
 def test_a_search_spends_milliseconds_and_what_is_built_is_timed(teacher_folder, recipe_file, tmp_path, capsys):
     """Another content of the file is another search, the same one is not; a figure above the budget says so."""
     folder, file = tmp_path / "run", tmp_path / "costs.json"
@@ -344,6 +354,18 @@ def test_a_search_spends_milliseconds_and_what_is_built_is_timed(teacher_folder,
         "teacher": None,
     }
     assert "for the budget ms=0.007@64" in (card := (folder / "README.md").read_text()) and "not timed here" in card
+    assert "A token after 64 others, not timed here, takes 0.007 ms" in (folder / "report.html").read_text()
+    results = read_json(folder / "results.json")
+    write_json(folder / "results.json", {**results, "timing": {**timing, "hybrid": 0.5, "teacher": 0.25}})
+    assert run_command("report", folder) == 0
+    page = (folder / "report.html").read_text()
+    assert "budget 0.007 ms, teacher 0.250 ms" in page and "takes 0.500 ms, above the budget of 0.007 ms" in page
+    write_json(folder / "results.json", {**results, "timing": {**timing, "hybrid": 0.5}})
+    capsys.readouterr()
+    assert run_command("report", folder) == 2 and "timed together" in capsys.readouterr().err
+    assert run_command(*morph, "--dry-run", "--json") == 0
+    (row,) = (each for each in json.loads(capsys.readouterr().out) if each["stage"] == "timing")
+    assert row["data"].startswith("a token after 64")
     recipe = load_recipe(recipe_file, {"budget": "ms=0.007@64", "select.costs": str(file), "host": settings})
     assert budget_of_recipe(config, recipe).costs == elsewhere
 

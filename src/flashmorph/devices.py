@@ -2,6 +2,7 @@
 
 import math
 import os
+import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from flashmorph.errors import UserError
 _SHARE = {"cuda": 0.8, "mps": 0.7, "cpu": 0.5}
 """Of a device's memory, what formulas may fill: the rest is for their error, for what the device itself takes, and on a
 CPU for other programs."""
+_CPU = Path("/proc/cpuinfo")
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 
@@ -33,8 +35,18 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of a GPU of CUDA's; of other devices their kind."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    """The name of a GPU of CUDA's, the kind and model of a CPU, the kind of any other device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = _cpu_model(_CPU) if device.type == "cpu" else ""
+    return f"{device.type}, {model}" if model else device.type
+
+
+def _cpu_model(path: Path) -> str:
+    """As Linux has it, else as Python does; `` where neither knows."""
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
 
 
 def limit_threads() -> None:

@@ -5,12 +5,14 @@ from flashmorph.bench.growth import Growth, crossing, exponent, spread
 from flashmorph.bench.kernels import kernels_of
 from flashmorph.bench.limit import Limit, Rates, measure_rates
 from flashmorph.bench.run import BenchSettings, bench
+from flashmorph.bench.timing import Timing, timing_in_words
 
 __all__ = [
     "BenchSettings",
     "Growth",
     "Limit",
     "Rates",
+    "Timing",
     "bench",
     "crossing",
     "exponent",
@@ -20,4 +22,5 @@ __all__ = [
     "source_here",
     "spread",
     "time_tokens",
+    "timing_in_words",
 ]

@@ -95,7 +95,7 @@ def bench(
     else:
         wanted_lengths = sorted(numbers("--lengths", lengths)) if lengths else list(BenchSettings().lengths)
     settings = BenchSettings(lengths=tuple(wanted_lengths), repeats=repeats, decode_tokens=decode_tokens)
-    check(names, max(settings.lengths) + decode_tokens)
+    check(names, max(settings.lengths), decode_tokens)
     chosen = pick_device(device)
     wanted: Any = getattr(torch, dtype) if dtype != "auto" else torch.float32 if chosen.type == "cpu" else "auto"
     if costs:

@@ -5,7 +5,7 @@ import platform
 import torch
 
 from flashmorph.data.isolation import how_apart
-from flashmorph.devices import pick_device, use_bf16
+from flashmorph.devices import device_name, pick_device, use_bf16
 from flashmorph.hosts import HOSTS, OWN, supports_varlen, use_kernels
 from flashmorph.mixers.kernels import REFERENCE, implementation_in_use
 from flashmorph.mixers.mixer import Kernels
@@ -29,7 +29,7 @@ def describe() -> dict[str, str]:
     device = pick_device("auto")
     facts = {"flashmorph": own_version(), "python": platform.python_version()}
     facts |= {name: version_of(name) for name in _PACKAGES}
-    facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    facts["device"] = device_name(device)
     facts["cpu threads"] = str(torch.get_num_threads())
     facts["bfloat16 products"] = "used" if use_bf16(device) else "not used (slow or missing on this device)"
     for host in HOSTS:

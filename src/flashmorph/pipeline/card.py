@@ -5,13 +5,13 @@ from typing import Any, cast
 import yaml
 from transformers import PreTrainedConfig
 
+from flashmorph.bench import Timing, timing_in_words
 from flashmorph.convert.gguf import origin_of
 from flashmorph.convert.load import load_config
 from flashmorph.evaluation import text_in_words
 from flashmorph.hosts import configure, misreads_tokenizer
 from flashmorph.hosts.serving import Engine
 from flashmorph.mixers import LAYER_TYPES
-from flashmorph.pipeline.timing import Timing, in_words
 from flashmorph.plan import FULL
 from flashmorph.run.run import Results, Run
 from flashmorph.selection import BASELINE
@@ -136,7 +136,7 @@ def _time(results: Results) -> str:
     """The time of a token, where the budget was in milliseconds."""
     if not results.timing:
         return ""
-    words = in_words(cast(Timing, results.timing))
+    words = timing_in_words(cast(Timing, results.timing))
     return f" {words[0].upper()}{words[1:]}."
 
 

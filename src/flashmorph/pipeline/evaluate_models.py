@@ -120,18 +120,20 @@ def fit_to_models(names: Sequence[str], recipe: Recipe, device: torch.device) ->
     return with_settings(recipe, {key: min(values[key] for values in every) for key in every[0]}), notice
 
 
-def check(names: Sequence[str], longest: int) -> None:
+def check(names: Sequence[str], longest: int, written: int = 0) -> None:
     """Refuse what is bound to fail, before any weight is read.
 
     Raises:
-        UserError: no such model, of a kind that is not known, or with a shorter limit than `longest` tokens.
+        UserError: no such model, of a kind that is not known, or with a shorter limit than the `longest` context and
+            the tokens `written` after it.
     """
     for name in names:
         config = load_config(locate(name)[0])
         require_known(config, name)
         limit = config.max_position_embeddings
-        if longest > limit:
-            raise UserError(f"{name} takes contexts of at most {limit:,} tokens; {longest:,} are asked for")
+        if longest + written > limit:
+            after = f", and {written:,} are written after them: at most {limit - written:,} fit" if written else ""
+            raise UserError(f"{name} takes contexts of at most {limit:,} tokens; {longest:,} are asked for{after}")
 
 
 def _require_one_tokenizer(names: Sequence[str]) -> None:

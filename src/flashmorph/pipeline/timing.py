@@ -1,11 +1,10 @@
 """The time of a built plan, where the budget is in milliseconds: measured beside the teacher, or by the costs alone."""
 
 from pathlib import Path
-from typing import TypedDict
 
 import torch
 
-from flashmorph.bench import BenchSettings, source_here, spread, time_tokens
+from flashmorph.bench import BenchSettings, Timing, source_here, spread, time_tokens, timing_in_words
 from flashmorph.convert.load import load_model
 from flashmorph.inputs.shapes import Finite, Shape, require_shape
 from flashmorph.plan import Costs, Plan
@@ -15,19 +14,6 @@ from flashmorph.run.folder import Stage
 from flashmorph.run.run import Run
 
 _REPEATS = 10
-
-
-class Timing(TypedDict):
-    """Milliseconds of a token after `context` others: the budget's limit, by the costs (`origin` says where they are
-    from), and as measured, the median of the built plan and of the teacher; None where it was not measured, or where
-    the costs are those of other groups than the plan's."""
-
-    context: int
-    limit: float
-    by_costs: float | None
-    origin: str
-    hybrid: float | None
-    teacher: float | None
 
 
 class _Spread(Shape):
@@ -63,7 +49,7 @@ def run_timing(run: Run, host: Stage, built: Stage, plan: Plan) -> Timing | None
         hybrid=times.get("hybrid"),
         teacher=times.get("teacher"),
     )
-    run.screen.say(in_words(timing))
+    run.screen.say(timing_in_words(timing))
     return timing
 
 
@@ -84,15 +70,3 @@ def _measured(run: Run, host: Stage, built: Stage, costs: Costs, dtype: torch.dt
     stage = run.stage("timing", about, wanted, [host.digest, built.digest], work, alone=True)
     require_shape(stage.record, _Timed, str(stage.folder / "stage.json"))
     return {name: each["median"] for name, each in stage.record["milliseconds"].items()}
-
-
-def in_words(timing: Timing) -> str:
-    """A sentence on the time of a plan, and whether that is above the budget."""
-    limit, by_costs, hybrid = timing["limit"], timing["by_costs"], timing["hybrid"]
-    about = f"a token after {timing['context']:,} others"
-    expected = "" if by_costs is None else f"{by_costs:,.3f} ms by the costs ({timing['origin']})"
-    if hybrid is None:
-        return f"{about}, not timed here, takes {expected or 'a time that the costs do not say'} of {limit:,.3f} ms"
-    verdict = "above" if hybrid > limit else "within"
-    beside = f"; the teacher takes {timing['teacher']:,.3f} ms" + (f", this plan {expected}" if expected else "")
-    return f"{about} takes {hybrid:,.3f} ms, {verdict} the budget of {limit:,.3f} ms{beside}"

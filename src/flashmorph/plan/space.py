@@ -126,15 +126,16 @@ class Space:
     def _saves_nothing(self, budget: Budget, row: int) -> str:
         """A sentence on a group that takes no less with any other option than full."""
         full, rest = (self.cost[row, self.order[row, number]] for number in (0, 1))
-        other, remedy = self.options[self.order[row, 1]], "give a longer context behind the @"
+        other, remedy = self.options[self.order[row, 1]], "give a longer context behind the @ or another mixer"
         if budget.is_time:
             more = f"{_size(rest - full, budget)} more than" if rest > full else "as long as"
             fault = f"after {budget.context:,} tokens a {other} {self._unit} takes {more} a full one"
-            remedy = "measure or estimate a longer context"
+            remedy = "measure or estimate a longer context or another mixer"
         else:
             fault = f"at {budget.context:,} tokens the cache of a full {self._unit} takes {_size(full, budget)}"
             fault += f" and of a {other} one {_size(rest, budget)}"
-        return f"budget {budget}: {fault}, so that nothing is saved; {remedy}, or give a count such as 25%"
+        count = "heads=25%" if self.has_heads else "25%"
+        return f"budget {budget}: {fault}, so that nothing is saved; {remedy}, or give a count such as {count}"
 
     def worth(self, scores: np.ndarray) -> np.ndarray:
         """How much higher the score of `full` is than that of the best other option, `[groups]`.

@@ -101,6 +101,9 @@ def outlook(name: str, config: PreTrainedConfig, recipe: Recipe, given: bool = F
         number = signal_questions(recipe)
         rows.append(("signal", 2 * number * longest, longest, f"{number} questions, all layers full against none"))
     rows += [("select", 0, 0, "the plan that is given") if given else _search_row(recipe, source), ("build", 0, 0, "")]
+    if costs := budget_of_recipe(config, recipe).costs:
+        about = f"a token after {costs.context:,}, where the costs are of this device: {costs.origin}"
+        rows.append(("timing", 0, 0, about))
     if kept := recipe.distill.teacher_logits:
         about = f"the teacher's {kept.top_k:,} likeliest next tokens, {logits_on_disk(recipe.distill, kept.top_k)}"
         rows.append(("logits", recipe.distill.tokens_run, recipe.distill.length, about))

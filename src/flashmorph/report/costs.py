@@ -1,8 +1,9 @@
 """Savings of the hybrid, and the cost of making it."""
 
+from flashmorph.bench import timing_in_words
 from flashmorph.report.charts import Chart, Lines, Series
 from flashmorph.report.looks import label, look
-from flashmorph.report.markup import duration, size, table
+from flashmorph.report.markup import duration, paragraph, sentence, size, table
 from flashmorph.report.source import Source
 
 _KINDS = {"prefill": "reading the whole context", "decode": "writing one token after it"}
@@ -53,6 +54,12 @@ def speed(source: Source) -> Chart | None:
     machine = measured["machine"]
     note = f"Medians, bars are quartiles; {machine['device']}, {machine['dtype']}, {machine['threads']} threads."
     return Chart("speed", "Time against context", note, panels)
+
+
+def token_time(source: Source) -> str:
+    """The time of a token against the budget, where that was in milliseconds."""
+    timing = source.results.get("timing")
+    return f"<h3>Time of a token</h3>{paragraph(sentence(timing_in_words(timing)))}" if timing else ""
 
 
 def stages(source: Source) -> str:

@@ -66,10 +66,26 @@ class _Difference(Shape):
     interval: Ends
 
 
+class _Timing(Shape):
+    context: _Length
+    limit: Finite
+    by_costs: Finite | None
+    origin: str
+    hybrid: Finite | None
+    teacher: Finite | None
+
+    @model_validator(mode="after")
+    def _beside_the_teacher(self) -> "_Timing":
+        if (self.hybrid is None) != (self.teacher is None):
+            raise ValueError("hybrid and teacher are timed together")
+        return self
+
+
 class Results(Shape):
     """results.json, its models apart."""
 
     stages: list[_Stage]
+    timing: _Timing | None = None
     worth: _Difference | None = Field(default=None, alias=f"recall_hybrid_minus_{BASELINE}")
 
 

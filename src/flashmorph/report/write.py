@@ -59,6 +59,9 @@ def _head(name: str, source: Source) -> str:
     if worth := source.results.get(f"recall_hybrid_minus_{BASELINE}"):
         about = f"points of recall over the {BASELINE} layout ({span(worth['interval'], '{:.1f}', 100)})"
         tiles.append(tile("what the choice is worth", f"{100 * worth['difference']:+.1f}", about))
+    if (timing := source.results.get("timing")) and timing["hybrid"] is not None:
+        about = f"budget {timing['limit']:,.3f} ms, teacher {timing['teacher']:,.3f} ms"
+        tiles.append(tile(f"a token after {timing['context']:,}", f"{timing['hybrid']:,.3f} ms", about))
     kept, number = len(plan.full_groups), len(plan.assignments)
     about = f"{kept} of {number} {plan.unit} keep full attention. Made by flashmorph {own_version()}."
     return f"<h1>{escape(name)}</h1><p class='note'>{escape(about)}</p><div class='tiles'>{''.join(tiles)}</div>"
@@ -87,7 +90,7 @@ def _sections(source: Source) -> list[Section]:
             _how_to_get_more(source),
         ],
         "Text": [text.by_position(source), text.classes(source), text.samples(source)],
-        "What it saves": [costs.cache(source), costs.speed(source)],
+        "What it saves": [costs.token_time(source), costs.cache(source), costs.speed(source)],
         "What it took": [costs.stages(source), _recipe(source)],
     }
     return [Section(title, [block for block in blocks if block]) for title, blocks in charts.items()]
