@@ -127,8 +127,8 @@ def show(figures: Figures) -> None:
     machine = figures["machine"]
     copies, multiplies = machine["bytes_per_second"] / 1e9, machine["operations_per_second"] / 1e9
     OUT.print(
-        f"{machine['device']}, {machine['dtype']}, {machine['threads']} threads: copies {copies:,.1f} GB/s, multiplies "
-        f"{multiplies:,.0f} GFLOP/s",
+        f"{machine['device']}, {machine['dtype']}, {machine['threads']} threads\n"
+        f"copies {copies:,.1f} GB/s, multiplies {multiplies:,.0f} GFLOP/s",
         highlight=False,
         soft_wrap=True,
     )
