@@ -1,11 +1,14 @@
-"""What is each mixer of our own type good for? Recall, perplexity, cache and time of a teacher with it.
+r"""What is each mixer of our own type good for? Recall, perplexity, cache and time of a teacher with it.
 
     python benchmarks/mixers.py --teacher tiny --recipe demo --layers 2,5
+    python benchmarks/mixers.py --teacher tiny --recipe demo --layers 2,5 --set align.tokens=131072 --mixers linear \
+        gated_delta_net mamba2 "linear, dynamic convolution" "gated_delta_net, dynamic convolution" \
+        "mamba2, dynamic convolution"
     python benchmarks/mixers.py --teacher teachers/llama --recipe demo --layers 2,5
     python benchmarks/mixers.py --teacher MODEL.gguf --recipe laptop --data runs/text --layers 7,8,15,17,18,21,23 \
         --wide --set evaluate.questions=16 evaluate.length=768 evaluate.perplexity_tokens=8192
 
-Each mixer switches all layers but `--layers`, and then all of them. Nothing is trained, but for `linear`, whose
+Each mixer switches all layers but `--layers`, and then all of them. Nothing is trained, but for recurrences, whose
 alignment is the recipe's. `dash` has the gamma that a density asks for, on the rows that alignment starts from. Reading
 and writing are the teacher's seconds over the mixer's, in turns, at `evaluate.length` tokens. Finished rows are kept in
 `benchmarks/results/mixers.json` and not computed again.
@@ -43,8 +46,13 @@ NARROW = {
     "dash, a quarter": {"mixers": "full,dash", "chunk": 16, "density": 0.25},
     "dash, a half": {"mixers": "full,dash", "chunk": 16, "density": 0.5},
     "dash, four fifths": {"mixers": "full,dash", "chunk": 16, "density": 0.8},
-    "linear": {"mixers": "full,linear"},
 }
+STATES = {
+    f"{mixer}{about}": {"mixers": f"full,{mixer}", **taps}
+    for about, taps in (("", {}), (", dynamic convolution", {"conv": 4}))
+    for mixer in ("linear", "gated_delta_net", "mamba2")
+}
+"""They have parameters that nothing but training gives."""
 WIDE = {
     **NARROW,
     "window": {"mixers": "full,window", "window": 128},
@@ -52,7 +60,7 @@ WIDE = {
     "thin, express": {"mixers": "full,thin", "window": 64, "points": 16, "schedule": "express"},
     "pooled": {"mixers": "full,pooled", "window": 64, "segment": 16},
 }
-"""For teachers of longer contexts: about as many bytes of cache each at 768 tokens, but for `dash` and `linear`."""
+"""For teachers of longer contexts: about as many bytes of cache each at 768 tokens, but for `dash`."""
 
 
 def main() -> None:
@@ -70,9 +78,10 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet()
     rows = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
-    specs = WIDE if arguments.wide else NARROW
+    untrained = WIDE if arguments.wide else NARROW
+    specs = untrained | STATES
     try:
-        for name in [] if arguments.show else arguments.mixers or specs:
+        for name in [] if arguments.show else arguments.mixers or untrained:
             about = {"teacher": Path(arguments.teacher).name, "mixer": name, "set": " ".join(arguments.set)}
             if not any(about.items() <= row.items() for row in rows):
                 rows += [{**about, **row} for row in measured(arguments, name, specs[name])]
@@ -93,7 +102,7 @@ def measured(arguments: argparse.Namespace, name: str, settings: dict[str, Any])
         data=arguments.data,
     )
     run: Run = open_run(options, ["align", "evaluate"])
-    morphable = opened(run, name == "linear")
+    morphable = opened(run, name in STATES)
     layers = [int(each) for each in arguments.layers.split(",")]
     questions = open_questions(run.recipe, run.corpus, run.tokenizer)
     text = held_out(run.recipe, run.corpus, run.tokenizer)

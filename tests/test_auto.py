@@ -60,6 +60,21 @@ def test_layers_run_again_where_little_would_fit_otherwise_and_only_there(shape)
     assert small["extend.micro_batch_tokens"] < large["extend.micro_batch_tokens"]
 
 
+def test_a_cpu_is_busy_with_fewer_tokens_than_a_gpu(shape):
+    """So between two sizes of memory layers run again on a GPU only."""
+    differing = 0
+    for tenths in range(10, 120, 5):
+        on_gpu, on_cpu = (
+            choose("distill", RECIPE, *shape, Room(tenths * 1e8, kind=kind)).values for kind in ("cuda", "cpu")
+        )
+        again = "distill.activation_checkpointing"
+        if on_gpu != on_cpu:
+            differing += 1
+            assert on_gpu[again] is True and on_cpu[again] is False
+            assert 1_024 <= on_cpu["distill.micro_batch_tokens"] < 4_096
+    assert differing
+
+
 def test_not_even_one_row_is_told_and_gone_on_with(shape):
     found = choose("distill", RECIPE, *shape, Room(1e6))
     assert found.too_large == ["distill"]

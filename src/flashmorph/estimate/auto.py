@@ -27,8 +27,9 @@ COMPARE = "compare"
 """`flashmorph compare` searches and distils, whatever the recipe's strategy."""
 _FILE = "auto.json"
 _LOG = logging.getLogger(__name__)
-_ENOUGH_TOKENS = 4_096
-"""Layers run again where fewer tokens than these would run at once without it: a GPU needs so many to be busy."""
+_ENOUGH_TOKENS = {"cpu": 1_024}
+_ENOUGH_ON_A_GPU = 4_096
+"""Layers run again where fewer tokens than these would run at once without it: so many keep a device busy."""
 _SHARING = ("align", "distill", "extend")
 _SEARCHES = ("select", "curve", "signal", COMPARE)
 
@@ -159,7 +160,8 @@ def _of_training(
 
     if setting(recipe, again) == AUTO and name != "logits":
         step = max(1, settings.batch_rows // room.processes) * length
-        enough = step if number is None else min(step, _ENOUGH_TOKENS if number == AUTO else number)
+        busy = _ENOUGH_TOKENS.get(room.kind, _ENOUGH_ON_A_GPU) if number == AUTO else number
+        enough = step if busy is None else min(step, busy)
         values[again] = False
         values[again] = within() < max(length, enough // length * length)
     most = within()
