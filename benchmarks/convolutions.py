@@ -6,6 +6,12 @@
 The relative error of branches of all layers after the same alignment, without a convolution, with static taps
 (`host.conv_rank=0`) and with taps made from the input (rank 15), all of width 4. Finished rows are kept in
 `benchmarks/results/convolutions.json` and not computed again.
+
+    python benchmarks/convolutions.py --mixers full --set align.tokens=2048 extend.tokens=262144 extend.length=256 \\
+        extend.learning_rate=3e-4 evaluate.length=256 evaluate.questions=1
+
+Before full attention, which is its own teacher, no error can fall. There all weights are trained on the next token of
+text, and the held-out perplexity is compared. The "window" of 507 tokens beside 4 sinks is longer than any row.
 """
 
 import argparse
@@ -20,7 +26,15 @@ from rich.table import Table
 from flashmorph.cli.options import Options, open_run, quiet
 from flashmorph.files import write_json
 from flashmorph.pipeline.branches import run_align, run_transplant
+from flashmorph.pipeline.morph import run_build, run_evaluate
+from flashmorph.pipeline.training import run_extend
+from flashmorph.plan import Budget
+from flashmorph.records import Figures
+from flashmorph.run.models import open_morphable
+from flashmorph.run.run import Run
 
+FULL = "full"
+EVERY_TOKEN = {"mixers": "full,window", "window": 507, "sinks": 4}
 FORMS = {"none": {}, "static": {"conv": 4, "conv_rank": 0}, "dynamic": {"conv": 4, "conv_rank": 15}}
 
 
@@ -41,19 +55,45 @@ def main() -> None:
         about |= {"set": " ".join(arguments.set)}
         if any(about.items() <= row.items() for row in rows):
             continue
-        settings = {"mixers": f"full,{mixer}", **FORMS[form]}
+        own = EVERY_TOKEN if mixer == FULL else {"mixers": f"full,{mixer}"}
+        settings = {**own, **FORMS[form]}
         changes = [*(f"host.{key}={value}" for key, value in settings.items()), f"seed={seed}", *arguments.set]
         folder = Path(f"runs/convolutions-{about['teacher']}-{mixer}-{form}-{seed}")
         run = open_run(
-            Options(teacher=arguments.teacher, output=folder, recipe=arguments.recipe, changes=changes), ["align"]
+            Options(teacher=arguments.teacher, output=folder, recipe=arguments.recipe, changes=changes),
+            ["align", "extend", "evaluate"] if mixer == FULL else ["align"],
         )
-        record = run_align(run, run_transplant(run)).record
-        rows.append({**about, "errors": record["errors"], "tokens": run.recipe.align.tokens})
+        rows.append({**about, **(trained(run) if mixer == FULL else aligned(run))})
         write_json(arguments.output, {"rows": rows})
-    table = Table("teacher", "mixer", "convolution", "seeds", "mean error", "lowest and highest", "by layer")
+    show(rows)
+
+
+def aligned(run: Run) -> Figures:
+    """The error of every layer's branch."""
+    record = run_align(run, run_transplant(run)).record
+    return {"errors": record["errors"], "tokens": run.recipe.align.tokens}
+
+
+def trained(run: Run) -> Figures:
+    """Held-out perplexity after all weights of a model with nothing but "windows" were trained on text."""
+    host = run_transplant(run)
+    branches = run_align(run, host)
+    space = open_morphable(run, host, branches).space(Budget("heads", 1))
+    built = run_build(run, host, branches, space.plan([], space.count(0)), "")
+    score = run_evaluate(run, "trained", run_extend(run, built, ""))
+    assert run.recipe.extend
+    return {"perplexity": score.perplexity, "tokens": run.recipe.extend.tokens}
+
+
+def show(rows: list[Figures]) -> None:
+    """A line for every mixer and form."""
+    table = Table(
+        "teacher", "mixer", "convolution", "seeds", "mean error, or perplexity", "lowest and highest", "by layer"
+    )
     kinds = [tuple(row[name] for name in ("teacher", "mixer", "form")) for row in rows]
     for kind in sorted(set(kinds)):
-        errors = np.array([row["errors"] for row, own in zip(rows, kinds, strict=True) if own == kind])
+        alike = [row for row, own in zip(rows, kinds, strict=True) if own == kind]
+        errors = np.array([row["errors"] if "errors" in row else [row["perplexity"]] for row in alike])
         means = errors.mean(1)
         by_layer = " ".join(f"{error:.2f}" for error in errors.mean(0))
         spread = f"{means.min():.3f} to {means.max():.3f}"
