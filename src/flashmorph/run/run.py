@@ -152,7 +152,7 @@ class Run:
             work: Called with the stage's folder and a report; returns figures for its record.
             alone: Whether `work` runs on rank 0 only, while the other ranks wait.
         """
-        label = f"{name} {about.split()[0]}" if name == "evaluate" or about.startswith(BASELINE) else name
+        label = f"{name} {about.split()[0]}" if name == "evaluate" or about.startswith(f"{BASELINE} ") else name
         before, done = self.folder.last(label), self.folder.find(name, settings, inputs)
         if before and not done:
             self.screen.say(f"{label}: {self.folder.why_again(before, name, settings, inputs)}; running it again")
