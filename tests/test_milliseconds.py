@@ -370,6 +370,17 @@ def test_a_search_spends_milliseconds_and_what_is_built_is_timed(teacher_folder,
     assert budget_of_recipe(config, recipe).costs == elsewhere
 
 
+def test_the_cost_of_a_run_within_milliseconds_is_estimated(tmp_path, capsys):
+    file = tmp_path / "costs.json"
+    costs = ("estimate", "tiny", "--gpu", "h100", "--contexts", "256", "--costs", file)
+    assert run_command(*costs) == 0
+    limit = 1.01 * read_json(file)["base_microseconds"] / 1000 + 0.002
+    capsys.readouterr()
+    assert run_command("estimate", "tiny", "--recipe", "demo", "--budget", f"ms={limit:.3f}@256", "--set",
+                       f"select.costs={file}", "--json") == 0  # fmt: skip
+    assert "timing" in [stage["stage"] for stage in json.loads(capsys.readouterr().out)["stages"]]
+
+
 def test_strategies_are_compared_within_milliseconds(teacher_folder, recipe_file, tmp_path, capsys):
     folder, file = tmp_path / "run", tmp_path / "costs.json"
     source = {"kind": "estimated", "device": "NVIDIA H100 SXM", "dtype": "bfloat16"}

@@ -210,11 +210,13 @@ def test_a_damaged_configuration_is_one_sentence(tmp_path, changes, words):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("way", [{"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}])
+@pytest.mark.parametrize(
+    "way", [{"cache_implementation": "static"}, {"cache_implementation": "offloaded"}, {"prompt_lookup_num_tokens": 3}]
+)
 def test_what_a_state_cannot_do_is_refused(way):
     model = random_hybrid(KINDS["both"])
     ids = IDS[:1, :20]
-    with pytest.raises(ValueError, match="dynamic cache|stateful"):
+    with pytest.raises(ValueError, match="dynamic cache|offloaded|stateful"):
         model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, pad_token_id=0, **way
         )

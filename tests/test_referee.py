@@ -122,7 +122,7 @@ def test_the_summary_is_a_mean_over_seeds():
 def test_compare_judges_strategies_and_goes_on(teacher_folder, recipe_file, tmp_path, capsys):
     arguments = ["compare", teacher_folder, "--recipe", recipe_file, "--output", tmp_path / "run", "--budgets", "1"]
     arguments += ["--questions", 6, "--recall-questions", 1, "--seeds", 2]
-    arguments += ["--distill-steps", 2, "--distill-budget", "1"]
+    arguments += ["--distill-steps", 2]
     searched = ["--strategies", "uniform,greedy-forward,budgeted-gates+steps=3+random_budget=true,drop-one"]
     assert run_command(*arguments, *searched) == 0
     printed = " ".join(capsys.readouterr().out.split())

@@ -62,6 +62,15 @@ def trained(kind: str, folder: Path, sharded: bool, bf16: bool = False, **change
     return whole(dict(student.named_parameters()))
 
 
+def trained_weights_are_shared_whatever_their_shape() -> None:
+    """A weight that trains and is not divided would go its own way on every rank; that of `dash` is a vector."""
+    model, _ = transplant(random_qwen3(0), {"mixers": "full,dash,linear", "chunk": 4})
+    morphable, _ = attach(model, torch.randint(97, (2, 24)))
+    shard_morphable(morphable, CPU)
+    weights = [weight for each in morphable.branch_parameters() for weight in each]
+    assert len(weights) > 2 and all(isinstance(weight, DTensor) for weight in weights)
+
+
 def searched(folder: Path, sharded: bool, again: bool = False) -> dict[str, list]:
     """Losses and gradients of gates, and losses of plans, on more parts than there are processes."""
     recompute.KEPT_BYTES = 0 if again else 2**30
@@ -97,6 +106,7 @@ def main(folder: Path) -> None:
         assert str(error) == "no room"
     else:
         raise AssertionError("both should have been told")
+    trained_weights_are_shared_whatever_their_shape()
     for kind in SETTINGS:
         weights = trained(kind, folder / f"{kind}-sharded", True)
         if distributed.is_first():

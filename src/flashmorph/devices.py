@@ -73,6 +73,11 @@ def _cgroup_cores(root: Path, own: Path) -> int:
     return cores
 
 
+def with_float64(device: torch.device) -> torch.device:
+    """This device, or the CPU in place of an Apple chip's, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def use_bf16(device: torch.device) -> bool:
     """Whether bfloat16 matrix products are fast: on GPUs that have them, and on CPUs with AMX or AVX512-BF16."""
     if device.type == "cuda":

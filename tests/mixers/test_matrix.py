@@ -52,6 +52,29 @@ class TestEveryMixer:
         with_cache = model.generate(ids, attention_mask=mask, **common)
         assert torch.equal(with_cache, model.generate(ids, attention_mask=mask, use_cache=False, **common))
 
+    def test_values_of_all_tokens_have_their_gradient(self, kind, shape, everywhere):
+        """Also of those in a sample, a segment or a state: autograd has what a small change of the values changes.
+
+        So small that a sample keeps the same tokens.
+        """
+        model = random_hybrid(KINDS[kind], everywhere=everywhere, **SHAPES[shape]).double()
+        weight = model.model.layers[-1].self_attn.v_proj.weight.requires_grad_()
+        generator = torch.Generator().manual_seed(0)
+        direction = torch.randn(weight.shape, generator=generator).double()
+        towards = torch.randn(2, 97, generator=generator).double()
+
+        def at(step: float) -> torch.Tensor:
+            with torch.no_grad():
+                weight.add_(step * direction)
+                value = (logits(model, IDS)[:, -1] * towards).sum()
+                weight.sub_(step * direction)
+            return value
+
+        (logits(model, IDS)[:, -1] * towards).sum().backward()
+        step = 1e-4
+        slope = (at(step) - at(-step)) / (2 * step)
+        assert (weight.grad * direction).sum().item() == pytest.approx(slope.item(), rel=0.01, abs=2e-3)
+
     def test_the_cache_has_the_computed_size(self, kind, shape, everywhere):
         model = random_hybrid(KINDS[kind], everywhere=everywhere, **SHAPES[shape])
         model.config.dtype = torch.float32

@@ -195,3 +195,17 @@ class TestAgainstGoodpoints:
         oversampling = ((points >> level).bit_length() - 1) // 2
         left = compress.compress(torch.arange(block)[:, None].numpy(), halved, oversampling)
         assert ours.tolist() == [start + each for each in left.tolist()]
+
+
+def test_halving_sees_differences_far_below_the_largest_key():
+    """`exp` of a score that is 90 below the largest is 0 in float32: such points were kept by no rule."""
+    torch.manual_seed(0)
+    k, v = torch.randn(1, 1, 16, 128), torch.randn(1, 1, 16, 128)
+    k[:, :, 0] *= 9 / 4
+    sizes = kernel(k.double(), v.double()).diagonal(dim1=-2, dim2=-1)
+    k = k * 4
+    assert (kernel(k, v).diagonal(dim1=-2, dim2=-1) == 0).any()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = halve(k, v, "greedy")
+    assert torch.equal(found, kept(differences(kernel(k.double(), v.double())), torch.zeros(1, 1, 8)))
+    assert torch.isfinite(sizes).all()

@@ -52,7 +52,10 @@ def compare(
             help="Also distil the default's, the baseline's and the reference plan for so many steps, and compare.",
         ),
     ] = 0,
-    distill_budget: Annotated[str, typer.Option(help="The budget for which that is done.")] = "2",
+    distill_budget: Annotated[
+        str | None,
+        typer.Option(help="The budget for which that is done; default: 2, or else the first."),
+    ] = None,
     max_plans: Annotated[
         int, typer.Option(min=1, max=1_000_000_000, help="The most plans that are enumerated.")
     ] = 2_000,
@@ -126,15 +129,17 @@ def compare(
     except ValueError as error:
         about = f"numbers above 0 and at most {_MOST_SPENT:,} with commas, for example 0.25,1"
         raise UserError(f"--spends {quoted(spends)} must be {about}") from error
+    # As cells and references have them: of two spellings of a budget one would lose its regret.
+    compared = tuple(dict.fromkeys(str(Budget.parse(name)) for name in budgets.split(",")))
+    usual = "2" if "2" in compared else compared[0]
     settings = CompareSettings(
-        # As cells and references have them: of two spellings of a budget one would lose its regret.
-        budgets=tuple(dict.fromkeys(str(Budget.parse(name)) for name in budgets.split(","))),
+        budgets=compared,
         seeds=seeds,
         spends=shares,
         questions=questions,
         recall_questions=recall_questions,
         distill_steps=distill_steps,
-        distill_budget=distill_budget,
+        distill_budget=str(Budget.parse(distill_budget)) if distill_budget else usual,
         max_plans=max_plans,
         reference=reference,
         reference_tokens=reference_tokens,

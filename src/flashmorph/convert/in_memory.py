@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from flashmorph.devices import with_float64
 from flashmorph.errors import UserError
 from flashmorph.hosts import Host, configure
 from flashmorph.hosts.build import empty_model
@@ -106,18 +107,25 @@ def prove(teacher: PreTrainedModel, model: PreTrainedModel) -> Proof:
     expected = teacher(input_ids=ids, use_cache=False).logits
     of_host = model(input_ids=ids, use_cache=False).logits
     with in_float64(teacher):
-        exact = teacher(input_ids=ids, use_cache=False).logits
+        exact = teacher(input_ids=ids.to(teacher.device), use_cache=False).logits
     teacher.train(training)
+    if exact.device != expected.device:
+        expected, of_host = expected.cpu(), of_host.cpu()
     return Proof.of(expected, of_host, exact)
 
 
 @contextmanager
 def in_float64(teacher: PreTrainedModel) -> Iterator[None]:
-    """The model's weights in float64, and afterwards in float32 again."""
+    """The model's weights in float64, on a device that has it, and afterwards as they were, in float32."""
+    device, exact = teacher.device, with_float64(teacher.device)
     experts = teacher.get_experts_implementation()
     teacher.set_experts_implementation("eager")  # The grouped products of the others know no float64.
+    if exact != device:  # Of one that is read part by part the rest is on the device `meta`, and stays there.
+        teacher.to(exact)  # type: ignore[arg-type]
     teacher.double()
     try:
         yield
     finally:
         teacher.float().set_experts_implementation(experts)
+        if exact != device:
+            teacher.to(device)  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from flashmorph.convert.in_memory import Proof, in_float64, probe, require_finit
 from flashmorph.convert.load import load_config, require_one_head, unreadable
 from flashmorph.convert.shards import ShardReader, ShardWriter
 from flashmorph.convert.stored import require_layers, take_stock
+from flashmorph.devices import with_float64
 from flashmorph.hosts import Host, configure, use_kernels
 from flashmorph.hosts.build import without_weights
 from flashmorph.losses import Head
@@ -101,7 +102,7 @@ def transplant_checkpoint(
         source: The teacher's folder.
         target: An existing, empty folder.
         settings: The host's own, such as `{"mamba_expand": 1}`.
-        device: Where layers are compared; None: the CPU.
+        device: Where layers are compared; None, or a device without float64: the CPU.
         report: Called with the parts done and all parts.
         allow_unused: See `take_stock`.
 
@@ -115,7 +116,7 @@ def transplant_checkpoint(
     config = load_config(source)
     host, own = configure(config, settings)
     use_kernels(host.model_type)
-    reader, device = ShardReader(source), device or torch.device("cpu")
+    reader, device = ShardReader(source), with_float64(device or torch.device("cpu"))
     writer = ShardWriter(target, reader.largest_bytes if len(reader.files) > 1 else None)
     require_layers(config, reader.dtypes, source)
     teacher, model = without_weights(config), without_weights(own, host.model_class)

@@ -216,7 +216,7 @@ def estimate(
             row["data"],
             work.get(row["stage"]),
             memory.get(row["stage"]),
-            values[row["stage"]],
+            values.get(row["stage"], {}),
         )
         for row in outlook(teacher, config, recipe)
     ]

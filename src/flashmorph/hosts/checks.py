@@ -14,6 +14,10 @@ LLAMA_SETTINGS = (
 """Fields that the configurations of a Llama-shaped teacher and of its host share."""
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 """Rotary embeddings that transformers computes by one code in all Llama-shaped classes."""
+BIASED = ("qwen2",)
+"""Teachers whose queries, keys and values have a bias that their configuration does not mention."""
+_STARTING_ANEW = ("phi3",)
+"""Teachers that drop the cache in `generate` where the other list of rope factors begins."""
 
 
 def refuse_windows(config: PreTrainedConfig, host: str) -> None:
@@ -65,6 +69,8 @@ def refuse_two_factors(config: PreTrainedConfig, host: str) -> None:
         UserError: names the length at which the lists change.
     """
     rope, limit = config.rope_parameters, config.max_position_embeddings
+    if config.model_type not in _STARTING_ANEW:
+        return
     if rope["rope_type"] != "longrope" or rope["short_factor"] == rope["long_factor"]:
         return
     if (switch := rope["original_max_position_embeddings"]) < limit:

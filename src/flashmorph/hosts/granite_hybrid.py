@@ -13,6 +13,7 @@ from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, Pr
 
 from flashmorph.errors import UserError
 from flashmorph.hosts.checks import (
+    BIASED,
     LLAMA_SETTINGS,
     ROPE_TYPES,
     refuse_activation,
@@ -27,10 +28,6 @@ from flashmorph.mixers.products import feed_forward_products, head_dim_of
 from flashmorph.plan import FULL
 
 _MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
-_BIASED = ("qwen2",)
-"""Teachers whose queries, keys and values have a bias that their configuration does not mention."""
-_STARTING_ANEW = ("phi3",)
-"""Teachers that drop the cache in `generate` where the other list of rope factors begins."""
 _OLDER_WORDS = {"full_attention": "attention", "linear_attention": "mamba"}
 _CONVOLUTION = 4
 _SQUARE = "heads × head_dim = hidden size"
@@ -98,8 +95,7 @@ class GraniteHybridHost(Host):
                 f"the teacher has layers without RoPE (no_rope_layers); {self.name} has RoPE in all layers or in none"
             )
         refuse_rope(teacher, self.name, ROPE_TYPES)
-        if teacher.model_type in _STARTING_ANEW:
-            refuse_two_factors(teacher, self.name)
+        refuse_two_factors(teacher, self.name)
         refuse_activation(teacher, self.name)
         if getattr(teacher, "mlp_bias", False):
             raise UserError(f"the teacher's MLP has biases (mlp_bias); {self.name} has none there")
@@ -211,4 +207,4 @@ def _is_as_in_llama_cpp(config: PreTrainedConfig) -> bool:
 
 def _has_bias(config: PreTrainedConfig) -> bool:
     stated = (getattr(config, name, False) for name in ("attention_bias", "attention_out_bias"))
-    return config.model_type in _BIASED or any(stated)
+    return config.model_type in BIASED or any(stated)

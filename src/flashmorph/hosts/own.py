@@ -14,7 +14,7 @@ from pydantic import Field
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flashmorph.errors import UserError, quoted
-from flashmorph.hosts.checks import LLAMA_SETTINGS, ROPE_TYPES, refuse_rope, refuse_two_factors, refuse_windows
+from flashmorph.hosts.checks import BIASED, LLAMA_SETTINGS, ROPE_TYPES, refuse_rope, refuse_two_factors, refuse_windows
 from flashmorph.hosts.host import Host, layer_prefixes, split_joint
 from flashmorph.hosts.serving import TRANSFORMERS, Engine
 from flashmorph.mixers import Mixer, Products
@@ -23,11 +23,8 @@ from flashmorph.mixers.products import feed_forward_products, head_dim_of
 from flashmorph.own import AUTO_MAP, TRAVELLING, FlashmorphConfig, FlashmorphForCausalLM
 from flashmorph.plan import FULL
 
-_BIASED = ("qwen2",)
-"""Teachers whose queries, keys and values have a bias that their configuration does not mention."""
 _NORMED = ("qwen3",)
 """Teachers whose queries and keys are normalised."""
-_STARTING_ANEW = ("phi3",)
 _Size = Annotated[int, Field(ge=2, lt=1 << 31)]
 
 
@@ -101,8 +98,7 @@ class OwnHost(Host):
         """Refuse windows that are there already, and rotary embeddings that Qwen3's class computes otherwise."""
         refuse_windows(teacher, self.name)
         refuse_rope(teacher, self.name, ROPE_TYPES)
-        if teacher.model_type in _STARTING_ANEW:
-            refuse_two_factors(teacher, self.name)
+        refuse_two_factors(teacher, self.name)
 
     def config(
         self,
@@ -150,8 +146,8 @@ class OwnHost(Host):
                 )
         before = {"conv": {"taps": conv, "rank": conv_rank}} if conv else {}
         same: dict[str, Any] = {name: getattr(teacher, name) for name in LLAMA_SETTINGS}
-        bias = teacher.model_type in _BIASED or bool(getattr(teacher, "attention_bias", False))
-        out = getattr(teacher, "attention_out_bias", bias and teacher.model_type not in _BIASED)
+        bias = teacher.model_type in BIASED or bool(getattr(teacher, "attention_bias", False))
+        out = getattr(teacher, "attention_out_bias", bias and teacher.model_type not in BIASED)
         rope_less = getattr(teacher, "no_rope_layers", None)
         return FlashmorphConfig(
             **same,

@@ -97,7 +97,10 @@ def _checked(annotation: Any, value: Any, name: str) -> Any:
         return adapter.validate_python(value)
     except (ValidationError, ValueError) as error:
         right = " or ".join(in_words(kind) for kind in kinds)
-        raise UserError(f"{name} must be {right}; got {quoted(value)}") from error
+        key = name.rpartition(" ")[2]
+        is_number = any(kind.get("type") == "string" for kind in kinds) and isinstance(value, int | float)
+        hint = f", which YAML reads as a number: write {key}='\"...\"'" if is_number else ""
+        raise UserError(f"{name} must be {right}; got {quoted(value)}{hint}") from error
 
 
 def in_words(schema: Mapping[str, Any]) -> str:

@@ -89,7 +89,7 @@ class Mixer(Protocol):
         ...
 
     def supports_varlen(self, device: torch.device) -> bool:
-        """Whether documents in one row stay apart on this device, given the arguments of `packing.marked`."""
+        """Whether documents in one row stay apart on this device, given the arguments of `isolation.marked`."""
         ...
 
     def cache_bytes(self, config: PreTrainedConfig, context: int) -> int:

@@ -6,9 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from flashmorph.devices import with_float64
 from flashmorph.mixers.mixer import LayerArguments
 
 _RIDGE = 1e-2
+_LOOKED_AT = 2_048
+"""Tokens of a row that `mean_distance` looks at: it has all their scores."""
 
 
 def softplus_inverse(value: torch.Tensor) -> torch.Tensor:
@@ -21,25 +24,34 @@ def constant_row(hidden: torch.Tensor, value: float) -> torch.Tensor:
 
     Ridge least squares: for projections that have no bias.
     """
-    flat = hidden.flatten(0, 1).double()
+    flat = _exact(hidden.flatten(0, 1))
     gram = flat.T @ flat
     gram += _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(gram, flat.sum(0)).to(hidden.dtype) * value
+    return torch.linalg.solve(gram, flat.sum(0)).to(hidden) * value
 
 
 def mean_distance(attention: Any, hidden: torch.Tensor, arguments: LayerArguments) -> torch.Tensor:
-    """Mean distance in tokens that each head looks back, `[heads]`, at least one token."""
+    """Mean distance in tokens that each head looks back, `[heads]`, at least one token.
+
+    Over the beginnings of the rows `[batch, time, width]`, row by row, since the scores of eager attention are held.
+    """
     implementation = attention.config._attn_implementation
+    hidden = hidden[:, :_LOOKED_AT]
     time = hidden.shape[1]
     distance = torch.arange(time, device=hidden.device)[:, None] - torch.arange(time, device=hidden.device)
     mask = torch.zeros(time, time, dtype=hidden.dtype, device=hidden.device)
     mask = mask.masked_fill(distance < 0, torch.finfo(hidden.dtype).min)[None, None]
+    cos, sin = (each[:, :time].expand(len(hidden), -1, -1).split(1) for each in arguments["position_embeddings"])
+    means = []
     try:
         attention.config._attn_implementation = "eager"
-        _, weights = attention(hidden_states=hidden, **{**arguments, "attention_mask": mask})
+        for row, *embeddings in zip(hidden.split(1), cos, sin, strict=True):
+            own = {"attention_mask": mask, "position_embeddings": tuple(embeddings)}
+            _, weights = attention(hidden_states=row, **{**arguments, **own})
+            means.append(torch.einsum("bhqk,qk->h", weights, distance.to(weights.dtype)) / time)
     finally:
         attention.config._attn_implementation = implementation
-    return (weights * distance).sum(-1).mean((0, 2)).clamp_min(1.0)
+    return torch.stack(means).mean(0).clamp_min(1.0)
 
 
 def merged(parts: torch.Tensor, heads: int) -> torch.Tensor:
@@ -62,7 +74,7 @@ def narrow_scores(
     size = values[:, :width, None].sqrt()
     into_query = size * first[:, :, :width].mT @ left[1]
     into_key = size * second[:, :width] @ right[1]
-    return into_query.to(query.dtype) @ query, into_key.to(key.dtype) @ key
+    return into_query.to(query) @ query, into_key.to(key) @ key
 
 
 def narrow_outputs(
@@ -76,15 +88,20 @@ def narrow_outputs(
     if width == value.shape[1]:
         return value, columns
     root, inverse = _roots(_moments(hidden, value))
-    mixed = root @ columns.double()
+    mixed = root @ _exact(columns)
     directions = torch.linalg.eigh(mixed @ mixed.mT)[1][:, :, -width:]
-    down = (directions.mT @ inverse).to(value.dtype)
-    return down @ value, (directions.mT @ mixed).to(columns.dtype)
+    down = (directions.mT @ inverse).to(value)
+    return down @ value, (directions.mT @ mixed).to(columns)
+
+
+def _exact(values: torch.Tensor) -> torch.Tensor:
+    """In float64, on a device that has it."""
+    return values.to(with_float64(values.device)).double()
 
 
 def _moments(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Second moments `[heads, width, width]` of what rows `[heads, width, hidden]` make of the hidden states."""
-    made = torch.einsum("nw,hdw->hnd", hidden.flatten(0, 1), rows).double()
+    made = _exact(torch.einsum("nw,hdw->hnd", hidden.flatten(0, 1), rows))
     return made.mT @ made / made.shape[1]
 
 
@@ -106,11 +123,11 @@ def fit_head_scales(out_proj: nn.Linear, head_dim: int, run: Callable[[], Any], 
     handle = out_proj.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     run()
     handle.remove()
-    mixed, weight = inputs[0].flatten(0, -2).double(), out_proj.weight
-    products = (mixed.T @ mixed) * (weight.T @ weight)
+    mixed, weight = _exact(inputs[0].flatten(0, -2)), out_proj.weight
+    products = (mixed.T @ mixed) * _exact(weight.T @ weight)
     size = (-1, head_dim)
     gram = products.unflatten(1, size).sum(2).unflatten(0, size).sum(1)
     gram += 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    towards = (mixed.T @ target.flatten(0, -2).double() * weight.T).sum(1).unflatten(0, size).sum(1)
+    towards = (mixed.T @ _exact(target.flatten(0, -2)) * _exact(weight.T)).sum(1).unflatten(0, size).sum(1)
     scales = torch.linalg.solve(gram, towards)
-    weight.mul_(scales.to(weight.dtype).repeat_interleave(head_dim))
+    weight.mul_(scales.to(weight).repeat_interleave(head_dim))

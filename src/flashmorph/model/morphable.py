@@ -3,7 +3,7 @@
     layer output = sum over options o of W_o (gate[layer, o] * heads_o(hidden)) + gate[layer, o] * b_o
 
 W_o and b_o are the branch's output projection. Every branch runs whatever its gate is, so that a gate at 0
-still gets a gradient. Only under `no_grad` with a one-hot gate does a layer run the one branch that counts.
+still gets a gradient. Only under `no_grad` does a layer leave out branches whose gates are all 0.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -86,11 +86,14 @@ class MorphableLayer(nn.Module):
     def _mix(self, hidden: torch.Tensor, gates: torch.Tensor | None, arguments: LayerArguments) -> torch.Tensor:
         if gates is None:
             return self.branches[FULL](hidden, arguments)
-        branches = list(self.branches.values())
-        if not torch.is_grad_enabled() and len(chosen := gates.unique(dim=0)) == 1 and _is_one_hot(chosen[0]):
-            return branches[int(chosen[0].argmax())](hidden, arguments)
-        pairs = zip(branches, gates.to(hidden.dtype).unbind(1), strict=True)
-        return torch.stack([branch(hidden, arguments, gate) for branch, gate in pairs]).sum(0)
+        branches, used = list(self.branches.values()), range(gates.shape[1])
+        if not torch.is_grad_enabled():
+            rows = gates.tolist()
+            used = [option for option in used if any(row[option] for row in rows)] or [0]
+            if len(used) == 1 and all(row[used[0]] == 1 for row in rows):
+                return branches[used[0]](hidden, arguments)
+        columns = gates.to(hidden.device, hidden.dtype).unbind(1)
+        return torch.stack([branches[option](hidden, arguments, columns[option]) for option in used]).sum(0)
 
 
 class Morphable(nn.Module):
@@ -138,8 +141,10 @@ class Morphable(nn.Module):
     ) -> torch.Tensor:
         """Last hidden states `[batch, time, width]` under `gates` `[groups, options]` (the teacher's without).
 
+        Gates without a gradient belong on the CPU: each layer reads its own, which would wait for a GPU.
+
         Rows `[batch, time]` are of equal length; padding may only be on the right, where nothing looks. `boundaries`
-        are the arguments that keep documents in a row apart (`packing.marked`). Every layer's forward is shown to the
+        are the arguments that keep documents in a row apart (`isolation.marked`). Every layer's forward is shown to the
         `observer`.
         """
         # The decoder hands what it does not know itself on to its layers, and they to their mixers.
@@ -259,10 +264,6 @@ class _Resume(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
         return self._hidden
-
-
-def _is_one_hot(gates: torch.Tensor) -> bool:
-    return set(gates.tolist()) == {0.0, 1.0}
 
 
 def attach(model: PreTrainedModel, calibration: torch.Tensor) -> tuple[Morphable, list[float]]:

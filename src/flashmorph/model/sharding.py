@@ -67,10 +67,11 @@ def _shard_parts(model: PreTrainedModel, device: torch.device, bf16: bool) -> No
     for layer in model.model.layers:
         for part in layer.children():
             for unit in _units(part):
-                matrices = {weight.dtype for weight in unit.parameters() if weight.ndim > 1}
+                trains = isinstance(part, MorphableLayer) and unit in part.trained.values()
+                sharded = {weight.dtype for weight in unit.parameters() if trains or weight.ndim > 1}
                 # A unit has one dtype: beside frozen matrices in bfloat16, norms in float32 are not sharded.
-                apart = {weight for weight in unit.parameters() if weight.dtype not in matrices}
-                if matrices:
+                apart = {weight for weight in unit.parameters() if weight.dtype not in sharded}
+                if sharded:
                     fully_shard(unit, mesh=mesh, mp_policy=_policy(bf16), ignored_params=apart)
     kept = {weight for weight in model.parameters() if not isinstance(weight, DTensor)}
     fully_shard(model.model, mesh=mesh, ignored_params=kept)

@@ -43,15 +43,6 @@ class FlashmorphCacheLayer(DynamicLayer):
         if tokens_to_remove:
             raise ValueError("the state of a mixer cannot give tokens back: this cache cannot be cropped")
 
-    def offload(self) -> None:
-        """Move everything to the CPU."""
-        self._each(lambda tensor: tensor.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        """Move everything back to the layer's device."""
-        if self.is_initialized:
-            self._each(lambda tensor: tensor.to(self.device, non_blocking=True))
-
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Take these rows, for beam search."""
         self._each(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -62,7 +53,7 @@ class FlashmorphCacheLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows."""
-        self._each(lambda tensor: tensor[indices, ...])
+        self._each(lambda tensor: tensor[indices.to(tensor.device), ...])
 
     def _each(self, change: Any) -> None:
         if self.is_initialized:
@@ -76,8 +67,10 @@ def own_layers(cache: Cache, hybrid: Sequence[bool]) -> None:
     """Put our layers into `cache` where `hybrid[layer]`: generate() makes transformers' own, whose states do not grow.
 
     Raises:
-        ValueError: the cache is static or quantised, or has tokens already that our layers have not seen.
+        ValueError: the cache is static, quantised or offloaded, or has tokens already that our layers have not seen.
     """
+    if any(hybrid) and getattr(cache, "offloading", False):
+        raise ValueError("a flashmorph model needs its cache on its own device; this one is offloaded to the CPU")
     for number, ours in enumerate(hybrid):
         if number == len(cache.layers):
             cache.layers.append(DynamicLayer())

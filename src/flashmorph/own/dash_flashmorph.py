@@ -4,9 +4,11 @@ This file travels with every checkpoint: it imports torch and transformers only.
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
 from .mixer_flashmorph import State, masked_attention
@@ -90,8 +92,12 @@ class Dash(RowMixer):
         state.update(k=keys, v=values, summaries=summaries, count=counted(len(k), keys.shape[2]))
         if q.shape[2] == 1:
             return self._read(q, keys, values, summaries)
+        if self.groups > 1:
+            keys, values = (each.repeat_interleave(self.groups, 1) for each in (keys, values))
+        # The masks of all blocks together are as large as all scores: for a gradient each is made again.
+        masked = partial(checkpoint, self._masked, use_reentrant=False) if torch.is_grad_enabled() else self._masked
         outputs = [
-            self._masked(q[:, :, start : start + self.block], keys, values, summaries, before + start)
+            masked(q[:, :, start : start + self.block], keys, values, summaries, before + start)
             for start in range(0, q.shape[2], self.block)
         ]
         return torch.cat(outputs, 2) if outputs else torch.zeros_like(q)
@@ -112,7 +118,7 @@ class Dash(RowMixer):
         With another `gamma` `[heads]` than its own where one is given.
         """
         own = (torch.arange(before, before + q.shape[2], device=q.device) // self.chunk)[:, None]
-        chunks = int(own[-1])
+        chunks = (before + q.shape[2] - 1) // self.chunk
         earlier = torch.arange(chunks, device=q.device) < own
         queries = q.float().unflatten(1, (self.heads, self.groups))
         scores = queries @ summaries[:, :, None, :chunks].float().mT / math.sqrt(self.head_dim)
@@ -123,7 +129,7 @@ class Dash(RowMixer):
 
     def sample(self, q: torch.Tensor, k: torch.Tensor) -> None:
         """Keep the newest queries of a text and its summaries, for a gamma to be chosen by."""
-        newest = q[:, :, -self.block :]
+        newest = q[:, :, -self.block :].clone()  # A view would keep all queries.
         self.samples.append((newest, self.summaries(k), k.shape[2] - newest.shape[2]))
 
     def kept_share(self, q: torch.Tensor, summaries: torch.Tensor, before: int, gamma: float) -> float:
@@ -146,6 +152,7 @@ class Dash(RowMixer):
     def _masked(
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, summaries: torch.Tensor, before: int
     ) -> torch.Tensor:
+        """The output of a block of queries from token `before` on; `keys` and `values` have their head for each."""
         time, stop = q.shape[2], before + q.shape[2]
         places = torch.arange(before, stop, device=q.device)[:, None]
         bias = self._bias(self.routed(q, summaries, before), places // self.chunk)
@@ -157,13 +164,13 @@ class Dash(RowMixer):
         mine = numbers // self.chunk == places // self.chunk
         mask = torch.cat([spread, tail], -1).masked_fill(mine, 0.0).masked_fill(numbers > places, -math.inf)
         mask = mask.to(q.dtype).repeat_interleave(self.groups, 1)
-        return masked_attention(q, keys[:, :, :stop], values[:, :, :stop], mask, self.groups)
+        return masked_attention(q, keys[:, :, :stop], values[:, :, :stop], mask, 1)
 
     def _read(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, summaries: torch.Tensor) -> torch.Tensor:
         """The output of one query, the newest token's, which reads the chunks that it keeps and no others."""
         last = keys.shape[2] - 1
         chunks = last // self.chunk
-        bias = self._bias(self.routed(q, summaries, last), torch.tensor([[chunks]], device=q.device))[:, :, 0]
+        bias = self._bias(self.routed(q, summaries, last), torch.full((1, 1), chunks, device=q.device))[:, :, 0]
         most = int((bias > -math.inf).sum(-1).max()) if chunks else 0
         top = (bias > -math.inf).float().topk(most, -1).indices
         index = top[..., None, None].expand(-1, -1, -1, self.chunk, self.head_dim)

@@ -40,11 +40,10 @@ class GatedDeltaNet(StateMixer):
         init.copy_(self.decay_bias, half_lives(self.heads).expm1().log())  # softplus of it is the rate
         init.ones_(self.scale)
 
-    def forward(self, q, k, v, hidden, real, state):  # noqa: D102
+    def run(self, q, k, v, hidden, real, state):  # noqa: D102
         queries = F.normalize(softmax_features(self.mapped(q, self.query_map)), dim=-1)
         keys = F.normalize(softmax_features(self.mapped(k, self.key_map)), dim=-1)
         rates = F.softplus(of_input(hidden, self.decay_weight, self.decay_bias))
         strengths = of_input(hidden, self.strength_weight, self.strength_bias).sigmoid()
         output = self.read(queries, keys, v.float(), rates, real, state, strengths)
-        output = self.normed(output) if self.norm else output * self.scale.float()[:, None, None]
-        return output.to(v.dtype)
+        return self.normed(output) if self.norm else output * self.scale.float()[:, None, None]

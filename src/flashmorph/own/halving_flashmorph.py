@@ -25,7 +25,10 @@ def halve(k: torch.Tensor, v: torch.Tensor, halving: str, seed: int = 0) -> torc
             simplified thresholds, and with probability 1/2 the other half in the end.
         seed: Of what is drawn, which is the same for all rows and heads.
     """
-    apart = differences(kernel(k.float(), v.float()))
+    # In float64, where a device has it: far from the largest key exp() is 0 in float32, and autocast would make less.
+    exact = torch.float32 if k.device.type == "mps" else torch.float64
+    with torch.autocast(k.device.type, enabled=False):
+        apart = differences(kernel(k.to(exact), v.to(exact)))
     if halving == "greedy":
         return kept(apart, torch.zeros_like(apart[..., 0]))
     drawn = torch.Generator().manual_seed(seed)

@@ -49,12 +49,12 @@ class Linear(StateMixer):
         elif self.decay == "fixed":
             init.copy_(self.slope, rate)
 
-    def forward(self, q, k, v, hidden, real, state):  # noqa: D102
+    def run(self, q, k, v, hidden, real, state):  # noqa: D102
         queries = softmax_features(self.mapped(q, self.query_map))
         keys = softmax_features(self.mapped(k, self.key_map))
         values = torch.cat([v.float(), torch.ones_like(v[..., :1], dtype=torch.float32)], -1)
         output = self.read(queries, keys, values, self._rates(hidden), real, state)
-        return self.normed(output[..., :-1] / output[..., -1:].clamp_min(1e-6)).to(v.dtype)
+        return self.normed(output[..., :-1] / output[..., -1:].clamp_min(1e-6))
 
     def _rates(self, hidden: torch.Tensor) -> torch.Tensor:
         """-log of the decay, `[batch, heads, time]`."""

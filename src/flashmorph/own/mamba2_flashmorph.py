@@ -35,10 +35,10 @@ class Mamba2(StateMixer):
             init.zeros_(weight)
         init.copy_(self.step_bias, half_lives(self.heads).expm1().log())  # softplus of it is the step
 
-    def forward(self, q, k, v, hidden, real, state):  # noqa: D102
+    def run(self, q, k, v, hidden, real, state):  # noqa: D102
         steps = F.softplus(of_input(hidden, self.step_weight, self.step_bias))
         rates = self.rate_log.float().exp()[:, None] * steps
         keys = self.mapped(k, self.key_map) * steps[..., None]
         output = self.read(self.mapped(q, self.query_map), keys, v.float(), rates, real, state)
         skipped = v.float().repeat_interleave(self.groups, 1) * self.skip.float()[:, None, None]
-        return self.normed(output + skipped).to(v.dtype)
+        return self.normed(output + skipped)

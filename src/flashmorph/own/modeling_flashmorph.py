@@ -79,10 +79,11 @@ class FlashmorphAttention(Qwen3Attention):
         v = self.v_proj(hidden).view(shape).transpose(1, 2)
         causal, real = attention_mask if isinstance(attention_mask, tuple) else (attention_mask, None)
         layer: Any = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
-        outputs, order = [], []
+        outputs: list[torch.Tensor] = []
+        by_head: dict[int, torch.Tensor] = {}
         for name, (its, mixer) in mixing.items():
-            rows, columns = self._own(q, k.shape[1], its), list(its)
-            key, value = (k, v) if len(its) == k.shape[1] else (k[:, columns], v[:, columns])
+            rows = self._own(q, k.shape[1], its)
+            key, value = (k, v) if len(its) == k.shape[1] else (_heads(k, its), _heads(v, its))
             if mixer is not None and mixer.conv is not None:
                 rows, key, value = mixer.conv(rows, key, value, hidden, real, self._state(layer, f"{name}.conv"))
             if self.rotates and (mixer is None or mixer.rotary):
@@ -92,19 +93,18 @@ class FlashmorphAttention(Qwen3Attention):
             else:
                 heads = mixer(rows, key, value, hidden, real, self._state(layer, name))
                 outputs.append(heads.transpose(1, 2).unflatten(2, (len(its), self.num_key_value_groups)))
-            order.extend(its)
+            by_head |= zip(its, outputs[-1].split(1, 2), strict=True)
         if hasattr(layer, "seen"):  # By its class another copy of these files would not be known.
             layer.seen += hidden.shape[1]
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
-        if order != sorted(order):
-            output = output[:, :, torch.tensor(order, device=output.device).argsort()]
+        in_order = [by_head[head] for head in sorted(by_head)]
+        output = outputs[0] if [*by_head] == sorted(by_head) and len(outputs) == 1 else torch.cat(in_order, 2)
         return self.o_proj(output.reshape(*hidden.shape[:2], -1))
 
     def _own(self, q: torch.Tensor, heads: int, its: Sequence[int]) -> torch.Tensor:
         """The query heads of these key-value heads."""
         if len(its) == heads:
             return q
-        return q.unflatten(1, (heads, self.num_key_value_groups))[:, list(its)].flatten(1, 2)
+        return _heads(q.unflatten(1, (heads, self.num_key_value_groups)), its).flatten(1, 2)
 
     def _full(
         self,
@@ -127,6 +127,11 @@ class FlashmorphAttention(Qwen3Attention):
 
     def _state(self, layer: Any, name: str) -> dict[str, torch.Tensor] | None:
         return None if layer is None else layer.states.setdefault(name, {})
+
+
+def _heads(x: torch.Tensor, its: Sequence[int]) -> torch.Tensor:
+    """These heads of `[batch, heads, ...]`, by slices: an index would be sent to the GPU for every token."""
+    return torch.cat([x[:, head : head + 1] for head in its], 1)
 
 
 class _StartsMixers:

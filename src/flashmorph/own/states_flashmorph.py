@@ -4,6 +4,7 @@ This file travels with every checkpoint: it imports torch and transformers only.
 """
 
 import math
+from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from .mixer_flashmorph import OwnMixer, State
 
 class StateMixer(OwnMixer):
     """A mixer whose state is a matrix for each key-value head, in float32, written and read through maps.
+
+    All of it is computed in float32, also under autocast: rates of decay of a few thousandths have no neighbours of
+    their size in bfloat16, and a checkpoint would compute something else than what was trained.
 
     The maps W, one for each query head and one for each key-value head, start as the identity, so scaled that
     `W q · W k` are the teacher's scores. With `norm` the output of each head has an RMSNorm and a learned scale.
@@ -37,6 +41,23 @@ class StateMixer(OwnMixer):
             init.copy_(weight, eye.repeat(len(weight) // self.head_dim, 1))
         if self.norm:
             init.ones_(self.scale)
+
+    def forward(self, q, k, v, hidden, real, state):  # noqa: D102
+        with torch.autocast(q.device.type, enabled=False):
+            return self.run(q, k, v, hidden, real, state).to(v.dtype)
+
+    @abstractmethod
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        hidden: torch.Tensor,
+        real: torch.Tensor | None,
+        state: State | None,
+    ) -> torch.Tensor:
+        """What `forward` gives, in float32."""
+        ...
 
     def mapped(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """`W x` in float32, of x `[batch, heads, time, head_dim]`."""
@@ -134,9 +155,8 @@ def _written(k: torch.Tensor, new: torch.Tensor, weights: torch.Tensor, strength
     `new` are the values without what the state before the chunk has at their keys, `weights` `[..., time, time]` how
     much of an earlier token is left at a later one.
     """
-    # The system has no bfloat16 form, which autocast would make of these products.
-    system = (strengths * (k @ k.mT) * weights).float()
-    return torch.linalg.solve_triangular(system, (strengths * new).float(), upper=False, unitriangular=True)
+    system = strengths * (k @ k.mT) * weights
+    return torch.linalg.solve_triangular(system, strengths * new, upper=False, unitriangular=True)
 
 
 def half_lives(heads: int) -> torch.Tensor:

@@ -99,7 +99,6 @@ class Thin(RowMixer):
         keys, values = joined(sample, exact)
         return masked_attention(q, keys, values, torch.cat([logs.expand(time, -1), seen], 1), self.groups)
 
-    @torch.no_grad()
     def _grown(self, exact: Points, sample: Points, count: int) -> tuple[Points, Points]:
         """Move the oldest exact tokens but the sinks into the sample."""
         blocks = (count - self.sinks - self.window) // (2 * self.points) - 1
@@ -120,9 +119,13 @@ class Thin(RowMixer):
         return exact, sample
 
     def _halved(self, points: Points, bucket: int, by_coin: bool, seed: int) -> Points:
-        """One of each two neighbours, decided apart in each bucket of as many points."""
+        """One of each two neighbours, decided apart in each bucket of as many points.
+
+        Which ones stay has no gradient; those that stay keep theirs.
+        """
         k, v = (each.unflatten(2, (-1, bucket)) for each in points)
-        chosen = halve_by_coin(k, seed) if by_coin else halve(k, v, self.halving, seed)
+        with torch.no_grad():
+            chosen = halve_by_coin(k, seed) if by_coin else halve(k, v, self.halving, seed)
         index = chosen[..., None].expand(*chosen.shape, k.shape[-1])
         return k.gather(3, index).flatten(2, 3), v.gather(3, index).flatten(2, 3)
 

@@ -148,7 +148,14 @@ def run_curve(run: Run, host: Stage, branches: Stage, questions: int) -> Curve:
         return {"left_out": list(run.left_out), "summary": f"{len(curve.points)} budgets"}
 
     asked = [recipe.select.search.longest, recipe.select.search.questions, task_settings(run)]
-    stage_settings = {"format": 2, "questions": questions, "asked": asked, **ends(run), **select_settings(run)}
+    stage_settings = {
+        "format": 2,
+        "questions": questions,
+        "asked": asked,
+        "bf16": run.bf16,
+        **ends(run),
+        **select_settings(run),
+    }
     stage = run.stage("curve", f"{recipe.select.strategy}, every budget", stage_settings, [branches.digest], work)
     values = read_as(stage.folder / "curve.json", _Curve)
     return Curve(values["strategy"], [Point(**point) for point in values["points"]])

@@ -6,11 +6,12 @@ library's own. Several processes go through it together: a stage's work is share
 (`distributed.py`).
 """
 
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from flashmorph import distributed
-from flashmorph.convert.load import load_config, load_model
+from flashmorph.convert.load import load_config
 from flashmorph.convert.save import save_model
 from flashmorph.errors import UserError
 from flashmorph.evaluation import RangeLosses, Score, evaluate
@@ -42,7 +43,7 @@ from flashmorph.run.digests import (
     select_settings,
 )
 from flashmorph.run.folder import Stage
-from flashmorph.run.models import open_morphable, open_sharded, run_search
+from flashmorph.run.models import open_answering, open_morphable, open_sharded, run_search
 from flashmorph.run.run import Results, Run
 from flashmorph.selection import BASELINE, STRATEGIES
 from flashmorph.selection.search import plan_without_search
@@ -118,6 +119,8 @@ def run_select(run: Run, host: Stage, branches: Stage) -> Plan:
         if distributed.is_first():
             replace(found.plan, teacher=run.teacher.name, revision=run.teacher.revision).save(folder / "plan.json")
             write_json(folder / "trace.json", found.trace)
+            # The trained hybrids of its paths, each as large as the model: their losses are kept apart from them.
+            shutil.rmtree(folder / "distilled", ignore_errors=True)
         tokens = found.cost.tokens_forward + found.cost.tokens_backward
         figures = {"cost": found.cost.to_dict(), "tokens": tokens, "left_out": list(run.left_out)}
         time = f", {budget.costs.of(found.plan.assignments) / 1000:,.3f} ms by the costs" if budget.costs else ""
@@ -156,10 +159,7 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
 
     def work(folder: Path, report: Report) -> Figures:
         settings = run.at_once("evaluate", folder, alone=True).evaluate
-        loaded = load_model(model.folder / "model", settings.dtype_on(run.device.type), run.device)
-        # The stage's copy of generation_config.json may be older than the teacher's.
-        if ends := run.teacher.generation().get("eos_token_id"):
-            loaded.generation_config.eos_token_id = ends
+        loaded = open_answering(run, model, settings.dtype_on(run.device.type))
         questions = open_questions(recipe, run.corpus, run.tokenizer)
         text = held_out_text(run, "test", settings.length, settings.perplexity_tokens)
         score = evaluate(loaded, run.tokenizer, questions, text, settings, cache_by_context(loaded.config), report)

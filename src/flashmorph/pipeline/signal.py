@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flashmorph.convert.load import load_model
 from flashmorph.errors import UserError
 from flashmorph.evaluation import answers_right, paired_interval
 from flashmorph.losses import Head, token_losses
@@ -25,9 +24,9 @@ from flashmorph.progress import Report, silent
 from flashmorph.recipe.outlook import goes_by_answers, signal_questions
 from flashmorph.recipe.questions import open_questions
 from flashmorph.records import Figures
-from flashmorph.run.digests import task_settings
+from flashmorph.run.digests import ends, task_settings
 from flashmorph.run.folder import Stage
-from flashmorph.run.models import open_morphable, open_objective, open_sharded
+from flashmorph.run.models import open_answering, open_morphable, open_objective, open_sharded
 from flashmorph.run.run import Run
 from flashmorph.selection.strategy import Objective
 from flashmorph.tasks import Example
@@ -65,9 +64,10 @@ def run_teacher(run: Run, host: Stage) -> Stage | None:
     if not goes_by_answers(recipe):
         return None
 
+    dtype = recipe.evaluate.dtype_on(run.device.type)
+
     def work(folder: Path, report: Report) -> Figures:
-        dtype = recipe.evaluate.dtype_on(run.device.type)
-        model = load_model(host.folder / "model", dtype, run.device)
+        model = open_answering(run, host, dtype)
         questions = open_questions(
             recipe, run.corpus, run.tokenizer, "validation", number, length, recipe.chat_template
         )
@@ -78,7 +78,7 @@ def run_teacher(run: Run, host: Stage) -> Stage | None:
             run.screen.say(f"the teacher is at chance in {', '.join(at_chance)}: {_REMEDY}")
         return {"tasks": by_task, "at_chance": at_chance, "summary": ", ".join(map(_in_short, by_task.items()))}
 
-    settings = {"questions": number, "length": length, **task_settings(run)}
+    settings = {"questions": number, "length": length, "dtype": dtype, **ends(run), **task_settings(run)}
     about = f"{number} questions a task of {length:,} tokens"
     return run.stage("teacher", about, settings, [host.digest], work, alone=True)
 
@@ -175,7 +175,7 @@ def run_signal(run: Run, host: Stage, branches: Stage) -> Stage:
         summary = ", ".join(_difference(name, figures) for name, figures in by_task.items())
         return {"tasks": by_task, "left_out": left_out, "summary": summary}
 
-    settings = {"questions": number, "length": search.longest, **task_settings(run)}
+    settings = {"questions": number, "length": search.longest, "bf16": run.bf16, **task_settings(run)}
     return run.stage("signal", "answer loss, no layer full less all full", settings, [branches.digest], work)
 
 

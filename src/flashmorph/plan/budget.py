@@ -53,6 +53,11 @@ class Budget:
         return self.resource == "ms"
 
     @property
+    def kind(self) -> tuple[str, int | None]:
+        """What options cost by: alike for all counts and shares, else the resource and its context."""
+        return (self.resource, self.context) if self.is_amount else ("groups", None)
+
+    @property
     def base(self) -> float:
         """The part of it that every plan takes."""
         return self.costs.base if self.costs else 0

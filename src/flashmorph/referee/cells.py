@@ -18,7 +18,7 @@ class Cell:
     `spend` is the share of the strategy's own number of steps or questions; `loss` and `regret` (nats), `rank` and
     `recall` are the referee's, before any distillation. Against the best known plan there is no rank; `half_width`
     (nats) is then half of the 95 % interval of the regret. `details` has the score of each layer, and what
-    `tolerance` tried.
+    `tolerance` tried; `recall` is over `recall_questions` a task.
     """
 
     strategy: str
@@ -32,6 +32,7 @@ class Cell:
     rank: int | None
     cost: dict[str, float]
     recall: float | None = None
+    recall_questions: int = 0
     half_width: float | None = None
     details: Figures = field(default_factory=dict)
 

@@ -1,11 +1,13 @@
 """Run strategies over budgets and seeds; the referee judges every plan that they choose."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flashmorph.convert.load import load_config
+from flashmorph.errors import UserError
 from flashmorph.hosts import configure, layer_space
+from flashmorph.plan import Plan
 from flashmorph.records import Figures
 from flashmorph.referee.cells import Cell, CellFile
 from flashmorph.referee.entry import FOUND, Wanted, budget_of, wanted
@@ -49,13 +51,18 @@ def compare(run: Run, settings: CompareSettings, folder: Path) -> Comparison:
     with run.screen.stage("compare", f"{len(searches)} searches") as report:
         for number, (entry, seed, spend, budgets) in enumerate(searches, 1):
             own = entry.at(spend, run.recipe.select.search.questions)
-            selection: Selection | None = None
+            selections: dict[object, Selection] = {}
             for budget in budgets:
                 cell = file.find(entry.label, budget, seed, spend, own)
                 if cell is None:
-                    if selection is None or not entry.serves_every_budget:
-                        selection = referee.search(entry, budget, seed, own)
-                    cell = referee.judge(entry, selection, budget, seed, spend, own)
+                    kind = budget_of(run, budget).kind if entry.serves_every_budget else budget
+                    if kind not in selections:
+                        selections[kind] = referee.search(entry, budget, seed, own)
+                    cell = referee.judge(entry, selections[kind], budget, seed, spend, own)
+                    file.add(cell)
+                elif cell.recall_questions != settings.recall_questions:
+                    recall = referee.recall(Plan(cell.assignments, budget_of(run, budget)))
+                    cell = replace(cell, recall=recall, recall_questions=settings.recall_questions)
                     file.add(cell)
                 cells.append(cell)
             report(number, len(searches))
@@ -66,8 +73,14 @@ def _check(run: Run, settings: CompareSettings, searches: Sequence[Wanted]) -> N
     """Before any work, refuse searches and references that cannot run.
 
     Raises:
-        UserError: see `check_search`, `require_few` and `require_tokens`.
+        UserError: see `check_search`, `require_few` and `require_tokens`; or plans are to be distilled of a budget that
+            is not compared.
     """
+    if settings.distill_steps and settings.distill_budget not in settings.budgets:
+        raise UserError(
+            f"plans of budget {settings.distill_budget} are to be compared after distillation, and it is none of "
+            f"{', '.join(settings.budgets)}: give one of these to --distill-budget"
+        )
     host, config = configure(load_config(run.teacher.folder), run.recipe.host)
     search, budgets = run.recipe.select.search, [run.budget(name) for name in settings.budgets]
     if settings.reference == "enumerated":

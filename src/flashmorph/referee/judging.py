@@ -7,7 +7,7 @@ from flashmorph.estimate.auto import COMPARE
 from flashmorph.files import digest_of
 from flashmorph.pipeline.branches import run_align, run_transplant
 from flashmorph.pipeline.signal import with_signal
-from flashmorph.plan import Budget
+from flashmorph.plan import Budget, Plan
 from flashmorph.records import Figures, SettingValues
 from flashmorph.referee.after import after_distillation
 from flashmorph.referee.best_known import BestKnown, found_once
@@ -62,15 +62,17 @@ class Referee:
 
     def search(self, entry: Entry, budget: str, seed: int, settings: SettingValues) -> Selection:
         """Run one search; searches of the same seed share their evaluations."""
-        alike = reuse_of(entry.strategy, settings) in ("state", "scores")
+        alike, parsed = reuse_of(entry.strategy, settings) in ("state", "scores"), budget_of(self._run, budget)
         about = [seed, settings] if alike else [budget, seed, settings]
+        if parsed.is_amount:
+            about.append(parsed.kind)
         folder = self._work / f"{entry.strategy}-{digest_of(about)}"
         recipe = self._run.recipe
         chosen = recipe.select.model_copy(update={"strategy": entry.strategy, "settings": settings})
         run = replace(self._run, recipe=recipe.model_copy(update={"seed": seed, "select": chosen}))
         evaluations = self._work / f"validation-{seed}"
         with run.screen.stage("search", f"{entry.label}, budget {budget}, seed {seed}") as report:
-            return run_search(run, self._morphable, budget_of(self._run, budget), folder, report, evaluations)
+            return run_search(run, self._morphable, parsed, folder, report, evaluations)
 
     def judge(
         self, entry: Entry, found: Selection, budget: str, seed: int, spend: float, settings: SettingValues
@@ -96,11 +98,6 @@ class Referee:
         details: Figures = {"scores": self._morphable.space(plan.budget).worth(found.scores).tolist()}
         if budget == FOUND:
             details["trace"] = found.trace
-        recall, questions = None, self._settings.recall_questions
-        if questions:
-            recall = recall_of_plan(
-                self._run, self._morphable, plan, "referee", REFEREE_SEED, questions, self._work / "recall"
-            )
         return Cell(
             strategy=entry.label,
             budget=budget,
@@ -113,16 +110,25 @@ class Referee:
             rank=truth.rank(plan) if truth else None,
             half_width=truth.half_width(plan) if truth else None,
             cost=found.cost.to_dict(),
-            recall=recall,
+            recall=self.recall(plan),
+            recall_questions=self._settings.recall_questions,
             details=details,
         )
+
+    def recall(self, plan: Plan) -> float | None:
+        """Recall of a plan on as many questions a task as the settings have; None for no questions."""
+        questions = self._settings.recall_questions
+        if not questions:
+            return None
+        folder = self._work / "recall"
+        return recall_of_plan(self._run, self._morphable, plan, "referee", REFEREE_SEED, questions, folder)
 
     def after(self, cells: list[Cell]) -> list[Figures]:
         """The results after the same short distillation; empty unless the settings ask for it."""
         settings = self._settings
-        truth = self.truths.get(settings.distill_budget)
-        if not settings.distill_steps or not truth:
+        if not settings.distill_steps:
             return []
+        truth = self.truths[settings.distill_budget]
         cells = [cell for cell in cells if cell.strategy in settings.distilled]
         return after_distillation(
             self._run, self._morphable, cells, truth, settings.distill_steps, self._search, self._work / "after"

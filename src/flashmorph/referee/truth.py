@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -25,7 +26,7 @@ class Truth:
     losses: np.ndarray
     name: str = "optimum"
 
-    @property
+    @cached_property
     def means(self) -> np.ndarray:
         """Mean loss of each plan."""
         return self.losses.mean(1)
@@ -54,12 +55,24 @@ class Truth:
         Better means that the paired bootstrap's 95 % interval of the difference of mean losses lies below 0; questions
         are drawn anew `RESAMPLES` times, the same ones for all plans.
         """
+        place = self._place(plan)
+        if self._is_first[place]:
+            return 1
+        differences = self._resampled - self._resampled[:, [place]]
+        return 1 + int((np.quantile(differences, (1 + CONFIDENCE) / 2, axis=0) < 0).sum())
+
+    @cached_property
+    def _resampled(self) -> np.ndarray:
+        """Mean losses on questions drawn anew, `[resamples, plans]`."""
         questions = self.losses.shape[1]
         draws = np.random.default_rng(0).multinomial(questions, np.full(questions, 1 / questions), size=RESAMPLES)
-        means = draws @ self.losses.T / questions
-        differences = means - means[:, [self._place(plan)]]
-        better = np.quantile(differences, (1 + CONFIDENCE) / 2, axis=0) < 0
-        return 1 + int(better.sum()) if better[int(self.means.argmin())] else 1
+        return draws @ self.losses.T / questions
+
+    @cached_property
+    def _is_first(self) -> np.ndarray:
+        """Whether each plan cannot be told from the best one, `[plans]`."""
+        differences = self._resampled[:, [int(self.means.argmin())]] - self._resampled
+        return np.quantile(differences, (1 + CONFIDENCE) / 2, axis=0) >= 0
 
     def half_width(self, plan: Plan) -> None:
         """None: the best plan was chosen by the same questions, so an interval of the regret would be biased."""
@@ -74,7 +87,7 @@ class Truth:
             "best": self.best.assignments,
             "best_loss": float(means.min()),
             "median_loss": float(np.median(means)),
-            "first": [self.plans[at].assignments for at in np.argsort(means) if self.rank(self.plans[at]) == 1],
+            "first": [self.plans[at].assignments for at in np.argsort(means) if self._is_first[at]],
         }
 
     def _place(self, plan: Plan) -> int:

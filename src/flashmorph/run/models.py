@@ -40,6 +40,17 @@ def open_frozen(run: Run, stage: Stage, device: torch.device | None = None) -> P
     return narrow(model, run.bf16)
 
 
+def open_answering(run: Run, stage: Stage, dtype: str) -> PreTrainedModel:
+    """The model that a stage saved, to generate with: it ends where the teacher's own settings say now.
+
+    The stage's copy of generation_config.json may be older than the teacher's.
+    """
+    model = load_model(stage.folder / "model", dtype, run.device)
+    if ends := run.teacher.generation().get("eos_token_id"):
+        model.generation_config.eos_token_id = ends
+    return model
+
+
 def open_sharded(run: Run, make: Callable[[], Model], shard: Callable[[Model, torch.device, bool], Model]) -> Model:
     """The model that `make` returns, sharded over the ranks if the recipe sets `shard`."""
     if not run.shards:

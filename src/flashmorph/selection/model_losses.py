@@ -39,7 +39,7 @@ class ModelLosses:
         run, size = {"answers": (self._answer_loss, len), "hidden": (self._hidden_loss, _answer_tokens)}[loss]
         gates = gates.to(self.morphable.device).requires_grad_(True)
         value = 0.0
-        for together in distributed.rounds(self.data.micro_batches(batch)):
+        for together in distributed.rounds(self.data.micro_batches(batch, len(batch[0].input_ids))):
             part, counts = together[distributed.rank()]
             with self._autocast():
                 share = run(gates, part) * (counts * size(part) / size(batch))
@@ -92,10 +92,10 @@ class ModelLosses:
         return text, losses
 
     def hard_gates(self, plans: Sequence[Plan]) -> torch.Tensor:
-        """Plans as gates `[plans, groups, options]` of zeros and ones, in the order of the model's branches."""
+        """Plans as gates `[plans, groups, options]` of zeros and ones on the CPU, in the order of the branches."""
         options = self.morphable.options
         chosen = torch.tensor([[options.index(option) for option in plan.assignments.values()] for plan in plans])
-        return torch.nn.functional.one_hot(chosen, len(options)).float().to(self.morphable.device)
+        return torch.nn.functional.one_hot(chosen, len(options)).float()
 
     def _answer_loss(self, gates: torch.Tensor, batch: Sequence[Example]) -> torch.Tensor:
         """What `_question_losses` gives, as a mean with gradient."""
@@ -115,7 +115,10 @@ class ModelLosses:
         outputs: list[torch.Tensor] = []
 
         def keep(layer: MorphableLayer, hidden: torch.Tensor, arguments: LayerArguments, output: torch.Tensor) -> None:
-            outputs.append(output[predicting])
+            of_answers = output[predicting]
+            # A backward that runs layers again must make the same tensors, and would hold all of them here.
+            if len(outputs) < len(self.morphable.layers):
+                outputs.append(of_answers)
 
         with torch.no_grad():
             self.morphable(ids, observer=keep)

@@ -81,7 +81,7 @@ class MorphableObjective:
     ) -> tuple[float, torch.Tensor]:
         """Loss and gradient on the search-train batch number `step`; see `Objective`."""
         batch = self._data.batch(step) if data == "questions" else self._data.text_batch(step)
-        for part in self._data.micro_batches(batch):
+        for part in self._data.micro_batches(batch, len(batch[0].input_ids)):
             self._ledger.gradient(part, loss)
         return self._losses.gradient(gates, batch, loss)
 

@@ -95,7 +95,8 @@ def check_search(strategy: str, space: Space, budget: Budget, num_questions: int
     resolved = own_settings(strategy, settings)
     _check_options(strategy, space)
     try:
-        STRATEGIES[strategy].run(Search(space, budget, cast(Objective, Unasked(num_questions))), **resolved)
+        asked = Search(space, budget, cast(Objective, Unasked(num_questions)), warn=lambda text: None)
+        STRATEGIES[strategy].run(asked, **resolved)
     except Asked:
         pass
 

@@ -105,9 +105,9 @@ class SearchData:
         layout, length = self._layouts["train"], self.settings.longest
         return make_pair(self._tasks[task], layout, self._style, "train", length, self._seed, number)
 
-    def micro_batches(self, batch: Sequence[Any]) -> list[Sequence[Any]]:
-        """`batch` in pieces that are run at once."""
-        rows = self.settings.rows_at_once
+    def micro_batches(self, batch: Sequence[Any], length: int | None = None) -> list[Sequence[Any]]:
+        """`batch`, of rows of `length` tokens, in pieces that are run at once; None: of the longest."""
+        rows = max(1, self.settings.tokens_at_once // (length or self.settings.longest))
         return [batch[start : start + rows] for start in range(0, len(batch), rows)]
 
     def _example(self, split: str, length: int, number: int) -> Example:

@@ -10,20 +10,22 @@ from torch import nn
 from flashmorph.errors import UserError
 
 _LAYER = re.compile(r"\blayers\.(\d+)\b")
+_OUTSIDE = "the embedding, the head or the last norm"
 _EXPLODED = 10.0
 _ADVICE = "the last good checkpoint is kept: lower learning_rate and run again"
 
 
 class Watch:
-    """Checks the loss and the gradients of a model's decoder layers, step by step."""
+    """Checks the loss and the gradients of a model, step by step."""
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._weights: dict[int, list[nn.Parameter]] = {}
+        self._weights: dict[str, list[nn.Parameter]] = {}
         for name, weight in model.named_parameters():
-            if weight.requires_grad and (match := _LAYER.search(name)):
-                self._weights.setdefault(int(match[1]), []).append(weight)
-        self._norms: dict[int, torch.Tensor] = {}
+            if weight.requires_grad:
+                match = _LAYER.search(name)
+                self._weights.setdefault(f"layer {match[1]}" if match else _OUTSIDE, []).append(weight)
+        self._norms: dict[str, torch.Tensor] = {}
         self._first: float | None = None
 
     def check_loss(self, loss: torch.Tensor, step: int, run: Callable[[], Any] | None) -> None:
@@ -43,13 +45,14 @@ class Watch:
             UserError: one is not finite.
         """
         gradients = {
-            layer: [_local(weight.grad) for weight in weights if weight.grad is not None]
-            for layer, weights in self._weights.items()
+            part: [_local(weight.grad) for weight in weights if weight.grad is not None]
+            for part, weights in self._weights.items()
         }
-        self._norms = {layer: nn.utils.get_total_norm(each) for layer, each in gradients.items() if each}
+        self._norms = {part: nn.utils.get_total_norm(each) for part, each in gradients.items() if each}
         if self._norms and not torch.isfinite(torch.stack(list(self._norms.values()))).all():
-            broken = [layer for layer, norm in self._norms.items() if not torch.isfinite(norm)]
-            where = f"layer {broken[0]}" if len(broken) == 1 else f"layers {min(broken)} to {max(broken)}"
+            broken = [part for part, norm in self._norms.items() if not torch.isfinite(norm)]
+            layers = [part for part in broken if part != _OUTSIDE]
+            where = f"layers {layers[0].split()[1]} to {layers[-1].split()[1]}" if len(layers) > 1 else broken[0]
             raise UserError(f"the gradient is not finite at step {step}, in {where}; {_ADVICE}")
 
     def check_growth(self, loss: float, step: int) -> None:
@@ -61,8 +64,8 @@ class Watch:
         if self._first is None:
             self._first = loss
         if loss > _EXPLODED * max(self._first, 1.0):
-            most = max(self._norms, key=lambda layer: float(self._norms[layer]), default=None)
-            where = "" if most is None else f", the largest gradient in layer {most}"
+            most = max(self._norms, key=lambda part: float(self._norms[part]), default=None)
+            where = "" if most is None else f", the largest gradient in {most}"
             raise UserError(
                 f"the loss has exploded: {loss:.4g} at step {step}, {self._first:.4g} at the first{where}; {_ADVICE}"
             )
