@@ -142,6 +142,16 @@ def test_compare_judges_strategies_and_goes_on(teacher_folder, recipe_file, tmp_
     assert again == summary and (tmp_path / "run/compare/cells.jsonl").read_text() == made
     assert run_command(*arguments, *searched, "--budgets", "01, 1", "--json") == 0  # One budget in two spellings.
     assert json.loads(capsys.readouterr().out) == summary
+    assert run_command(*arguments, *searched, "--recall-questions", 3, "--json") == 0
+    cells = [json.loads(line) for line in (tmp_path / "run/compare/cells.jsonl").read_text().splitlines()]
+    before = [json.loads(line) for line in made.splitlines()]
+    assert [cell.pop("recall_questions") for cell in cells] == [3] * 7
+    assert [cell.pop("recall_questions") for cell in before] == [1] * 7
+    assert {len(cell) for cell in cells} == {len(before[0])} and all(6 * cell["recall"] % 1 == 0 for cell in cells)
+    assert [{**cell, "recall": 0} for cell in cells] == [{**cell, "recall": 0} for cell in before]
+    capsys.readouterr()
+    assert run_command(*arguments, *searched, "--distill-budget", "2") == 2
+    assert "it is none of 1: give one of these to --distill-budget" in capsys.readouterr().err
     assert run_command(*arguments, "--strategies", "greedy") == 2
     assert "unknown strategy 'greedy'; did you mean 'greedy-" in capsys.readouterr().err
     assert run_command(*arguments, "--strategies", "gates+step=3") == 2
