@@ -34,6 +34,8 @@ def _remedy(stage: str, recipe: Recipe) -> str:
         return f"lower {setting}, now {tokens}: --set {setting}={max(row, tokens // 2 // row * row)}"
     keeps = getattr(getattr(recipe, stage, None), "activation_checkpointing", True) is not True
     others = [f"--set {stage}.activation_checkpointing=true"] if keeps else []
+    if stage == "align" and recipe.calibration_rows > 1:  # Branches start from so many rows at once.
+        others.append("--set calibration_rows=1")
     if stage not in ("teacher", "evaluate") and distributed.count() > 1 and recipe.shard is not True:
         others.append("--set shard=true")
     return f"{setting} is one row already, {row:,} tokens: {' or '.join([*others, 'shorter rows'])}"

@@ -116,7 +116,7 @@ def align(
     An interrupted call continues from the last complete checkpoint in `folder`.
 
     Args:
-        morphable: The teacher's weights with their branches, in float32, unsharded or sharded by `shard_morphable`.
+        morphable: The teacher with its branches, these in float32; unsharded or sharded by `shard_morphable`.
         rows: Rows of `settings.length` tokens.
         settings: Tokens, batch, learning rate and clipping.
         folder: For checkpoints and the log.
@@ -143,7 +143,13 @@ def align(
 def alignment_errors(morphable: Morphable, input_ids: torch.Tensor, starts: torch.Tensor | None = None) -> list[float]:
     """Relative error of each layer's branch on `input_ids` `[batch, time]`: a branch with output 0 has 1.
 
-    `starts` `[batch, time]` is True at the first token of each document (None: they are not isolated).
+    `starts` `[batch, time]` is True at the first token of each document (None: they are not isolated). Rows are run one
+    by one.
     """
-    starts = None if starts is None else starts.to(morphable.device)
-    return AlignmentLoss(morphable)(input_ids.to(morphable.device), starts)["errors"].tolist()
+    loss, sums, sizes = AlignmentLoss(morphable), torch.zeros(()), torch.zeros(())
+    for number in range(len(input_ids)):
+        part = slice(number, number + 1)
+        own = None if starts is None else starts[part].to(morphable.device)
+        found = loss(input_ids[part].to(morphable.device), own)
+        sums, sizes = sums + found["sums"].cpu(), sizes + found["sizes"].cpu()
+    return (sums / sizes).tolist()
