@@ -93,7 +93,7 @@ class Additive(Forgetful):
     def text_loss(self, plan: Plan) -> float:
         return 2 + 0.01 * self.loss(plan) + 0.001 * len(plan.full_groups)
 
-    def distill(self, path, steps) -> Distilled:
+    def distill(self, path, steps, answers=False) -> Distilled:
         return Distilled(self.loss(path[-1]) / steps, 2.0, np.zeros(self.num_questions))
 
 

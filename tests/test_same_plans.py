@@ -65,7 +65,7 @@ class Surface(Forgetful):
         full = self._gates(plan)
         return float(2 - 0.05 * (full @ self._pairs @ full) - 0.02 * full.sum())
 
-    def distill(self, path, steps) -> Distilled:
+    def distill(self, path, steps, answers=False) -> Distilled:
         self.asked.append([[strip(plan) for plan in path], steps])
         full = self._gates(path[-1])
         left = 3 - 0.2 * (full @ self._alone) / steps - 0.1 * (full @ self._pairs @ full)

@@ -83,7 +83,7 @@ class Surface:
         helps = torch.stack([self.help(self._full(plan) * self._weights[chosen]) for plan in plans])
         return (6 - helps).numpy() + self._difficulty[chosen]
 
-    def distill(self, path, steps) -> Distilled:
+    def distill(self, path, steps, answers=False) -> Distilled:
         """Training makes up for what a layer is worth, all but a share that falls with the steps."""
         lost = 6 - self.help(self._full(path[-1])[None])[0].item()
         added = lost - 6 + self.help(torch.ones(1, len(path[-1].assignments)))[0].item()

@@ -49,7 +49,7 @@ def after_distillation(
             run, morphable, work, search, "referee", evaluations=work, needs_text=True, needs_training=True
         )
         for number, (name, plan) in enumerate(plans.items(), 1):
-            trained = objective.distill([plan], steps)
+            trained = objective.distill([plan], steps, answers=True)
             rows.append(
                 {
                     "strategy": name,

@@ -117,7 +117,7 @@ class Capped:
         """Not offered: no strategy that patches is one of a reference's."""
         raise ValueError("a reference is chosen by questions, not by patching")
 
-    def distill(self, path: Sequence[Plan], steps: int) -> Distilled:
+    def distill(self, path: Sequence[Plan], steps: int, answers: bool = False) -> Distilled:
         """Not offered: a reference is chosen before any distillation."""
         raise ValueError("a reference is chosen before any distillation")
 

@@ -79,12 +79,12 @@ class ModelLosses:
         return self._mean_text_loss(lambda ids: self.morphable(ids, gates), self._head)
 
     @torch.no_grad()
-    def of_model(self, model: PreTrainedModel) -> tuple[float, list[float]]:
-        """Of a model built from a plan: the loss on the text, and the answer loss of each question, in nats."""
+    def of_model(self, model: PreTrainedModel, answers: bool) -> tuple[float, list[float]]:
+        """Of a model built from a plan: the loss on the text, and with `answers` that of each question, in nats."""
         head = Head.of(model)
         text = self._mean_text_loss(lambda ids: model.model(ids, use_cache=False).last_hidden_state, head)
         losses: list[float] = []
-        for part in self.data.micro_batches(self.data.questions()):
+        for part in self.data.micro_batches(self.data.questions() if answers else []):
             ids, marks = self._tensors(part)
             with self._autocast():
                 hidden = model.model(ids, use_cache=False).last_hidden_state

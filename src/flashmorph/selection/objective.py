@@ -181,8 +181,10 @@ class MorphableObjective:
             keep(path, found)
         return found["text_loss"]
 
-    def distill(self, path: Sequence[Plan], steps: int) -> Distilled:
+    def distill(self, path: Sequence[Plan], steps: int, answers: bool = False) -> Distilled:
         """What the last plan of `path` can do when each plan in turn has been distilled for `steps` steps.
+
+        Questions are asked where `answers` are wanted.
 
         Raises:
             UserError: the objective was made without a distiller or without text, or a loss is not finite.
@@ -196,11 +198,11 @@ class MorphableObjective:
         key = key_of([about, settings.what_counts()])
         file = self._evaluations / f"{key}.distilled.json"
         found = kept(file, self._say, DistilledLosses)
-        if found and len(found["losses"]) != self.num_questions:
+        if found and answers and len(found["losses"]) != self.num_questions:
             found = None
         if found is None:
             model, kl = self._distiller.run(path, steps)
-            text, losses = self._losses.of_model(model)
+            text, losses = self._losses.of_model(model, answers)
             _check_finite([kl, text, *losses], "distilled", path[-1])
             found = {"path": about, "steps": steps, "kl": kl, "text_loss": text, "losses": losses}
             keep(file, found)

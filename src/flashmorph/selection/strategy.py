@@ -54,7 +54,7 @@ class Cost:
 @dataclass(frozen=True)
 class Distilled:
     """A plan after a short distillation: `kl` to the teacher in nats a token (mean of the last quarter of the steps),
-    `text_loss` in nats a token, and the answer loss of each question, `[questions]`."""
+    `text_loss` in nats a token, and the answer loss of each question, `[questions]`, or none where it was not asked."""
 
     kl: float
     text_loss: float
@@ -119,8 +119,10 @@ class Objective(Protocol):
         """
         ...
 
-    def distill(self, path: Sequence[Plan], steps: int) -> Distilled:
+    def distill(self, path: Sequence[Plan], steps: int, answers: bool = False) -> Distilled:
         """What the last plan of `path` can do when each plan in turn has been distilled for `steps` steps.
+
+        Questions are asked where `answers` are wanted.
 
         Raises:
             UserError: the objective cannot train.
