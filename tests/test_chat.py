@@ -1,6 +1,7 @@
 """Conversations as people have them: tools, parts, nulls of columnar files, other roles; and what is learnt of them."""
 
 import json
+from datetime import date
 from pathlib import Path
 
 import pyarrow as pa
@@ -46,6 +47,20 @@ TAKES_PARTS = PLAIN.replace(
     "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
     "({{ part.type }}){{ part.text }}{% endfor %}{% endif %}",
 )
+
+
+def test_rows_that_no_one_would_write_are_one_sentence(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"conversations": [{"from": ["a"], "value": "x"}, {"from": "gpt", "value": "y"}]}))
+    (document,) = Corpus(str(path)).every()
+    assert [message["role"] for message in document.messages or []] == ["['a']", "assistant"]
+    deep: list = []
+    for _ in range(900):
+        deep = [deep]
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": deep}]}))
+    with pytest.raises(UserError, match="rows.jsonl: column 'messages' holds a value that is nested too deep"):
+        list(Corpus(str(path)).every())
+    assert Document("text", [], [{"made": date(2026, 1, 2)}]).split in SPLITS
 
 
 def chatty(template: str = PLAIN):

@@ -327,6 +327,36 @@ def test_text_that_is_too_small(capsys, tmp_path, teacher_folder, recipe_file):
     assert "too small" in sentence or "no text for the split" in sentence
 
 
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("morph tiny --layers 1,2 --budget 5 --output NEW", "--layers says what stays full, so that --budget changes"),
+        ("build tiny --layers 1,2 --strategy race --output NEW", "so that --strategy changes nothing"),
+        ("estimate tiny --window 5 --mixers full,linear", "--window 5 is of no use to --mixers full,linear"),
+        ("extend tiny --recipe laptop --layers 2,5 --output NEW", "give --set extend.tokens=... with"),
+        ("morph tiny --from nothere --dry-run --output NEW", "nothere is no run of flashmorph's"),
+        ("compare tiny --budgets 1,x --output NEW", "budget 'x' is none of 7 (layers)"),
+        ("compare tiny --strategies halo2 --output NEW", "unknown strategy 'halo2'; did you mean 'halo'"),
+        (
+            "generate tiny --prompt hello --max-new-tokens 100000",
+            "the prompt has 3, so that --max-new-tokens can be 509",
+        ),
+    ],
+)
+def test_options_that_change_nothing_or_cannot_be_are_refused_before_anything_is_written(
+    capsys, tmp_path, command, says
+):
+    new = tmp_path / "new"
+    assert says in refused(capsys, *(str(new) if part == "NEW" else part for part in command.split()))
+    assert not new.exists()
+
+
+def test_a_stage_that_a_recipe_switches_off_is_switched_on_by_one_setting(capsys, tmp_path):
+    options = ("morph", "tiny", "--recipe", "laptop", "--output", tmp_path / "run", "--dry-run", "--json")
+    assert run_command(*options, "--set", "extend.tokens=40960") == 0
+    assert "extend" in [row["stage"] for row in json.loads(capsys.readouterr().out)]
+
+
 def test_select_without_a_run(capsys, tmp_path, teacher_folder):
     options = ("--from", tmp_path / "none", "--output", tmp_path / "plan.json")
     assert "flashmorph align" in refused(capsys, "select", teacher_folder, *options)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import tiny_tokenizer
 
+from flashmorph.data import supply
 from flashmorph.data.corpus import Corpus, split_of
 from flashmorph.data.rows import pack
 from flashmorph.errors import UserError
@@ -124,6 +125,21 @@ def test_parquet_and_a_json_list_are_read(tmp_path):
     assert read_all(tmp_path / "data.parquet") == sorted(TEXTS[:20])
     (tmp_path / "data.json").write_text(json.dumps([{"text": text} for text in TEXTS[:20]]))
     assert read_all(tmp_path / "data.json") == sorted(TEXTS[:20])
+
+
+@pytest.mark.parametrize("name", ["DATA.PARQUET", "data.parquet.gz", "data.jsonl.GZ", "data.jsonl"])
+def test_how_much_text_there_can_be_is_known_of_files_of_every_name(tmp_path, name):
+    """From a sample of ten of 400 documents of ten tokens each: all of them, and half as many for safety."""
+    texts = ["word " * 10] * 400
+    path = tmp_path / name
+    if "parquet" in name.lower():
+        pq.write_table(pa.table({"text": texts}), path)
+    else:
+        write_jsonl(path, texts)
+    if name.lower().endswith("gz"):
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    size = len(write_jsonl(tmp_path / "sample", texts[:10]).read_bytes())
+    assert supply._at_most(Corpus(str(path)), 100, 10, size) == pytest.approx(1.5 * 4_000, rel=0.1)
 
 
 def test_another_column_can_be_named(tmp_path):

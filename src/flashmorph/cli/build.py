@@ -20,7 +20,9 @@ from flashmorph.cli.options import (
     UnusedOption,
     WindowOption,
     open_run,
+    recipe_of,
 )
+from flashmorph.errors import UserError
 
 
 def _finish_until(last: str, options: Options) -> None:
@@ -33,6 +35,11 @@ def _finish_until(last: str, options: Options) -> None:
     from flashmorph.pipeline.timing import run_timing
     from flashmorph.pipeline.training import run_distill, run_extend
 
+    if last == "extend" and not recipe_of(options).extend:
+        raise UserError(
+            "this recipe switches the extension off (`extend: null`): give --set extend.tokens=... with "
+            "--set extend.length=..., or stop with `flashmorph distill`"
+        )
     stages = ["align", *([] if options.plan or options.layers else ["select"])]
     run = open_run(options, [*stages, *{"build": [], "distill": ["distill"]}.get(last, ["distill", "extend"])])
     host = run_transplant(run)
@@ -44,7 +51,7 @@ def _finish_until(last: str, options: Options) -> None:
     run_timing(run, host, stage, chosen)
     if last != "build":
         stage = run_distill(run, host, stage, "")
-    if last == "extend" and run.recipe.extend:
+    if last == "extend":
         stage = run_extend(run, stage, "")
     if stage.folder.is_relative_to(run.folder.path):
         # Tokenizer and templates may have been edited since: they are no part of what the stage computed.

@@ -15,9 +15,9 @@ from flashmorph.cli.options import (
     ForceOption,
     FromOption,
     JsonOption,
+    KeptRecipeOption,
     Options,
     OutputOption,
-    RecipeOption,
     SetOption,
     TeacherArgument,
     UnusedOption,
@@ -72,7 +72,7 @@ def compare(
         ),
     ] = 8_000_000,
     kept: Annotated[bool, typer.Option("--kept", help="Show every finished cell; search for no other.")] = False,
-    recipe: RecipeOption = None,
+    recipe: KeptRecipeOption = None,
     data: DataOption = None,
     others: FromOption = None,
     changes: SetOption = None,
@@ -101,6 +101,7 @@ def compare(
     from flashmorph.plan import Budget
     from flashmorph.referee import CompareSettings
     from flashmorph.referee.compare import compare as judge
+    from flashmorph.referee.entry import Entry
     from flashmorph.referee.figures import draw_regret
     from flashmorph.referee.summary import summarise
 
@@ -121,7 +122,6 @@ def compare(
         recipe_of=other_runs,
         allow_unused=allow_unused,
     )
-    run = open_run(options, ["align", "select", "compare"], keep_recipe=False)
     try:
         shares = tuple(float(share) for share in spends.split(","))
         if not all(0 < share <= _MOST_SPENT for share in shares):
@@ -147,6 +147,9 @@ def compare(
     )
     if strategies != "all":
         settings = settings.model_copy(update={"strategies": tuple(name.strip() for name in strategies.split(","))})
+    for label in settings.strategies:
+        Entry.parse(label)
+    run = open_run(options, ["align", "select", "compare"], keep_recipe=False)
     summary = summarise(judge(run, settings, folder))
     write_json(file, {**made_by("compare"), **summary})
     draw_regret(summary, picture)

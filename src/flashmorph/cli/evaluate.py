@@ -13,7 +13,6 @@ from flashmorph.cli.evaluate_tables import show_figures
 from flashmorph.cli.options import (
     ERR,
     OUT,
-    DataOption,
     DeviceOption,
     ForceOption,
     JsonOption,
@@ -95,7 +94,9 @@ def evaluate(
             help="Keep the figures in this run's folder (evaluate.json) and renew its report.html.", metavar="RUN"
         ),
     ] = None,
-    data: DataOption = None,
+    data: Annotated[
+        str | None, typer.Option(help="Held-out text and haystacks: a file, a folder, or a dataset on the hub.")
+    ] = None,
     changes: SetOption = None,
     allow_unused: UnusedOption = False,
     force: ForceOption = False,

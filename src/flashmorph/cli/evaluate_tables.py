@@ -13,7 +13,7 @@ from flashmorph.surface.terminal import bold
 
 
 def show_figures(console: Console, figures: Figures) -> None:
-    """Print what `sidebyside.compare_models` found."""
+    """Print what `pipeline.evaluate_models` found."""
     from flashmorph.evaluation import shortage
 
     labels = short_names(list(figures))

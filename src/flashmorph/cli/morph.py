@@ -117,8 +117,10 @@ def _dry_run(options: Options, stages: list[str]) -> None:
     from flashmorph.recipe.given import given_plan
     from flashmorph.recipe.outlook import check, outlook, training_contexts
     from flashmorph.recipe.preflight import preflight
+    from flashmorph.run.folder import require_runs
 
     quiet()
+    require_runs(options.output, options.others or [])
     recipe = recipe_of(options)
     teacher = open_teacher(options.teacher)
     config = load_config(teacher.folder)

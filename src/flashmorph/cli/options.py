@@ -19,13 +19,20 @@ EVERY_STAGE = ("align", "select", "distill", "extend", "evaluate")
 """The stages of the path that read text or ask questions."""
 
 TeacherArgument = Annotated[
-    str, typer.Argument(help="`tiny`, a local folder, or a model on the hub.", metavar="TEACHER")
+    str, typer.Argument(help="`tiny`, a local folder or GGUF file, or a model on the hub.", metavar="TEACHER")
 ]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; continues what is there.")]
 RecipeOption = Annotated[
     str | None,
     typer.Option(
         help="`demo`, `laptop`, `default`, `chat` or a YAML file. Default: `demo` for `tiny`, else `default`."
+    ),
+]
+KeptRecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="`demo`, `laptop`, `default`, `chat` or a YAML file. Default: the one that the run has, if any; else "
+        "`demo` for `tiny` and `default` for others."
     ),
 ]
 BudgetOption = Annotated[
@@ -51,7 +58,13 @@ UnusedOption = Annotated[
 BaselineOption = Annotated[
     str | None, typer.Option(help="Also train a plan that takes no search, for comparison: `uniform`.")
 ]
-StrategyOption = Annotated[str | None, typer.Option(help="How layers are chosen.")]
+StrategyOption = Annotated[
+    str | None,
+    typer.Option(
+        help="How layers are chosen: `budgeted-gates` (the default), `race`, `uniform`, ... `flashmorph select --help` "
+        "lists them."
+    ),
+]
 PlanOption = Annotated[Path | None, typer.Option(help="Build this plan instead of selecting one.")]
 LayersOption = Annotated[str | None, typer.Option(help="Keep these layers full instead of selecting: `1,2,6`.")]
 ForceOption = Annotated[
@@ -70,8 +83,8 @@ WindowOption = Annotated[
 MixersOption = Annotated[
     str | None,
     typer.Option(
-        help="Switch single key-value heads: `full,window` or `full,linear`, in a model type of our own, which "
-        "transformers alone serves."
+        help="Switch single key-value heads, in a model type of our own, which transformers alone serves: `full` and "
+        "one or more of `window`, `linear`, `gated_delta_net`, `mamba2`, `thin`, `pooled`, `dash`."
     ),
 ]
 
@@ -130,6 +143,7 @@ def recipe_of(options: Options) -> Any:
     from flashmorph.convert.teacher import EMBEDDED
     from flashmorph.recipe.recipe import load_recipe, parse_changes
 
+    _require_use(options)
     changes: SettingValues = {}
     if options.data:
         changes |= {"data.source": options.data, "data.config": None, "data.mixture": None}
@@ -146,6 +160,28 @@ def recipe_of(options: Options) -> Any:
         changes["data.max_passes"] = None
     shipped = "demo" if options.teacher in EMBEDDED else "default"
     return load_recipe(options.recipe or options.kept_recipe or shipped, changes)
+
+
+def _require_use(options: Options) -> None:
+    """Refuse options that others make useless.
+
+    Raises:
+        UserError: names both.
+    """
+    from flashmorph.plan import Budget
+
+    budget = options.budget if options.budget and not Budget.parse(options.budget).counts_heads else None
+    if useless := "--strategy" if options.strategy else "--budget" if budget else "":
+        for option, value in (("--plan", options.plan), ("--layers", options.layers)):
+            if value:
+                raise UserError(
+                    f"{option} says what stays full, so that {useless} changes nothing: leave one of them out"
+                )
+    if options.window and options.mixers and not {"window", "thin", "pooled"} & set(options.mixers.split(",")):
+        raise UserError(
+            f"--window {options.window} is of no use to --mixers {options.mixers}: it is the size of `window`, and of "
+            "the window beside `thin` and `pooled`"
+        )
 
 
 def fitted(recipe: Any, config: Any, say: Callable[[str], None]) -> Any:

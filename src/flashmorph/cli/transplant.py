@@ -1,5 +1,9 @@
 """`flashmorph transplant`: the exact move alone."""
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
 from rich.text import Text
 
 from flashmorph.cli.app import app
@@ -7,8 +11,6 @@ from flashmorph.cli.options import (
     ERR,
     OUT,
     DeviceOption,
-    OutputOption,
-    SetOption,
     TeacherArgument,
     UnusedOption,
     quiet,
@@ -20,8 +22,10 @@ from flashmorph.surface.terminal import harmless
 @app.command()
 def transplant(
     teacher: TeacherArgument,
-    output: OutputOption,
-    changes: SetOption = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the checkpoint; new or empty.")],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a setting of the host: `host.mamba_expand=1`.")
+    ] = None,
     allow_unused: UnusedOption = False,
     device: DeviceOption = "auto",
 ) -> None:

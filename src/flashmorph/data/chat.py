@@ -47,7 +47,8 @@ def messages_in(value: Any, in_json: bool = False) -> list[Message] | None:
     messages = []
     for message in value:
         if "from" in message and "value" in message:
-            message = {"role": _ROLES.get(message["from"], message["from"]), "content": message["value"]}
+            speaker = message["from"] if isinstance(message["from"], str) else str(message["from"])
+            message = {"role": _ROLES.get(speaker, speaker), "content": message["value"]}
         if "role" not in message:
             return None
         messages.append(message)

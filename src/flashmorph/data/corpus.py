@@ -46,7 +46,7 @@ class Document:
     @property
     def split(self) -> str:
         """The split that it belongs to."""
-        return split_of(self.text + (json.dumps(self.tools, sort_keys=True) if self.tools else ""))
+        return split_of(self.text + (json.dumps(self.tools, sort_keys=True, default=str) if self.tools else ""))
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,12 @@ class Corpus:
         if column is None or row[column] == "":
             return None
         value = row[column]
-        messages = messages_in(value, in_json=column in CHAT_COLUMNS)
-        if messages is not None:
-            return Document(spoken(messages), messages, tools_in(row.get(TOOLS_COLUMN)))
+        try:
+            messages = messages_in(value, in_json=column in CHAT_COLUMNS)
+            if messages is not None:
+                return Document(spoken(messages), messages, tools_in(row.get(TOOLS_COLUMN)))
+        except RecursionError as error:
+            raise UserError(f"{where}: column {column!r} holds a value that is nested too deep to read") from error
         if not isinstance(value, str):
             raise UserError(
                 f"{where}: column {column!r} holds {reprlib.repr(value)}, which is neither text nor conversation"

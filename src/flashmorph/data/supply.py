@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow.parquet
 from transformers import PreTrainedTokenizerBase
 
 from flashmorph.data.corpus import Corpus, Document, files_of
 from flashmorph.data.documents import require_words
+from flashmorph.data.textfiles import PARQUET, kind_of, parquet_rows
 
 _TOKENISED = 2_000_000
 """Characters of the split `train` that are tokenised, if there are so many."""
@@ -107,19 +107,20 @@ def _at_most(corpus: Corpus, tokens: float, rows: int, size: int) -> float:
     files = files_of(corpus)
     if not files:
         return float("inf")  # Of the demo text a sample is all that is needed.
-    if any(".parquet" in file.suffixes for file in files):
-        return _MARGIN * tokens / rows * sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
+    if any(kind_of(file) == PARQUET for file in files):
+        return _MARGIN * tokens / rows * sum(map(parquet_rows, files))
     return _MARGIN * tokens / size * sum(map(_plain_bytes, files))
 
 
 def _plain_bytes(file: Path) -> float:
     """Bytes of a file without compression, by a sample of it."""
     size = file.stat().st_size
-    if file.suffix == ".zst":
+    ending = file.suffix.lower()
+    if ending == ".zst":
         return _MOST_COMPRESSED * size
-    if file.suffix not in _OPEN:
+    if ending not in _OPEN:
         return size
-    with file.open("rb") as raw, _OPEN[file.suffix](raw) as plain:
+    with file.open("rb") as raw, _OPEN[ending](raw) as plain:
         read = sum(map(len, _blocks(plain)))
         return size * read / max(1, raw.tell())
 

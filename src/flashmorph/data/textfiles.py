@@ -170,6 +170,12 @@ def _parquet_rows(path: Path, columns: Sequence[str], beside: Sequence[str]) -> 
             yield from batch.to_pylist(maps_as_pydicts="lossy")
 
 
+def parquet_rows(path: Path) -> int:
+    """The number of rows of a parquet file, compressed as a whole or not."""
+    with _open(path) as stream, pq.ParquetFile(_seekable(stream, path)) as file:
+        return file.metadata.num_rows
+
+
 def _seekable(stream: BinaryIO, path: Path) -> BinaryIO:
     return io.BytesIO(stream.read()) if path.suffix.lower() in _DECOMPRESS else stream
 

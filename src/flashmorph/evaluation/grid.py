@@ -58,7 +58,9 @@ class GridSettings(BaseModel):
     @model_validator(mode="after")
     def _each_depth_is_asked(self) -> "GridSettings":
         if self.questions < self.depths:
-            raise ValueError(f"{self.questions} questions are fewer than {self.depths} depths")
+            raise ValueError(
+                f"{self.questions} questions are fewer than {self.depths} depths: give more questions, or fewer depths"
+            )
         return self
 
     @property

@@ -32,12 +32,19 @@ def continue_prompt(
         allow_unused: Whether such weights are reported instead of refused.
 
     Raises:
-        UserError: see `open_model`; or the prompt is empty.
+        UserError: see `open_model`; or the prompt is empty, or with what is to be generated longer than the model's
+            contexts.
     """
     model, tokenizer = open_model(name, device, tell, allow_unused)
     ids = [*before_text(tokenizer), *tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids]
     if not ids:
         raise UserError("the prompt is empty; give some text to continue")
+    limit = model.config.max_position_embeddings
+    if len(ids) + max_new_tokens > limit:
+        raise UserError(
+            f"{name} takes contexts of at most {limit:,} tokens: the prompt has {len(ids):,}, so that "
+            f"--max-new-tokens can be {max(0, limit - len(ids)):,} at most; it is {max_new_tokens:,}"
+        )
     input_ids = torch.tensor([ids], device=device)
     with greedy(model, tokenizer) as config:
         generated = cast(Any, model).generate(

@@ -1,4 +1,4 @@
-"""All settings of a run, in one validated file. `demo`, `default` and `chat` are shipped."""
+"""All settings of a run, in one validated file. `demo`, `laptop`, `default` and `chat` are shipped."""
 
 from collections.abc import Iterator
 from importlib.resources import files
@@ -260,7 +260,9 @@ def _changes_strategy(values: SettingValues, changes: SettingValues) -> bool:
 def _set(values: SettingValues, key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for parent in parents:
-        values = values.setdefault(parent, {})
+        if values.get(parent) is None:  # Also one that the recipe switches off.
+            values[parent] = {}
+        values = values[parent]
         if not isinstance(values, dict):
             raise UserError(f"--set {quoted(key)}: {quoted(parent)} is not a group of settings")
     values[last] = value

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +77,21 @@ class Stage:
     reused: bool = False
 
 
+def require_runs(path: Path, others: Iterable[Path]) -> None:
+    """Check the folder of a run and those of earlier ones, without touching any.
+
+    Raises:
+        UserError: `path` holds something else, or one of `others` is no run.
+    """
+    for other in others:
+        if not (other / STAGES).is_dir():
+            raise UserError(f"{other} is no run of flashmorph's: it has no folder {STAGES!r}")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; give a folder that is new, empty or a run of flashmorph's")
+    if path.is_dir() and _holds_anything(path) and not (path / MARKER).is_file():
+        raise UserError(f"{path} holds something else; give a folder that is new, empty or a run of flashmorph's")
+
+
 class RunFolder:
     """`path`, with earlier runs in `others` whose finished stages may be used."""
 
@@ -93,13 +108,7 @@ class RunFolder:
 
     def _claim(self) -> None:
         path = self.path
-        for other in self._stage_folders[1:]:
-            if not other.is_dir():
-                raise UserError(f"{other.parent} is no run of flashmorph's: it has no folder {STAGES!r}")
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path} is a file; give a folder that is new, empty or a run of flashmorph's")
-        if path.is_dir() and _holds_anything(path) and not (path / MARKER).is_file():
-            raise UserError(f"{path} holds something else; give a folder that is new, empty or a run of flashmorph's")
+        require_runs(path, [stages.parent for stages in self._stage_folders[1:]])
         self._mark()
         try:
             (path / STAGES).mkdir(exist_ok=True)

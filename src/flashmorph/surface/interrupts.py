@@ -17,7 +17,7 @@ from flashmorph.errors import UserError
 
 SENTENCE = "interrupted; the same command again goes on from here"
 ANEW = "interrupted; the same command again begins anew"
-_KEEP_NOTHING = ("transplant", "plan", "evaluate", "bench", "generate", "export", "report", "hosts", "env")
+_KEEP_NOTHING = ("transplant", "estimate", "evaluate", "bench", "generate", "export", "report", "hosts", "env")
 """Commands that leave nothing behind before they are done."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _STOP = 0
