@@ -30,7 +30,7 @@ def test_without_a_gpu_the_gpus_benchmark_runs_and_says_that_it_measured_nothing
     monkeypatch.setattr("sys.argv", ["gpu.py", "--toy", "--gpu", "h200", *options, "--output", str(output)])
     runpy.run_path(str(BENCHMARKS / "gpu.py"), run_name="__main__")
     printed = capsys.readouterr().out
-    assert f"{parts} ran at toy size on cpu. This measured nothing." in printed
+    assert f"{parts} ran at toy size on cpu" in printed and "This measured nothing." in printed
     assert not output.exists()
 
 
@@ -39,7 +39,7 @@ def test_without_a_gpu_the_gpus_benchmark_runs_and_says_that_it_measured_nothing
     "part, code, said",
     [
         ("kernels", 0, "skipped"),
-        ("speed", 0, "ran at toy size on cpu. This measured nothing."),
+        ("speed", 0, "ran at toy size on cpu"),
         ("demo", 0, "skipped"),
         ("", 2, "bash benchmarks/gpu_check.sh kernels"),
     ],
