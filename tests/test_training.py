@@ -32,6 +32,7 @@ from flashmorph.stages import AlignSettings, DistillSettings, ExtendSettings, al
 from flashmorph.stages.checkpoints import FINISHED, last_checkpoint
 from flashmorph.stages.settings import TrainSettings
 from flashmorph.stages.training import train
+from flashmorph.stages.watch import Watch
 
 LENGTH = 24
 STEPS = 6
@@ -470,3 +471,15 @@ def test_training_moved_the_weights_that_were_compared(interrupted):
     start = small_morphable(0).branch_state()
     end = load_file(interrupted / "align" / "whole" / "result.safetensors")
     assert all(not torch.equal(end[name], weight) for name, weight in start.items())
+
+
+def test_a_gradient_that_is_not_finite_outside_of_layers_is_named():
+    student, _ = student_and_teacher()
+    student.requires_grad_(True)
+    watch = Watch(student)
+    for weight in student.parameters():
+        weight.grad = torch.zeros_like(weight)
+    watch.check_gradients(1)
+    student.model.norm.weight.grad[0] = torch.inf
+    with pytest.raises(UserError, match="not finite at step 2, in the embedding, the head or the last norm;"):
+        watch.check_gradients(2)
