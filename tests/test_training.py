@@ -483,3 +483,6 @@ def test_a_gradient_that_is_not_finite_outside_of_layers_is_named():
     student.model.norm.weight.grad[0] = torch.inf
     with pytest.raises(UserError, match="not finite at step 2, in the embedding, the head or the last norm;"):
         watch.check_gradients(2)
+    student.model.layers[1].mlp.up_proj.weight.grad[0] = torch.inf
+    with pytest.raises(UserError, match="not finite at step 3, in layer 1;"):
+        watch.check_gradients(3)

@@ -168,6 +168,7 @@ def _require_use(options: Options) -> None:
     Raises:
         UserError: names both.
     """
+    from flashmorph.mixers.own import OWN_MIXERS
     from flashmorph.plan import Budget
 
     budget = options.budget if options.budget and not Budget.parse(options.budget).counts_heads else None
@@ -177,10 +178,11 @@ def _require_use(options: Options) -> None:
                 raise UserError(
                     f"{option} says what stays full, so that {useless} changes nothing: leave one of them out"
                 )
-    if options.window and options.mixers and not {"window", "thin", "pooled"} & set(options.mixers.split(",")):
+    with_window = [name for name, mixer in OWN_MIXERS.items() if "window" in mixer.sizes]
+    if options.window and options.mixers and not set(with_window) & set(options.mixers.split(",")):
         raise UserError(
-            f"--window {options.window} is of no use to --mixers {options.mixers}: it is the size of `window`, and of "
-            "the window beside `thin` and `pooled`"
+            f"--window {options.window} is of no use to --mixers {options.mixers}: it is a size of "
+            f"{', '.join(with_window)}"
         )
 
 

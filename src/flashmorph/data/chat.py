@@ -47,7 +47,7 @@ def messages_in(value: Any, in_json: bool = False) -> list[Message] | None:
     messages = []
     for message in value:
         if "from" in message and "value" in message:
-            speaker = message["from"] if isinstance(message["from"], str) else str(message["from"])
+            speaker = str(message["from"])
             message = {"role": _ROLES.get(speaker, speaker), "content": message["value"]}
         if "role" not in message:
             return None

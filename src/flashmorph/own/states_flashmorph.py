@@ -47,16 +47,8 @@ class StateMixer(OwnMixer):
             return self.run(q, k, v, hidden, real, state).to(v.dtype)
 
     @abstractmethod
-    def run(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        hidden: torch.Tensor,
-        real: torch.Tensor | None,
-        state: State | None,
-    ) -> torch.Tensor:
-        """What `forward` gives, in float32."""
+    def run(self, q, k, v, hidden, real, state) -> torch.Tensor:
+        """What `forward` gives of the same arguments, in float32."""
         ...
 
     def mapped(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from flashmorph.hosts import configure, misreads_tokenizer
 from flashmorph.hosts.serving import Engine
 from flashmorph.mixers import LAYER_TYPES
 from flashmorph.plan import FULL
+from flashmorph.report.markup import sentence
 from flashmorph.run.run import Results, Run
 from flashmorph.selection import BASELINE
 from flashmorph.surface.quoting import code, code_block, encodable, markdown, no_option, python_string, shell_command
@@ -136,8 +137,7 @@ def _time(results: Results) -> str:
     """The time of a token, where the budget was in milliseconds."""
     if not results.timing:
         return ""
-    words = timing_in_words(cast(Timing, results.timing))
-    return f" {words[0].upper()}{words[1:]}."
+    return f" {sentence(timing_in_words(cast(Timing, results.timing)))}"
 
 
 def _row(name: str, score) -> str:

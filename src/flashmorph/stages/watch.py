@@ -52,7 +52,11 @@ class Watch:
         if self._norms and not torch.isfinite(torch.stack(list(self._norms.values()))).all():
             broken = [part for part, norm in self._norms.items() if not torch.isfinite(norm)]
             layers = [part for part in broken if part != _OUTSIDE]
-            where = f"layers {layers[0].split()[1]} to {layers[-1].split()[1]}" if len(layers) > 1 else broken[0]
+            where = (
+                f"layers {layers[0].split()[1]} to {layers[-1].split()[1]}"
+                if len(layers) > 1
+                else (layers or broken)[0]
+            )
             raise UserError(f"the gradient is not finite at step {step}, in {where}; {_ADVICE}")
 
     def check_growth(self, loss: float, step: int) -> None:
