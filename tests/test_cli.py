@@ -251,6 +251,31 @@ def test_settings_that_cannot_be(capsys, tmp_path, teacher_folder, recipe_file, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "given", "needed"),
+    [
+        ("select", ("--within", "5%"), "--curve"),
+        ("select", ("--recall-questions", 50), "--curve"),
+        ("compare", ("--reference-tokens", 8_000_000), "--reference found"),
+        ("compare", ("--reference", "found", "--max-plans", 5), "--reference enumerated"),
+        ("compare", ("--distill-budget", "2"), "--distill-steps"),
+        ("evaluate", ("--style", "ruler"), "--lengths"),
+        ("evaluate", ("--depths", 3), "--lengths"),
+        ("evaluate", ("--grid-tasks", "niah_single_1"), "--lengths"),
+    ],
+)
+def test_options_that_belong_to_another(capsys, tmp_path, teacher_folder, command, given, needed):
+    """Refused before any work, also where the value is the default's."""
+    places = {
+        "select": ("--from", tmp_path / "run", "--output", tmp_path / "plan.json"),
+        "compare": ("--output", tmp_path / "referee"),
+        "evaluate": (),
+    }
+    said = refused(capsys, command, teacher_folder, *places[command], *given)
+    assert f"{given[-2]} changes nothing without {needed}" in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_numbers_are_read_as_people_write_them(recipe_file, tmp_path):
     written = recipe_file.read_text()
     assert load_recipe(recipe_file, parse_changes(["budget=2"])).budget == "2"

@@ -22,6 +22,7 @@ from flashmorph.cli.options import (
     TeacherArgument,
     UnusedOption,
     open_run,
+    require_with,
 )
 from flashmorph.errors import UserError, quoted
 from flashmorph.surface.outputs import PICTURE, claim_output, json_of, made_by
@@ -32,6 +33,7 @@ _COLUMNS = ("recall", "agree", "FLOPs", "plans")
 
 @app.command()
 def compare(
+    ctx: typer.Context,
     teacher: TeacherArgument,
     output: OutputOption,
     budgets: Annotated[str, typer.Option(help="Numbers of full layers, with commas.")] = "1,2,3",
@@ -105,6 +107,12 @@ def compare(
     from flashmorph.referee.figures import draw_regret
     from flashmorph.referee.summary import summarise
 
+    if reference == "enumerated":
+        require_with(ctx, "--reference found", "--reference-tokens")
+    else:
+        require_with(ctx, "--reference enumerated", "--max-plans")
+    if not distill_steps:
+        require_with(ctx, "--distill-steps", "--distill-budget")
     folder = output / "compare"
     file, picture = folder / "compare.json", folder / "regret.png"
     claim_output(file, json_of("compare"), force)

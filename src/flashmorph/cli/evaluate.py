@@ -23,6 +23,7 @@ from flashmorph.cli.options import (
     numbers,
     quiet,
     recipe_of,
+    require_with,
 )
 from flashmorph.errors import UserError
 from flashmorph.surface.outputs import PAGE, claim_output
@@ -32,6 +33,7 @@ _STYLES = ("lines", "ruler")
 
 @app.command()
 def evaluate(
+    ctx: typer.Context,
     models: Annotated[
         list[str], typer.Argument(help="Folders that flashmorph wrote, or teachers.", metavar="MODEL...")
     ],
@@ -119,6 +121,8 @@ def evaluate(
     from flashmorph.recipe.recipe import with_settings
     from flashmorph.report import PAGE_NAME, claim_kept, keep, write_report
 
+    if not lengths:
+        require_with(ctx, "--lengths", "--depths", "--style", "--grid-tasks")
     quiet()
     if report:
         claim_kept(report, "evaluate", force)
@@ -142,8 +146,6 @@ def evaluate(
     settings, notice = fit_to_models(models, settings, pick_device(device))
     if notice:
         RichScreen(ERR).say(notice)
-    if grid_tasks and not lengths:
-        raise UserError("--grid-tasks chooses tasks of the grid: give its --lengths too, for example 1024,2048")
     only = names("--grid-tasks", grid_tasks) if grid_tasks else []
     grid = _grid_settings(lengths, only, depths, questions, asked, settings.evaluate) if lengths else None
     harness = (

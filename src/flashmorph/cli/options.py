@@ -186,6 +186,23 @@ def _require_use(options: Options) -> None:
         )
 
 
+def require_with(ctx: typer.Context, needed: str, *options: str) -> None:
+    """Refuse those of `options` that the command line has without the option that they belong to.
+
+    Args:
+        ctx: The command's, which knows what was given.
+        needed: What is missing, such as `--curve`.
+        options: Their names, such as `--within`.
+
+    Raises:
+        UserError: names both.
+    """
+    for option in options:
+        source = ctx.get_parameter_source(option.removeprefix("--").replace("-", "_"))
+        if source is not None and source.name == "COMMANDLINE":
+            raise UserError(f"{option} changes nothing without {needed}: give {needed} too, or leave {option} out")
+
+
 def fitted(recipe: Any, config: Any, say: Callable[[str], None]) -> Any:
     """The recipe with its contexts within the teacher's; the changes are printed in one line."""
     from flashmorph.recipe.fitting import fit

@@ -21,6 +21,7 @@ from flashmorph.cli.options import (
     TeacherArgument,
     UnusedOption,
     open_run,
+    require_with,
 )
 from flashmorph.errors import UserError, quoted
 from flashmorph.files import write_json
@@ -46,6 +47,7 @@ class _ListsStrategies(TyperCommand):
 
 @app.command(cls=_ListsStrategies)
 def select(
+    ctx: typer.Context,
     teacher: TeacherArgument,
     source: Annotated[Path, typer.Option("--from", help="The run whose alignment is used; the search is kept there.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The plan (or the curve), a JSON file.")],
@@ -77,6 +79,8 @@ def select(
     from flashmorph.pipeline.morph import run_select
     from flashmorph.selection import STRATEGIES
 
+    if not curve:
+        require_with(ctx, "--curve", "--within", "--recall-questions")
     share = _share(within)
     _claim(output, curve, force)
     if max_plans is not None:
