@@ -1,13 +1,14 @@
 """What every strategy finds, on made-up loss surfaces whose best plans are known."""
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from surfaces import effects_like, search_on
+from surfaces import effects_like, search_on, within_bounds
 
 from flashmorph.errors import UserError
 from flashmorph.plan import Budget, Plan, Space
@@ -80,6 +81,8 @@ class Surface:
     def evaluate(self, plans, questions=None, report=None) -> np.ndarray:
         chosen = list(range(self.num_questions) if questions is None else questions)
         self.asked += len(plans) * len(chosen)
+        for share in (0.5, 1.0) if report else ():
+            report(share)
         helps = torch.stack([self.help(self._full(plan) * self._weights[chosen]) for plan in plans])
         return (6 - helps).numpy() + self._difficulty[chosen]
 
@@ -227,6 +230,20 @@ def test_rounds_of_swaps_end_when_two_in_a_row_change_nothing():
     for objective, swaps in ((few, 6), (many, 50)):
         assert search("budgeted-gates", objective, 2, swaps=swaps).plan.full_layers == [1, 3]
     assert few.asked == many.asked
+
+
+@pytest.mark.parametrize("strategy", ["race", "budgeted-gates"])
+def test_a_race_is_reported_while_it_asks(strategy):
+    """Its rounds take minutes on long contexts: each batch of questions moves the bar, and none moves it back."""
+    reports: list[tuple[float, float]] = []
+
+    def report(done: float, total: float, **figures: float) -> None:
+        within_bounds(done, total)
+        reports.append((done, total))
+
+    STRATEGIES[strategy].run(Search(Space.of_layers(LAYERS), Budget("layers", 2), Surface(twins), report=report))
+    assert sum(done % 1 != 0 for done, _ in reports) >= 4
+    assert all(now >= before for (before, total), (now, same) in itertools.pairwise(reports) if total == same)
 
 
 @pytest.mark.parametrize("strategy", ["greedy-forward", "race", "add-one"])

@@ -46,11 +46,12 @@ class Track:
         defended: bool = False,
         base: Plan | None = None,
         costs: np.ndarray | None = None,
+        report: Callable[[float], None] = lambda share: None,
     ) -> Finish:
         """Race `plans`; a `defended` first one leaves by its interval only, never with the worse half.
 
         Given what each plan costs more than `base`, `costs` `[plans]`, they race by how much the loss rises above that
-        of `base` for each unit of cost.
+        of `base` for each unit of cost. `report` is called with the share of the questions that have been asked.
         """
         losses = {index: np.empty(0) for index in range(len(plans))}
         running, asked, runner_up = list(losses), 0, None
@@ -58,7 +59,12 @@ class Track:
             is_first_round = not asked
             until = min(len(self._order), max(self._start, 2 * asked))
             entrants = [*(plans[index] for index in running), *([base] if base else [])]
-            new = self._objective.evaluate(entrants, self._order[asked:until])
+            before, after = asked / len(self._order), until / len(self._order)
+
+            def so_far(share: float, before: float = before, after: float = after) -> None:
+                report(before + share * (after - before))
+
+            new = self._objective.evaluate(entrants, self._order[asked:until], so_far)
             for index, more in zip(running, new, strict=False):
                 share = more if base is None or costs is None else (more - new[-1]) / costs[index]
                 losses[index] = np.concatenate([losses[index], share])
@@ -135,7 +141,11 @@ def defend(
         if len(entrants) == 1:
             break
         track = Track(search.objective, len(questions), START_QUESTIONS, CONFIDENCE)
-        finish = track.run([plan_of(each) for each in entrants], defended=True)
+
+        def report(share: float, number: int = number) -> None:
+            search.report(number + share, rounds)
+
+        finish = track.run([plan_of(each) for each in entrants], defended=True, report=report)
         trace += track.trace
         winner = entrants[finish.winner]
         search.report(number + 1, rounds, loss=finish.loss)

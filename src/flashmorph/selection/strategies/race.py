@@ -6,6 +6,7 @@ the candidates that see the last question are compared as greedy forward compare
 and Moore, "Hoeffding Races", NeurIPS 1993; successive halving: Jamieson and Talwalkar, arXiv 1502.07943.)
 """
 
+from collections.abc import Callable
 from typing import Annotated
 
 import numpy as np
@@ -56,10 +57,13 @@ def race(
     chosen: list[Move] = []
     spare: Move | None = None
 
+    def so_far(done: int) -> Callable[[float], None]:
+        return lambda share: search.report(done + share, max(total, done + 1))
+
     def spend() -> None:
         nonlocal spare
         while moves := dearer_moves(space, moved(nothing, *chosen), limit):
-            finish = _run(track, space, moved(nothing, *chosen), moves)
+            finish = _run(track, space, moved(nothing, *chosen), moves, so_far(len(chosen)))
             chosen.append(moves[finish.winner])
             spare = None if finish.runner_up is None else moves[finish.runner_up]
             search.report(len(chosen), max(total, len(chosen) + swaps), loss=finish.loss)
@@ -70,7 +74,7 @@ def race(
         replaced = range(len(chosen) - 1) if spare else ()
         choices = [chosen, *([*chosen[:index], spare, *chosen[index + 1 :]] for index in replaced)]
         choices = [moves for moves in choices if space.cost_of(moved(nothing, *moves)) <= limit]
-        finish = track.run([moved(nothing, *moves) for moves in choices], defended=True)
+        finish = track.run([moved(nothing, *moves) for moves in choices], defended=True, report=so_far(len(chosen)))
         chosen = choices[finish.winner]
         search.report(len(chosen) + 1, len(chosen) + 1, loss=finish.loss)
         spend()  # Where options cost differently, the swap may have saved something.
@@ -89,11 +93,13 @@ def race(
     return Selection(moved(nothing, *chosen), order_of_choice(space, chosen), track.trace, search.objective.cost)
 
 
-def _run(track: Track, space: Space, plan: Plan, moves: list[Move]) -> Finish:
+def _run(track: Track, space: Space, plan: Plan, moves: list[Move], report: Callable[[float], None]) -> Finish:
     """Race moves from `plan`: by their loss or, where they cost differently, by its fall for each unit of cost."""
     extras = np.array([extra_cost(space, plan, move) for move in moves])
     plans = [moved(plan, move) for move in moves]
-    return track.run(plans, base=plan, costs=extras) if np.ptp(extras) else track.run(plans)
+    if np.ptp(extras):
+        return track.run(plans, base=plan, costs=extras, report=report)
+    return track.run(plans, report=report)
 
 
 RACE = Strategy(race, reuse="order", order_from="most", order_settings={"swaps": False})
