@@ -276,6 +276,24 @@ def test_the_budget_curve_has_a_plan_for_every_budget(finished, teacher_folder, 
     assert "must be a percentage" in capsys.readouterr().err
 
 
+def test_the_recall_of_a_curve_is_asked_in_the_dtype_of_evaluations(finished, teacher_folder, tmp_path, monkeypatch):
+    asked = []
+
+    def remember(model, tokenizer, examples, at_once):
+        asked.append((model.dtype, at_once))
+        return [True] * len(examples)
+
+    monkeypatch.setattr("flashmorph.run.recall.answers_right", remember)
+    select = ["select", teacher_folder, "--from", finished, "--curve", "--recall-questions", 2, "--output"]
+    for dtype, tokens in (("float32", 640), ("bfloat16", 320)):
+        changes = ("--set", f"evaluate.dtype={dtype}", "--set", f"evaluate.batch_tokens={tokens}")
+        assert run_command(*select, tmp_path / f"{dtype}.json", *changes) == 0
+        assert set(asked) == {(getattr(torch, dtype), tokens)}
+        asked.clear()
+        points = json.loads((tmp_path / f"{dtype}.json").read_text())["points"]
+        assert [point["recall"] for point in points] == [1.0, 1.0]
+
+
 def test_tolerance_finds_the_number_of_layers(finished, teacher_folder, tmp_path, capsys):
     output = tmp_path / "plan.json"
     select = ["select", teacher_folder, "--from", finished, "--strategy", "tolerance", "--output", output]

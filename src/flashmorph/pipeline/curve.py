@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 from pydantic import ConfigDict, Field
 
 from flashmorph import distributed
@@ -22,7 +23,7 @@ from flashmorph.records import Figures
 from flashmorph.run.digests import ends, select_settings, task_settings
 from flashmorph.run.folder import Stage
 from flashmorph.run.models import open_morphable, open_objective, run_search
-from flashmorph.run.recall import recall_of_plan
+from flashmorph.run.recall import dtype_of_recall, recall_of_plan
 from flashmorph.run.run import Run
 from flashmorph.selection import STRATEGIES, Selection
 from flashmorph.selection.search import reuse_of
@@ -148,11 +149,13 @@ def run_curve(run: Run, host: Stage, branches: Stage, questions: int) -> Curve:
         return {"left_out": list(run.left_out), "summary": f"{len(curve.points)} budgets"}
 
     asked = [recipe.select.search.longest, recipe.select.search.questions, task_settings(run)]
+    dtype = dtype_of_recall(run)
     stage_settings = {
         "format": 2,
         "questions": questions,
         "asked": asked,
         "bf16": run.bf16,
+        **({} if dtype == torch.float32 else {"dtype": str(dtype)}),
         **ends(run),
         **select_settings(run),
     }
