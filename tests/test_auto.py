@@ -9,7 +9,7 @@ from conftest import run_command
 from families import config_of
 
 from flashmorph.devices import _cgroup_cores, _cgroup_limits, limit_threads, total_memory, usable_memory
-from flashmorph.estimate.auto import Room, asked, choose, must_shard, resolved
+from flashmorph.estimate.auto import Room, asked, choose, must_shard, resolved, too_large
 from flashmorph.estimate.memory import stage_memory
 from flashmorph.estimate.sizes import count_sizes
 from flashmorph.estimate.work import model_of
@@ -73,6 +73,33 @@ def test_a_cpu_is_busy_with_fewer_tokens_than_a_gpu(shape):
             assert on_gpu[again] is True and on_cpu[again] is False
             assert 1_024 <= on_cpu["distill.micro_batch_tokens"] < 4_096
     assert differing
+
+
+def test_what_is_too_large_is_known_beforehand_and_must_be_shared(shape):
+    tiny, ample = Room(1e6), Room(1e12)
+    large = too_large(RECIPE, *shape, tiny)
+    assert list(large) == ["align", "select", "distill", "extend"] and not too_large(RECIPE, *shape, ample)
+    assert list(too_large(RECIPE, *shape, tiny, ["extend", "evaluate"])) == ["extend"]
+    for stage, needed in large.items():
+        enough, less = Room(1.001 * needed), Room(0.999 * needed)
+        assert stage not in too_large(RECIPE, *shape, enough) and stage in too_large(RECIPE, *shape, less)
+        # As much as the smallest thing that `auto` would choose.
+        assert not choose(stage, RECIPE, *shape, enough).too_large
+    several = Room(max(large.values()) / 2, processes=8)
+    assert must_shard(RECIPE, *shape, several) and not too_large(RECIPE, *shape, several._replace(shard=True))
+
+
+def test_what_is_too_large_is_said_before_any_work(teacher_folder, recipe_file, tmp_path, monkeypatch, capsys):
+    for place in ("flashmorph.run.run", "flashmorph.devices"):
+        monkeypatch.setattr(f"{place}.usable_memory", lambda device, processes=1: 1e6)
+    options = (teacher_folder, "--recipe", recipe_file, "--output", tmp_path / "out")
+    assert run_command("morph", *options, "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "do not fit into the 976.6 KiB that this device can give" in printed
+    assert all(f"{stage} (" in printed for stage in ("align", "select", "distill", "extend"))
+    assert run_command("build", *options, "--layers", "0") == 0
+    first, *_ = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("recipe")]
+    assert first.startswith("align (") and "does not fit" in first and "distill" not in first
 
 
 def test_not_even_one_row_is_told_and_gone_on_with(shape):

@@ -268,6 +268,7 @@ def open_run(options: Options, stages: Collection[str] = EVERY_STAGE, keep_recip
         folder.keep_recipe(recipe.to_yaml())
     run = Run(teacher, recipe, folder, device, screen, given, options.allow_unused)
     run.shards = run.must_shard()
+    run.say_what_is_too_large(stages)
     return run
 
 

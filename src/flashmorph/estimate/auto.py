@@ -5,7 +5,7 @@ choice does not depend on what else runs there. No result depends on it, so it i
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -21,6 +21,7 @@ from flashmorph.recipe.recipe import Recipe, setting, with_settings
 from flashmorph.records import Figures, SettingValues
 from flashmorph.selection import STRATEGIES
 from flashmorph.stages import TrainSettings
+from flashmorph.units import byte_size
 
 AUTO = "auto"
 COMPARE = "compare"
@@ -31,6 +32,8 @@ _ENOUGH_TOKENS = {"cpu": 1_024}
 _ENOUGH_ON_A_GPU = 4_096
 """Layers run again where fewer tokens than these would run at once without it: so many keep a device busy."""
 _SHARING = ("align", "distill", "extend")
+HEAVY = ("align", "select", "distill", "extend")
+"""The stages that several processes may share the weights of."""
 _SEARCHES = ("select", "curve", "signal", COMPARE)
 
 
@@ -92,10 +95,34 @@ def must_shard(recipe: Recipe, model: Model, sizes: Sizes, room: Room) -> bool:
     """Whether several processes must share the weights: some stage cannot run one row where each holds all of them."""
     if room.processes < 2 or recipe.shard != AUTO:
         return room.processes > 1 and recipe.shard is True
+    return bool(too_large(recipe, model, sizes, room._replace(shard=False)))
+
+
+def too_large(
+    recipe: Recipe, model: Model, sizes: Sizes, room: Room, stages: Collection[str] = HEAVY
+) -> dict[str, float]:
+    """The bytes that one row takes in those of `stages` of which not one row fits, layers running again."""
     again = [f"{stage}.activation_checkpointing" for stage in _SHARING]
     smallest = with_settings(recipe, {key: True for key in again if setting(recipe, key) == AUTO})
     memory = _memory(smallest, model, sizes, room)
-    return any(name in memory and not memory[name].tokens_within(room.bytes) for name in (*_SHARING, "select"))
+    return {
+        name: memory[name]._replace(tokens=memory[name].length).bytes(room.sharing)
+        for name in HEAVY
+        if name in stages and name in memory and not memory[name].tokens_within(room.bytes, room.sharing)
+    }
+
+
+def too_large_in_words(large: Mapping[str, float], room: Room) -> str:
+    """A sentence about what `too_large` gave, and what would help."""
+    each = " and ".join(f"{name} ({byte_size(needed)})" for name, needed in large.items())
+    does = "do" if len(large) > 1 else "does"
+    device = "this device" if room.processes == 1 else f"each of {room.processes} devices"
+    helps = "share the weights among several GPUs (torchrun)" if room.processes == 1 else "take more GPUs"
+    ends = ", or end before distillation (`flashmorph build`)" if set(large) <= {"distill", "extend"} else ""
+    return (
+        f"{each} {does} not fit into the {byte_size(room.bytes)} that {device} can give, even with one row at once, by "
+        f"the formulas of `flashmorph estimate`: {helps}, take a smaller teacher{ends}"
+    )
 
 
 def resolved(

@@ -5,6 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import (
     AfterValidator,
@@ -19,6 +20,7 @@ from pydantic import (
 )
 
 from flashmorph.data.corpus import DEMO, Corpus, Mixture, shares_of
+from flashmorph.devices import use_bf16
 from flashmorph.errors import UserError, quoted, unknown
 from flashmorph.evaluation import EvaluateSettings
 from flashmorph.files import read_text
@@ -174,6 +176,10 @@ class Recipe(Settings):
         if not isinstance(host, dict) or "mixers" in host:
             return values
         return {**values, "host": {"mixers": "full,window" if "window" in host else "full,linear", **host}}
+
+    def bf16_on(self, device: torch.device) -> bool:
+        """Whether matrices are multiplied in bfloat16 there."""
+        return use_bf16(device) if self.bf16 == "auto" else self.bf16
 
     @property
     def given(self) -> frozenset[str]:

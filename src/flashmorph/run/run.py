@@ -1,6 +1,6 @@
 """`Run`: teacher, recipe, output folder, device and console of one `morph`; `Results`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,9 +14,9 @@ from flashmorph import distributed
 from flashmorph.convert.load import load_config
 from flashmorph.convert.teacher import Teacher
 from flashmorph.data.corpus import Corpus, Mixture
-from flashmorph.devices import usable_memory, use_bf16
+from flashmorph.devices import usable_memory
 from flashmorph.errors import UserError
-from flashmorph.estimate.auto import Room, asked, chosen, must_shard, resolved
+from flashmorph.estimate.auto import Room, asked, chosen, must_shard, resolved, too_large, too_large_in_words
 from flashmorph.estimate.sizes import Sizes, count_sizes
 from flashmorph.estimate.work import Model, model_of
 from flashmorph.evaluation import Score, recall_difference
@@ -73,7 +73,7 @@ class Run:
     @property
     def bf16(self) -> bool:
         """Whether matrices are multiplied in bfloat16."""
-        return use_bf16(self.device) if self.recipe.bf16 == "auto" else self.recipe.bf16
+        return self.recipe.bf16_on(self.device)
 
     def budget(self, text: str | None = None) -> Budget:
         """The recipe's budget, or the one in `text`; one in milliseconds with its costs.
@@ -90,6 +90,13 @@ class Run:
         bytes_here = usable_memory(self.device, distributed.local_count())
         room = Room(bytes_here, distributed.count(), False, self.bf16, self.device.type)
         return distributed.first(lambda: must_shard(self.recipe, *self._shape, room))
+
+    def say_what_is_too_large(self, stages: Collection[str]) -> None:
+        """Print which of `stages` will not fit into the memory of this device, before hours go into those before."""
+        bytes_here = usable_memory(self.device, distributed.local_count())
+        room = Room(bytes_here, distributed.count(), self.shards, self.bf16, self.device.type)
+        if large := distributed.first(lambda: too_large(self.recipe, *self._shape, room, stages)):
+            self.screen.say(too_large_in_words(large, room))
 
     @property
     def loads_on(self) -> torch.device:
