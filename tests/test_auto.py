@@ -85,7 +85,7 @@ def test_what_is_too_large_is_known_beforehand_and_must_be_shared(shape):
         assert stage not in too_large(RECIPE, *shape, enough) and stage in too_large(RECIPE, *shape, less)
         # As much as the smallest thing that `auto` would choose.
         assert not choose(stage, RECIPE, *shape, enough).too_large
-    several = Room(max(large.values()) / 2, processes=8)
+    several = Room(0.99 * max(large.values()), processes=8)
     assert must_shard(RECIPE, *shape, several) and not too_large(RECIPE, *shape, several._replace(shard=True))
 
 

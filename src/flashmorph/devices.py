@@ -1,9 +1,11 @@
 """Which device computes, whether bfloat16 pays there, and how much memory a process may take of it."""
 
+import gc
 import math
 import os
 import platform
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -58,6 +60,20 @@ def limit_threads() -> None:
     torch.set_num_threads(max(1, min(torch.get_num_threads(), _own_cores(), _cgroup_cores(_CGROUPS, _OWN_CGROUPS))))
 
 
+@contextmanager
+def every_core() -> Iterator[None]:
+    """Within this, PyTorch uses all cores that are there for this process: for work that other ranks wait for.
+
+    torchrun starts every process with a single thread.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(before, min(_own_cores(), _cgroup_cores(_CGROUPS, _OWN_CGROUPS))))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _own_cores() -> int:
     """Cores that this process may run on; not every system says so."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -81,7 +97,7 @@ def with_float64(device: torch.device) -> torch.device:
 def use_bf16(device: torch.device) -> bool:
     """Whether bfloat16 matrix products are fast: on GPUs that have them, and on CPUs with AMX or AVX512-BF16."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return False
@@ -98,6 +114,13 @@ def usable_memory(device: torch.device, processes: int = 1) -> float:
 def usable(total: float, kind: str = "cuda") -> float:
     """Bytes to plan with on a device of this kind that has `total` bytes."""
     return total * _SHARE[kind]
+
+
+def release_memory(device: torch.device) -> None:
+    """Free what earlier work left to Python's garbage collector, and what PyTorch keeps of it on a GPU."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def total_memory(device: torch.device) -> int:

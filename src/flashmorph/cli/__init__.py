@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 from rich.text import Text
 
@@ -19,7 +20,7 @@ from flashmorph.cli import estimate, compare, hosts, env  # noqa: F401
 # isort: on
 from flashmorph.cli.app import app
 from flashmorph.cli.options import ERR
-from flashmorph.errors import OutOfMemory, UserError
+from flashmorph.errors import OutOfMemory, UserError, first_line
 from flashmorph.surface.interrupts import Interrupted, listening, sentence
 from flashmorph.surface.terminal import harmless, stand_in_for_what_cannot_be_shown
 
@@ -62,7 +63,8 @@ def _run(processes: int) -> None:
 
 @contextmanager
 def _as_sentences() -> Iterator[None]:
-    """Errors of the file system about a path (a name too long, a folder without permission), and panics of libraries.
+    """Errors of the file system about a path (a name too long, a folder without permission), a device's lack of memory
+    outside of stages, and panics of libraries.
 
     Those that read tokenizers and weights are written in Rust, whose panics are no `Exception`.
     """
@@ -73,6 +75,11 @@ def _as_sentences() -> Iterator[None]:
             raise
         raise UserError(f"{error.filename} cannot be used: {error.strerror}") from error
     except BaseException as error:
+        if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.partition(".")[0] == "torch":
+            raise OutOfMemory(
+                f"{first_line(cast(Exception, error))}: ask for shorter contexts, for fewer tokens at once (such as "
+                "--set evaluate.batch_tokens=4096), or for --device cpu"
+            ) from error
         if type(error).__module__ != "pyo3_runtime":
             raise
         raise UserError(f"a tokenizer or its text is more than its library can do, which says: {error}") from error

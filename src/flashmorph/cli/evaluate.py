@@ -23,8 +23,8 @@ from flashmorph.cli.options import (
     numbers,
     quiet,
     recipe_of,
-    require_with,
 )
+from flashmorph.cli.sense import require_with
 from flashmorph.errors import UserError
 from flashmorph.surface.outputs import PAGE, claim_output
 

@@ -33,6 +33,7 @@ from flashmorph.cli.options import (
     quiet,
     recipe_of,
 )
+from flashmorph.cli.sense import replaced_mixture
 
 
 @app.command()
@@ -128,7 +129,10 @@ def _dry_run(options: Options, stages: list[str]) -> None:
     recipe = recipe_of(options)
     teacher = open_teacher(options.teacher)
     config = load_config(teacher.folder)
-    recipe = fitted(recipe, config, RichScreen(ERR if options.json else OUT).say)
+    say = RichScreen(ERR if options.json else OUT).say
+    if notice := replaced_mixture(options, recipe):
+        say(notice)
+    recipe = fitted(recipe, config, say)
     check(teacher, recipe)
     plan = given_plan(teacher.name, config, recipe, options.plan, options.layers)
     if tokenizer := teacher.tokenizer():
@@ -150,4 +154,4 @@ def _dry_run(options: Options, stages: list[str]) -> None:
     room = Room(usable_memory(device), bf16=recipe.bf16_on(device), kind=device.type)
     model = model_of(config, recipe)
     if large := too_large(recipe, model, count_sizes(model.host, config, model.config, device), room, stages):
-        OUT.print(too_large_in_words(large, room), highlight=False, soft_wrap=True, markup=False)
+        say(too_large_in_words(large, room))

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flashmorph.cli.sense import replaced_mixture, require_use
 from flashmorph.errors import UserError, quoted
 from flashmorph.records import SettingValues
 from flashmorph.surface.terminal import Terminal
@@ -143,7 +144,7 @@ def recipe_of(options: Options) -> Any:
     from flashmorph.convert.teacher import EMBEDDED
     from flashmorph.recipe.recipe import load_recipe, parse_changes
 
-    _require_use(options)
+    require_use(options)
     changes: SettingValues = {}
     if options.data:
         changes |= {"data.source": options.data, "data.config": None, "data.mixture": None}
@@ -160,47 +161,6 @@ def recipe_of(options: Options) -> Any:
         changes["data.max_passes"] = None
     shipped = "demo" if options.teacher in EMBEDDED else "default"
     return load_recipe(options.recipe or options.kept_recipe or shipped, changes)
-
-
-def _require_use(options: Options) -> None:
-    """Refuse options that others make useless.
-
-    Raises:
-        UserError: names both.
-    """
-    from flashmorph.mixers.own import OWN_MIXERS
-    from flashmorph.plan import Budget
-
-    budget = options.budget if options.budget and not Budget.parse(options.budget).counts_heads else None
-    if useless := "--strategy" if options.strategy else "--budget" if budget else "":
-        for option, value in (("--plan", options.plan), ("--layers", options.layers)):
-            if value:
-                raise UserError(
-                    f"{option} says what stays full, so that {useless} changes nothing: leave one of them out"
-                )
-    with_window = [name for name, mixer in OWN_MIXERS.items() if "window" in mixer.sizes]
-    if options.window and options.mixers and not set(with_window) & set(options.mixers.split(",")):
-        raise UserError(
-            f"--window {options.window} is of no use to --mixers {options.mixers}: it is a size of "
-            f"{', '.join(with_window)}"
-        )
-
-
-def require_with(ctx: typer.Context, needed: str, *options: str) -> None:
-    """Refuse those of `options` that the command line has without the option that they belong to.
-
-    Args:
-        ctx: The command's, which knows what was given.
-        needed: What is missing, such as `--curve`.
-        options: Their names, such as `--within`.
-
-    Raises:
-        UserError: names both.
-    """
-    for option in options:
-        source = ctx.get_parameter_source(option.removeprefix("--").replace("-", "_"))
-        if source is not None and source.name == "COMMANDLINE":
-            raise UserError(f"{option} changes nothing without {needed}: give {needed} too, or leave {option} out")
 
 
 def fitted(recipe: Any, config: Any, say: Callable[[str], None]) -> Any:
@@ -241,6 +201,8 @@ def open_run(options: Options, stages: Collection[str] = EVERY_STAGE, keep_recip
     if teacher.note:
         screen.say(teacher.note)
     config = load_config(teacher.folder)
+    if notice := replaced_mixture(options, recipe):
+        screen.say(notice)
     recipe = fitted(recipe, config, screen.say)
     check(teacher, recipe, distributed.count())
     given = given_plan(teacher.name, config, recipe, options.plan, options.layers)

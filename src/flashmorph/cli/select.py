@@ -21,8 +21,8 @@ from flashmorph.cli.options import (
     TeacherArgument,
     UnusedOption,
     open_run,
-    require_with,
 )
+from flashmorph.cli.sense import require_with
 from flashmorph.errors import UserError, quoted
 from flashmorph.files import write_json
 from flashmorph.surface.outputs import PICTURE, claim_output, json_of, made_by

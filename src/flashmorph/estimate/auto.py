@@ -27,6 +27,9 @@ AUTO = "auto"
 COMPARE = "compare"
 """`flashmorph compare` searches and distils, whatever the recipe's strategy."""
 _FILE = "auto.json"
+_MEMORY = "auto_memory.json"
+_LESS = 0.95
+"""A device with a smaller share of the memory than this is not the one that numbers were chosen for."""
 _LOG = logging.getLogger(__name__)
 _ENOUGH_TOKENS = {"cpu": 1_024}
 _ENOUGH_ON_A_GPU = 4_096
@@ -130,15 +133,16 @@ def resolved(
 ) -> tuple[Recipe, list[str]]:
     """The recipe with numbers in place of a stage's `auto`, and the sections that no row fits of.
 
-    Chosen once and kept in the stage's `folder`: it goes on with the same numbers on any machine.
+    Chosen once and kept in the stage's `folder`: it goes on with the same numbers on any machine that has the memory.
     """
-    kept = chosen(folder)
+    kept = chosen(folder) if room.bytes >= _LESS * _chosen_for(folder) else {}
     too_large: list[str] = []
     if missing := [key for key in asked(recipe, stage) if key not in kept]:
         found = choose(stage, recipe, model, sizes, room)
         kept |= {key: found.values[key] for key in missing if key in found.values}
         too_large = found.too_large
         write_json(folder / _FILE, kept)
+        write_json(folder / _MEMORY, room.bytes)
     return with_settings(recipe, {key: kept[key] for key in asked(recipe, stage) if key in kept}), too_large
 
 
@@ -151,6 +155,14 @@ def chosen(folder: Path) -> Figures:
     except UserError as error:
         _LOG.warning("%s; choosing again", error)
         return {}
+
+
+def _chosen_for(folder: Path) -> float:
+    """The bytes that the stage in `folder` could fill when its numbers were chosen; 0 where nothing says so."""
+    try:
+        return read_as(folder / _MEMORY, Annotated[float, Field(ge=0)]) if (folder / _MEMORY).exists() else 0.0
+    except UserError:
+        return 0.0
 
 
 def _sections(recipe: Recipe, stage: str) -> list[str]:

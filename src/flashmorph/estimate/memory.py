@@ -85,7 +85,6 @@ def stage_memory(
     outer = host - model.layers * (sizes.parts[FULL].parameters + sizes.parts[FEED_FORWARD].parameters)
     own = number_bytes(model.config)
     wide = min(own, _FLOAT32) if bf16 else _FLOAT32
-    host_share = Share("host", "4 · host", _FLOAT32 * host)
     chunks = Share("chunks of logits", f"{_CHUNKS_OF_LOGITS} · {LOGITS_BYTES}", _CHUNKS_OF_LOGITS * LOGITS_BYTES, False)
     frozen = [
         Share("host's decoder layers", f"{wide} · (host - embedding and head)", wide * (host - outer)),
@@ -101,6 +100,8 @@ def stage_memory(
         *([Share("its weights in bfloat16", "2 · hybrid", _BF16 * hybrid)] if bf16 else []),
         chunks,
     ]
+
+    copied_of = "branches" if own == wide else "hybrid"
 
     def kept(part: str) -> float:
         """Bytes a token that one part of one layer keeps."""
@@ -148,9 +149,10 @@ def stage_memory(
             "select.search.micro_batch_tokens",
         ),
         "build": Memory([
-            host_share,
+            Share("host", f"{wide} · host", wide * host),
             Share("branches", "4 · branches", _FLOAT32 * branches),
-            Share("hybrid", "4 · hybrid", _FLOAT32 * hybrid),
+            # What has the dtype of the checkpoint already is not copied.
+            Share("hybrid", f"{own} · {copied_of}", own * (branches if own == wide else hybrid)),
         ], alone=True),
         "distill": _batched(
             recipe.distill, num_gpus, trained(recipe.distill), student if stored else [*frozen, *student]

@@ -17,6 +17,9 @@ from flashmorph.progress import Report, silent
 from flashmorph.tasks import Example, Prompt
 from flashmorph.tokens.continuation import continuation
 
+_MOST_MASKED = 2**31
+"""Pairs of tokens in a padded batch: its masks of all pairs take three bytes each."""
+
 
 def answers_right(
     model: PreTrainedModel,
@@ -53,7 +56,8 @@ def answer_scores(
             batch.append(prompt)
             following = prompts[number + 1] if number + 1 < len(prompts) else None
             longest = max(len(row.input_ids) for row in [*batch, *([following] if following else [])])
-            if following is None or longest * (len(batch) + 1) > batch_tokens:
+            rows = len(batch) + 1
+            if following is None or longest * rows > batch_tokens or longest**2 * rows > _MOST_MASKED:
                 scores += _answer_batch(model, tokenizer, config, batch)
                 batch = []
                 report(number + 1, len(prompts))

@@ -77,7 +77,8 @@ def refuse_two_factors(config: PreTrainedConfig, host: str) -> None:
         raise UserError(
             f"the teacher has two lists of rope factors (longrope), which change at {switch:,} of {limit:,} tokens: in "
             f"generation its class then reads the whole text again, {host} does not, so answers would differ from "
-            "there on; give a version of the teacher for short contexts, which has no such lists"
+            f"there on; set max_position_embeddings to {switch:,} in the config.json of a copy of it, which then never "
+            "comes to the second list"
         )
 
 

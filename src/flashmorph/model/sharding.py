@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from flashmorph import distributed
+from flashmorph.devices import every_core
 from flashmorph.model.morphable import Morphable, MorphableLayer
 
 Model = TypeVar("Model", PreTrainedModel, Morphable)
@@ -111,7 +112,8 @@ def in_turn(make: Callable[[], Model]) -> Model:
     made: list[Model] = []
     for turn in range(distributed.local_count()):
         if turn == distributed.local_rank():
-            made.append(make())
+            with every_core():
+                made.append(make())
         distributed.wait()
     return made[0]
 

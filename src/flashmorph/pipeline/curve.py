@@ -23,7 +23,7 @@ from flashmorph.records import Figures
 from flashmorph.run.digests import ends, select_settings, task_settings
 from flashmorph.run.folder import Stage
 from flashmorph.run.models import open_morphable, open_objective, run_search
-from flashmorph.run.recall import dtype_of_recall, recall_of_plan
+from flashmorph.run.recall import PlanRecall, dtype_of_recall
 from flashmorph.run.run import Run
 from flashmorph.selection import STRATEGIES, Selection
 from flashmorph.selection.search import reuse_of
@@ -95,11 +95,10 @@ def budget_curve(run: Run, morphable: Morphable, questions: int, folder: Path, r
     plans = [*find_plans(run, morphable, space, folder, report), space.plan(space.groups, space.count(1))]
     objective = open_objective(run, morphable, folder / "curve", evaluations=folder / "evaluations")
     losses = objective.evaluate(plans).mean(1)
+    recalls = PlanRecall(run, morphable, "validation", run.recipe.seed, questions, folder)
     points = []
     for number, (plan, loss) in enumerate(zip(plans, losses, strict=True), 1):
-        recall = distributed.first(
-            lambda plan=plan: recall_of_plan(run, morphable, plan, "validation", run.recipe.seed, questions, folder)
-        )
+        recall = distributed.first(lambda plan=plan: recalls.of(plan))
         config = morphable.host.with_plan(morphable.model.config, list(plan.assignments.values()))
         points.append(Point(plan.assignments, plan.strip(), float(loss), recall, cache_by_context(config)))
         report(number, len(plans), recall=recall)

@@ -10,6 +10,8 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
+
 from flashmorph import distributed
 from flashmorph.convert.load import load_config
 from flashmorph.convert.save import save_model
@@ -22,7 +24,6 @@ from flashmorph.hosts import (
     layer_space,
 )
 from flashmorph.inputs.shapes import Count, Shape, read_as, require_shape
-from flashmorph.model.morphable import build
 from flashmorph.model.sharding import shard_morphable
 from flashmorph.pipeline.branches import run_align, run_transplant
 from flashmorph.pipeline.card import model_card
@@ -146,7 +147,9 @@ def run_build(run: Run, host: Stage, branches: Stage, plan: Plan, label: str) ->
     def work(folder: Path, report: Report) -> Figures:
         report(0, 1)
         morphable = open_morphable(run, host, branches)
-        save_model(build(morphable, plan), folder / "model", host.folder / "model")
+        # In the dtype that is saved: a copy in float32 would be the largest thing in memory of the whole run.
+        dtype = load_config(host.folder / "model").dtype or torch.float32
+        save_model(morphable.instantiate(plan, dtype, shared=True), folder / "model", host.folder / "model")
         return {"summary": plan.strip()}
 
     about = f"{label}{len(plan.full_groups)} of {len(plan.assignments)} {plan.unit} full"

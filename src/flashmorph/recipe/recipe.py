@@ -211,6 +211,12 @@ def load_recipe(source: str | Path, changes: SettingValues | None = None) -> Rec
     if _changes_strategy(values, changes):
         # Settings of one strategy mean nothing to another.
         values["select"]["settings"] = {}
+    if (alone := [key for key in changes if key.startswith("extend.")]) and "extend.tokens" not in changes:
+        if "extend" in values and values["extend"] is None:
+            raise UserError(
+                f"recipe {name} has no stage `extend`, so {alone[0]} alone would train on the published billion of "
+                "tokens: give its size too, for example --set extend.tokens=20000000"
+            )
     for key, value in changes.items():
         _set(values, key, value)
     try:

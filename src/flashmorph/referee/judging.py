@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
+
 from flashmorph.estimate.auto import COMPARE
 from flashmorph.files import digest_of
 from flashmorph.pipeline.branches import run_align, run_transplant
@@ -20,7 +22,7 @@ from flashmorph.referee.settings import CompareSettings
 from flashmorph.referee.truth import find_truths
 from flashmorph.run.digests import ends, task_settings, text_settings
 from flashmorph.run.models import open_morphable, open_objective, run_search
-from flashmorph.run.recall import recall_of_plan
+from flashmorph.run.recall import PlanRecall, dtype_of_recall
 from flashmorph.run.run import Run
 from flashmorph.selection import Selection
 from flashmorph.selection.objective import MorphableObjective
@@ -52,11 +54,15 @@ class Referee:
         about = [task_settings(run), text_settings(run), ends(run), search, trained, settings.questions]
         if settings.reference == "found":
             about += ["found", settings.reference_tokens]
+        if settings.recall_questions and (dtype := dtype_of_recall(run)) != torch.float32:
+            about.append(str(dtype))
         costs = {budget.costs.digest for budget in map(run.budget, settings.budgets) if budget.costs}
         about += sorted(costs)
         self.context = digest_of([branches.digest, run.bf16, *about])
         self._work = run.folder.path / "compare" / self.context
         self._run = run = replace(run, recipe=run.at_once(COMPARE, self._work))
+        questions, folder = settings.recall_questions, self._work / "recall"
+        self._recalls = PlanRecall(run, self._morphable, "referee", REFEREE_SEED, questions, folder)
         self._search = run.recipe.select.search.model_copy(update={"questions": settings.questions})
         self.truths: Mapping[str, Reference] = self._enumerate() if settings.reference == "enumerated" else self._find()
 
@@ -117,11 +123,7 @@ class Referee:
 
     def recall(self, plan: Plan) -> float | None:
         """Recall of a plan on as many questions a task as the settings have; None for no questions."""
-        questions = self._settings.recall_questions
-        if not questions:
-            return None
-        folder = self._work / "recall"
-        return recall_of_plan(self._run, self._morphable, plan, "referee", REFEREE_SEED, questions, folder)
+        return self._recalls.of(plan) if self._settings.recall_questions else None
 
     def after(self, cells: list[Cell]) -> list[Figures]:
         """The results after the same short distillation; empty unless the settings ask for it."""

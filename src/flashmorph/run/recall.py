@@ -1,5 +1,7 @@
-"""Recall of a plan before distillation."""
+"""Recall of plans before distillation."""
 
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,39 +16,48 @@ from flashmorph.plan import Plan
 from flashmorph.recipe.questions import open_questions
 from flashmorph.run.run import Run
 from flashmorph.selection.cache import kept
+from flashmorph.tasks import Example
 
 
-def recall_of_plan(
-    run: Run, morphable: Morphable, plan: Plan, split: str, seed: int, questions: int, folder: Path
-) -> float:
-    """Recall of a plan before distillation, by generated answers.
+class PlanRecall:
+    """Recall of plans before distillation, by generated answers to the same questions.
 
-    The model has the dtype of an evaluation, and shares the weights of `morphable` that have it already.
+    Models have the dtype of an evaluation, and share the weights of `morphable` that have it already.
 
     Args:
         run: Recipe, tokenizer and text.
         morphable: The host with its aligned branches.
-        plan: The option of each group.
         split: The split of the questions.
         seed: Of the questions.
         questions: Questions of each task, each as long as the search's longest.
-        folder: Where the figure is kept, and read on the next call.
-
-    Returns:
-        The mean over tasks of the share of right answers, 0 to 1.
+        folder: Where figures are kept, and read again.
     """
-    dtype = dtype_of_recall(run)
-    in_dtype = [] if dtype == torch.float32 else [str(dtype)]
-    path = folder / f"recall-{digest_of([plan.assignments, split, seed, questions, *in_dtype])}.json"
-    if kept(path, run.screen.say, Finite) is None:
-        recipe = run.recipe.model_copy(update={"seed": seed})
-        length = recipe.select.search.longest
-        by_task = open_questions(recipe, run.corpus, run.tokenizer, split, questions, length, recipe.chat_template)
-        model = morphable.instantiate(plan, dtype, shared=True).requires_grad_(False)
-        at_once = recipe.evaluate.tokens_at_once
-        hits = [np.mean(answers_right(model, run.tokenizer, examples, at_once)) for examples in by_task.values()]
-        write_json(path, float(np.mean(hits)))
-    return read_json(path)
+
+    def __init__(self, run: Run, morphable: Morphable, split: str, seed: int, questions: int, folder: Path):
+        self._run, self._morphable, self._folder = run, morphable, folder
+        self._recipe = run.recipe.model_copy(update={"seed": seed})
+        self._split, self._number, self._dtype = split, questions, dtype_of_recall(run)
+
+    def of(self, plan: Plan) -> float:
+        """The mean over tasks of the share of right answers, 0 to 1."""
+        in_dtype = [] if self._dtype == torch.float32 else [str(self._dtype)]
+        asked = [plan.assignments, self._split, self._recipe.seed, self._number, *in_dtype]
+        path = self._folder / f"recall-{digest_of(asked)}.json"
+        if kept(path, self._run.screen.say, Finite) is None:
+            model = self._morphable.instantiate(plan, self._dtype, shared=True).requires_grad_(False)
+            tokenizer, at_once = self._run.tokenizer, self._recipe.evaluate.tokens_at_once
+            hits = [np.mean(answers_right(model, tokenizer, examples, at_once)) for examples in self._questions]
+            write_json(path, float(np.mean(hits)))
+        return read_json(path)
+
+    @cached_property
+    def _questions(self) -> list[Sequence[Example]]:
+        """Of each task; making them reads much text."""
+        recipe, length = self._recipe, self._recipe.select.search.longest
+        by_task = open_questions(
+            recipe, self._run.corpus, self._run.tokenizer, self._split, self._number, length, recipe.chat_template
+        )
+        return list(by_task.values())
 
 
 def dtype_of_recall(run: Run) -> torch.dtype:

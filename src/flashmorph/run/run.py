@@ -14,7 +14,7 @@ from flashmorph import distributed
 from flashmorph.convert.load import load_config
 from flashmorph.convert.teacher import Teacher
 from flashmorph.data.corpus import Corpus, Mixture
-from flashmorph.devices import usable_memory
+from flashmorph.devices import release_memory, usable_memory
 from flashmorph.errors import UserError
 from flashmorph.estimate.auto import Room, asked, chosen, must_shard, resolved, too_large, too_large_in_words
 from flashmorph.estimate.sizes import Sizes, count_sizes
@@ -166,6 +166,7 @@ class Run:
         set_seed(self.recipe.seed)
 
         def careful(folder: Path) -> dict:
+            release_memory(self.device)
             with within_memory(name, self.at_once(name, folder, alone)):
                 figures = work(folder, report) or {}
             return {**figures, "auto": auto} if (auto := chosen(folder)) else figures

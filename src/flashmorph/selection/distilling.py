@@ -16,7 +16,7 @@ from flashmorph.data.rows import Rows
 from flashmorph.errors import UserError
 from flashmorph.files import atomic_path, digest_of, write_json
 from flashmorph.inputs.shapes import Finite, read_as
-from flashmorph.model.frozen import narrow
+from flashmorph.model.frozen import frozen_dtype, narrow
 from flashmorph.model.morphable import Morphable
 from flashmorph.plan import FULL, Budget, Plan
 from flashmorph.stages import DistillSettings, distill, logged
@@ -107,7 +107,8 @@ class Distiller:
         if self._teacher is None:
             space = self._morphable.space(Budget("layers", 1))
             every = Plan(dict.fromkeys(space.groups, FULL), Budget("layers", len(space.groups)))
-            teacher = self._morphable.instantiate(every).requires_grad_(False)
+            dtype = frozen_dtype(self._morphable.model.config, self._bf16)
+            teacher = self._morphable.instantiate(every, dtype, shared=True).requires_grad_(False)
             self._teacher = narrow(teacher, self._bf16)
         return self._teacher
 

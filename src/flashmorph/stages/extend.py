@@ -38,6 +38,7 @@ class ExtendSettings(TrainSettings):
         description="`joined`: those in a row see each other; `long`: only such as fill rows on their own",
     )
     learning_rate: Rate = 1e-5
+    checkpoint_steps: int = Field(default=50, gt=0, le=10**9, description="steps between two checkpoints")
 
     @property
     def takes_long_documents(self) -> bool:

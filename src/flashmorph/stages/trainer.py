@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -99,8 +100,8 @@ class StageTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+            reason = _reason_of(error)
             raise UserError(
                 f"cannot write checkpoint-{self.state.global_step} in {self.args.output_dir}: {reason}; the checkpoint "
                 "before it is kept"
@@ -126,7 +127,7 @@ class StageTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         if (folder / _SHARDS).is_dir():
             weights = self._weights()
-            state_dict_loader.load({"weights": weights}, checkpoint_id=folder / _SHARDS)
+            _load_shards({"weights": weights}, folder)
             set_model_state_dict(_module(self.model), weights, options=StateDictOptions(strict=False))
             return
         if self._is_sharded:
@@ -141,7 +142,7 @@ class StageTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         moments = self._moments()
-        state_dict_loader.load({"moments": moments}, checkpoint_id=Path(checkpoint) / _SHARDS)
+        _load_shards({"moments": moments}, Path(checkpoint))
         set_optimizer_state_dict(_module(self.model), self._adam(), moments, options=_TRAINABLE)
         self._schedule().load_state_dict(torch.load(Path(checkpoint) / _SCHEDULE, weights_only=True))
 
@@ -164,6 +165,25 @@ class StageTrainer(Trainer):
     def _schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
         assert isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
         return self.lr_scheduler
+
+
+def _load_shards(state: Figures, checkpoint: Path) -> None:
+    """Fill `state` from the shards of a checkpoint.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    try:
+        state_dict_loader.load(state, checkpoint_id=checkpoint / _SHARDS)
+    except CheckpointException as error:
+        raise UserError(f"cannot read {checkpoint / _SHARDS}: {_reason_of(error)}") from error
+
+
+def _reason_of(error: BaseException) -> str:
+    """The first line of an error; of one that ranks had together, that of the first rank that had one."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _module(model: Any) -> nn.Module:

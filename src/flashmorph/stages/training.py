@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +25,15 @@ from flashmorph.stages.checkpoints import drop_damaged, finish, last_checkpoint
 from flashmorph.stages.settings import TrainSettings
 from flashmorph.stages.trainer import StageTrainer
 from flashmorph.stages.watch import Watch
+from flashmorph.units import byte_size
 
 _LOG = "log.jsonl"
+_LONGEST_SECONDS = 1_800
+_TIMES_WRITING = 20
+"""Of the time that training takes, at most so little goes into checkpoints."""
+_KEPT_CHECKPOINTS = 2
+_CHECKPOINT_BYTES = 12
+"""Of each weight that trains: itself and two moments of Adam, in float32."""
 
 
 class _Entry(Shape):
@@ -66,10 +75,11 @@ def train(
         report_to: Trackers (`tensorboard`, `trackio`, `wandb`) that get the log too; their files are in `folder`.
 
     Raises:
-        UserError: a loss or gradient is not finite, the loss has exploded, a checkpoint cannot be written, or a step
-            does not divide evenly among the ranks.
+        UserError: a loss or gradient is not finite, the loss has exploded, there is no room for checkpoints, one cannot
+            be written, or a step does not divide evenly among the ranks.
     """
     distributed.first(lambda: drop_damaged(folder))
+    distributed.first(lambda: _require_disk(model, settings, folder))
     watch = Watch(model)
     device = next(model.parameters()).device
     division = settings.division(distributed.count())
@@ -90,7 +100,7 @@ def train(
         use_cpu=device.type == "cpu",
         seed=seed,
         save_steps=settings.checkpoint_steps,
-        save_total_limit=2,
+        save_total_limit=_KEPT_CHECKPOINTS,
         logging_steps=1,
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
@@ -119,7 +129,31 @@ def train(
         if checkpoint and int(checkpoint.rsplit("-", 1)[1]) >= settings.steps:
             trainer._load_from_checkpoint(checkpoint)
             return
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        finally:
+            # Under autocast accelerate makes `forward` a bound method of the model itself: a cycle, which would hold
+            # the weights until garbage is collected.
+            for name in ("forward", "_original_forward"):
+                vars(model).pop(name, None)
+
+
+def _require_disk(model: nn.Module, settings: TrainSettings, folder: Path) -> None:
+    """Refuse a stage whose checkpoints will not fit on the disk: the oldest goes when the newest has been written.
+
+    Raises:
+        UserError: names both sizes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    number = min(_KEPT_CHECKPOINTS + 1, math.ceil(settings.steps / settings.checkpoint_steps))
+    weights = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    there = sum(file.stat().st_size for file in folder.glob("checkpoints/**/*") if file.is_file())
+    needed, free = number * _CHECKPOINT_BYTES * weights - there, shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{settings.stage}: its checkpoints need {byte_size(needed)} more in {folder}, where {byte_size(free)} are "
+            f"free: {number} of {weights:,} weights and their moments stand there at once"
+        )
 
 
 @contextmanager
@@ -189,12 +223,23 @@ def _entry(line: str) -> dict[str, float] | None:
 
 
 class _Keeper(TrainerCallback):
-    """Marks complete checkpoints, writes the log, shows the progress and stops at a loss that is not finite."""
+    """Marks complete checkpoints, writes the log, shows the progress and stops at a loss that is not finite.
+
+    A checkpoint is also written where the last one is older than half an hour, so that a job with a time limit advances
+    however long its steps take; or, where writing is slow, older than twenty times what the last one took.
+    """
 
     def __init__(self, folder: Path, report: Report, watch: Watch):
         self._folder, self._log, self._report, self._watch = folder, folder / _LOG, report, watch
+        self._due, self._writing_since = math.inf, 0.0
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if distributed.first(lambda: time.monotonic() >= self._due):
+            control.should_save = True
+        self._writing_since = time.monotonic()
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self._due = time.monotonic() + _LONGEST_SECONDS
         first = distributed.first(lambda: self._cut_log(state.global_step))
         if first is not None:
             self._watch.check_growth(first, 1)
@@ -210,6 +255,8 @@ class _Keeper(TrainerCallback):
         distributed.wait()  # Each rank writes its own random state.
         if distributed.is_first():
             finish(Path(args.output_dir or "") / f"checkpoint-{state.global_step}")
+        now = time.monotonic()
+        self._due = now + max(_LONGEST_SECONDS, _TIMES_WRITING * (now - self._writing_since))
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" not in logs:
