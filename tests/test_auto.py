@@ -102,6 +102,16 @@ def test_what_is_too_large_is_said_before_any_work(teacher_folder, recipe_file, 
     assert first.startswith("align (") and "does not fit" in first and "distill" not in first
 
 
+def test_a_smaller_device_chooses_anew_and_a_larger_one_goes_on(shape, tmp_path):
+    def numbers(gigabytes: float) -> int:
+        recipe, _ = resolved("distill", RECIPE, tmp_path, *shape, Room(gigabytes * 1e9))
+        return recipe.distill.micro_batch_tokens
+
+    at_first = numbers(40)
+    assert numbers(400) == at_first and numbers(39) == at_first
+    assert numbers(10) < at_first and numbers(40) == numbers(10)
+
+
 def test_not_even_one_row_is_told_and_gone_on_with(shape):
     found = choose("distill", RECIPE, *shape, Room(1e6))
     assert found.too_large == ["distill"]

@@ -276,6 +276,36 @@ def test_options_that_belong_to_another(capsys, tmp_path, teacher_folder, comman
     assert not list(tmp_path.iterdir())
 
 
+def test_a_device_without_enough_memory_is_one_sentence(capsys, monkeypatch, teacher_folder):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr("flashmorph.pipeline.evaluate_models.compare_models", full)
+    said = refused(capsys, "evaluate", teacher_folder)
+    assert "Tried to allocate 20.00 GiB.: ask for shorter contexts" in said
+
+
+def test_data_in_place_of_a_mixture_is_said(capsys, tmp_path, teacher_folder):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"Row {number}. " * 50}) + "\n" for number in range(400)))
+    small = ("align.tokens=4096", "distill.tokens=65536", "align.batch_tokens=4096", "select.search.questions=4")
+    changes = [part for change in small for part in ("--set", change)]
+    options = (
+        teacher_folder,
+        "--recipe",
+        "chat",
+        "--output",
+        tmp_path / "out",
+        "--dry-run",
+        "--allow-repeat",
+        *changes,
+    )
+    run_command("morph", *options, "--data", text)
+    printed = " ".join(capsys.readouterr().out.split())
+    about = "70% HuggingFaceFW/fineweb-edu, 30% HuggingFaceTB/smoltalk; the loss is on all of its tokens"
+    assert f"--data stands in place of the recipe's mixture of {about}" in printed
+
+
 def test_numbers_are_read_as_people_write_them(recipe_file, tmp_path):
     written = recipe_file.read_text()
     assert load_recipe(recipe_file, parse_changes(["budget=2"])).budget == "2"

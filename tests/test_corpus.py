@@ -165,17 +165,6 @@ def test_a_file_name_with_brackets_is_a_file_name(tmp_path):
     assert read_all(path) == ["Call me Ishmael."]
 
 
-def test_a_folder_of_several_kinds_of_files_is_read_whole_or_refused(tmp_path):
-    (tmp_path / "README.md").write_text("About the data.")
-    write_jsonl(tmp_path / "data.jsonl", TEXTS[:9])
-    try:
-        texts = read_all(tmp_path)
-    except UserError as error:
-        assert str(tmp_path) in str(error)
-    else:
-        assert set(TEXTS[:9]) <= set(texts)
-
-
 @pytest.mark.parametrize("source", ["there/is/nothing.jsonl", "/nowhere/at/all", "nobody/no-such-dataset"])
 def test_a_source_that_is_not_there_is_refused(source):
     with pytest.raises(UserError) as error:

@@ -26,6 +26,14 @@ def regrets(case: str) -> dict[tuple[str, str, int], float]:
     }
 
 
+@pytest.mark.parametrize("name", ["teacher", "hybrid", "hybrid_undistilled", "uniform", "uniform_undistilled"])
+def test_the_readmes_first_table_is_the_demos(name):
+    row = json.loads((ROOT / "benchmarks/results/demo.json").read_text(encoding="utf-8"))[name]
+    low, high = (100 * end for end in row["recall_interval"])
+    figures = rf"\| \**{100 * row['recall']:.1f} %\** \| {low:.1f}-{high:.1f} \| \**{row['perplexity']:.2f}"
+    assert re.search(figures, (ROOT / "README.md").read_text())
+
+
 def test_the_readme_says_what_the_referee_found():
     found = {row["strategy"]: row for row in json.loads((REFEREE / "summary.json").read_text(encoding="utf-8"))}
     told = re.findall(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_command, tiny_tokenizer
-from families import LLAMA3, YARN
+from families import LINEAR, LLAMA3, YARN
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedModel, Qwen2Tokenizer
 
@@ -107,6 +107,24 @@ def test_yarn_comes_back(tmp_path):
         "qwen3.rope.scaling.factor": float(YARN["factor"]),
         "qwen3.rope.scaling.original_context_length": YARN["original_max_position_embeddings"],
     }
+    same_logits(model, checkpoint_of(written(model, tmp_path / "teacher.gguf", fields=fields)))
+
+
+def test_yarns_own_betas_come_back(tmp_path):
+    model = made("qwen3", rope_parameters=YARN | {"beta_fast": 16.0, "beta_slow": 2.0})
+    fields = {
+        "qwen3.rope.scaling.type": "yarn",
+        "qwen3.rope.scaling.factor": float(YARN["factor"]),
+        "qwen3.rope.scaling.original_context_length": YARN["original_max_position_embeddings"],
+        "qwen3.rope.scaling.yarn_beta_fast": 16.0,
+        "qwen3.rope.scaling.yarn_beta_slow": 2.0,
+    }
+    same_logits(model, checkpoint_of(written(model, tmp_path / "teacher.gguf", fields=fields)))
+
+
+def test_linear_scaling_comes_back(tmp_path):
+    model = made("llama", rope_parameters=LINEAR)
+    fields = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": LINEAR["factor"]}
     same_logits(model, checkpoint_of(written(model, tmp_path / "teacher.gguf", fields=fields)))
 
 

@@ -206,7 +206,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_sentence_and_leaves_nothing(tmp_
     says = spoil(source)
     assert run_command("transplant", source, "--output", tmp_path / "out" / "host") == 2
     printed = " ".join(capsys.readouterr().err.split())
-    assert says in printed and str(source) in printed or "weight" in says
+    assert says in printed and (str(source) in printed or "weight" in says)
     assert not list((tmp_path / "out").glob("*"))
 
 

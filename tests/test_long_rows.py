@@ -119,3 +119,10 @@ def test_records_tell_the_mean_context(tmp_path, teacher_folder, recipe_file):
         assert records[stage]["mean_context"] == pytest.approx(rows[stage].mean_context(True))
         assert 0 < records[stage]["mean_context"] <= 31.5
     assert all(rows["extend"][row]["starts"] == [0] for row in range(len(rows["extend"])))
+
+
+def test_rows_of_long_documents_have_a_file_of_their_own(teacher_folder, recipe_file, tmp_path):
+    command = ("extend", teacher_folder, "--recipe", recipe_file, "--output", tmp_path, "--layers", "0")
+    assert run_command(*command, "--set", "extend.length=64") == 0
+    assert run_command(*command, "--set", "extend.length=64", "--set", "extend.documents=long") == 0
+    assert len([*tmp_path.glob("data/extend-*.npy")]) == 2

@@ -1,5 +1,7 @@
 """The whole path on a random two-layer teacher, in a few steps."""
 
+import importlib
+import itertools
 import json
 import os
 import shutil
@@ -277,10 +279,11 @@ def test_the_budget_curve_has_a_plan_for_every_budget(finished, teacher_folder, 
 
 
 def test_the_recall_of_a_curve_is_asked_in_the_dtype_of_evaluations(finished, teacher_folder, tmp_path, monkeypatch):
-    asked = []
+    asked, types = [], []
 
     def remember(model, tokenizer, examples, at_once):
         asked.append((model.dtype, at_once))
+        types.append([kind == "full_attention" for kind in model.config.layer_types])
         return [True] * len(examples)
 
     monkeypatch.setattr("flashmorph.run.recall.answers_right", remember)
@@ -292,6 +295,27 @@ def test_the_recall_of_a_curve_is_asked_in_the_dtype_of_evaluations(finished, te
         asked.clear()
         points = json.loads((tmp_path / f"{dtype}.json").read_text())["points"]
         assert [point["recall"] for point in points] == [1.0, 1.0]
+        full = [[option == "full" for option in point["assignments"].values()] for point in points]
+        assert [kinds for kinds, _ in itertools.groupby(types)] == full
+        types.clear()
+
+
+def test_answers_end_where_the_teacher_says_now(finished, teacher_folder, recipe_file, tmp_path, monkeypatch):
+    """Not where it said when the stage was run whose checkpoint is evaluated."""
+    teacher, copy, ends = tmp_path / "teacher", tmp_path / "copy", []
+    shutil.copytree(teacher_folder, teacher)
+    shutil.copytree(finished, copy)
+    (teacher / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
+    path = importlib.import_module("flashmorph.pipeline.morph")
+    really = path.evaluate
+
+    def evaluate(model, *rest):
+        ends.append(model.generation_config.eos_token_id)
+        return really(model, *rest)
+
+    monkeypatch.setattr(path, "evaluate", evaluate)
+    assert run_command("morph", teacher, "--recipe", recipe_file, "--output", copy) == 0
+    assert ends and all(each == [3, 5] for each in ends)
 
 
 def test_tolerance_finds_the_number_of_layers(finished, teacher_folder, tmp_path, capsys):

@@ -168,11 +168,22 @@ def killed(teacher, recipe, tmp_path_factory) -> Path:
     return output
 
 
+def mark_first_step(log: Path) -> None:
+    """A mark that is there afterwards only where training goes on: from step 0 on the log begins anew."""
+    first, *rest = log.read_text().splitlines()
+    log.write_text("\n".join([json.dumps(json.loads(first) | {"grad_norm": 77.0}), *rest]) + "\n")
+
+
+def has_mark(log: Path) -> bool:
+    return json.loads(log.read_text().splitlines()[0])["grad_norm"] == 77.0
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_run_of_two_goes_on_in_any_number(killed, together, teacher, recipe, tmp_path, processes):
     output = tmp_path / "run"
     shutil.copytree(killed, output)
     assert list(output.glob(f"stages/align-*.partial/checkpoints/*/{FINISHED}"))
+    mark_first_step(*output.glob("stages/align-*.partial/log.jsonl"))
     command = ["align", teacher, "--recipe", recipe, "--output", output]
     if processes == 1:
         assert run_command(*command) == 0
@@ -180,6 +191,7 @@ def test_a_killed_run_of_two_goes_on_in_any_number(killed, together, teacher, re
         again = torchrun("-m", "flashmorph", *command)
         done = subprocess.run(again, env=environment(), capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr[-4000:]
+    assert has_mark(*output.glob("stages/align-*/log.jsonl"))
     (whole,) = together[0].glob("stages/align-*/branches.safetensors")
     (resumed,) = output.glob("stages/align-*/branches.safetensors")
     assert difference(load_file(whole), load_file(resumed)) <= (1e-5 if processes == 1 else 0)
@@ -230,7 +242,9 @@ def test_a_checkpoint_of_two_that_divide_is_read_by_one_that_does_not(divided, t
     checkpoints = tmp_path / "run" / "checkpoints"
     assert len(list(checkpoints.glob("checkpoint-3/shards/*.distcp"))) == 2
     shutil.rmtree(checkpoints / "checkpoint-5")
+    mark_first_step(tmp_path / "run" / "log.jsonl")
     found = trained(kind, tmp_path / "run", False)
+    assert has_mark(tmp_path / "run" / "log.jsonl")
     assert difference(found, load_file(divided / f"{kind}-sharded.safetensors")) <= 1e-5
 
 

@@ -13,6 +13,8 @@ from flashmorph.errors import UserError
 from flashmorph.plan import Budget, Space
 from flashmorph.referee.cells import Cell, CellFile
 from flashmorph.referee.compare import Comparison
+from flashmorph.referee.entry import FOUND, Entry, wanted
+from flashmorph.referee.settings import CompareSettings
 from flashmorph.referee.summary import summarise
 from flashmorph.referee.truth import Truth, find_truths
 
@@ -119,7 +121,7 @@ def test_the_summary_is_a_mean_over_seeds():
     json.dumps(summary)
 
 
-def test_compare_judges_strategies_and_goes_on(teacher_folder, recipe_file, tmp_path, capsys):
+def test_compare_judges_strategies_and_goes_on(teacher_folder, recipe_file, tmp_path, capsys, monkeypatch):
     arguments = ["compare", teacher_folder, "--recipe", recipe_file, "--output", tmp_path / "run", "--budgets", "1"]
     arguments += ["--questions", 6, "--recall-questions", 1, "--seeds", 2]
     arguments += ["--distill-steps", 2]
@@ -158,3 +160,16 @@ def test_compare_judges_strategies_and_goes_on(teacher_folder, recipe_file, tmp_
     assert "strategy gates has no setting 'step'" in capsys.readouterr().err
     assert run_command(*arguments, "--max-plans", 1) == 2
     assert "would evaluate 2 plans" in capsys.readouterr().err
+    monkeypatch.setattr("flashmorph.run.recall.answers_right", lambda model, tokenizer, asked, _: [True] * len(asked))
+    assert run_command(*arguments, "--strategies", "uniform", "--set", "evaluate.dtype=bfloat16", "--json") == 0
+    assert {cell["recall"] for cell in json.loads(capsys.readouterr().out)["cells"]} == {1.0}
+
+
+def test_a_share_of_the_cost_is_one_of_steps_or_questions():
+    assert Entry.parse("budgeted-gates+steps=10").at(0.5, 64)["steps"] == 5
+    assert Entry.parse("nll").at(0.25, 64)["num_questions"] == 16
+    assert Entry.parse("race").at(1, 64)["num_questions"] == 64
+    found = list(wanted(CompareSettings(strategies=("race", "uniform", "tolerance"), seeds=2, spends=(0.5, 1.0))))
+    assert [(seed, spend) for entry, seed, spend, _ in found if entry.label == "uniform"] == [(0, 1.0)]
+    assert found[0][0].label == "uniform"
+    assert {budgets for entry, _, _, budgets in found if entry.label == "tolerance"} == {(FOUND,)}

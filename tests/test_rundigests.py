@@ -65,7 +65,7 @@ def digests(tmp_path, teacher, monkeypatch):
 
     On a machine without fast bfloat16, wherever this runs: `bf16: auto` is false there.
     """
-    monkeypatch.setattr("flashmorph.run.run.use_bf16", lambda device: False)
+    monkeypatch.setattr("flashmorph.recipe.recipe.use_bf16", lambda device: False)
 
     def find(changes: dict) -> dict[str, str]:
         folder, recipe = tmp_path / "stage", tmp_path / "recipe.yaml"
@@ -131,6 +131,8 @@ def moved(before: dict[str, str], after: dict[str, str]) -> set[str]:
         ({}, {"distill.learning_rate": 0.01}, TRAINED),
         ({}, {"extend.tokens": 1024}, {"extend", "evaluate extend"}),
         ({}, {"evaluate.questions": 5}, JUDGED - {"curve"}),
+        ({}, {"evaluate.dtype": "bfloat16"}, JUDGED),
+        ({}, {"distill.isolate_documents": False}, TRAINED),
         ({}, {"calibration_rows": 3}, FROM_ALIGN),
         ({}, {"seed": 1}, FROM_ALIGN),
     ],

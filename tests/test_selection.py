@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from flashmorph.selection import STRATEGIES, Cost, Search, Selection
 from flashmorph.selection.racing import improve_by_swaps
 from flashmorph.selection.search import check_search, own_settings, plan_without_search
 from flashmorph.selection.shared_adam import SharedAdam
+from flashmorph.selection.state import StateOnDisk
 from flashmorph.selection.strategies.halo import halo_scores
 from flashmorph.selection.strategies.l0 import hard_concrete, open_probability
 from flashmorph.selection.strategy import Distilled, Swaps, group_scores
@@ -230,6 +232,35 @@ def test_rounds_of_swaps_end_when_two_in_a_row_change_nothing():
     for objective, swaps in ((few, 6), (many, 50)):
         assert search("budgeted-gates", objective, 2, swaps=swaps).plan.full_layers == [1, 3]
     assert few.asked == many.asked
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_search_goes_on_from_its_file(tmp_path, shared):
+    asked: list[int] = []
+
+    class Stops(Surface):
+        stop: int | None = None
+
+        def gradient(self, gates, step, loss, data="questions"):
+            asked.append(step)
+            if step == self.stop:
+                raise KeyboardInterrupt
+            return super().gradient(gates, step, loss, data)
+
+    def go(folder: Path, stop: int | None = None) -> Selection:
+        folder.mkdir(exist_ok=True)
+        objective = Stops(additive)
+        objective.stop = stop
+        given = search_on(Space.of_layers(LAYERS), Budget("layers", 2), objective, state=StateOnDisk(folder))
+        return STRATEGIES["budgeted-gates"].run(given, swaps=0, shared_moment=shared)
+
+    whole = go(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "killed", 17)
+    asked.clear()
+    resumed = go(tmp_path / "killed")
+    assert asked == list(range(10, 24)) and resumed.trace == whole.trace
+    np.testing.assert_array_equal(resumed.scores, whole.scores)
 
 
 @pytest.mark.parametrize("strategy", ["race", "budgeted-gates"])
