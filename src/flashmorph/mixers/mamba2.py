@@ -31,7 +31,7 @@ _SURPLUS_DISTANCE = 0.25
 
 
 class Mamba2:
-    """Granite's Mamba2 layer. Its gated norm spans all heads, so no head can be left out alone."""
+    """Granite's Mamba2 layer. Its gated norm spans the heads of a group, so none of them can be left out alone."""
 
     name = "Mamba2"
     trainable = True
