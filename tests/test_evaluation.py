@@ -87,6 +87,23 @@ def test_batches_and_padding_change_no_answer(model):
         assert answer_scores(model, TOKENIZER, prompts, batch_tokens) == [0.5] * len(rows)
 
 
+def test_long_prompts_run_few_at_once_whatever_the_tokens(model, monkeypatch):
+    """A padded batch has masks of all pairs of tokens: what their number takes grows with the square of the length."""
+    sizes: list[int] = []
+    monkeypatch.setattr("flashmorph.evaluation.recall._MOST_MASKED", 3 * 40**2)
+
+    def answer(model, tokenizer, config, batch) -> list[float]:
+        sizes.append(len(batch))
+        return [1.0] * len(batch)
+
+    monkeypatch.setattr("flashmorph.evaluation.recall._answer_batch", answer)
+    for length, expected in ((40, [3, 3, 1]), (20, [7]), (80, [1] * 7)):
+        prompts = [Prompt([5] * length, 1, ("a",))] * 7
+        assert answer_scores(model, TOKENIZER, prompts, 10**6) == [1.0] * 7
+        assert sizes == expected
+        sizes.clear()
+
+
 def test_a_continuation_ends_when_nothing_is_left_to_find(model):
     steps = []
     handle = model.register_forward_hook(lambda *_: steps.append(1))

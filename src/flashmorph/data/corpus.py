@@ -107,11 +107,13 @@ class Corpus:
             of_split = (document for document in documents if document and document.split == split)
             for number, document in enumerate(islice(of_split, start.given, None), start.given + 1):
                 yield document, Position(start.reader, start.blocks, number)
+            block.clear()  # Of long documents two blocks at once may be more than there is memory.
 
     def every(self) -> Iterator[Document]:
         """One pass over the documents of all splits; see `read`."""
         for block, _ in self._blocks(0, Position()):
             yield from (document for where, row in block if (document := self._document_in(row, where)))
+            block.clear()
 
     def _blocks(self, seed: int, position: Position) -> Iterator[tuple[list[tuple[str, dict[str, Any]]], Position]]:
         """Shuffled blocks of rows, each row with its file or dataset, each block with its position.
@@ -130,7 +132,8 @@ class Corpus:
                 stream.load_state_dict(position.reader)
             rows = ((self.source, row) if paths is None else (row["file"], row["row"]) for row in stream)
             while block := list(islice(rows, _BLOCK)):
-                yield [block[number] for number in order.permutation(len(block))], position
+                block = [block[number] for number in order.permutation(len(block))]
+                yield block, position
                 position = Position(stream.state_dict(), position.blocks + 1)
         except UserError:
             raise
