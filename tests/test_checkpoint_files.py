@@ -1,6 +1,7 @@
 """What lies in a checkpoint's folder: what travels, what stops nothing, what is not what its name says."""
 
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from flashmorph.convert.checkpoint import travelling_files, weight_files
+from flashmorph.convert.digests import weights_digest
 from flashmorph.convert.in_memory import transplant
 from flashmorph.convert.load import load_model, load_tokenizer
 from flashmorph.convert.save import replace_checkpoint, save_model
@@ -300,3 +302,24 @@ def test_a_hybrid_reads_its_tokenizer_as_the_teacher_does(case, tmp_path):
     text = "cafe\u0301s, क्षत्रिय in 1984"
     first, second = (load_tokenizer(tmp_path / name)(text).input_ids for name in ("teacher", "hybrid"))
     assert first == second
+
+
+def test_the_hubs_cache_names_large_files_by_their_content(tmp_path):
+    """So the weights of a model of the hub are known without reading all of them; small files have other names."""
+    plain, cached = tmp_path / "plain", tmp_path / "models--me--it" / "snapshots" / "0"
+    blobs = cached.parent.parent / "blobs"
+    for folder in (plain, cached, blobs):
+        folder.mkdir(parents=True)
+    contents = {"config.json": b"{}", "model.safetensors": bytes(range(256))}
+    for name, content in contents.items():
+        (plain / name).write_bytes(content)
+        sha = hashlib.sha256(content).hexdigest() if name.endswith("safetensors") else hashlib.sha1(content).hexdigest()
+        (blobs / sha).write_bytes(content)
+        (cached / name).symlink_to(blobs / sha)
+    assert weights_digest(plain) == weights_digest(cached)
+    blob = (cached / "model.safetensors").resolve()
+    blob.write_bytes(b"other")  # It is not read.
+    assert weights_digest(plain) == weights_digest(cached)
+    blob.unlink()
+    with pytest.raises(UserError, match=r"cannot read .*model.safetensors"):
+        weights_digest(cached)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from flashmorph.records import SettingValues
 
 _TEMPLATE = "chat_template"
 _NOT_OF_TOKENS = (_TEMPLATE, "auto_map")
+_BLOBS = "blobs"
+_IS_SHA256 = re.compile("[0-9a-f]{64}").fullmatch
 
 
 def weights_digest(folder: Path) -> str:
@@ -45,11 +48,20 @@ def _digest_of_files(folder: Path, paths: Iterable[Path]) -> str:
             digest.update(json.dumps(values, sort_keys=True).encode())
             continue
         try:
-            with path.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            digest.update(_sha256(path))
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
     return shortened(digest)
+
+
+def _sha256(path: Path) -> bytes:
+    """Of a file's content. In the hub's cache large files have it as their name: reading all weights takes minutes."""
+    blob = path.resolve()
+    if blob.parent.name == _BLOBS and _IS_SHA256(blob.name):
+        blob.stat()
+        return bytes.fromhex(blob.name)
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def _settings_of_tokenizer(folder: Path) -> SettingValues:
