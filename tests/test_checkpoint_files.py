@@ -320,6 +320,3 @@ def test_the_hubs_cache_names_large_files_by_their_content(tmp_path):
     blob = (cached / "model.safetensors").resolve()
     blob.write_bytes(b"other")  # It is not read.
     assert weights_digest(plain) == weights_digest(cached)
-    blob.unlink()
-    with pytest.raises(UserError, match=r"cannot read .*model.safetensors"):
-        weights_digest(cached)

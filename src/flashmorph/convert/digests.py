@@ -58,7 +58,6 @@ def _sha256(path: Path) -> bytes:
     """Of a file's content. In the hub's cache large files have it as their name: reading all weights takes minutes."""
     blob = path.resolve()
     if blob.parent.name == _BLOBS and _IS_SHA256(blob.name):
-        blob.stat()
         return bytes.fromhex(blob.name)
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").digest()
