@@ -17,7 +17,7 @@ from flashmorph.estimate import Estimate, estimate, find_gpu
 from flashmorph.estimate.memory import stage_memory
 from flashmorph.estimate.sizes import count_sizes
 from flashmorph.estimate.work import Model, body_forward, model_of
-from flashmorph.hosts import FEED_FORWARD, SLIDING, WINDOW_HOSTS, cache_bytes, configure, use_kernels
+from flashmorph.hosts import FEED_FORWARD, SLIDING, WINDOW_HOSTS, cache_by_context, cache_bytes, configure, use_kernels
 from flashmorph.model.morphable import Morphable, attach, build
 from flashmorph.plan import FULL, Budget
 from flashmorph.recipe.recipe import Recipe, load_recipe
@@ -25,6 +25,7 @@ from flashmorph.selection.racing import START_QUESTIONS
 from flashmorph.stages.align import AlignmentLoss
 from flashmorph.stages.distill import DistillationLoss
 from flashmorph.stages.extend import NextTokenLoss
+from flashmorph.units import longest_context
 
 LENGTH, ROWS, KEPT = 128, 2, 1
 SCORES = "scores, values"
@@ -468,3 +469,13 @@ def test_bytes_of_cache_become_a_number_of_layers():
     found = estimate("random", config, load_recipe("demo", {"budget": f"kv={2.5 * one}B@4096", "evaluate.length": 256}))
     assert found.model.num_full == 2
     assert estimate("random", config, RECIPE, contexts=(4096,)).cache[4096][1] <= found.cache[8192][1]
+
+
+@pytest.mark.parametrize(
+    ("limit", "contexts"),
+    [(256, [512]), (512, [512]), (8192, [512, 8192]), (40_960, [512, 8192, 40_960]), (10**6, [512, 8192, 131_072])],
+)
+def test_caches_are_given_at_contexts_that_the_model_has(limit, contexts):
+    _, config = configure(config_of("qwen3: grouped", max_position_embeddings=limit))
+    assert cache_by_context(config) == {str(context): cache_bytes(config, context) for context in contexts}
+    assert longest_context([cache_by_context(config), {"512": 1, "8192": 2}]) == str(min(8192, contexts[-1]))

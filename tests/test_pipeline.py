@@ -42,7 +42,7 @@ def test_the_whole_path_leaves_a_stock_checkpoint_with_its_evidence(finished):
         assert 0 <= low <= results[name]["recall"] <= high <= 1
         assert results[name]["perplexity"] > 1
         assert set(results[name]["recall_by_task"]) == set(FEW_STEPS["tasks"])
-    assert results["hybrid"]["cache_bytes"]["131072"] < results["teacher"]["cache_bytes"]["131072"]
+    assert results["hybrid"]["cache_bytes"]["512"] < results["teacher"]["cache_bytes"]["512"]
     low, high = results["recall_hybrid_minus_uniform"]["interval"]
     assert low <= results["recall_hybrid_minus_uniform"]["difference"] <= high
     assert all(stage["seconds"] > 0 for stage in results["stages"])
@@ -267,7 +267,7 @@ def test_the_budget_curve_has_a_plan_for_every_budget(finished, teacher_folder, 
     assert "smallest within 5%" in " ".join(capsys.readouterr().out.split())
     values = json.loads(output.read_text())
     assert [list(point["assignments"].values()).count("full") for point in values["points"]] == [1, 2]
-    assert values["points"][0]["cache_bytes"]["131072"] < values["points"][1]["cache_bytes"]["131072"]
+    assert values["points"][0]["cache_bytes"]["512"] < values["points"][1]["cache_bytes"]["512"]
     assert values["smallest_within"] == 1
     in_vllm = values["vllm"]
     assert [point["full"] for point in in_vllm] == list(range(1, len(values["points"]) + 1))
@@ -323,7 +323,7 @@ def test_tolerance_finds_the_number_of_layers(finished, teacher_folder, tmp_path
     select = ["select", teacher_folder, "--from", finished, "--strategy", "tolerance", "--output", output]
     assert run_command(*select, "--set", "select.settings={steps: 1, tolerance: 500%}") == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "of the cache at 131,072 tokens is saved" in printed and "1 layers" not in printed
+    assert "of the cache at 512 tokens is saved" in printed and "1 layers" not in printed
     plan = flashmorph.Plan.load(output)
     assert len(plan.full_layers) == 1 and str(plan.budget) == "1"
     assert run_command(*select, "--budget", "loss=1%") == 2

@@ -1,5 +1,7 @@
 """Quantities as people write them."""
 
+from collections.abc import Iterable
+
 _POWERS = (("", 1e0), ("K", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12), ("P", 1e15), ("E", 1e18), ("Z", 1e21))
 _BYTES = (("B", 1), ("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30), ("TiB", 2**40))
 
@@ -14,6 +16,11 @@ def byte_size(value: float) -> str:
     """Bytes in the largest unit that leaves at least 1."""
     unit, size = next(pair for pair in reversed(_BYTES) if value >= pair[1] or pair[1] == 1)
     return f"{value / size:,.1f} {unit}"
+
+
+def longest_context(caches: Iterable[Iterable[str]]) -> str:
+    """The longest context that the caches of several models are known at; contexts are keys, as in results.json."""
+    return max(set.intersection(*(set(each) for each in caches)), key=int)
 
 
 def counted(number: int, noun: str) -> str:

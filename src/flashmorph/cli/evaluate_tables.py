@@ -10,6 +10,7 @@ from rich.table import Table
 from flashmorph.files import short_names
 from flashmorph.records import Figures
 from flashmorph.surface.terminal import bold
+from flashmorph.units import longest_context
 
 
 def show_figures(console: Console, figures: Figures) -> None:
@@ -44,9 +45,11 @@ def new_table(title: str, *columns: str) -> Table:
 
 def overview(figures: Figures, labels: dict[str, str]) -> Table:
     """A line a model."""
-    table = new_table("95 % intervals in brackets", "model", "recall", "", "perplexity", "", "cache at 128K")
+    context = longest_context(each["cache_bytes"] for each in figures.values())
+    column = f"cache at {int(context):,}"
+    table = new_table("95 % intervals in brackets", "model", "recall", "", "perplexity", "", column)
     for name, each in figures.items():
-        cache = f"{each['cache_bytes']['131072'] / 2**20:,.1f} MiB"
+        cache = f"{each['cache_bytes'][context] / 2**20:,.1f} MiB"
         text = span(each.get("perplexity_interval"), "{:.2f}")
         recall = f"{100 * each['recall']:.1f} %"
         table.add_row(

@@ -202,12 +202,13 @@ def _mebibytes(value: int) -> str:
 def _show_what_it_found(run: Any, plan: Any) -> None:
     """Cache saved against perplexity added, and where the full layers stand."""
     from flashmorph.convert.load import load_config
-    from flashmorph.hosts import cache_bytes, configure
+    from flashmorph.hosts import cache_by_context, cache_bytes, configure
+    from flashmorph.units import longest_context
 
     config = load_config(run.teacher.folder)
     host, full = configure(config, run.recipe.host)
     hybrid = host.with_plan(full, list(plan.assignments.values()))
-    context, layers = 131_072, len(plan.assignments)
+    context, layers = int(longest_context([cache_by_context(full)])), len(plan.assignments)
     saved = 1 - cache_bytes(hybrid, context) / cache_bytes(full, context)
     thirds = [sum(3 * layer // layers == third for layer in plan.full_layers) for third in range(3)]
     OUT.print(

@@ -241,8 +241,12 @@ def shape_of(host: Host, config: PreTrainedConfig) -> str:
 
 
 def cache_by_context(config: PreTrainedConfig) -> dict[str, int]:
-    """`cache_bytes` at each of `CACHE_CONTEXTS`, the context as text, as in results.json."""
-    return {str(context): cache_bytes(config, context) for context in CACHE_CONTEXTS}
+    """`cache_bytes` by context, as text, as in results.json: at contexts of `CACHE_CONTEXTS` that the model has, and at
+    its limit."""
+    first, *longer = CACHE_CONTEXTS
+    limit = max(first, getattr(config, "max_position_embeddings", None) or longer[-1])
+    contexts = sorted({first, *(context for context in longer if context <= limit), min(limit, longer[-1])})
+    return {str(context): cache_bytes(config, context) for context in contexts}
 
 
 __all__ = [

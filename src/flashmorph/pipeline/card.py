@@ -17,6 +17,7 @@ from flashmorph.report.markup import sentence
 from flashmorph.run.run import Results, Run
 from flashmorph.selection import BASELINE
 from flashmorph.surface.quoting import code, code_block, encodable, markdown, no_option, python_string, shell_command
+from flashmorph.units import longest_context
 from flashmorph.versions import own_version
 
 _NAMES = {
@@ -61,7 +62,8 @@ def model_card(run: Run, results: Results) -> str:
     words = ["flashmorph", "morph", no_option(teacher), "--recipe", "recipe.yaml", *given, "--output", "FOLDER"]
     revision = f" at revision {code(run.teacher.revision)}" if run.teacher.revision else ""
     origin = f" ({stored})" if (stored := origin_of(run.teacher.folder)) else ""
-    rows = "\n".join(_row(name, score) for name, score in results.scores.items())
+    context = longest_context(score.cache_bytes for score in results.scores.values())
+    rows = "\n".join(_row(name, score, context) for name, score in results.scores.items())
     tasks = ", ".join(map(code, run.recipe.tasks))
     text = text_in_words(results.scores["hybrid"].to_dict())
     groups, named = ("key-value heads", "layer.head") if plan.has_heads else ("layers", "layers")
@@ -83,13 +85,13 @@ attention, chosen by {code(plan.strategy)} for the budget {plan.budget}: {named}
 
 {code_block(snippet, "python")}
 {_TOKENIZER if misreads_tokenizer(host.model_type) else ""}
-| model | recall | 95 % interval | perplexity | cache at 128K tokens |
+| model | recall | 95 % interval | perplexity | cache at {int(context):,} tokens |
 |---|---|---|---|---|
 {rows}
 
 Recall: greedy generation, exact match of the whole answer, mean over {tasks}; {run.recipe.evaluate.questions} questions
 each at {run.recipe.evaluate.length:,} tokens. Perplexity: {text}.
-Cache: one sequence of 131,072 tokens.
+Cache: one sequence of {int(context):,} tokens.
 {_worth(results)}
 [report.html](report.html) shows the choice, recall by task, perplexity by position, the cache and what each stage
 took, on one page; its figures lie in `figures/`.
@@ -140,8 +142,8 @@ def _time(results: Results) -> str:
     return f" {sentence(timing_in_words(cast(Timing, results.timing)))}"
 
 
-def _row(name: str, score) -> str:
+def _row(name: str, score, context: str) -> str:
     low, high = score.to_dict()["recall_interval"]
-    cache = score.cache_bytes["131072"] / 2**20
+    cache = score.cache_bytes[context] / 2**20
     figures = f"{100 * score.recall:.1f} % | {100 * low:.1f}-{100 * high:.1f} % | {score.perplexity:.3f}"
     return f"| {_NAMES[name]} | {figures} | {cache:,.1f} MiB |"

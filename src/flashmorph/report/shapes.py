@@ -11,8 +11,6 @@ Ends = Annotated[list[Finite], Field(min_length=2, max_length=2)]
 _Some = Field(min_length=1)
 _Context = Annotated[str, Field(pattern=r"^[1-9]\d{0,11}$")]
 _Length = Annotated[int, Field(ge=1, le=2**40)]
-LONG_CONTEXT = "131072"
-"""The context in tokens that caches are compared at."""
 
 
 class _Rate(Shape):
@@ -45,13 +43,7 @@ class Model(Shape):
     perplexity_interval: Ends | None = None
     perplexity_text: _Text | None = None
     perplexity_by_position: Annotated[list[_Part], _Some] | None = None
-    cache_bytes: dict[_Context, _Length]
-
-    @model_validator(mode="after")
-    def _at_a_long_context(self) -> "Model":
-        if LONG_CONTEXT not in self.cache_bytes:
-            raise ValueError(f"cache_bytes must have the context {LONG_CONTEXT}")
-        return self
+    cache_bytes: Annotated[dict[_Context, _Length], _Some]
 
 
 class _Stage(Shape):

@@ -16,11 +16,11 @@ from flashmorph.report.still import draw
 from flashmorph.selection import BASELINE
 from flashmorph.surface.outputs import PAGE, PICTURE, claim_output
 from flashmorph.surface.quoting import encodable, no_option, shell_command
+from flashmorph.units import longest_context
 from flashmorph.versions import own_version
 
 FIGURES = "figures"
 PAGE_NAME = "report.html"
-_CONTEXT = "131072"
 
 
 def write_report(run: Path, output: Path | None = None, force: bool = False) -> Path:
@@ -50,11 +50,16 @@ def write_report(run: Path, output: Path | None = None, force: bool = False) -> 
 def _head(name: str, source: Source) -> str:
     plan, models = source.plan, source.models
     teacher, hybrid = models["teacher"], models["hybrid"]
-    cache, teachers = hybrid["cache_bytes"][_CONTEXT], teacher["cache_bytes"][_CONTEXT]
+    context = longest_context(each["cache_bytes"] for each in models.values())
+    cache, teachers = hybrid["cache_bytes"][context], teacher["cache_bytes"][context]
     tiles = [
         tile("recall", percent(hybrid["recall"]), f"teacher {percent(teacher['recall'])}"),
         tile("perplexity", f"{hybrid['perplexity']:.2f}", f"teacher {teacher['perplexity']:.2f}"),
-        tile("cache at 128K tokens", size(cache), f"{percent(cache / teachers)} of the teacher's {size(teachers)}"),
+        tile(
+            f"cache at {int(context):,} tokens",
+            size(cache),
+            f"{percent(cache / teachers)} of the teacher's {size(teachers)}",
+        ),
     ]
     if worth := source.results.get(f"recall_hybrid_minus_{BASELINE}"):
         about = f"points of recall over the {BASELINE} layout ({span(worth['interval'], '{:.1f}', 100)})"
@@ -112,19 +117,20 @@ def _plan(source: Source) -> str:
 
 
 def _models(source: Source) -> str:
+    context = longest_context(each["cache_bytes"] for each in source.models.values())
     rows = []
     for name, each in source.models.items():
         recall_interval = span(each["recall_interval"], "{:.1f}", 100)
         text_interval = span(each.get("perplexity_interval"))
         perplexity = f"{each['perplexity']:.2f}" + (f" ({text_interval})" if text_interval else "")
-        cache = size(each["cache_bytes"][_CONTEXT])
+        cache = size(each["cache_bytes"][context])
         rows.append((label(name), f"{percent(each['recall'])} ({recall_interval})", perplexity, cache))
     about = (
         f"Recall is the mean over tasks of right answers, {source.questions} questions a task at "
         f"{source.length:,} tokens; perplexity is on {text_in_words(source.models['hybrid'])}; intervals in "
         "brackets are 95 %."
     )
-    header = ("model", "recall", "perplexity", "cache at 128K")
+    header = ("model", "recall", "perplexity", f"cache at {int(context):,}")
     return paragraph(about) + table(header, rows, list(source.models).index("hybrid"))
 
 
