@@ -1,14 +1,17 @@
 """`auto`: as much at once as a device's memory holds, decided once."""
 
+import ctypes
 import json
 import os
+import sys
 
+import psutil
 import pytest
 import torch
 from conftest import run_command
 from families import config_of
 
-from flashmorph.devices import _cgroup_cores, _cgroup_limits, limit_threads, total_memory, usable_memory
+from flashmorph.devices import _cgroup_cores, _cgroup_limits, limit_threads, release_memory, total_memory, usable_memory
 from flashmorph.estimate.auto import Room, asked, choose, must_shard, resolved, too_large
 from flashmorph.estimate.memory import stage_memory
 from flashmorph.estimate.sizes import count_sizes
@@ -110,6 +113,18 @@ def test_a_smaller_device_chooses_anew_and_a_larger_one_goes_on(shape, tmp_path)
     at_first = numbers(40)
     assert numbers(400) == at_first and numbers(39) == at_first
     assert numbers(10) < at_first and numbers(40) == numbers(10)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="what glibc does")
+def test_what_earlier_work_held_is_given_back():
+    """One small tensor that lives keeps glibc from giving back all that lay before it."""
+    before = psutil.Process().memory_info().rss
+    many = [torch.ones(1 << 14) for _ in range(4_000)]
+    last = many[-1]
+    held = psutil.Process().memory_info().rss - before
+    del many
+    release_memory(torch.device("cpu"))
+    assert held > 200e6 and psutil.Process().memory_info().rss - before < 0.2 * held and last.sum() == 1 << 14
 
 
 def test_not_even_one_row_is_told_and_gone_on_with(shape):

@@ -1,11 +1,13 @@
 """Which device computes, whether bfloat16 pays there, and how much memory a process may take of it."""
 
+import ctypes
 import gc
 import math
 import os
 import platform
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -117,10 +119,16 @@ def usable(total: float, kind: str = "cuda") -> float:
 
 
 def release_memory(device: torch.device) -> None:
-    """Free what earlier work left to Python's garbage collector, and what PyTorch keeps of it on a GPU."""
+    """Free what earlier work left to Python's garbage collector, and what PyTorch or the C library keep of it.
+
+    glibc gives little back by itself: after a step of a model of 135M parameters it held 8.0 GiB, of which 0.4 were used.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        with suppress(AttributeError, OSError):  # Other C libraries have no such function.
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def total_memory(device: torch.device) -> int:
