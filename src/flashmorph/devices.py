@@ -121,7 +121,7 @@ def usable(total: float, kind: str = "cuda") -> float:
 def release_memory(device: torch.device) -> None:
     """Free what earlier work left to Python's garbage collector, and what PyTorch or the C library keep of it.
 
-    glibc gives little back by itself: after a step of a model of 135M parameters it held 8.0 GiB and used 0.4 of them.
+    glibc gives little back by itself (docs/decisions/0036).
     """
     gc.collect()
     if device.type == "cuda":
