@@ -11,7 +11,15 @@ import torch
 from conftest import run_command
 from families import config_of
 
-from flashmorph.devices import _cgroup_cores, _cgroup_limits, limit_threads, release_memory, total_memory, usable_memory
+from flashmorph.devices import (
+    _cgroup_cores,
+    _cgroup_limits,
+    every_core,
+    limit_threads,
+    release_memory,
+    total_memory,
+    usable_memory,
+)
 from flashmorph.estimate.auto import Room, asked, choose, must_shard, resolved, too_large
 from flashmorph.estimate.memory import stage_memory
 from flashmorph.estimate.sizes import count_sizes
@@ -125,6 +133,20 @@ def test_what_earlier_work_held_is_given_back():
     del many
     release_memory(torch.device("cpu"))
     assert held > 200e6 and psutil.Process().memory_info().rss - before < 0.2 * held and last.sum() == 1 << 14
+
+
+def test_work_that_other_ranks_wait_for_uses_every_core(monkeypatch):
+    """torchrun starts every process with one thread."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr("flashmorph.devices._own_cores", lambda: 2)
+    monkeypatch.setattr("flashmorph.devices._cgroup_cores", lambda *_: 3)
+    try:
+        torch.set_num_threads(1)
+        with every_core():
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_not_even_one_row_is_told_and_gone_on_with(shape):
