@@ -38,7 +38,10 @@ def _remedy(stage: str, recipe: Recipe) -> str:
         others.append("--set calibration_rows=1")
     if stage not in ("teacher", "evaluate") and distributed.count() > 1 and recipe.shard is not True:
         others.append("--set shard=true")
-    return f"{setting} is one row already, {row:,} tokens: {' or '.join([*others, 'shorter rows'])}"
+    others.append("shorter rows")
+    if stage in ("align", "distill", "extend") and distributed.count() == 1:
+        others.append("several GPUs (torchrun)")
+    return f"{setting} is one row already, {row:,} tokens: {' or '.join(others)}"
 
 
 def _tokens_at_once(stage: str, recipe: Recipe) -> tuple[str, int, int] | None:
