@@ -53,7 +53,8 @@ def test_a_search_and_a_row_that_is_too_long_are_told(teacher_folder, recipe_fil
         one_row = ("--set", "distill.micro_batch_tokens=64")
         assert run_command("distill", *common, "--layers", "1", *one_row) == 2
         told = " ".join(capsys.readouterr().err.split())
-        assert "one row already, 64 tokens: --set distill.activation_checkpointing=true or shorter rows or several GPUs" in told
+        ways = "--set distill.activation_checkpointing=true or shorter rows or several GPUs (torchrun)"
+        assert f"one row already, 64 tokens: {ways}" in told
 
 
 def test_what_one_process_must_hold_whole_is_told_where_it_can(teacher_folder, recipe_file, tmp_path, capsys):
