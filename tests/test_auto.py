@@ -71,6 +71,11 @@ def test_layers_run_again_where_little_would_fit_otherwise_and_only_there(shape)
     assert small["extend.micro_batch_tokens"] < large["extend.micro_batch_tokens"]
 
 
+def test_a_cpu_evaluates_no_more_at_once_than_makes_it_faster(shape):
+    on_gpu, on_cpu = (choose("evaluate", RECIPE, *shape, Room(200e9, kind=kind)).values for kind in ("cuda", "cpu"))
+    assert on_cpu == {"evaluate.batch_tokens": 8_192} and on_gpu["evaluate.batch_tokens"] > 100_000
+
+
 def test_a_cpu_is_busy_with_fewer_tokens_than_a_gpu(shape):
     """So between two sizes of memory layers run again on a GPU only."""
     differing = 0

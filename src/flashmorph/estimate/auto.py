@@ -34,6 +34,8 @@ _LOG = logging.getLogger(__name__)
 _ENOUGH_TOKENS = {"cpu": 1_024}
 _ENOUGH_ON_A_GPU = 4_096
 """Layers run again where fewer tokens than these would run at once without it: so many keep a device busy."""
+_EVALUATED_AT_ONCE = 8_192
+"""On a CPU, which more at once makes slower (docs/decisions/0023)."""
 _SHARING = ("align", "distill", "extend")
 HEAVY = ("align", "select", "distill", "extend")
 """The stages that several processes may share the weights of."""
@@ -235,8 +237,9 @@ def _of_search(recipe: Recipe, model: Model, sizes: Sizes, room: Room) -> tuple[
 
 
 def _of_evaluation(recipe: Recipe, model: Model, sizes: Sizes, room: Room) -> tuple[SettingValues, bool]:
-    """As many questions as fit, at most all of a task, or the text."""
+    """As many questions as fit and are of use, at most all of a task, or the text."""
     settings = recipe.evaluate
     most = stage_memory(model, sizes, recipe, 1, room.bf16, room.kind)["evaluate"].tokens_within(room.bytes)
     needed = max(settings.questions * settings.length, settings.perplexity_tokens)
-    return {"evaluate.batch_tokens": max(settings.length, min(most, needed))}, most >= settings.length
+    useful = _EVALUATED_AT_ONCE if room.kind == "cpu" else needed
+    return {"evaluate.batch_tokens": max(settings.length, min(most, needed, useful))}, most >= settings.length
