@@ -300,7 +300,7 @@ def test_compare_judges_by_the_best_known_plan_and_goes_on(teacher_folder, recip
     assert run_command(*arguments, "--max-plans", 1, "--strategies", "exhaustive+max_plans=1") == 2
     assert "--reference found" in " ".join(capsys.readouterr().err.split())
     assert not [*(run / "stages").iterdir()]
-    arguments += ["--reference", "found", "--max-plans", 1]
+    arguments += ["--reference", "found"]
     assert run_command(*arguments, "--reference-tokens", 8_831) == 2
     assert "8,832 in all, and reference_tokens is 8,831" in " ".join(capsys.readouterr().err.split())
     arguments += ["--reference-tokens", 60_000]
