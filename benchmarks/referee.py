@@ -54,7 +54,7 @@ CASES = {
 def main() -> None:
     """Compare on each teacher, then over all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teachers", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--teachers", nargs="*", default=list(CASES), help="none: only the table over all")
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
     parser.add_argument("--budgets", nargs="+", default=["1", "2", "3"])
     parser.add_argument("--seeds", type=int, default=5)
@@ -66,6 +66,8 @@ def main() -> None:
     parser.add_argument("--kept", action="store_true", help="summarise every finished cell, search for no other")
     arguments = parser.parse_args()
     quiet()
+    if unknown := set(arguments.teachers) - set(CASES):
+        parser.error(f"--teachers {', '.join(sorted(unknown))}: there are {', '.join(CASES)}")
     console = Console()
     for teacher in arguments.teachers:
         console.rule(teacher)
