@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from flashmorph.cli.app import app
+from flashmorph.cli.conflicts import require_with
 from flashmorph.cli.options import (
     OUT,
     DataOption,
@@ -23,7 +24,6 @@ from flashmorph.cli.options import (
     UnusedOption,
     open_run,
 )
-from flashmorph.cli.sense import require_with
 from flashmorph.errors import UserError, quoted
 from flashmorph.surface.outputs import PICTURE, claim_output, json_of, made_by
 

@@ -9,6 +9,7 @@ import typer
 from pydantic import ValidationError
 
 from flashmorph.cli.app import app
+from flashmorph.cli.conflicts import require_with
 from flashmorph.cli.evaluate_tables import show_figures
 from flashmorph.cli.options import (
     ERR,
@@ -24,7 +25,6 @@ from flashmorph.cli.options import (
     quiet,
     recipe_of,
 )
-from flashmorph.cli.sense import require_with
 from flashmorph.errors import UserError
 from flashmorph.surface.outputs import PAGE, claim_output
 

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from flashmorph.cli.app import app
+from flashmorph.cli.conflicts import replaced_mixture
 from flashmorph.cli.options import (
     ERR,
     EVERY_STAGE,
@@ -33,7 +34,6 @@ from flashmorph.cli.options import (
     quiet,
     recipe_of,
 )
-from flashmorph.cli.sense import replaced_mixture
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flashmorph.cli.sense import replaced_mixture, require_use
+from flashmorph.cli.conflicts import replaced_mixture, require_use
 from flashmorph.errors import UserError, quoted
 from flashmorph.records import SettingValues
 from flashmorph.surface.terminal import Terminal

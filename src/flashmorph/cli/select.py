@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperCommand
 
 from flashmorph.cli.app import app
+from flashmorph.cli.conflicts import require_with
 from flashmorph.cli.options import (
     OUT,
     BudgetOption,
@@ -22,7 +23,6 @@ from flashmorph.cli.options import (
     UnusedOption,
     open_run,
 )
-from flashmorph.cli.sense import require_with
 from flashmorph.errors import UserError, quoted
 from flashmorph.files import write_json
 from flashmorph.surface.outputs import PICTURE, claim_output, json_of, made_by

@@ -1,4 +1,4 @@
-"""Options that make no sense together, and what one of them replaces."""
+"""Options that change nothing beside others or without them, and what `--data` replaces."""
 
 from typing import TYPE_CHECKING, Any
 
