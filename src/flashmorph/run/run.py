@@ -87,14 +87,12 @@ class Run:
         """What `shards` has to be; every rank must ask, before any stage: in some stages one rank is alone."""
         if not distributed.are_several():
             return False
-        bytes_here = usable_memory(self.device, distributed.local_count())
-        room = Room(bytes_here, distributed.count(), False, self.bf16, self.device.type)
+        room = self._room(shard=False)
         return distributed.first(lambda: must_shard(self.recipe, *self._shape, room))
 
     def say_what_is_too_large(self, stages: Collection[str]) -> None:
         """Print which of `stages` will not fit into the memory of this device, before hours go into those before."""
-        bytes_here = usable_memory(self.device, distributed.local_count())
-        room = Room(bytes_here, distributed.count(), self.shards, self.bf16, self.device.type)
+        room = self._room(self.shards)
         if large := distributed.first(lambda: too_large(self.recipe, *self._shape, room, stages)):
             self.screen.say(too_large_in_words(large, room))
 
@@ -122,16 +120,19 @@ class Run:
         """
         if not asked(self.recipe, stage):
             return self.recipe
-        processes = 1 if alone else distributed.count()
-        bytes_here = usable_memory(self.device, 1 if alone else distributed.local_count())
-        room = Room(bytes_here, processes, self.shards and not alone, self.bf16, self.device.type)
+        room = self._room(self.shards and not alone, alone)
         recipe, too_large = distributed.first(lambda: resolved(stage, self.recipe, folder, *self._shape, room))
         for section in too_large:
             self.screen.say(
                 f"{stage}: by the formulas of `flashmorph estimate` not one row of {section} fits into "
-                f"{bytes_here / 2**30:,.1f} GiB; it goes on with one row at once"
+                f"{room.bytes / 2**30:,.1f} GiB; it goes on with one row at once"
             )
         return recipe
+
+    def _room(self, shard: bool, alone: bool = False) -> Room:
+        """What this process may fill, as one of all ranks or `alone`."""
+        processes, here = (1, 1) if alone else (distributed.count(), distributed.local_count())
+        return Room(usable_memory(self.device, here), processes, shard, self.bf16, self.device.type)
 
     @cached_property
     def _shape(self) -> tuple[Model, Sizes]:
