@@ -14,7 +14,7 @@ from test_selection import LAYERS, Surface, additive, chain_of_three, redundant_
 
 from flashmorph.convert.in_memory import transplant
 from flashmorph.errors import UserError
-from flashmorph.evaluation import mean_interval
+from flashmorph.evaluation import paired_interval
 from flashmorph.model.morphable import Morphable
 from flashmorph.plan import Budget, Plan, Space, every_plan
 from flashmorph.referee.best_known import BestKnown, found_once
@@ -258,7 +258,7 @@ def test_regret_and_its_half_width_are_those_of_paired_questions():
         one, other = objective.evaluate([plan, best])
         assert reference.loss(plan) == pytest.approx(one.mean())
         assert reference.regret(plan) == pytest.approx((one - other).mean())
-        low, high = mean_interval((one - other).tolist())
+        low, high = paired_interval([one.tolist()], [other.tolist()])
         assert reference.half_width(plan) == pytest.approx((high - low) / 2)
         normal = 1.96 * (one - other).std(ddof=1) / np.sqrt(200)
         assert reference.half_width(plan) == pytest.approx(normal, rel=0.1)

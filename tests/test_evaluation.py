@@ -25,7 +25,7 @@ from flashmorph.evaluation import (
     answer_scores,
     ask_grid,
     make_questions,
-    mean_interval,
+    paired_interval,
     perplexity_ratio,
     ratio_interval,
     share_interval,
@@ -58,7 +58,7 @@ def test_wilsons_interval_is_scipys_and_takes_parts_of_hits():
         expected = binomtest(hits, count).proportion_ci(0.95, method="wilson")
         assert share_interval([1] * hits + [0] * (count - hits)) == pytest.approx((expected.low, expected.high))
     parts = [0.25, 0.5, 0.75] * 20
-    low, high = mean_interval(parts)
+    low, high = paired_interval([parts], [[0.0] * len(parts)])
     wide = share_interval(parts)
     assert wide[0] < low < 0.5 < high < wide[1]
 
@@ -132,9 +132,45 @@ def test_chosen_tasks_of_a_grid_ask_what_the_whole_grid_asks():
     some = whole.model_copy(update={"tasks": ("two_hops", "one_key")})
     chosen, everything = make_questions(asker, some), make_questions(asker, whole)
     assert list(chosen.prompts) == [("one_key", 128), ("two_hops", 128)]  # In the style's own order.
-    assert all(prompts == everything.prompts[about] for about, prompts in chosen.prompts.items())
+    assert all(list(prompts) == list(everything.prompts[about]) for about, prompts in chosen.prompts.items())
     with pytest.raises(UserError, match="unknown task of the style lines 'one_kez'; did you mean 'one_key'"):
         make_questions(asker, whole.model_copy(update={"tasks": ("one_kez",)}))
+
+
+class _Counted:
+    """Questions of `many` and `few`, of whose later ones one is too long; it counts what it makes."""
+
+    names = ("many", "few")
+    made = 0
+
+    def has_depth(self, name: str) -> bool:
+        return False
+
+    def prompt(self, name: str, length: int, number: int, depth: float | None) -> Prompt:
+        self.made += 1
+        if (name, number) == ("few", 3):
+            raise UserError("too long")
+        return Prompt([5] * length, 1, ("a",))
+
+
+def test_a_grid_makes_each_question_as_it_is_asked(model, monkeypatch):
+    """Two hundred questions of a long context fill gigabytes."""
+    asker, ahead = _Counted(), []
+    settings = GridSettings(lengths=(8, 16), depths=1, questions=50, batch_tokens=32)
+    questions = make_questions(asker, settings)
+    before, answered = asker.made, 0
+
+    def answer(model, tokenizer, config, batch) -> list[float]:
+        nonlocal answered
+        answered += len(batch)
+        ahead.append(asker.made - before - answered)
+        return [1.0] * len(batch)
+
+    monkeypatch.setattr("flashmorph.evaluation.recall._answer_batch", answer)
+    grid = ask_grid(model, TOKENIZER, questions)
+    assert before == 4 and max(ahead[:37]) <= 1  # 13 batches of four and 25 of two are the task that fits.
+    assert {row.task: len(row.scores) for row in grid.rows} == {"many": 50}
+    assert grid.left_out == ["few at 8: too long", "few at 16: too long"]
 
 
 def test_grids_are_compared_row_by_row_and_the_worst_cells_are_named():

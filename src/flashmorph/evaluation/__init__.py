@@ -14,7 +14,6 @@ from flashmorph.evaluation.grid import (
 )
 from flashmorph.evaluation.intervals import (
     clustered_interval,
-    mean_interval,
     paired_interval,
     ratio_interval,
     share_interval,
@@ -39,7 +38,6 @@ __all__ = [
     "evaluate",
     "greedy",
     "make_questions",
-    "mean_interval",
     "paired_interval",
     "perplexity_ratio",
     "ratio_interval",

@@ -1,8 +1,9 @@
 """The recall grid: tasks by context length, and by the depth of what is asked for."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, overload
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -135,37 +136,54 @@ class Grid:
         return {**figures, "rows": [row.to_dict() for row in self.rows], "left_out": self.left_out}
 
 
+class _Prompts(Sequence[Prompt]):
+    """The questions of a task at a length. Each is made when it is read: those of long contexts fill memory."""
+
+    def __init__(self, asker: Asker, name: str, length: int, depths: Sequence[float | None], count: int):
+        self._asker, self._name, self._length, self._depths, self._count = asker, name, length, depths, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, number: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Prompt]: ...
+    def __getitem__(self, number: int | slice) -> Prompt | list[Prompt]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(self._count))]
+        number = range(self._count)[number]
+        return self._asker.prompt(self._name, self._length, number, self._depths[number % len(self._depths)])
+
+
 @dataclass(frozen=True)
 class GridQuestions:
     """A grid's prompts by task and length, depths by task (empty without a single needle), tasks that do not fit."""
 
-    prompts: dict[tuple[str, int], list[Prompt]]
+    prompts: dict[tuple[str, int], Sequence[Prompt]]
     depths: dict[str, tuple[float, ...]]
     left_out: list[str]
     batch_tokens: int
 
 
-def make_questions(asker: Asker, settings: GridSettings, report: Report = silent) -> GridQuestions:
-    """Every question of a grid.
+def make_questions(asker: Asker, settings: GridSettings) -> GridQuestions:
+    """A grid's questions; the first of each task and length is made at once, to see whether the task fits.
 
     Raises:
         UserError: the style has no such task, or no task fits into any length.
     """
     names = _chosen(settings, asker.names)
     depths = {name: tuple(settings.depth_values) if asker.has_depth(name) else () for name in names}
-    prompts: dict[tuple[str, int], list[Prompt]] = {}
+    prompts: dict[tuple[str, int], Sequence[Prompt]] = {}
     left_out: list[str] = []
-    pairs = [(name, length) for name in names for length in settings.lengths]
-    for done, (name, length) in enumerate(pairs, 1):
-        of_task = depths[name] or (None,)
+    for name, length in itertools.product(names, settings.lengths):
+        asked = _Prompts(asker, name, length, depths[name] or (None,), settings.questions)
         try:
-            prompts[name, length] = [
-                asker.prompt(name, length, number, of_task[number % len(of_task)])
-                for number in range(settings.questions)
-            ]
+            asked[0]
         except UserError as error:
-            left_out.append(f"{name} at {length}: {error}")
-        report(done, len(pairs))
+            left_out.append(_left_out(name, length, error))
+        else:
+            prompts[name, length] = asked
     if not prompts:
         raise UserError(f"no task fits into {max(settings.lengths)} tokens; {left_out[0]}")
     return GridQuestions(prompts, depths, left_out, settings.batch_tokens)
@@ -174,18 +192,31 @@ def make_questions(asker: Asker, settings: GridSettings, report: Report = silent
 def ask_grid(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: GridQuestions, report: Report = silent
 ) -> Grid:
-    """Recall of `model` on every task at every length."""
+    """Recall of `model` on every task at every length.
+
+    A task of which a later question does not fit, whose values are longer than the first one's, is left out as well.
+    """
     total, done = sum(map(len, questions.prompts.values())), 0
-    rows = []
+    rows, left_out = [], list(questions.left_out)
 
     def report_all(step: float, steps: float, **figures: float) -> None:
         report(done + step, total, **figures)
 
     for (name, length), asked in questions.prompts.items():
-        scores = answer_scores(model, tokenizer, asked, questions.batch_tokens, report_all)
+        try:
+            scores = answer_scores(model, tokenizer, asked, questions.batch_tokens, report_all)
+        except UserError as error:
+            left_out.append(_left_out(name, length, error))
+        else:
+            rows.append(GridRow(name, length, questions.depths[name], scores))
         done += len(asked)
-        rows.append(GridRow(name, length, questions.depths[name], scores))
-    return Grid(rows, questions.left_out)
+    if not rows:
+        raise UserError(f"no task fits; {left_out[0]}")
+    return Grid(rows, left_out)
+
+
+def _left_out(name: str, length: int, error: UserError) -> str:
+    return f"{name} at {length}: {error}"
 
 
 def _chosen(settings: GridSettings, names: Sequence[str]) -> list[str]:

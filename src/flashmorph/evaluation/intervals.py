@@ -1,4 +1,4 @@
-"""95 % intervals of shares, of means and of paired differences."""
+"""95 % intervals of shares, of ratios and of paired differences."""
 
 from collections.abc import Sequence
 
@@ -34,11 +34,6 @@ def paired_interval(first: Sequence[Sequence[float]], second: Sequence[Sequence[
         draws = rng.integers(len(difference), size=(RESAMPLES, len(difference)))
         means += difference[draws].mean(1) / len(first)
     return _ends(means)
-
-
-def mean_interval(figures: Sequence[float]) -> tuple[float, float]:
-    """Percentile bootstrap of the mean."""
-    return paired_interval([figures], [np.zeros(len(figures)).tolist()])
 
 
 def ratio_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """Recall: greedy generation with the cache, judged by the text that comes out. Never a likelihood."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -46,22 +46,28 @@ def answer_scores(
 ) -> list[float]:
     """The share of its references that `model`'s greedy continuation of each prompt holds.
 
-    Prompts are padded on the left; `batch_tokens` is how many prompt tokens are run at once.
+    Prompts are padded on the left; `batch_tokens` is how many prompt tokens are run at once. Each prompt is read once.
     """
     model.eval()
     scores: list[float] = []
-    batch: list[Prompt] = []
     with greedy(model, tokenizer) as config:
-        for number, prompt in enumerate(prompts):
-            batch.append(prompt)
-            following = prompts[number + 1] if number + 1 < len(prompts) else None
-            longest = max(len(row.input_ids) for row in [*batch, *([following] if following else [])])
-            rows = len(batch) + 1
-            if following is None or longest * rows > batch_tokens or longest**2 * rows > _MOST_MASKED:
-                scores += _answer_batch(model, tokenizer, config, batch)
-                batch = []
-                report(number + 1, len(prompts))
+        for batch in _batches(prompts, batch_tokens):
+            scores += _answer_batch(model, tokenizer, config, batch)
+            report(len(scores), len(prompts))
     return scores
+
+
+def _batches(prompts: Iterable[Prompt], batch_tokens: int) -> Iterator[list[Prompt]]:
+    """Prompts in order, as many at once as the limits of padded tokens and of their pairs allow; at least one."""
+    batch: list[Prompt] = []
+    for prompt in prompts:
+        longest, rows = max(len(row.input_ids) for row in [*batch, prompt]), len(batch) + 1
+        if batch and (longest * rows > batch_tokens or longest**2 * rows > _MOST_MASKED):
+            yield batch
+            batch = []
+        batch.append(prompt)
+    if batch:
+        yield batch
 
 
 def _answer_batch(

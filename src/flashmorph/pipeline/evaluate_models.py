@@ -171,10 +171,10 @@ def _judge(name: str, wanted: Wanted, device: torch.device, screen: Screen, firs
     vocabulary = tokenizer.get_vocab()
     grid = None
     if wanted.grid:
-        with screen.stage("evaluate", f"{name}: questions") as report:
+        with screen.stage("evaluate", f"{name}: questions"):
             documents, templated = corpus.pool("test", recipe.seed), wanted.grid.chat_template
             asker = ASKERS[wanted.grid.style](tokenizer, documents, recipe.seed, templated)
-            grid = make_questions(asker, wanted.grid, report)
+            grid = make_questions(asker, wanted.grid)
     of_harness = []
     if wanted.harness:  # First, since it fetches data, which may fail.
         settings = recipe.evaluate
