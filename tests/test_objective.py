@@ -81,7 +81,7 @@ def test_the_losses_of_a_plan_are_those_of_the_model_built_from_it(morphable, tm
     model = build(morphable, plan)
     logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
     expected = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
-    assert objective.text_loss(plan) == pytest.approx(expected, rel=1e-4)
+    assert objective.text_losses([plan])[0] == pytest.approx(expected, rel=1e-4)
     (losses,) = objective.evaluate([plan])
     for number, example in enumerate(objective._data.questions()):
         ids = torch.tensor([example.input_ids])
@@ -126,7 +126,7 @@ def test_evaluations_are_run_once_then_read_from_disk_and_counted_by_every_searc
     rows = torch.randint(97, (3, 40), generator=torch.Generator().manual_seed(1))
     objective = objective_on(morphable, tmp_path, rows)
     plan = morphable.space(Budget("layers", 1)).plan(["layers.0"], Budget("layers", 1))
-    text_loss = objective.text_loss(plan)
+    text_loss = objective.text_losses([plan])[0]
     assert objective.cost.tokens_forward == rows.numel()
     assert objective.cost.flops > 0
     (some,) = objective.evaluate([plan], [3, 1])
@@ -134,11 +134,27 @@ def test_evaluations_are_run_once_then_read_from_disk_and_counted_by_every_searc
     assert some.tolist() == [every[3], every[1]]
     assert objective.cost.tokens_forward == rows.numel() + 5 * 96
     again = objective_on(morphable, tmp_path, rows)
-    assert (again.text_loss(plan), again.evaluate([plan])[0].tolist()) == (text_loss, every.tolist())
+    assert (again.text_losses([plan])[0], again.evaluate([plan])[0].tolist()) == (text_loss, every.tolist())
     assert again.cost.tokens_forward == objective.cost.tokens_forward
     assert again.cost.flops == objective.cost.flops
     whole = objective_on(morphable, tmp_path / "other", rows, micro_batch_tokens=4096)
-    assert whole.text_loss(plan) == pytest.approx(text_loss, rel=1e-5)
+    assert whole.text_losses([plan])[0] == pytest.approx(text_loss, rel=1e-5)
+
+
+def test_plans_share_text_as_they_share_questions(morphable, tmp_path):
+    """The same losses together as one by one, for fewer products, which are the same again from disk."""
+    rows = torch.randint(97, (3, 40), generator=torch.Generator().manual_seed(1))
+    space, budget = morphable.space(Budget("layers", 1)), Budget("layers", 1)
+    plans = [space.plan(groups, budget) for groups in (["layers.0"], ["layers.1"], ["layers.0", "layers.1"])]
+    alone, together = objective_on(morphable, tmp_path / "alone", rows), objective_on(morphable, tmp_path / "all", rows)
+    expected = [alone.text_losses([plan])[0] for plan in plans]
+    shares: list[float] = []
+    assert together.text_losses(plans, shares.append) == pytest.approx(expected, rel=1e-5)
+    assert shares == sorted(shares) and shares[-1] == 1 and len(shares) >= len(plans)
+    assert together.cost.flops < alone.cost.flops
+    again = objective_on(morphable, tmp_path / "all", rows)
+    assert again.text_losses(plans[::-1]) == together.text_losses(plans)[::-1]
+    assert again.cost.flops == together.cost.flops
 
 
 def test_a_strategy_that_weighs_text_asks_for_it(morphable, tmp_path):
@@ -178,7 +194,7 @@ def test_a_path_of_plans_is_trained_once_and_goes_on_from_its_last_weights(morph
     objective = objective_on(morphable, tmp_path, rows)
     first = objective.distill([one], 3, answers=True)
     assert len(runs) == 1
-    assert objective.text_loss(one) != first.text_loss
+    assert objective.text_losses([one])[0] != first.text_loss
     assert np.isfinite([first.kl, first.text_loss, *first.losses]).all()
     again = objective_on(morphable, tmp_path, rows)
     assert again.distill([one], 3, answers=True).losses.tolist() == first.losses.tolist()
@@ -239,7 +255,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_plan(tmp_path):
     space, budget = morphable.space(Budget("layers", 1)), Budget("layers", 1)
     sound, broken = (space.plan([group], budget) for group in ("layers.1", "layers.0"))
     assert np.isfinite(objective.evaluate([sound])).all()
-    for ask in (lambda: objective.evaluate([sound, broken]), lambda: objective.text_loss(broken)):
+    for ask in (lambda: objective.evaluate([sound, broken]), lambda: objective.text_losses([broken])[0]):
         with pytest.raises(UserError, match="loss of the plan ■□ is not finite"):
             ask()
     with pytest.raises(UserError, match="is not finite at step 0"):

@@ -90,8 +90,8 @@ class Additive(Forgetful):
         help = torch.tensor(self._help, dtype=gates.dtype)
         return float(6 - (gates * help).sum()), -help
 
-    def text_loss(self, plan: Plan) -> float:
-        return 2 + 0.01 * self.loss(plan) + 0.001 * len(plan.full_groups)
+    def text_losses(self, plans, report=None) -> list[float]:
+        return [2 + 0.01 * self.loss(plan) + 0.001 * len(plan.full_groups) for plan in plans]
 
     def distill(self, path, steps, answers=False) -> Distilled:
         return Distilled(self.loss(path[-1]) / steps, 2.0, np.zeros(self.num_questions))

@@ -60,10 +60,10 @@ class Surface(Forgetful):
         gradient[:, self._full] = -(self._alone + self._pairs @ full + full @ self._pairs + question)
         return float(9 - full @ self._alone - full @ self._pairs @ full), torch.tensor(gradient, dtype=gates.dtype)
 
-    def text_loss(self, plan: Plan) -> float:
-        self.asked.append(strip(plan))
-        full = self._gates(plan)
-        return float(2 - 0.05 * (full @ self._pairs @ full) - 0.02 * full.sum())
+    def text_losses(self, plans, report=None) -> list[float]:
+        self.asked += [strip(plan) for plan in plans]
+        every = [self._gates(plan) for plan in plans]
+        return [float(2 - 0.05 * (full @ self._pairs @ full) - 0.02 * full.sum()) for full in every]
 
     def distill(self, path, steps, answers=False) -> Distilled:
         self.asked.append([[strip(plan) for plan in path], steps])

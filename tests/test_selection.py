@@ -95,10 +95,10 @@ class Surface:
         self.distilled.append([plan.full_layers for plan in path])
         return Distilled(lost / steps, 2 + 0.02 * added, np.full(self.num_questions, lost / steps))
 
-    def text_loss(self, plan: Plan) -> float:
+    def text_losses(self, plans, report=None) -> list[float]:
         """Text needs layer 1 most of all, and every other layer a little."""
-        switched = 1 - self._full(plan)
-        return 2 + 0.01 * switched.sum().item() + 0.3 * switched[1].item()
+        every = [1 - self._full(plan) for plan in plans]
+        return [2 + 0.01 * switched.sum().item() + 0.3 * switched[1].item() for switched in every]
 
     def resume(self, cost) -> None:
         pass
@@ -372,7 +372,7 @@ def test_halo_keeps_what_recall_needs_and_text_does_not():
 def test_halo_always_keeps_the_layer_that_text_can_best_spare():
     """The published rule's artefact: that layer's ratio has next to nothing below the line."""
     surface = Surface(additive, noise=0)
-    surface.text_loss = lambda plan: 2 + 0.1 * (1 - surface._full(plan))[1:].sum().item()
+    surface.text_losses = lambda plans, report: [2 + 0.1 * (1 - surface._full(plan))[1:].sum().item() for plan in plans]
     assert search("halo", surface, 3).plan.full_layers == [0, 1, 3]
 
 

@@ -89,7 +89,7 @@ def searched(folder: Path, sharded: bool, again: bool = False) -> dict[str, list
         found[loss] = [value, *gradient.flatten().tolist()]
     objective.evaluate(plans[:1], [4, 2])
     found["plans"] = objective.evaluate(plans).flatten().tolist()
-    found["text"] = [objective.text_loss(plan) for plan in plans]
+    found["text"] = objective.text_losses(plans)
     found["cost"] = [objective.cost.tokens_forward, objective.cost.tokens_backward, objective.cost.flops]
     return found
 

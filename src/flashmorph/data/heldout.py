@@ -1,6 +1,6 @@
 """Held-out text for perplexity: each document by itself and none twice."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,12 +31,12 @@ class Batch(NamedTuple):
     predicted: torch.Tensor
     positions: np.ndarray
 
-    def losses(self, run: Callable[[torch.Tensor], torch.Tensor], head: Head) -> torch.Tensor:
+    def losses(self, hidden: torch.Tensor, head: Head) -> torch.Tensor:
         """The cross-entropy in nats of each predicted token, in the order of `positions`, `[tokens]`.
 
-        `run(ids)` gives last hidden states `[pieces, time, width]`.
+        `hidden` are the last hidden states of `ids`, `[pieces, time, width]`.
         """
-        return token_losses(run(self.ids)[:, :-1][self.predicted[:, 1:]], head, self.ids[self.predicted])
+        return token_losses(hidden[:, :-1][self.predicted[:, 1:]], head, self.ids[self.predicted])
 
 
 @dataclass(frozen=True)

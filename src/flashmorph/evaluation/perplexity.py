@@ -137,7 +137,7 @@ def text_losses(
     done, head = 0, Head.of(model)
     for numbers in text.in_batches(batch_tokens):
         batch = text.batch(numbers, model.device)
-        of_batch = batch.losses(lambda ids: model.model(input_ids=ids, use_cache=False).last_hidden_state, head)
+        of_batch = batch.losses(model.model(input_ids=batch.ids, use_cache=False).last_hidden_state, head)
         losses[batch.positions] = of_batch.double().cpu().numpy()
         done += len(numbers)
         report(done, len(text.pieces))

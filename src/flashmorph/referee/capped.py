@@ -107,7 +107,7 @@ class Capped:
         """How many plans were evaluated, on one question at least."""
         return len({key for key, _ in self._asked})
 
-    def text_loss(self, plan: Plan) -> float:
+    def text_losses(self, plans: Sequence[Plan], report: Callable[[float], None] | None = None) -> list[float]:
         """Not offered: a reference is chosen by questions."""
         raise ValueError("a reference is chosen by questions, not by text")
 

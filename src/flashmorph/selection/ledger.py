@@ -58,17 +58,7 @@ class Ledger:
                 new[unasked] = new.get(unasked, 0) + 1
         self._questions.update((key, question) for key in keys for question in questions)
         for unasked, rows in new.items():
-            chosen = gates[list(unasked)].argmax(-1).tolist()
-            order, layers = run_order(gates[list(unasked)], self._layers), rows_by_layer(gates.shape[1], self._layers)
-            self._meter.count(
-                rows,
-                length,
-                self._meter.parts_of(
-                    [self._options[chosen[index][row]] for row in layer]
-                    for index, start in order
-                    for layer in layers[start:]
-                ),
-            )
+            self._meter.count(rows, length, self._parts_together(gates[list(unasked)]))
 
     def effects(self, kind: str, effects: Sequence[float], receivers: Sequence[int], length: int) -> None:
         """Count a counterfactual pair: both texts, and for senders what lies between each and the last receiver.
@@ -85,12 +75,14 @@ class Ledger:
             if above:
                 self._meter.count(heads, length, {FULL: len(above), FEED_FORWARD: above[-1] - layer})
 
-    def text(self, plan: Plan, text: HeldOut) -> None:
-        """Count a plan on the text."""
-        if (key := key_of(plan.assignments)) not in self._texts:
-            self._texts.add(key)
+    def texts(self, keys: Sequence[str], gates: torch.Tensor, text: HeldOut) -> None:
+        """Count plans on the text, as in `plans`."""
+        new = {key: index for index, key in enumerate(keys) if key not in self._texts}
+        self._texts.update(new)
+        if new:
+            parts = self._parts_together(gates[list(new.values())])
             for piece in text.pieces:
-                self._meter.count(1, len(piece), self._parts_of(plan))
+                self._meter.count(1, len(piece), parts)
 
     def distilled(self, path: Sequence[Plan], settings: DistillSettings, steps: int) -> None:
         """Count `steps` steps for every plan of a path; a beginning that was counted before is not counted again."""
@@ -106,6 +98,14 @@ class Ledger:
     @property
     def _teacher(self) -> Parts:
         return self._meter.parts_of([[FULL]] * self._layers)
+
+    def _parts_together(self, gates: torch.Tensor) -> Parts:
+        """What is run for the plans `[plans, groups, options]`: layers that they share from the first one up once."""
+        chosen = gates.argmax(-1).tolist()
+        order, layers = run_order(gates, self._layers), rows_by_layer(gates.shape[1], self._layers)
+        return self._meter.parts_of(
+            [self._options[chosen[index][row]] for row in layer] for index, start in order for layer in layers[start:]
+        )
 
     def _parts_of(self, plan: Plan) -> Parts:
         options = list(plan.assignments.values())

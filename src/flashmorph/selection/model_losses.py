@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from flashmorph import distributed
-from flashmorph.data.heldout import HeldOut
+from flashmorph.data.heldout import Batch, HeldOut
 from flashmorph.losses import Head, label_loss, token_losses
 from flashmorph.mixers.mixer import LayerArguments
 from flashmorph.model.morphable import Morphable, MorphableLayer
@@ -73,16 +73,28 @@ class ModelLosses:
             return measured.receivers() if receivers is None else measured.senders(receivers)
 
     @torch.no_grad()
-    def text_of_plan(self, plan: Plan) -> float:
-        """Mean next-token cross-entropy of a plan on the text, in nats."""
-        gates = self.hard_gates([plan])[0]
-        return self._mean_text_loss(lambda ids: self.morphable(ids, gates), self._head)
+    def text_of_plans(self, plans: Sequence[Plan], report: Callable[[float], None] | None = None) -> list[float]:
+        """Mean next-token cross-entropy of each plan on the text, in nats.
+
+        As in `of_plans`, what plans have in common is computed once. `report` is called with the share that is done.
+        """
+        gates = self.hard_gates(plans)
+
+        def run(batch: Batch) -> Iterator[tuple[int, torch.Tensor]]:
+            for index, hidden in self.morphable.each_plan(batch.ids, gates):
+                yield index, batch.losses(hidden, self._head)
+
+        return self._mean_text_losses(run, len(plans), report)
 
     @torch.no_grad()
     def of_model(self, model: PreTrainedModel, answers: bool) -> tuple[float, list[float]]:
         """Of a model built from a plan: the loss on the text, and with `answers` that of each question, in nats."""
         head = Head.of(model)
-        text = self._mean_text_loss(lambda ids: model.model(ids, use_cache=False).last_hidden_state, head)
+
+        def run(batch: Batch) -> Iterator[tuple[int, torch.Tensor]]:
+            yield 0, batch.losses(model.model(batch.ids, use_cache=False).last_hidden_state, head)
+
+        [text] = self._mean_text_losses(run, 1)
         losses: list[float] = []
         for part in self.data.micro_batches(self.data.questions() if answers else []):
             ids, marks = self._tensors(part)
@@ -127,16 +139,24 @@ class ModelLosses:
         pairs = zip(outputs, teacher, strict=True)
         return torch.stack([(mixed.float() - full.float()).square().mean() for mixed, full in pairs]).mean()
 
-    def _mean_text_loss(self, run: Callable[[torch.Tensor], torch.Tensor], head: Head) -> float:
-        """Mean next-token loss on the text of what `run(ids)` gives as last hidden states."""
-        text, found = self.text, 0.0
+    def _mean_text_losses(
+        self,
+        run: Callable[[Batch], Iterator[tuple[int, torch.Tensor]]],
+        count: int,
+        report: Callable[[float], None] | None = None,
+    ) -> list[float]:
+        """`count` mean losses on the text; `run(batch)` gives the number of each with its tokens' losses."""
+        text, sums = self.text, torch.zeros(count, dtype=torch.float64)
         assert text is not None
-        for together in distributed.rounds(text.in_batches(self.data.settings.tokens_at_once)):
-            numbers, counts = together[distributed.rank()]
+        rounds = distributed.rounds(text.in_batches(self.data.settings.tokens_at_once))
+        for number, together in enumerate(rounds):
+            pieces, counts = together[distributed.rank()]
             with self._autocast():
-                losses = text.batch(numbers, self.morphable.device).losses(run, head)
-            found += losses.double().sum().item() * counts
-        return distributed.total(torch.tensor(found, dtype=torch.float64)).item() / int(text.offsets[-1])
+                for done, (index, losses) in enumerate(run(text.batch(pieces, self.morphable.device)), 1):
+                    sums[index] += losses.double().sum().item() * counts
+                    if report:
+                        report((number + done / count) / len(rounds))
+        return (distributed.total(sums) / int(text.offsets[-1])).tolist()
 
     def _tensors(self, batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and answer marks, `[rows, length]`."""

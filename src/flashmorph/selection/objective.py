@@ -165,21 +165,24 @@ class MorphableObjective:
         write_json(path, {"task": task, "pair": number, "kind": kind, "effects": values})
         return values
 
-    def text_loss(self, plan: Plan) -> float:
+    def text_losses(self, plans: Sequence[Plan], report: Callable[[float], None] | None = None) -> list[float]:
         """Mean next-token cross-entropy on the `text`, in nats; plans evaluated before are read from disk.
 
         Raises:
-            UserError: there is no `text`, or the loss is not finite.
+            UserError: there is no `text`, or a loss is not finite.
         """
-        self._ledger.text(plan, self._text_to_weigh())
-        path = self._evaluations / f"{key_of(plan.assignments)}.text.json"
-        found = kept(path, self._say, TextLoss)
-        if found is None:
-            loss = self._losses.text_of_plan(plan)
-            _check_finite(loss, "text", plan)
-            found = {"assignments": plan.assignments, "text_loss": loss}
-            keep(path, found)
-        return found["text_loss"]
+        keys, text = [key_of(plan.assignments) for plan in plans], self._text_to_weigh()
+        self._ledger.texts(keys, self._losses.hard_gates(plans), text)
+        paths = [self._evaluations / f"{key}.text.json" for key in keys]
+        known = {key: kept(path, self._say, TextLoss) for key, path in zip(keys, paths, strict=True)}
+        new = {key: index for index, key in enumerate(keys) if known[key] is None}
+        if new:
+            losses = self._losses.text_of_plans([plans[index] for index in new.values()], report)
+            for (key, index), loss in zip(new.items(), losses, strict=True):
+                _check_finite(loss, "text", plans[index])
+                known[key] = {"assignments": plans[index].assignments, "text_loss": loss}
+                keep(paths[index], known[key])
+        return [known[key]["text_loss"] for key in keys]
 
     def distill(self, path: Sequence[Plan], steps: int, answers: bool = False) -> Distilled:
         """What the last plan of `path` can do when each plan in turn has been distilled for `steps` steps.

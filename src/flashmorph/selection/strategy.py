@@ -111,8 +111,10 @@ class Objective(Protocol):
         """
         ...
 
-    def text_loss(self, plan: Plan) -> float:
-        """Mean next-token cross-entropy of `plan`, in nats, on the text of the search-validation split.
+    def text_losses(self, plans: Sequence[Plan], report: Callable[[float], None] | None = None) -> list[float]:
+        """Mean next-token cross-entropy of each plan, in nats, on the text of the search-validation split.
+
+        Plans are cheapest together; see `evaluate`.
 
         Raises:
             UserError: the objective was made without text.

@@ -54,12 +54,13 @@ def halo(search: Search, num_questions: NumQuestions = None) -> Selection:
     space.limit(budget)
     _, variants = single_moves(space, budget, "switch")
     questions = first_questions(search, num_questions)
-    trace: list[dict] = []
-    text_losses = []
-    for plan in variants.values():
-        text_losses.append(objective.text_loss(plan))
-        trace.append({"assignments": plan.assignments, "text_loss": text_losses[-1]})
-        search.report(len(trace), 2 * len(variants), text_loss=text_losses[-1])
+    text_losses = objective.text_losses(
+        [*variants.values()], lambda share: search.report(share * len(variants), 2 * len(variants))
+    )
+    trace: list[dict] = [
+        {"assignments": plan.assignments, "text_loss": loss}
+        for plan, loss in zip(variants.values(), text_losses, strict=True)
+    ]
     losses = mean_losses(search, [*variants.values()], questions, trace, total=2 * len(variants))
     values = halo_scores([math.exp(-loss) for loss in text_losses], [math.exp(-loss) for loss in losses])
     scores = loss_scores(space, dict(zip(variants, values, strict=True)))

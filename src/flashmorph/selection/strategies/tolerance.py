@@ -31,16 +31,21 @@ def tolerance(
         UserError: no layer can be switched.
     """
     space, budget, objective = search.space, search.budget, search.objective
-    teacher = objective.text_loss(space.plan(space.groups, budget))
+    [teacher] = objective.text_losses([space.plan(space.groups, budget)])
     waiting, switched, path, trace = list(space.groups), [], [], []
 
     def plan_without(groups: list[str]) -> Plan:
         return space.plan([group for group in space.groups if group not in groups], budget)
 
+    def text_losses(plans: list[Plan]) -> list[float]:
+        before = len(trace)
+        return objective.text_losses(plans, lambda share: search.report(before + share / 2, len(space.groups)))
+
     while waiting and len(switched) < len(space.groups) - 1:
-        added = {group: objective.text_loss(plan_without([*switched, group])) for group in waiting}
-        group = min(waiting, key=added.__getitem__)
-        candidate = [*path, plan_without([*switched, group])]
+        candidates = [plan_without([*switched, group]) for group in waiting]
+        losses = text_losses(candidates)
+        best = losses.index(min(losses))
+        group, candidate = waiting[best], [*path, candidates[best]]
         ratio = math.exp(objective.distill(candidate, steps).text_loss - teacher)
         kept = ratio <= 1 + tolerance
         if kept:
