@@ -90,10 +90,7 @@ def teacher_folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
     """A cache of its own for checkpoints out of GGUF files."""
-    from flashmorph.convert.gguf import checkpoint_of
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    checkpoint_of.cache_clear()
     return tmp_path / "cache"
 
 

@@ -69,6 +69,15 @@ def mean_interval(figures: list[float]) -> tuple[float, float]:
     return paired_interval([figures], [[0.0] * len(figures)])
 
 
+def test_an_interval_is_the_same_however_many_resamples_are_drawn_at_once(monkeypatch):
+    """All at once they are gigabytes where questions are many."""
+    rng = np.random.default_rng(0)
+    one, other = rng.random((2, 40)).tolist()
+    expected = paired_interval([one], [other])
+    monkeypatch.setattr("flashmorph.evaluation.intervals._DRAWN_AT_ONCE", 120)
+    assert paired_interval([one], [other]) == expected
+
+
 def test_figures_of_one_cluster_are_no_independent_findings():
     rng = np.random.default_rng(0)
     alike = [[[centre] * 5, [centre] * 5] for centre in rng.standard_normal(8)]

@@ -86,7 +86,6 @@ def test_it_is_opened_once(tmp_path):
     file = written(made("llama"), tmp_path / "teacher.gguf")
     folder = checkpoint_of(file)
     before = (folder / "model.safetensors").stat().st_mtime_ns
-    checkpoint_of.cache_clear()
     assert checkpoint_of(file) == folder and (folder / "model.safetensors").stat().st_mtime_ns == before
 
 

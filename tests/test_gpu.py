@@ -20,6 +20,7 @@ from flashmorph.data.isolation import cut, marked
 from flashmorph.hosts import host_for, supports_varlen
 from flashmorph.mixers.kernels import kernel_runs
 from flashmorph.model.morphable import Morphable
+from flashmorph.own import CACHE
 from flashmorph.plan import Budget
 from flashmorph.stages.align import AlignmentLoss
 
@@ -127,9 +128,7 @@ def test_with_a_cache_a_hybrid_writes_what_it_would_without(name, dtype):
     read = model(input_ids=ids[:, :-8], use_cache=True)
     steps = [read.logits[:, -1:]]
     for place in range(ids.shape[1] - 8, ids.shape[1]):
-        steps.append(
-            model(input_ids=ids[:, place : place + 1], past_key_values=read.past_key_values, use_cache=True).logits
-        )
+        steps.append(model(input_ids=ids[:, place : place + 1], use_cache=True, **{CACHE: read[CACHE]}).logits)
     found = torch.cat(steps, 1).float()
     assert distance(found, whole[:, -9:]) < (1e-2 if dtype == torch.float32 else 5e-2)
 

@@ -21,6 +21,7 @@ from flashmorph.errors import UserError
 from flashmorph.estimate import estimate, estimated_costs, find_gpu
 from flashmorph.files import read_json, write_json
 from flashmorph.hosts import configure, layer_space, shape_of
+from flashmorph.own import CACHE
 from flashmorph.plan import FULL, Budget, Costs, Group, Plan, Space, count_plans, every_plan
 from flashmorph.recipe.outlook import check_recipe
 from flashmorph.recipe.pricing import budget_of_recipe
@@ -208,9 +209,7 @@ def test_time_in_turns_leaves_caches_as_they_were():
     model, _ = transplant(random_qwen3(num_hidden_layers=4), {"mixers": "full,window,thin", "window": 16})
     seen: list[int] = []
     model.register_forward_pre_hook(
-        lambda module, args, given: seen.append(
-            given["past_key_values"].get_seq_length() if given.get("past_key_values") is not None else 0
-        ),
+        lambda module, args, given: seen.append(given[CACHE].get_seq_length() if given.get(CACHE) is not None else 0),
         with_kwargs=True,
     )
     time_tokens({"model": model}, BenchSettings(lengths=(32,), repeats=2, decode_tokens=3))

@@ -13,6 +13,7 @@ from flashmorph.convert.load import load_model
 from flashmorph.convert.save import save_model
 from flashmorph.errors import UserError
 from flashmorph.model.morphable import Morphable, attach, relative_error
+from flashmorph.own import CACHE
 from flashmorph.plan import FULL, Budget, Plan
 from flashmorph.stages import alignment_errors
 
@@ -258,11 +259,9 @@ def test_decoding_with_the_cache_gives_the_parallel_logits(morphable, layers, pr
     expected = logits(built, ids)
     cache = DynamicCache(config=built.config)
     with torch.no_grad():
-        found = [built(input_ids=ids[:, :prompt], past_key_values=cache, use_cache=True).logits]
+        found = [built(input_ids=ids[:, :prompt], use_cache=True, **{CACHE: cache}).logits]
         for place in range(prompt, ids.shape[1]):
-            found.append(
-                built(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True).logits[:, -1:]
-            )
+            found.append(built(input_ids=ids[:, place : place + 1], use_cache=True, **{CACHE: cache}).logits[:, -1:])
     assert close(torch.cat(found, 1), expected)
 
 
@@ -307,7 +306,7 @@ def test_a_padded_batch_generates_what_each_row_generates_alone(morphable, layer
 
 def test_a_cache_handed_to_a_morphable_model_is_refused(morphable):
     with pytest.raises(ValueError, match="no cache"):
-        morphable.model(input_ids=some_tokens(), past_key_values=DynamicCache(config=morphable.model.config))
+        morphable.model(input_ids=some_tokens(), **{CACHE: DynamicCache(config=morphable.model.config)})
     with pytest.raises(ValueError, match="no cache"):
         morphable.model.generate(some_tokens(), max_new_tokens=2, do_sample=False, use_cache=True, pad_token_id=0)
 
@@ -316,7 +315,7 @@ def real_cache_bytes(model, tokens: int) -> int:
     """The bytes of all tensors in the cache after one sequence of `tokens` tokens."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=some_tokens(1, tokens), past_key_values=cache, use_cache=True)
+        model(input_ids=some_tokens(1, tokens), use_cache=True, **{CACHE: cache})
     found = {}
     for layer in cache.layers:
         for value in vars(layer).values():

@@ -9,6 +9,7 @@ from flashmorph.convert.in_memory import transplant
 from flashmorph.errors import UserError
 from flashmorph.mixers.start import narrow_outputs, narrow_scores
 from flashmorph.model.morphable import Morphable, attach
+from flashmorph.own import CACHE
 from flashmorph.plan import Budget
 
 SHAPES = {
@@ -51,7 +52,7 @@ def test_a_leaner_layer_is_smaller_starts_near_its_attention_and_looks_back_only
     with torch.no_grad():
         before, after = model(ids).logits, model(changed).logits
         whole, read = model(ids).logits, model(ids[:, :-1], use_cache=True)
-        last = model(ids[:, -1:], past_key_values=read.past_key_values, use_cache=True).logits
+        last = model(ids[:, -1:], use_cache=True, **{CACHE: read[CACHE]}).logits
     assert torch.equal(before[:, :40], after[:, :40]) or (before[:, :40] - after[:, :40]).abs().max() < 1e-5
     assert (before[:, 40:] - after[:, 40:]).abs().max() > 1e-4
     torch.testing.assert_close(last[:, 0], whole[:, -1], rtol=1e-3, atol=1e-4)

@@ -11,11 +11,12 @@ import torch
 from test_step import UnevenRows, _Keeps
 from test_training import SETTINGS, CountsRows, log_of, rows_in, run, settings_of, small_morphable
 from torch.distributed.checkpoint.api import CheckpointException
+from transformers import Trainer
 
 from flashmorph.errors import UserError
 from flashmorph.progress import silent
 from flashmorph.recipe.recipe import load_recipe
-from flashmorph.stages import AlignSettings, DistillSettings, ExtendSettings, align
+from flashmorph.stages import AlignSettings, DistillSettings, ExtendSettings, align, trainer
 from flashmorph.stages.checkpoints import drop_damaged, finish, last_checkpoint
 from flashmorph.stages.settings import TrainSettings
 from flashmorph.stages.trainer import StageTrainer
@@ -162,3 +163,12 @@ def test_a_stage_that_a_recipe_leaves_out_needs_its_tokens():
     recipe = load_recipe("laptop", {"extend.length": 4096, "extend.tokens": 1_000_000})
     assert recipe.extend.tokens == 1_000_000 and recipe.extend.checkpoint_steps == 50
     assert load_recipe("default", {"extend.length": 4096}).extend.length == 4096
+
+
+def test_what_is_replaced_in_trainer_is_there(monkeypatch):
+    """Also which names these are: every private one here that Trainer has too."""
+    replaced = {name for name in vars(StageTrainer) if hasattr(Trainer, name) and not name.startswith("__")}
+    assert replaced - {"compute_loss", "training_step"} == set(trainer._OF_TRAINER)
+    monkeypatch.delattr(Trainer, "_save_optimizer_and_scheduler")
+    with pytest.raises(UserError, match=r"has no Trainer._save_optimizer_and_scheduler, .*: install transformers 5"):
+        StageTrainer(model=None, args=None, watch=None)

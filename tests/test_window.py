@@ -13,6 +13,7 @@ from flashmorph.convert.save import save_model
 from flashmorph.errors import UserError
 from flashmorph.hosts import SLIDING, cache_bytes, configure
 from flashmorph.model.morphable import Morphable, build
+from flashmorph.own import CACHE
 from flashmorph.plan import FULL, Budget, Plan
 
 WINDOW, TOKENS = 8, 40
@@ -92,9 +93,9 @@ def test_the_cache_of_a_switched_layer_is_as_long_as_the_window(family, tmp_path
     found = hybrid.generate(
         ids, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, eos_token_id=None, pad_token_id=0
     )
-    lengths = [layer.keys.shape[2] for layer in found.past_key_values.layers]
+    lengths = [layer.keys.shape[2] for layer in found[CACHE].layers]
     assert lengths == [WINDOW - 1, TOKENS + 5]
-    size = sum(part.nbytes for layer in found.past_key_values.layers for part in (layer.keys, layer.values))
+    size = sum(part.nbytes for layer in found[CACHE].layers for part in (layer.keys, layer.values))
     assert cache_bytes(hybrid.config, TOKENS + 5) == size
     again = ids
     with torch.no_grad():

@@ -5,6 +5,7 @@ import torch
 from own_models import IDS, KINDS, SHAPES, logits, random_hybrid
 
 from flashmorph.hosts import cache_bytes
+from flashmorph.own import CACHE
 
 
 @pytest.mark.parametrize(
@@ -22,8 +23,8 @@ class TestEveryMixer:
         model = random_hybrid(KINDS[kind], everywhere=everywhere, **SHAPES[shape])
         cache, parts = None, []
         for start, stop in ((0, 25), (25, 40), *((step, step + 1) for step in range(40, 60))):
-            output = model(IDS[:, start:stop], past_key_values=cache, use_cache=True)
-            cache, parts = output.past_key_values, [*parts, output.logits]
+            output = model(IDS[:, start:stop], use_cache=True, **{CACHE: cache})
+            cache, parts = output[CACHE], [*parts, output.logits]
         assert torch.allclose(torch.cat(parts, 1), logits(model, IDS), atol=2e-5)
 
     def test_reads_padded_rows_as_each_alone(self, kind, shape, everywhere):

@@ -18,6 +18,7 @@ from flashmorph.bench.run import BenchSettings, read_context, write_token
 from flashmorph.devices import device_name
 from flashmorph.hosts import host_of, shape_of
 from flashmorph.model.morphable import Morphable
+from flashmorph.own import CACHE
 from flashmorph.plan import FULL, Budget, Costs, Plan, Space
 from flashmorph.progress import Report, silent
 from flashmorph.records import Figures
@@ -128,7 +129,7 @@ def time_tokens(
     size = min(model.config.vocab_size for model in models.values())
     generator = torch.Generator().manual_seed(settings.seed)
     ids = torch.randint(size, (1, context), generator=generator).to(first.device)
-    caches: dict[str, Any] = {name: read_context(model, ids).past_key_values for name, model in models.items()}
+    caches: dict[str, Any] = {name: read_context(model, ids)[CACHE] for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(settings.repeats + 1):
         for index in range(len(names)):

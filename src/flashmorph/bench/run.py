@@ -14,6 +14,7 @@ from flashmorph.bench.limit import Limit, Rates, measure_rates, timed
 from flashmorph.bench.memory import peak_bytes
 from flashmorph.devices import device_name
 from flashmorph.hosts import cache_by_layer
+from flashmorph.own import CACHE
 from flashmorph.progress import Report, silent
 from flashmorph.records import Figures
 
@@ -78,7 +79,7 @@ def bench(models: Mapping[str, PreTrainedModel], settings: BenchSettings, report
 
 def _warm_up(model: PreTrainedModel, ids: torch.Tensor, measured: _Measured, device: torch.device) -> None:
     def work() -> None:
-        cache = read_context(model, ids).past_key_values
+        cache = read_context(model, ids)[CACHE]
         measured.cache.append([_layer_bytes(layer) for layer in cache.layers])
         write_token(model, ids, cache)
 
@@ -90,7 +91,7 @@ def _time(
 ) -> None:
     parts: list[Any] = []
     measured.seconds["prefill"][-1].append(timed(lambda: parts.append(read_context(model, ids)), device))
-    cache = parts[0].past_key_values
+    cache = parts[0][CACHE]
     steps = [timed(lambda: write_token(model, ids, cache), device) for _ in range(decode_tokens)]
     measured.seconds["decode"][-1].append(float(np.median(steps)))
 
@@ -103,7 +104,7 @@ def read_context(model: PreTrainedModel, ids: torch.Tensor) -> Any:
 def write_token(model: PreTrainedModel, ids: torch.Tensor, cache: Any) -> None:
     """A forward over one token more, which `cache` then has as well."""
     # Which token it is makes no difference to the time.
-    cast(Any, model)(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+    cast(Any, model)(input_ids=ids[:, :1], use_cache=True, **{CACHE: cache})
 
 
 def _layer_bytes(layer: Any) -> int:

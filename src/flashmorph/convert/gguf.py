@@ -59,7 +59,6 @@ def origin_of(folder: Path) -> str:
     return "" if stored is None else f"{'from' if stored in _PLAIN else 'dequantised'} {stored}"
 
 
-@functools.cache
 def checkpoint_of(file: Path) -> Path:
     """The folder of the checkpoint that a GGUF file was made into, under its digest; the first call makes it.
 
@@ -72,8 +71,8 @@ def checkpoint_of(file: Path) -> Path:
     """
     if find_spec("gguf") is None:
         raise UserError(f'{file} needs the package gguf: pip install "flashmorph[gguf]"')
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    stat = file.stat()
+    digest = _digest_of(file, stat.st_size, stat.st_mtime_ns)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashmorph" / "gguf"
     folder = cache / f"{digest[:16]}-{_FORM}"
     try:
@@ -84,6 +83,13 @@ def checkpoint_of(file: Path) -> Path:
     except OSError as error:
         raise UserError(f"{file} cannot be opened into {folder}: {error.strerror or error}") from error
     return folder
+
+
+@functools.cache
+def _digest_of(file: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file of this size that was changed then."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _make(file: Path, folder: Path, digest: str) -> None:

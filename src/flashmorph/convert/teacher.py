@@ -1,5 +1,6 @@
 """Open a teacher: an embedded one, a local folder or a model of the hub. Refuse what cannot be a teacher."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -150,7 +151,9 @@ def _require_host(config: PreTrainedConfig) -> None:
         host_for(config)
 
 
+@functools.cache
 def _download(name: str) -> Path:
+    """The folder of the newest revision; once a process, so that a push cannot mix two of them in one table."""
     try:
         return Path(snapshot_download(name, allow_patterns=list(_FILES), ignore_patterns=list(_OTHER_FORMS)))
     except Exception as error:

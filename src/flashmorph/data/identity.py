@@ -7,6 +7,7 @@ from typing import Any
 
 from flashmorph.data.corpus import DEMO, Corpus, Mixture, shares_of
 from flashmorph.data.textfiles import TEXT, kind_of
+from flashmorph.errors import UserError
 from flashmorph.files import content_digest
 from flashmorph.records import SettingValues
 
@@ -26,7 +27,14 @@ def identity_of(corpus: Corpus | Mixture) -> list[SettingValues]:
 def has_conversations(corpus: Corpus | Mixture) -> bool:
     """Whether text is worded by the teacher's chat template: by the settings, or by the first documents of local
     files."""
-    return any(part.is_chat or _starts_with_chat(part, str(_identity(part))) for part, _ in shares_of(corpus))
+    return any(part.is_chat or _is_chat_in_files(part) for part, _ in shares_of(corpus))
+
+
+def _is_chat_in_files(part: Corpus) -> bool:
+    try:
+        return _starts_with_chat(part, str(_identity(part)))
+    except UserError:
+        return False  # Reading the text reports why it cannot be read.
 
 
 def _identity(part: Corpus) -> dict[str, Any]:
@@ -55,7 +63,4 @@ def _starts_with_chat(part: Corpus, identity: str) -> bool:
     """Whether the local files with this `identity` begin with conversations."""
     if part.source == DEMO or part.paths() is None:
         return False
-    try:
-        return any(document.messages is not None for document in islice(part.every(), _FIRST_DOCUMENTS))
-    except Exception:
-        return False  # Reading the text reports why it cannot be read.
+    return any(document.messages is not None for document in islice(part.every(), _FIRST_DOCUMENTS))

@@ -143,8 +143,9 @@ def resolved(
         found = choose(stage, recipe, model, sizes, room)
         kept |= {key: found.values[key] for key in missing if key in found.values}
         too_large = found.too_large
-        write_json(folder / _FILE, kept)
+        # In this order: numbers without the memory that they were chosen for would count on any machine.
         write_json(folder / _MEMORY, room.bytes)
+        write_json(folder / _FILE, kept)
     return with_settings(recipe, {key: kept[key] for key in asked(recipe, stage) if key in kept}), too_large
 
 

@@ -1,6 +1,6 @@
 """95 % intervals of shares, of ratios and of paired differences."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -31,8 +31,8 @@ def paired_interval(first: Sequence[Sequence[float]], second: Sequence[Sequence[
     means = np.zeros(RESAMPLES)
     for one, other in zip(first, second, strict=True):
         difference = np.asarray(one, dtype=float) - np.asarray(other, dtype=float)
-        draws = rng.integers(len(difference), size=(RESAMPLES, len(difference)))
-        means += difference[draws].mean(1) / len(first)
+        for some, draws in _draws(rng, len(difference)):
+            means[some] += difference[draws].mean(1) / len(first)
     return _ends(means)
 
 
@@ -41,15 +41,11 @@ def ratio_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
 
     Tokens of one row depend on each other, so a row is the unit, and rows without a token of the kind count as such.
     """
-    rng = np.random.default_rng(0)
-    rows = len(sums)
-    size = max(1, _DRAWN_AT_ONCE // rows)
-    found = []
-    for start in range(0, RESAMPLES, size):
-        draws = rng.integers(rows, size=(min(size, RESAMPLES - start), rows))
+    ratios = []
+    for _, draws in _draws(np.random.default_rng(0), len(sums)):
         total = counts[draws].sum(1)
-        found.append(sums[draws].sum(1)[total > 0] / total[total > 0])
-    return _ends(np.concatenate(found))
+        ratios.append(sums[draws].sum(1)[total > 0] / total[total > 0])
+    return _ends(np.concatenate(ratios))
 
 
 def clustered_interval(clusters: Sequence[Sequence[Sequence[float]]]) -> tuple[float, float]:
@@ -69,6 +65,14 @@ def clustered_interval(clusters: Sequence[Sequence[Sequence[float]]]) -> tuple[f
             np.add.at(sums, resamples, figures[draws].sum(1))
             np.add.at(counts, resamples, len(figures))
     return _ends(sums / counts)
+
+
+def _draws(rng: np.random.Generator, count: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """All resamples of `count` figures: which ones, and their indices `[resamples, count]`, as many as memory takes."""
+    size = max(1, _DRAWN_AT_ONCE // count)
+    for start in range(0, RESAMPLES, size):
+        end = min(start + size, RESAMPLES)
+        yield slice(start, end), rng.integers(count, size=(end - start, count))
 
 
 def _ends(means: np.ndarray) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 from flashmorph.mixers.full import FullAttention
 from flashmorph.mixers.mixer import Products
 from flashmorph.mixers.products import attention_cache_bytes, attention_products
+from flashmorph.own import CACHE
 
 
 class SlidingWindow(FullAttention):
@@ -48,12 +49,13 @@ class _Window(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> Any:
         attention = cast(Any, self._attention[0])
+        no_cache: dict[str, Any] = {CACHE: None}
         mask = create_sliding_window_causal_mask(
             config=attention.config,
             inputs_embeds=hidden_states,
             attention_mask=None,
-            past_key_values=None,
             position_ids=arguments.get("position_ids"),
+            **no_cache,
         )
         # Flash attention reads the window from the module, not from the mask.
         attention.sliding_window = attention.config.sliding_window

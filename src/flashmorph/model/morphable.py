@@ -20,6 +20,7 @@ from flashmorph.mixers import Mixer, gated
 from flashmorph.mixers.mixer import LayerArguments
 from flashmorph.model.order import run_order
 from flashmorph.model.recompute import recomputed, recomputes
+from flashmorph.own import CACHE
 from flashmorph.plan import FULL, Budget, Plan, Space
 
 Observer = Callable[["MorphableLayer", torch.Tensor, LayerArguments, torch.Tensor], None]
@@ -75,7 +76,7 @@ class MorphableLayer(nn.Module):
         Raises:
             ValueError: a cache was handed in; `Morphable.instantiate` makes the model that generates.
         """
-        if arguments.get("past_key_values") is not None:
+        if arguments.get(CACHE) is not None:
             raise ValueError("a morphable model has no cache; build the plan first and generate with the result")
         own = None if gates is None else gates.unflatten(0, (self.layers, -1))[self.number]
         output = self._mix(hidden_states, own, arguments)

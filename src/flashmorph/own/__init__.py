@@ -13,7 +13,7 @@ from flashmorph.own.configuration_flashmorph import FORMAT, FlashmorphConfig
 from flashmorph.own.dash_flashmorph import VARIANTS, Dash
 from flashmorph.own.mixer_flashmorph import OwnMixer, start
 from flashmorph.own.mixers_flashmorph import MIXERS
-from flashmorph.own.modeling_flashmorph import FlashmorphAttention, FlashmorphForCausalLM, FlashmorphModel
+from flashmorph.own.modeling_flashmorph import CACHE, FlashmorphAttention, FlashmorphForCausalLM, FlashmorphModel
 from flashmorph.own.pooled_flashmorph import pooled_after
 from flashmorph.own.states_flashmorph import StateMixer
 from flashmorph.own.thin_flashmorph import held_after
@@ -33,6 +33,7 @@ FlashmorphForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 __all__ = [
     "AUTO_MAP",
+    "CACHE",
     "FORMAT",
     "MIXERS",
     "TRAVELLING",

@@ -4,6 +4,7 @@ With every head full it computes what the teacher's own class computes. This fil
 imports torch and transformers only.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ from .mixers_flashmorph import make_mixer
 
 Mixing = Mapping[str, tuple[Sequence[int], OwnMixer | None]]
 """For each mixer its key-value heads and its module; none for full attention."""
+CACHE = "cache" if "cache" in inspect.signature(Qwen3Model.forward).parameters else "past_key_values"
+"""The argument of that name in the installed transformers: `cache` since 5.24."""
 
 
 class FlashmorphAttention(Qwen3Attention):
@@ -56,12 +59,15 @@ class FlashmorphAttention(Qwen3Attention):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: Any = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """The output `[batch, time, width]`; in a hybrid layer `attention_mask` is a pair: causal, padding."""
+        """The output `[batch, time, width]`; in a hybrid layer `attention_mask` is a pair: causal, padding.
+
+        `kwargs` has the cache under transformers' name, if there is one.
+        """
+        cache = kwargs.pop(CACHE, None)
         mixing: Any = {name: (its, self.mixers[name] if name != FULL else None) for name, its in self.heads.items()}
-        return self.mix(mixing, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs), None
+        return self.mix(mixing, hidden_states, position_embeddings, attention_mask, cache, **kwargs), None
 
     def mix(
         self,
@@ -69,7 +75,7 @@ class FlashmorphAttention(Qwen3Attention):
         hidden: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: Any = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """The output `[batch, time, width]` with these mixers, which may be others than the layer's own."""
@@ -78,7 +84,7 @@ class FlashmorphAttention(Qwen3Attention):
         k = self.k_norm(self.k_proj(hidden).view(shape)).transpose(1, 2)
         v = self.v_proj(hidden).view(shape).transpose(1, 2)
         causal, real = attention_mask if isinstance(attention_mask, tuple) else (attention_mask, None)
-        layer: Any = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
+        layer: Any = cache.layers[self.layer_idx] if cache is not None else None
         outputs: list[torch.Tensor] = []
         by_head: dict[int, torch.Tensor] = {}
         for name, (its, mixer) in mixing.items():
@@ -89,7 +95,7 @@ class FlashmorphAttention(Qwen3Attention):
             if self.rotates and (mixer is None or mixer.rotary):
                 rows, key = apply_rotary_pos_emb(rows, key, *position_embeddings)
             if mixer is None:
-                outputs.append(self._full(rows, key, value, causal, past_key_values, **kwargs))
+                outputs.append(self._full(rows, key, value, causal, cache, **kwargs))
             else:
                 heads = mixer(rows, key, value, hidden, real, self._state(layer, name))
                 outputs.append(heads.transpose(1, 2).unflatten(2, (len(its), self.num_key_value_groups)))
@@ -168,9 +174,10 @@ class FlashmorphModel(_StartsMixers, Qwen3Model):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ):
-        """Last hidden states, as of Qwen3's decoder.
+        """Last hidden states, as of Qwen3's decoder. The cache goes by both of its names in transformers.
 
         Raises:
             ValueError: a static or quantised cache, or one that another model has filled.
@@ -181,12 +188,13 @@ class FlashmorphModel(_StartsMixers, Qwen3Model):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None:
-            own_layers(past_key_values, [word == "hybrid" for word in self.config.layer_types or ()])
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if cache is not None:
+            own_layers(cache, [word == "hybrid" for word in self.config.layer_types or ()])
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
         if isinstance(attention_mask, dict):
             masks = attention_mask
@@ -195,16 +203,14 @@ class FlashmorphModel(_StartsMixers, Qwen3Model):
                 "config": self.config,
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": attention_mask,
-                "past_key_values": past_key_values,
+                CACHE: cache,
                 "position_ids": position_ids,
             }
             masks = {"full_attention": create_causal_mask(**given)}
             masks["linear_attention"] = create_recurrent_attention_mask(**given)
         masks = {**masks, "hybrid": (masks["full_attention"], masks.get("linear_attention"))}
-        prepared: dict[str, Any] = {"attention_mask": masks, "position_ids": position_ids}
-        return super().forward(
-            inputs_embeds=inputs_embeds, past_key_values=past_key_values, use_cache=use_cache, **prepared, **kwargs
-        )
+        prepared: dict[str, Any] = {"attention_mask": masks, "position_ids": position_ids, CACHE: cache}
+        return super().forward(inputs_embeds=inputs_embeds, use_cache=use_cache, **prepared, **kwargs)
 
 
 class FlashmorphForCausalLM(_StartsMixers, Qwen3ForCausalLM):

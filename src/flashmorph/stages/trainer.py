@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -31,6 +32,17 @@ _WEIGHTS = "trainable.safetensors"
 _SHARDS = "shards"
 _SCHEDULE = "scheduler.pt"
 _TRAINABLE = StateDictOptions(ignore_frozen_params=True)
+_OF_TRAINER = (
+    "_save",
+    "_save_checkpoint",
+    "_save_optimizer_and_scheduler",
+    "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
+    "_defer_fsdp_gradient_reduction",
+    "loss_is_scaled_for_ga",
+)
+"""Names of Trainer that are replaced here and not public. Were one renamed, Trainer would not call its replacement, and
+checkpoints or gradients would be wrong without an error."""
 
 
 class StageTrainer(Trainer):
@@ -46,11 +58,17 @@ class StageTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
     def __init__(self, model: nn.Module, args: TrainingArguments, watch: Watch, **settings: Any):
+        if missing := [name for name in _OF_TRAINER if not hasattr(Trainer, name)]:
+            raise UserError(
+                f"transformers {transformers.__version__} has no Trainer.{missing[0]}, which flashmorph replaces: "
+                "install transformers 5.23"
+            )
         super().__init__(model=model, args=args, **settings)
         self._watch, self._problem = watch, ""
         self._step = StepMean(getattr(model, "terms", None) or [[*_trainable(model).values()]])
         self._is_sharded = is_sharded(model)
-        # Trainer's flag for a model that it must neither move nor wrap: the model reduces its gradients.
+        # Trainer's flag for a model that it must neither move nor wrap, which reduces its gradients. It is set after
+        # Trainer's own `__init__`, which refuses such models because it cannot save their moments; `_save` here can.
         self.is_distributed_loading_by_transformers = self._is_sharded
 
     def compute_loss(
