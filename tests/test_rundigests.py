@@ -125,6 +125,8 @@ def moved(before: dict[str, str], after: dict[str, str]) -> set[str]:
         ({"select.strategy": "drop-one"}, {"select.search.batch_tokens": 96}, set()),
         ({}, {"select.search.batch_tokens": 96}, SEARCHED),
         ({}, {"select.search.questions": 5}, SEARCHED),
+        ({}, {"select.search.text_tokens": 4096}, set()),
+        ({"select.strategy": "halo"}, {"select.search.text_tokens": 4096}, SEARCHED),
         ({}, {"select.settings.steps": 13}, SEARCHED),
         ({"select.strategy": "kl"}, {"distill.tokens": 640}, TRAINED),
         ({"select.strategy": "kl"}, {"distill.learning_rate": 0.01}, TRAINED | SEARCHED),

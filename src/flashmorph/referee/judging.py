@@ -27,7 +27,7 @@ from flashmorph.run.run import Run
 from flashmorph.selection import Selection
 from flashmorph.selection.objective import MorphableObjective
 from flashmorph.selection.search import reuse_of
-from flashmorph.selection.searchdata import SearchSettings
+from flashmorph.selection.searchdata import USUAL_TEXT, SearchSettings
 from flashmorph.selection.state import StateOnDisk
 
 REFEREE_SEED = 1_000_003
@@ -50,6 +50,8 @@ class Referee:
         self._run, self._settings = run, settings
         self._morphable = open_morphable(run, host, branches)
         search = run.recipe.select.search.model_dump(mode="json", exclude={"micro_batch_tokens"})
+        if search["text_tokens"] == USUAL_TEXT:
+            del search["text_tokens"]
         trained = run.recipe.distill.what_counts(tokens=False)
         about = [task_settings(run), text_settings(run), ends(run), search, trained, settings.questions]
         if settings.reference == "found":

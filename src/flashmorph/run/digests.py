@@ -15,7 +15,7 @@ from flashmorph.records import Figures, SettingValues
 from flashmorph.run.run import Run
 from flashmorph.selection import STRATEGIES
 from flashmorph.selection.search import own_settings
-from flashmorph.selection.searchdata import SearchSettings
+from flashmorph.selection.searchdata import USUAL_TEXT, SearchSettings
 from flashmorph.stages import TrainSettings
 from flashmorph.tasks import TaskSettings
 from flashmorph.tokens.special_tokens import end_tokens
@@ -72,6 +72,8 @@ def select_settings(run: Run) -> SettingValues:
     values |= {"search": search_settings(chosen.search, chosen.strategy), "bf16": run.bf16, **task_settings(run)}
     if strategy.needs_text:
         values["text"] = text_settings(run)
+        if (tokens := chosen.search.text_tokens) != USUAL_TEXT:
+            values["text_tokens"] = tokens
     if strategy.needs_training:
         trained = recipe.distill.what_counts(tokens=False)
         asked = {"questions": task_settings(run)} if recipe.distill.retrieval_share else {}

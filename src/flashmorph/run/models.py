@@ -25,8 +25,6 @@ from flashmorph.selection.searchdata import SearchSettings
 from flashmorph.selection.state import StateOnDisk
 from flashmorph.stages import DistillSettings
 
-SEARCH_TEXT_TOKENS = 16_384
-
 
 def open_stage(run: Run, stage: Stage) -> PreTrainedModel:
     """The model that a stage saved, in float32: it holds the master weights of training, which casts by itself."""
@@ -129,7 +127,7 @@ def open_objective(
     recipe, search = run.recipe, search or run.recipe.select.search
     text, distiller = None, None
     if needs_text:
-        text = held_out_text(run, judging, search.longest, max(SEARCH_TEXT_TOKENS, search.longest))
+        text = held_out_text(run, judging, search.longest, max(search.text_tokens, search.longest))
         if text.tokens < text.wanted:
             run.screen.say(f"select: the text loss is on all {text.tokens:,} tokens of the split {judging!r}")
     if needs_training:

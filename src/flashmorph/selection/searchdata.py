@@ -12,6 +12,7 @@ from flashmorph.tasks import Example, Layout, Style, TaskSettings, make_example
 from flashmorph.tasks.counterfactual import Pair, make_pair
 
 _USUAL_TOKENS = 16_384
+USUAL_TEXT = 16_384
 
 
 class SearchSettings(Settings):
@@ -23,6 +24,9 @@ class SearchSettings(Settings):
         default="auto", description="tokens at once on one device; `auto`: from its memory"
     )
     questions: Many = Field(default=64, description="questions of the search-validation split, over all tasks")
+    text_tokens: TokensAtOnce = Field(
+        default=USUAL_TEXT, description="tokens of held-out text, one context at least, for strategies that weigh text"
+    )
 
     @model_validator(mode="after")
     def _in_order(self) -> "SearchSettings":
