@@ -1,12 +1,13 @@
-"""Losses over the vocabulary without ever holding all logits: in chunks of tokens, recomputed in the backward."""
+"""Losses over the vocabulary without ever holding all logits: in chunks of tokens, each with its gradient at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 LOGITS_BYTES = 128 * 2**20
@@ -25,9 +26,18 @@ class Head:
         """The head of a causal language model; some divide its logits by a constant (`logits_scaling`)."""
         return Head(model.lm_head, getattr(model.config, "logits_scaling", 1.0))
 
+    @staticmethod
+    def from_linear(head: "nn.Linear | Head") -> "Head":
+        """A head that is a linear map alone, or is one already."""
+        return head if isinstance(head, Head) else Head(head)
+
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits `[..., vocabulary]` of `hidden` `[..., width]`."""
-        logits = self.projection(hidden)
+        return self.of_weights(hidden, self.projection.weight, self.projection.bias)
+
+    def of_weights(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The same with other weights in place of the projection's."""
+        logits = F.linear(hidden, weight, bias)
         return logits if self.divisor == 1 else logits / self.divisor
 
     @property
@@ -41,13 +51,73 @@ def chunk_tokens(vocabulary: int) -> int:
     return max(1, LOGITS_BYTES // (4 * vocabulary))
 
 
-def _in_chunks(loss: Callable[..., torch.Tensor], size: int, *tensors: torch.Tensor) -> torch.Tensor:
-    """The sum of `loss` over chunks of `size` tokens of `tensors` `[tokens, ...]`, each recomputed in the backward."""
-    parts = [
-        checkpoint(loss, *chunk, use_reentrant=False)
-        for chunk in zip(*(tensor.split(size) for tensor in tensors), strict=True)
-    ]
-    return torch.stack(parts).sum()
+def _in_chunks(
+    loss: Callable[..., torch.Tensor], head: Head, hidden: torch.Tensor, *others: torch.Tensor
+) -> torch.Tensor:
+    """The sum of `loss(logits, *others)` over chunks of `hidden` `[tokens, width]` and `others` `[tokens, ...]`."""
+    sources = [each for each in (hidden, head.projection.weight, head.projection.bias) if each is not None]
+    if torch.is_grad_enabled() and any(each.requires_grad for each in sources):
+        total = _SumOfChunks.apply(loss, head, hidden, head.projection.weight, head.projection.bias, *others)
+        return cast(torch.Tensor, total)
+    return torch.stack([loss(head(part), *rest) for part, *rest in _chunks(head, hidden, *others)]).sum()
+
+
+def _chunks(head: Head, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    size = chunk_tokens(head.out_features)
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
+class _SumOfChunks(torch.autograd.Function):
+    """`_in_chunks`, which takes the gradient of each chunk while its logits are there.
+
+    The head's gradient is summed in float32: in bfloat16 a sum over hundreds of chunks loses a hundredth and more.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loss: Callable[..., torch.Tensor],
+        head: Head,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *others: torch.Tensor,
+    ) -> torch.Tensor:
+        """The sum; gradients are kept for the backward."""
+        device, needed = hidden.device.type, ctx.needs_input_grad[2:5]
+        narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        own = weight.detach().to(narrow).requires_grad_(needed[1])
+        own_bias = None if bias is None else bias.detach().to(narrow).requires_grad_(needed[2])
+        learn = [each for each in (own, own_bias) if each is not None and each.requires_grad]
+        sums = [torch.zeros_like(each, dtype=torch.float32) for each in learn]
+        total, rows = torch.zeros((), device=hidden.device), []
+        for part, *rest in _chunks(head, hidden, *others):
+            part = part.detach().requires_grad_(needed[0])
+            with torch.enable_grad():
+                value = loss(head.of_weights(part, own, own_bias), *rest)
+            total += value.detach()
+            gradients = list(torch.autograd.grad(value, [part, *learn] if needed[0] else learn))
+            if needed[0]:
+                rows.append(gradients.pop(0))
+            for whole, gradient in zip(sums, gradients, strict=True):
+                whole += gradient
+        ctx.save_for_backward(*([torch.cat(rows)] if rows else []), *sums)
+        sources = zip((hidden, weight, bias), needed, strict=True)
+        ctx.dtypes = [each.dtype for each, needs in sources if each is not None and needs]
+        ctx.needed, ctx.others, ctx.done = needed, len(others), False
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        """The gradients that were kept, times that of the sum; in place, since the head's may be gigabytes."""
+        if ctx.done:
+            raise RuntimeError("this loss was taken backward before")
+        ctx.done = True
+        kept = iter(
+            part.mul_(gradients[0]).to(dtype) for part, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return (None, None, *(next(kept) if needs else None for needs in ctx.needed), *[None] * ctx.others)
 
 
 def forward_kl(
@@ -55,14 +125,13 @@ def forward_kl(
 ) -> torch.Tensor:
     """Mean KL(teacher || student) a token, temperature 1, from last hidden states `[..., width]`; 0 without any."""
 
-    def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    def divergence(logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             target = F.log_softmax(teacher_head(teacher).float(), -1)
-        log_probabilities = F.log_softmax(student_head(student).float(), -1)
-        return F.kl_div(log_probabilities, target, log_target=True, reduction="sum")
+        return F.kl_div(F.log_softmax(logits.float(), -1), target, log_target=True, reduction="sum")
 
     student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
-    return _in_chunks(divergence, chunk_tokens(student_head.out_features), student, teacher) / max(1, len(student))
+    return _in_chunks(divergence, Head.from_linear(student_head), student, teacher) / max(1, len(student))
 
 
 def label_loss(
@@ -74,10 +143,10 @@ def label_loss(
     """
     weights = torch.full(labels.shape, 1 / max(1, len(labels)), device=labels.device) if weights is None else weights
 
-    def cross_entropy(hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return (F.cross_entropy(head(hidden).float(), labels, reduction="none") * weights).sum()
+    def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return (F.cross_entropy(logits.float(), labels, reduction="none") * weights).sum()
 
-    return _in_chunks(cross_entropy, chunk_tokens(head.out_features), hidden, labels, weights)
+    return _in_chunks(cross_entropy, Head.from_linear(head), hidden, labels, weights)
 
 
 @torch.no_grad()
@@ -114,8 +183,8 @@ def top_kl(student: torch.Tensor, head: nn.Linear | Head, values: torch.Tensor, 
     of Tail-Aware Top-k Distillation (arXiv 2608.14728), there with the reverse KL.
     """
 
-    def divergence(student: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        all_tokens = F.log_softmax(head(student).float(), -1)
+    def divergence(logits: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        all_tokens = F.log_softmax(logits.float(), -1)
         total = F.kl_div(all_tokens.gather(-1, indices), values[:, :-1], log_target=True, reduction="sum")
         tail = values[:, -1]
         has_tail = tail > -torch.inf
@@ -124,7 +193,7 @@ def top_kl(student: torch.Tensor, head: nn.Linear | Head, values: torch.Tensor, 
             total = total + F.kl_div(student_tail, tail[has_tail], log_target=True, reduction="sum")
         return total
 
-    return _in_chunks(divergence, chunk_tokens(head.out_features), student, values, indices) / max(1, len(student))
+    return _in_chunks(divergence, Head.from_linear(head), student, values, indices) / max(1, len(student))
 
 
 def _log_tail_mass(log_probabilities: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
