@@ -55,9 +55,9 @@ def drop_damaged(folder: Path) -> None:
 
 
 def _damage(checkpoint: Path) -> str:
-    """The damage of a checkpoint in words; empty if it can be read. Marks of earlier versions hold no sizes."""
+    """The damage of a checkpoint in words; empty if it can be read."""
     try:
-        sizes = json.loads((checkpoint / FINISHED).read_text() or "{}")
+        sizes = json.loads((checkpoint / FINISHED).read_text())
         require_shape(sizes, dict[str, Count], FINISHED)
         needed = [_STATE, "scheduler.pt", *(_SHARDED if (checkpoint / "shards").exists() else _UNSHARDED)]
         if missing := [name for name in needed if not (checkpoint / name).is_file()]:
