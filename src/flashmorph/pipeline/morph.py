@@ -167,7 +167,6 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
         text = held_out_text(run, "test", settings.length, settings.perplexity_tokens)
         score = evaluate(loaded, run.tokenizer, questions, text, settings, cache_by_context(loaded.config), report)
         write_json(folder / "right.json", score.right)
-        assert score.text
         write_json(folder / "text.json", asdict(score.text))
         summary = f"recall {100 * score.recall:.1f} %, perplexity {score.perplexity:.2f}"
         return {
