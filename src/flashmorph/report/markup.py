@@ -64,9 +64,9 @@ def _row(plan: Plan, row: Sequence[tuple[Group, str]], tips: dict[str, str]) -> 
     return f'<div class="strip{size}" role="img" aria-label="{escape(plan.strip())}">{"".join(cells)}</div>'
 
 
-def percent(share: float, digits: int = 1) -> str:
+def percent(share: float) -> str:
     """A share as percent."""
-    return f"{100 * share:.{digits}f} %"
+    return f"{100 * share:.1f} %"
 
 
 def span(interval: Sequence[float] | None, form: str = "{:.2f}", times: float = 1) -> str:
