@@ -13,7 +13,8 @@ from test_cli import broken_copy, refused
 from transformers import Qwen3Config
 
 from flashmorph.bench import BenchSettings, Limit, Rates, bench, crossing, exponent, measure_rates
-from flashmorph.hosts import LINEAR, cache_by_layer, host_for, mixing_operations
+from flashmorph.hosts import cache_by_layer, host_for, mixing_operations
+from flashmorph.mixers import LINEAR
 from flashmorph.plan import FULL
 
 LENGTHS = (24, 48, 96)

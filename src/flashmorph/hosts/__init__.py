@@ -20,7 +20,7 @@ from flashmorph.hosts.qwen3_5_moe import Qwen35MoeHost
 from flashmorph.hosts.refused import REFUSED
 from flashmorph.hosts.window import WINDOW_HOSTS
 from flashmorph.inputs.settings import resolve
-from flashmorph.mixers import LINEAR, SLIDING, Products
+from flashmorph.mixers import Products
 from flashmorph.mixers.kernels import dispatch_by_device
 from flashmorph.plan import Budget, Space
 from flashmorph.records import SettingValues
@@ -253,11 +253,8 @@ __all__ = [
     "FEED_FORWARD",
     "HOSTS",
     "OWN",
-    "LINEAR",
-    "SLIDING",
     "WINDOW_HOSTS",
     "Host",
-    "Products",
     "cache_by_context",
     "cache_by_layer",
     "cache_bytes",

@@ -12,8 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from flashmorph.own.configuration_flashmorph import FORMAT, FlashmorphConfig
 from flashmorph.own.dash_flashmorph import VARIANTS, Dash
 from flashmorph.own.mixer_flashmorph import OwnMixer, start
-from flashmorph.own.mixers_flashmorph import MIXERS
-from flashmorph.own.modeling_flashmorph import FlashmorphAttention, FlashmorphForCausalLM, FlashmorphModel
+from flashmorph.own.modeling_flashmorph import FlashmorphAttention, FlashmorphForCausalLM
 from flashmorph.own.pooled_flashmorph import pooled_after
 from flashmorph.own.states_flashmorph import StateMixer
 from flashmorph.own.thin_flashmorph import held_after
@@ -34,14 +33,12 @@ FlashmorphForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 __all__ = [
     "AUTO_MAP",
     "FORMAT",
-    "MIXERS",
     "TRAVELLING",
     "VARIANTS",
     "Dash",
     "FlashmorphAttention",
     "FlashmorphConfig",
     "FlashmorphForCausalLM",
-    "FlashmorphModel",
     "OwnMixer",
     "StateMixer",
     "held_after",
