@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 import torch
 import yaml
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     Field,
@@ -27,10 +26,10 @@ from flashmorph.files import read_text
 from flashmorph.inputs.readyaml import read_yaml, sentence
 from flashmorph.inputs.settings import Many, Name, Settings
 from flashmorph.records import SettingValues
-from flashmorph.selection import BASELINE, DEFAULT_STRATEGY, STRATEGIES
+from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES
 from flashmorph.selection.searchdata import SearchSettings
 from flashmorph.stages import AlignSettings, DistillSettings, ExtendSettings
-from flashmorph.tasks import STYLES, TaskSettings
+from flashmorph.tasks import TaskSettings
 
 _LEAST_SHARE = 1e-9
 SHIPPED = ("demo", "laptop", "default", "chat")
@@ -130,12 +129,6 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else quoted(value)
 
 
-def _is_baseline(name: str) -> str:
-    if name != BASELINE:
-        raise ValueError(f"Input should be '{BASELINE}'")
-    return name
-
-
 class Recipe(Settings):
     """One run of `flashmorph morph`."""
 
@@ -146,7 +139,7 @@ class Recipe(Settings):
         default="auto",
         description="shard weights over processes (`model/sharding.py`); `auto`: where they do not fit otherwise",
     )
-    baseline: Annotated[str, AfterValidator(_is_baseline)] | None = None
+    baseline: Literal["uniform"] | None = None
     style: Literal["lines", "prose"] = "prose"
     chat_template: bool = Field(
         default=False, description="ask a search's questions, and those in training rows, through the chat template"
@@ -227,7 +220,6 @@ def load_recipe(source: str | Path, changes: SettingValues | None = None) -> Rec
         raise UserError(unknown("strategy", recipe.select.strategy, STRATEGIES))
     if not recipe.tasks:
         raise UserError(f"recipe {name} needs at least one task")
-    assert recipe.style in STYLES
     recipe._given = frozenset(_names(_nested(changes) if str(source) in SHIPPED else values))
     return recipe
 
