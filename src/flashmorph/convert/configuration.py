@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from flashmorph.errors import UserError, first_line, quoted
-from flashmorph.hosts import HOSTS, OWN, WINDOW_HOSTS
+from flashmorph.hosts import ALL_HOSTS, HOST_TYPES
 from flashmorph.inputs.settings import in_words
 
 _Layers = Annotated[int, Field(ge=1, lt=10_000)] | None
@@ -114,8 +114,7 @@ _NOT_READ = (
 
 def families() -> set[str]:
     """The `model_type` of every teacher that has a host, and of every host."""
-    every = (*HOSTS, *WINDOW_HOSTS, OWN)
-    return {family for host in every for family in host.teachers} | {host.model_type for host in every}
+    return {family for host in ALL_HOSTS for family in host.teachers} | HOST_TYPES
 
 
 def make_config(path: Path, values: Mapping[str, Any]) -> PreTrainedConfig:
