@@ -23,6 +23,7 @@ from flashmorph.devices import use_bf16
 from flashmorph.errors import UserError, quoted, unknown
 from flashmorph.evaluation import EvaluateSettings
 from flashmorph.files import read_text
+from flashmorph.hosts import OWN
 from flashmorph.inputs.readyaml import read_yaml, sentence
 from flashmorph.inputs.settings import Many, Name, Settings
 from flashmorph.records import SettingValues
@@ -162,13 +163,13 @@ class Recipe(Settings):
     @model_validator(mode="before")
     @classmethod
     def _heads_need_mixers(cls, values: Any) -> Any:
-        """A budget in heads asks for the host that takes them, with windows where there is a window."""
+        """A budget in heads asks for the host that takes them."""
         if not isinstance(values, dict) or not str(values.get("budget", "")).strip().startswith("heads="):
             return values
         host = values.get("host") or {}
         if not isinstance(host, dict) or "mixers" in host:
             return values
-        return {**values, "host": {"mixers": "full,window" if "window" in host else "full,linear", **host}}
+        return {**values, "host": {"mixers": OWN.usual_mixers(host), **host}}
 
     def bf16_on(self, device: torch.device) -> bool:
         """Whether matrices are multiplied in bfloat16 there."""
