@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ class Head:
     @staticmethod
     def of(model: PreTrainedModel) -> "Head":
         """The head of a causal language model; some divide its logits by a constant (`logits_scaling`)."""
-        return Head(model.lm_head, getattr(model.config, "logits_scaling", 1.0))
+        return Head(cast(nn.Linear, model.get_output_embeddings()), getattr(model.config, "logits_scaling", 1.0))
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits `[..., vocabulary]` of `hidden` `[..., width]`."""

@@ -18,6 +18,7 @@ from flashmorph.data.rows import Rows
 from flashmorph.errors import UserError
 from flashmorph.files import is_whole_array, write_json
 from flashmorph.hosts import host_of, supports_varlen
+from flashmorph.hosts.parts import decoder_of
 from flashmorph.inputs.settings import Many, Settings
 from flashmorph.inputs.shapes import Count, read_as
 from flashmorph.losses import Head, chunk_tokens, top_log_probabilities
@@ -135,7 +136,7 @@ def _of_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities `[batch, time, k + 1]` and indices `[batch, time, k]` for `input_ids` `[batch, time]`."""
     varlen, head = supports_varlen(host_of(teacher.config), input_ids.device), Head.of(teacher)
-    hidden = torch.cat([each.run(teacher.model) for each in apart(input_ids, starts, varlen)])
+    hidden = torch.cat([each.run(decoder_of(teacher)) for each in apart(input_ids, starts, varlen)])
     order = token_order(input_ids, starts, varlen)
     parts = [top_log_probabilities(head(part), top_k) for part in hidden.split(chunk_tokens(head.out_features))]
     kept = (torch.cat(part) for part in zip(*parts, strict=True))
