@@ -113,7 +113,6 @@ def _dry_run(options: Options, stages: list[str]) -> None:
     from rich.table import Table
 
     from flashmorph.cli.screen import RichScreen
-    from flashmorph.convert.load import load_config
     from flashmorph.convert.teacher import open_teacher
     from flashmorph.devices import pick_device, usable_memory
     from flashmorph.estimate.auto import Room, too_large, too_large_in_words
@@ -128,7 +127,7 @@ def _dry_run(options: Options, stages: list[str]) -> None:
     require_runs(options.output, options.others or [])
     recipe = recipe_of(options)
     teacher = open_teacher(options.teacher)
-    config = load_config(teacher.folder)
+    config = teacher.config
     say = RichScreen(ERR if options.json else OUT).say
     if notice := replaced_mixture(options, recipe):
         say(notice)

@@ -201,11 +201,10 @@ def _mebibytes(value: int) -> str:
 
 def _show_what_it_found(run: Any, plan: Any) -> None:
     """Cache saved against perplexity added, and where the full layers stand."""
-    from flashmorph.convert.load import load_config
     from flashmorph.hosts import cache_by_context, cache_bytes, configure
     from flashmorph.units import longest_context
 
-    config = load_config(run.teacher.folder)
+    config = run.teacher.config
     host, full = configure(config, run.recipe.host)
     hybrid = host.with_plan(full, list(plan.assignments.values()))
     context, layers = int(longest_context([cache_by_context(full)])), len(plan.assignments)

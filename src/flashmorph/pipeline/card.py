@@ -7,7 +7,6 @@ from transformers import PreTrainedConfig
 
 from flashmorph.bench import Timing, timing_in_words
 from flashmorph.convert.gguf import origin_of
-from flashmorph.convert.load import load_config
 from flashmorph.evaluation import text_in_words
 from flashmorph.hosts import configure, misreads_tokenizer
 from flashmorph.hosts.serving import Engine
@@ -48,7 +47,7 @@ _STOCK = "Nothing of flashmorph's is needed to use it:"
 
 def model_card(run: Run, results: Results) -> str:
     """README.md of the output: the model, its scores, engines that serve it, and how it was made."""
-    host, config = configure(load_config(run.teacher.folder), run.recipe.host)
+    host, config = configure(run.teacher.config, run.recipe.host)
     plan = results.plan
     used = [option for option in host.mixers if option != FULL and option in plan.assignments.values()]
     tags = [LAYER_TYPES.get(option, option).replace("_", "-") for option in used]

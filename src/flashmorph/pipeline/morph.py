@@ -64,7 +64,7 @@ def morph(run: Run) -> Results:
         UserError: bad input, or a stage that cannot go on.
     """
     if run.given:
-        require_fits(run.given, space_of_run(load_config(run.teacher.folder), run.recipe, run.given), "the plan")
+        require_fits(run.given, space_of_run(run.teacher.config, run.recipe, run.given), "the plan")
     host = run_transplant(run)
     if not run.given:
         run_teacher(run, host)

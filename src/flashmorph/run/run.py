@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from flashmorph import distributed
-from flashmorph.convert.load import load_config
 from flashmorph.convert.teacher import Teacher
 from flashmorph.data.corpus import Corpus, Mixture
 from flashmorph.devices import release_memory, usable_memory
@@ -81,7 +80,7 @@ class Run:
         Raises:
             UserError: see `budget_of_recipe`.
         """
-        return budget_of_recipe(load_config(self.teacher.folder), self.recipe, text)
+        return budget_of_recipe(self.teacher.config, self.recipe, text)
 
     def must_shard(self) -> bool:
         """What `shards` has to be; every rank must ask, before any stage: in some stages one rank is alone."""
@@ -101,9 +100,9 @@ class Run:
         """The device on which models are opened: the CPU if they are sharded afterwards."""
         return torch.device("cpu") if self.shards else self.device
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The teacher's tokenizer.
+        """The teacher's tokenizer, read once: no caller changes it.
 
         Raises:
             UserError: it has none.
@@ -137,7 +136,7 @@ class Run:
     @cached_property
     def _shape(self) -> tuple[Model, Sizes]:
         """The host and its sizes, counted without weights."""
-        config = load_config(self.teacher.folder)
+        config = self.teacher.config
         model = model_of(config, self.recipe)
         return model, count_sizes(model.host, config, model.config, self.device)
 
