@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from transformers.trainer_pt_utils import safe_globals
 
+from flashmorph.errors import first_line
 from flashmorph.files import write_json
 from flashmorph.inputs.shapes import Count, require_shape
 
@@ -81,5 +82,5 @@ def _damage(checkpoint: Path) -> str:
                 json.loads(path.read_text())
         require_shape(json.loads((checkpoint / _STATE).read_text()), dict[str, Any], _STATE)
     except Exception as error:  # zipfile and pickle fail in as many ways as what they are given.
-        return (str(error).splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     return ""

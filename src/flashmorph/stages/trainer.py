@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import Trainer, TrainingArguments
 
 from flashmorph import distributed
-from flashmorph.errors import UserError
+from flashmorph.errors import UserError, first_line
 from flashmorph.model.sharding import is_sharded
 from flashmorph.records import Figures
 from flashmorph.stages.step import StepMean
@@ -183,7 +183,7 @@ def _reason_of(error: BaseException) -> str:
     """The first line of an error; of one that ranks had together, that of the first rank that had one."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def _module(model: Any) -> nn.Module:
