@@ -10,7 +10,7 @@ from rich.table import Table
 from flashmorph.files import short_names
 from flashmorph.records import Figures
 from flashmorph.surface.terminal import bold
-from flashmorph.units import longest_context
+from flashmorph.units import byte_size, longest_context
 
 
 def show_figures(console: Console, figures: Figures) -> None:
@@ -49,7 +49,7 @@ def overview(figures: Figures, labels: dict[str, str]) -> Table:
     column = f"cache at {int(context):,}"
     table = new_table("95 % intervals in brackets", "model", "recall", "", "perplexity", "", column)
     for name, each in figures.items():
-        cache = f"{each['cache_bytes'][context] / 2**20:,.1f} MiB"
+        cache = byte_size(each["cache_bytes"][context])
         text = span(each.get("perplexity_interval"), "{:.2f}")
         recall = f"{100 * each['recall']:.1f} %"
         table.add_row(

@@ -16,7 +16,7 @@ from flashmorph.progress import Report
 from flashmorph.run.folder import Stage
 from flashmorph.run.run import Results
 from flashmorph.surface.terminal import harmless
-from flashmorph.units import longest_context
+from flashmorph.units import byte_size, longest_context
 from flashmorph.versions import made_with
 
 _SILENT_SECONDS = 60.0
@@ -96,7 +96,7 @@ class RichScreen:
         for name, score in results.scores.items():
             figures = score.to_dict()
             low, high = figures["recall_interval"]
-            cache = f"{score.cache_bytes[context] / 2**20:,.1f} MiB"
+            cache = byte_size(score.cache_bytes[context])
             label = name.replace("_", " ")
             interval = f"{100 * low:.1f}-{100 * high:.1f}"
             overview.add_row(label, f"{100 * score.recall:.1f} %", interval, f"{score.perplexity:.3f}", cache)

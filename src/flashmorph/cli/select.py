@@ -26,6 +26,7 @@ from flashmorph.cli.options import (
 from flashmorph.errors import UserError, quoted
 from flashmorph.files import write_json
 from flashmorph.surface.outputs import PICTURE, claim_output, json_of, made_by
+from flashmorph.units import byte_size
 
 _CURVE = "select --curve"
 
@@ -169,7 +170,7 @@ def _show_curve(run: Any, host: Any, branches: Any, questions: int, share: float
         table.add_column(column, justify="left" if column in ("plan", "") else "right", no_wrap=True)
     for point in curve.points:
         note = f"<- smallest within {share:.0%}" if point is enough else ""
-        figures = (f"{point.loss:.3f}", f"{point.recall:.0%}", _mebibytes(point.cache_bytes[context]), note)
+        figures = (f"{point.loss:.3f}", f"{point.recall:.0%}", byte_size(point.cache_bytes[context]), note)
         table.add_row(str(point.num_full), point.strip, *figures)
     OUT.print(table)
     if vllm:
@@ -188,15 +189,11 @@ def _show_vllm(curve: Any, caches: Any, context: str) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     for point, cache in zip(curve.points, caches, strict=True):
         groups = cache.groups
-        allocated = _mebibytes(cache.sequence_bytes(int(context)))
+        allocated = byte_size(cache.sequence_bytes(int(context)))
         table.add_row(str(point.num_full), str(groups.size), str(groups.padded), allocated)
     OUT.print(table)
     counts = ", ".join(map(str, unpadded(len(curve.points))))
     OUT.print(f"vLLM pads no layer with {counts} full ones.", highlight=False, soft_wrap=True)
-
-
-def _mebibytes(value: int) -> str:
-    return f"{value / 2**20:,.1f} MiB"
 
 
 def _show_what_it_found(run: Any, plan: Any) -> None:

@@ -16,7 +16,7 @@ from flashmorph.report.markup import sentence
 from flashmorph.run.run import Results, Run
 from flashmorph.selection import BASELINE
 from flashmorph.surface.quoting import code, code_block, encodable, markdown, no_option, python_string, shell_command
-from flashmorph.units import longest_context
+from flashmorph.units import byte_size, longest_context
 from flashmorph.versions import own_version
 
 _NAMES = {
@@ -143,6 +143,5 @@ def _time(results: Results) -> str:
 
 def _row(name: str, score, context: str) -> str:
     low, high = score.to_dict()["recall_interval"]
-    cache = score.cache_bytes[context] / 2**20
     figures = f"{100 * score.recall:.1f} % | {100 * low:.1f}-{100 * high:.1f} % | {score.perplexity:.3f}"
-    return f"| {_NAMES[name]} | {figures} | {cache:,.1f} MiB |"
+    return f"| {_NAMES[name]} | {figures} | {byte_size(score.cache_bytes[context])} |"

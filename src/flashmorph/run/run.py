@@ -27,6 +27,7 @@ from flashmorph.records import Figures
 from flashmorph.run.folder import RunFolder, Stage
 from flashmorph.run.out_of_memory import within_memory
 from flashmorph.selection import BASELINE
+from flashmorph.units import byte_size
 
 
 class Screen(Protocol):
@@ -124,7 +125,7 @@ class Run:
         for section in too_large:
             self.screen.say(
                 f"{stage}: by the formulas of `flashmorph estimate` not one row of {section} fits into "
-                f"{room.bytes / 2**30:,.1f} GiB; it goes on with one row at once"
+                f"{byte_size(room.bytes)}; it goes on with one row at once"
             )
         return recipe
 

@@ -26,6 +26,7 @@ from flashmorph.progress import Report, silent
 from flashmorph.records import Figures
 from flashmorph.stages.settings import TrainSettings
 from flashmorph.stages.training import collate
+from flashmorph.units import byte_size
 
 _VALUES, _INDICES, _WRITTEN = "log_probabilities.npy", "places.npy", "rows_written.json"
 _WRITE_SECONDS = 20
@@ -40,7 +41,7 @@ class LogitSettings(Settings):
 def logits_on_disk(settings: TrainSettings, top_k: int) -> str:
     """The size on disk in words: per token, `top_k + 1` log-probabilities (float32) and `top_k` indices (uint32)."""
     each = 4 * (top_k + 1) + 4 * top_k
-    return f"{settings.tokens_run:,} tokens of {each:,} bytes: {settings.tokens_run * each / 2**30:,.2f} GiB on disk"
+    return f"{settings.tokens_run:,} tokens of {each:,} bytes: {byte_size(settings.tokens_run * each)} on disk"
 
 
 class RowsWithLogits(Dataset[dict[str, Any]]):
