@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from flashmorph.cli.tables import new_table
 from flashmorph.files import short_names
 from flashmorph.records import Figures
 from flashmorph.surface.terminal import bold
@@ -33,14 +33,6 @@ def show_figures(console: Console, figures: Figures) -> None:
             console.print(tokens(each["minus_first"]["tokens"]["classes"], labels[name], labels[next(iter(figures))]))
     if any("harness" in each for each in figures.values()):
         console.print(harness(figures, labels))
-
-
-def new_table(title: str, *columns: str) -> Table:
-    """A table without lines between rows, its first column on the left, all others on the right."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left", no_wrap=bool(number))
-    return table
 
 
 def overview(figures: Figures, labels: dict[str, str]) -> Table:

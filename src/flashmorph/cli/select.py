@@ -23,6 +23,7 @@ from flashmorph.cli.options import (
     UnusedOption,
     open_run,
 )
+from flashmorph.cli.tables import new_table
 from flashmorph.errors import UserError, quoted
 from flashmorph.files import write_json
 from flashmorph.surface.outputs import PICTURE, claim_output, json_of, made_by
@@ -140,8 +141,6 @@ def _share(text: str) -> float:
 
 def _show_curve(run: Any, host: Any, branches: Any, questions: int, share: float, output: Path, as_json: bool) -> None:
     """A line a budget, the smallest one within `share` of the teacher's recall marked."""
-    from rich.table import Table
-
     from flashmorph import distributed
     from flashmorph.pipeline.curve import curve_in_vllm, draw_curve, run_curve
 
@@ -165,9 +164,8 @@ def _show_curve(run: Any, host: Any, branches: Any, questions: int, share: float
         print(json.dumps(values, indent=2))
         return
     context = max(enough.cache_bytes, key=int)
-    table = Table(title=f"{curve.strategy}, before distillation", title_justify="left")
-    for column in ("full", "plan", "loss", "recall", f"cache at {int(context):,}", ""):
-        table.add_column(column, justify="left" if column in ("plan", "") else "right", no_wrap=True)
+    columns = ("full", "plan", "loss", "recall", f"cache at {int(context):,}", "")
+    table = new_table(f"{curve.strategy}, before distillation", *columns, left=("plan", ""))
     for point in curve.points:
         note = f"<- smallest within {share:.0%}" if point is enough else ""
         figures = (f"{point.loss:.3f}", f"{point.recall:.0%}", byte_size(point.cache_bytes[context]), note)
@@ -180,13 +178,10 @@ def _show_curve(run: Any, host: Any, branches: Any, questions: int, share: float
 
 def _show_vllm(curve: Any, caches: Any, context: str) -> None:
     """The same budgets in vLLM, a table of its own: beside the plans it would not fit."""
-    from rich.table import Table
-
     from flashmorph.hosts.vllm_cache import unpadded
 
-    table = Table(title="the same in vLLM", title_justify="left")
-    for column in ("full", "layers of a group", "padded layers", f"cache at {int(context):,}"):
-        table.add_column(column, justify="right", no_wrap=True)
+    columns = ("full", "layers of a group", "padded layers", f"cache at {int(context):,}")
+    table = new_table("the same in vLLM", *columns, left=())
     for point, cache in zip(curve.points, caches, strict=True):
         groups = cache.groups
         allocated = byte_size(cache.sequence_bytes(int(context)))
