@@ -36,9 +36,10 @@ from flashmorph.cli.options import OUT, numbers, quiet
 from flashmorph.cli.screen import RichScreen
 from flashmorph.convert.save import save_model
 from flashmorph.files import write_json
-from flashmorph.hosts import LINEAR, SLIDING, configure
+from flashmorph.hosts import configure
 from flashmorph.hosts.host import Host
 from flashmorph.hosts.vllm_cache import vllm_cache
+from flashmorph.mixers import LINEAR, SLIDING
 from flashmorph.pipeline.export import CONVERTER, export_gguf
 from flashmorph.plan import FULL
 

@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
-from flashmorph.bench import BenchSettings, bench, kernels_of, measure_rates
+from flashmorph.bench import BenchSettings, bench, measure_rates
 from flashmorph.bench.limit import timed
 from flashmorph.bench.memory import peak_bytes
 from flashmorph.cli.bench import show
@@ -50,6 +50,9 @@ from flashmorph.selection.searchdata import SearchData, step_shape
 from flashmorph.stages.align import AlignmentLoss
 from flashmorph.stages.distill import DistillationLoss
 from flashmorph.tasks import STYLES, Haystack, Layout
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from kernel_names import kernels_of
 
 SHAPE = {
     "vocab_size": 151_936,

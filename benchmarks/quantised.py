@@ -73,7 +73,7 @@ class Asked:
             place += len(piece) - 1
         assert place == len(found)
         by_range = RangeLosses.of(np.concatenate(losses).astype(float), self.text)
-        return Score(right, by_range.perplexity["perplexity"], text=by_range)
+        return Score(right, by_range.perplexity["perplexity"], {}, by_range)
 
     def _is_right(self, example: Example, made: list[int]) -> bool:
         end = next((position for position, token in enumerate(made) if token in self.ends), None)

@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from clustered import clustered_interval
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +24,6 @@ from flashmorph.cli.options import quiet
 from flashmorph.cli.screen import RichScreen
 from flashmorph.convert.teacher import open_teacher
 from flashmorph.devices import pick_device
-from flashmorph.evaluation import clustered_interval
 from flashmorph.files import write_json
 from flashmorph.recipe.outlook import check
 from flashmorph.recipe.recipe import load_recipe, parse_changes

@@ -21,7 +21,8 @@ from flashmorph.cli.options import numbers, quiet
 from flashmorph.cli.screen import RichScreen
 from flashmorph.devices import pick_device
 from flashmorph.files import write_json
-from flashmorph.hosts import LINEAR, host_for
+from flashmorph.hosts import host_for
+from flashmorph.mixers import LINEAR
 from flashmorph.plan import FULL
 
 

@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+from clustered import clustered_interval
 
-from flashmorph.evaluation import clustered_interval
 from flashmorph.selection import DEFAULT_STRATEGY
 
 REFEREE = Path(__file__).parent / "results" / "referee"

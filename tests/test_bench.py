@@ -8,12 +8,13 @@ import types
 import pytest
 import torch
 from conftest import SHAPE, run_command
+from kernel_names import kernels_of, triton_functions
 from test_cli import broken_copy, refused
 from transformers import Qwen3Config
 
-from flashmorph.bench import BenchSettings, Limit, Rates, bench, crossing, exponent, kernels_of, measure_rates
-from flashmorph.bench.kernels import triton_functions
-from flashmorph.hosts import LINEAR, cache_by_layer, host_for, mixing_operations
+from flashmorph.bench import BenchSettings, Limit, Rates, bench, crossing, exponent, measure_rates
+from flashmorph.hosts import cache_by_layer, host_for, mixing_operations
+from flashmorph.mixers import LINEAR
 from flashmorph.plan import FULL
 
 LENGTHS = (24, 48, 96)

@@ -17,7 +17,8 @@ from flashmorph.estimate import Estimate, estimate, find_gpu
 from flashmorph.estimate.memory import stage_memory
 from flashmorph.estimate.sizes import count_sizes
 from flashmorph.estimate.work import Model, body_forward, model_of
-from flashmorph.hosts import FEED_FORWARD, SLIDING, WINDOW_HOSTS, cache_by_context, cache_bytes, configure, use_kernels
+from flashmorph.hosts import FEED_FORWARD, WINDOW_HOSTS, cache_by_context, cache_bytes, configure, use_kernels
+from flashmorph.mixers import SLIDING
 from flashmorph.model.morphable import Morphable, attach, build
 from flashmorph.plan import FULL, Budget
 from flashmorph.recipe.recipe import Recipe, load_recipe

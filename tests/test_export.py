@@ -11,7 +11,8 @@ from test_cli import refused
 from flashmorph.cli.options import quiet
 from flashmorph.convert.load import load_config
 from flashmorph.errors import UserError
-from flashmorph.hosts import LINEAR, configure
+from flashmorph.hosts import configure
+from flashmorph.mixers import LINEAR
 from flashmorph.pipeline.export import CONVERTER, card_of, gguf_form, lay_out, require_fields, require_layers
 from flashmorph.plan import FULL, Budget, Plan
 from flashmorph.run.folder import RunFolder

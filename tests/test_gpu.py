@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_command
+from kernel_names import kernels_of
 from test_layerwise import assert_same_checkpoint, saved
 from test_packing import CASES, hybrid, morphable_model, moved, packed_rows, planted, run_apart
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
-from flashmorph.bench import kernels_of
 from flashmorph.cli.environment import describe
 from flashmorph.convert.streamed import transplant_checkpoint
 from flashmorph.data.isolation import cut, marked

@@ -132,7 +132,8 @@ def test_facts_stand_at_their_depths_in_documents_of_one_line(kind, text):
     layout, misses = Layout(tokenizer, style, Haystack([LONG[text]] * 2)), []
     for number in range(21):
         depth = number / 20
-        example = make_example(ONE, layout, style, "test", length, 0, number, depths=[depth])
+        rng = random.Random(number)
+        example = layout.lay_out(many_keys(rng, style, names("test"), num_keys=1), length, rng, [depth])
         whole = tokenizer.decode(example.input_ids, skip_special_tokens=True)
         hay = whole[: whole.rindex("?")]
         fact = hay.index("@")

@@ -31,6 +31,7 @@ from flashmorph.progress import Report, silent
 from flashmorph.stages import AlignSettings, DistillSettings, ExtendSettings, align, alignment_errors, distill, extend
 from flashmorph.stages.checkpoints import FINISHED, last_checkpoint
 from flashmorph.stages.settings import TrainSettings
+from flashmorph.stages.step import token_mean
 from flashmorph.stages.training import train
 from flashmorph.stages.watch import Watch
 
@@ -183,7 +184,7 @@ class CountsRows(nn.Module):
 
     def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         self.batches.append(len(input_ids))
-        return {"loss": self.weight.mean()}
+        return token_mean(self.weight.mean(), 1)
 
 
 @pytest.mark.parametrize(("batch", "micro"), [(4, None), (4, 4), (4, 2), (4, 1), (3, 2), (5, 3), (4, 8)])
@@ -222,7 +223,7 @@ class BreaksItsGradient(nn.Module):
         self.weight = nn.Parameter(torch.zeros(3))
 
     def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"loss": (self.weight * 0).sqrt().sum()}
+        return token_mean((self.weight * 0).sqrt().sum(), 1)
 
 
 def spoiled(model: nn.Module, layer: int) -> None:
@@ -259,7 +260,7 @@ class BreaksInALayer(nn.Module):
         loss = torch.stack([layer.weight.square().sum() for layer in self.layers]).sum()
         if self.left <= 0:
             loss = loss + (self.layers[self.layer].bias * 0).sqrt().sum()
-        return {"loss": loss}
+        return token_mean(loss, 1)
 
 
 @pytest.mark.parametrize("layer", [0, 2])
@@ -286,7 +287,7 @@ class Grows(nn.Module):
     def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         self.size *= 10
         weights = self.layers[0].weight + 3 * self.layers[1].weight
-        return {"loss": self.size * (1 + (weights - weights.detach()).sum())}
+        return token_mean(self.size * (1 + (weights - weights.detach()).sum()), 1)
 
 
 def test_a_loss_that_explodes_stops_before_it_is_kept(tmp_path):

@@ -10,8 +10,9 @@ import torch
 from conftest import run_command
 from families import config_of
 
-from flashmorph.hosts import LINEAR, SLIDING, configure
+from flashmorph.hosts import configure
 from flashmorph.hosts.vllm_cache import Groups, group_layers, nearby, pages_of_states, unpadded, vllm_cache
+from flashmorph.mixers import LINEAR, SLIDING
 from flashmorph.plan import FULL
 
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from flashmorph.convert.in_memory import transplant
 from flashmorph.convert.save import save_model
 from flashmorph.errors import UserError
-from flashmorph.hosts import SLIDING, cache_bytes, configure
+from flashmorph.hosts import cache_bytes, configure
+from flashmorph.mixers import SLIDING
 from flashmorph.model.morphable import Morphable, build
 from flashmorph.own import CACHE
 from flashmorph.plan import FULL, Budget, Plan

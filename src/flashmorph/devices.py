@@ -38,6 +38,11 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def dtype_name(dtype: torch.dtype | str | None) -> str:
+    """`bfloat16`, as config.json and recipes have it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def device_name(device: torch.device) -> str:
     """The name of a GPU of CUDA's, the kind and model of a CPU, the kind of any other device."""
     if device.type == "cuda":

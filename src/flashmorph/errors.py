@@ -34,7 +34,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {kind} {quoted(name)}; {hint}"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The message of another library's error as one short line.
 
     A first line that ends with a colon introduces the second, which is then kept too.

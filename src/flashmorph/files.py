@@ -17,6 +17,8 @@ import numpy as np
 
 from flashmorph.errors import UserError, quoted
 
+_LONGEST_NAME = 20
+"""Characters of a folder's name in a table."""
 _TEMPORARY = re.compile(r"\.flashmorph-[0-9a-f]{32}\.part")
 _SPECIAL = {
     stat.S_IFCHR: "a device",
@@ -145,7 +147,7 @@ def shortened(digest: Any) -> str:
     return digest.hexdigest()[:12]
 
 
-def short_names(names: Sequence[str], most: int = 20) -> dict[str, str]:
+def short_names(names: Sequence[str]) -> dict[str, str]:
     """Names of folders in a table: the shortest distinct ends of their paths, shortened at the front if long."""
     parts = {name: Path(name).parts for name in names}
     found = {}
@@ -153,7 +155,7 @@ def short_names(names: Sequence[str], most: int = 20) -> dict[str, str]:
         others = [other for key, other in parts.items() if key != name]
         size = next((size for size in range(1, len(own)) if all(own[-size:] != other[-size:] for other in others)), 0)
         text = "/".join(own[-size:])
-        found[name] = text if len(text) <= most else "…" + text[1 - most :]
+        found[name] = text if len(text) <= _LONGEST_NAME else "…" + text[1 - _LONGEST_NAME :]
     return found
 
 

@@ -2,7 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+<<<<<<< HEAD
 from typing import Any, cast
+=======
+from typing import cast
+>>>>>>> 956bcaf7346da845ed7e006517146bb71f5241cc
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +28,7 @@ class Head:
     @staticmethod
     def of(model: PreTrainedModel) -> "Head":
         """The head of a causal language model; some divide its logits by a constant (`logits_scaling`)."""
-        return Head(model.lm_head, getattr(model.config, "logits_scaling", 1.0))
+        return Head(cast(nn.Linear, model.get_output_embeddings()), getattr(model.config, "logits_scaling", 1.0))
 
     @staticmethod
     def from_linear(head: "nn.Linear | Head") -> "Head":

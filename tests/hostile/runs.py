@@ -208,7 +208,7 @@ def _checkpoint(rng: random.Random) -> Case:
             finish(place)
         newest = stage / "checkpoints" / "checkpoint-2"
         if rng.random() < 0.2:
-            (newest / "finished").write_text("")
+            (newest / "finished").write_text("{}")
         damage(rng, rng.choice(sorted(newest.iterdir())))
 
         def look() -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from flashmorph.bench.growth import spread
 from flashmorph.bench.limit import timed
 from flashmorph.bench.run import BenchSettings, read_context, write_token
-from flashmorph.devices import device_name
+from flashmorph.devices import device_name, dtype_name
 from flashmorph.hosts import host_of, shape_of
 from flashmorph.model.morphable import Morphable
 from flashmorph.own import CACHE
@@ -92,7 +92,7 @@ def measure_costs(
 def source_here(device: torch.device, dtype: torch.dtype) -> Figures:
     """`Costs.source` of what is measured on this device."""
     threads = {"threads": torch.get_num_threads()} if device.type == "cpu" else {}
-    return {"kind": "measured", "device": device_name(device), "dtype": str(dtype).removeprefix("torch."), **threads}
+    return {"kind": "measured", "device": device_name(device), "dtype": dtype_name(dtype), **threads}
 
 
 def pair(space: Space, option: str) -> Pair:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from flashmorph.bench.growth import Growth, crossing, exponent, spread
 from flashmorph.bench.limit import Limit, Rates, measure_rates, timed
 from flashmorph.bench.memory import peak_bytes
-from flashmorph.devices import device_name
+from flashmorph.devices import device_name, dtype_name
 from flashmorph.hosts import cache_by_layer
 from flashmorph.own import CACHE
 from flashmorph.progress import Report, silent
@@ -161,7 +161,7 @@ def _figures(measured: _Measured, first: _Measured | None, limit: Limit, lengths
 def _machine(device: torch.device, dtype: torch.dtype, rates: Rates) -> Figures:
     facts = {
         "device": device_name(device),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "threads": torch.get_num_threads(),
     }
     return {**facts, **rates.to_dict()}

@@ -8,7 +8,6 @@ from rich.table import Table
 
 from flashmorph.cli.app import app
 from flashmorph.cli.costs import CostsOption, claim_costs, measure_for, write_costs
-from flashmorph.cli.evaluate_tables import new_table
 from flashmorph.cli.options import (
     ERR,
     OUT,
@@ -24,6 +23,7 @@ from flashmorph.cli.options import (
     numbers,
     quiet,
 )
+from flashmorph.cli.tables import new_table
 from flashmorph.errors import UserError
 from flashmorph.files import short_names
 from flashmorph.records import Figures

@@ -4,7 +4,6 @@ import json
 from typing import Annotated, Literal
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from flashmorph.cli.app import app
@@ -24,6 +23,7 @@ from flashmorph.cli.options import (
     UnusedOption,
     open_run,
 )
+from flashmorph.cli.tables import new_table
 from flashmorph.errors import UserError, quoted
 from flashmorph.surface.outputs import PICTURE, claim_output, json_of, made_by
 
@@ -178,18 +178,10 @@ def tables(summary: dict) -> list[Table]:
         truth = summary["truths"].get(budget, {})
         found = truth.get("reference") == "found"
         title, caption = _about(budget, truth)
-        table = Table(
-            title=title,
-            title_justify="left",
-            caption=caption,
-            caption_justify="left",
-            box=SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-            pad_edge=False,
-        )
-        for column in ("strategy", *(("regret", "± 95 %") if found else ("rank", "first", "regret")), *_COLUMNS):
-            left = column in ("strategy", "plans")
-            table.add_column(column, justify="left" if left else "right", no_wrap=column != "plans")
+        columns = ("strategy", *(("regret", "± 95 %") if found else ("rank", "first", "regret")), *_COLUMNS)
+        table = new_table(title, *columns, left=("strategy", "plans"))
+        table.caption, table.caption_justify = caption, "left"
+        table.columns[0].no_wrap = True
         rows = [row for row in summary["rows"] if row["budget"] == budget]
         for row in sorted(rows, key=lambda row: (row["regret"] is None, row["regret"])):
             spend = "" if row["spend"] == 1 else f" x {row['spend']:g}"
@@ -207,9 +199,8 @@ def tables(summary: dict) -> list[Table]:
         made.append(table)
     if summary["after_distillation"]:
         steps = summary["after_distillation"][0]["steps"]
-        table = Table(title=f"after {steps} steps of distillation", title_justify="left", box=SIMPLE_HEAD)
-        for column in ("strategy", "full", "loss before", "loss", "regret", "text loss"):
-            table.add_column(column, justify="left" if column == "strategy" else "right")
+        columns = ("strategy", "full", "loss before", "loss", "regret", "text loss")
+        table = new_table(f"after {steps} steps of distillation", *columns)
         for row in summary["after_distillation"]:
             figures = [f"{row[name]:.3f}" for name in ("loss_before", "loss", "regret", "text_loss")]
             table.add_row(row["strategy"], _short(row["assignments"]), *figures)

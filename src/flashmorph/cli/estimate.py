@@ -27,6 +27,7 @@ from flashmorph.cli.options import (
     quiet,
     recipe_of,
 )
+from flashmorph.cli.tables import new_table
 
 
 @app.command()
@@ -111,9 +112,6 @@ def estimate(
 
 def _show(found: Any) -> None:
     """Two tables and what they assume."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     from flashmorph.estimate.explain import notes
     from flashmorph.units import amount, byte_size
 
@@ -124,9 +122,7 @@ def _show(found: Any) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("", "teacher", "hybrid", *(["least ms a token"] if found.gpu else [])):
-        table.add_column(column, justify="right" if column else "left")
+    table = new_table(None, "", "teacher", "hybrid", *(["least ms a token"] if found.gpu else []))
     both, vllm = (found.sizes.teacher, found.hybrid_parameters), found.in_vllm
     table.add_row("parameters", *map(amount, both))
     table.add_row("weights", *(byte_size(found.weight_bytes(parameters)) for parameters in both))
@@ -137,11 +133,9 @@ def _show(found: Any) -> None:
         if vllm:
             table.add_row("  in vLLM", *(byte_size(each.sequence_bytes(context)) for each in vllm))
     OUT.print(table)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     sharded = found.num_gpus > 1
     columns = ["stage", "tokens", "length", "FLOPs", *(["hours"] if found.gpu else []), "memory of a GPU"]
-    for column in [*columns, *(["sharded"] if sharded else [])]:
-        table.add_column(column, justify="left" if column == "stage" else "right")
+    table = new_table(None, *columns, *(["sharded"] if sharded else []))
     for stage in found.stages:
         hours = found.hours(stage)
         tokens = "as it goes" if stage.tokens is None else amount(stage.tokens) if stage.tokens else ""

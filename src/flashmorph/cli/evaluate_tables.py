@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from flashmorph.cli.tables import new_table
 from flashmorph.files import short_names
 from flashmorph.records import Figures
 from flashmorph.surface.terminal import bold
-from flashmorph.units import longest_context
+from flashmorph.units import byte_size, longest_context
 
 
 def show_figures(console: Console, figures: Figures) -> None:
@@ -35,21 +35,13 @@ def show_figures(console: Console, figures: Figures) -> None:
         console.print(harness(figures, labels))
 
 
-def new_table(title: str, *columns: str) -> Table:
-    """A table without lines between rows, its first column on the left, all others on the right."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left", no_wrap=bool(number))
-    return table
-
-
 def overview(figures: Figures, labels: dict[str, str]) -> Table:
     """A line a model."""
     context = longest_context(each["cache_bytes"] for each in figures.values())
     column = f"cache at {int(context):,}"
     table = new_table("95 % intervals in brackets", "model", "recall", "", "perplexity", "", column)
     for name, each in figures.items():
-        cache = f"{each['cache_bytes'][context] / 2**20:,.1f} MiB"
+        cache = byte_size(each["cache_bytes"][context])
         text = span(each.get("perplexity_interval"), "{:.2f}")
         recall = f"{100 * each['recall']:.1f} %"
         table.add_row(

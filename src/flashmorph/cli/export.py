@@ -38,13 +38,14 @@ def export(
     """
     from flashmorph.pipeline.export import export_gguf
     from flashmorph.plan import FULL
+    from flashmorph.units import byte_size
 
     quiet()
     with ERR.status(Text(harmless(f"converting {run}"))):
         options = export_gguf(run, gguf, llama_cpp, dtype, force)
     full = ", ".join(str(layer) for layer, option in enumerate(options) if option == FULL)
     OUT.print(
-        f"{gguf}: {gguf.stat().st_size / 2**20:,.1f} MiB, layers {full} of {len(options)} full, as in {run}",
+        f"{gguf}: {byte_size(gguf.stat().st_size)}, layers {full} of {len(options)} full, as in {run}",
         highlight=False,
         soft_wrap=True,
     )

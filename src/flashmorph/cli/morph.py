@@ -34,6 +34,7 @@ from flashmorph.cli.options import (
     quiet,
     recipe_of,
 )
+from flashmorph.cli.tables import new_table
 
 
 @app.command()
@@ -110,10 +111,7 @@ def morph(
 
 def _dry_run(options: Options, stages: list[str]) -> None:
     """Stages, tokens and data of a run that is not started."""
-    from rich.table import Table
-
     from flashmorph.cli.screen import RichScreen
-    from flashmorph.convert.load import load_config
     from flashmorph.convert.teacher import open_teacher
     from flashmorph.devices import pick_device, usable_memory
     from flashmorph.estimate.auto import Room, too_large, too_large_in_words
@@ -128,7 +126,7 @@ def _dry_run(options: Options, stages: list[str]) -> None:
     require_runs(options.output, options.others or [])
     recipe = recipe_of(options)
     teacher = open_teacher(options.teacher)
-    config = load_config(teacher.folder)
+    config = teacher.config
     say = RichScreen(ERR if options.json else OUT).say
     if notice := replaced_mixture(options, recipe):
         say(notice)
@@ -141,10 +139,9 @@ def _dry_run(options: Options, stages: list[str]) -> None:
     if options.json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table(title=f"{options.teacher} -> {options.output}", title_justify="left")
     contexts = training_contexts(config, recipe)
-    for column in ("stage", "tokens", "length", "mean context", "data"):
-        table.add_column(column, justify="left" if column in ("stage", "data") else "right")
+    columns = ("stage", "tokens", "length", "mean context", "data")
+    table = new_table(f"{options.teacher} -> {options.output}", *columns, left=("stage", "data"))
     for row in rows:
         tokens = "as it goes" if row["tokens"] is None else f"{row['tokens']:,}" if row["tokens"] else ""
         _, context = contexts.get(row["stage"], (None, ""))

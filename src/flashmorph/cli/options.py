@@ -183,7 +183,6 @@ def open_run(options: Options, stages: Collection[str] = EVERY_STAGE, keep_recip
 
     from flashmorph import distributed
     from flashmorph.cli.screen import RichScreen
-    from flashmorph.convert.load import load_config
     from flashmorph.convert.teacher import open_teacher
     from flashmorph.devices import pick_device
     from flashmorph.hosts import host_for, with_branches_to_train
@@ -200,7 +199,7 @@ def open_run(options: Options, stages: Collection[str] = EVERY_STAGE, keep_recip
     teacher = distributed.first(lambda: open_teacher(options.teacher))
     if teacher.note:
         screen.say(teacher.note)
-    config = load_config(teacher.folder)
+    config = teacher.config
     if notice := replaced_mixture(options, recipe):
         screen.say(notice)
     recipe = fitted(recipe, config, screen.say)

@@ -7,16 +7,16 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
+from flashmorph.cli.tables import new_table
 from flashmorph.evaluation import shortage
 from flashmorph.plan import FULL
 from flashmorph.progress import Report
 from flashmorph.run.folder import Stage
 from flashmorph.run.run import Results
 from flashmorph.surface.terminal import harmless
-from flashmorph.units import longest_context
+from flashmorph.units import byte_size, longest_context
 from flashmorph.versions import made_with
 
 _SILENT_SECONDS = 60.0
@@ -85,18 +85,15 @@ class RichScreen:
 
     def show(self, results: Results) -> None:
         """The closing table and the strip of layers."""
-        overview = Table(title="recall: greedy generation, exact match of the whole answer", title_justify="left")
         context = longest_context(score.cache_bytes for score in results.scores.values())
-        for name in ("model", "recall", "95 %", "perplexity", f"cache at {int(context):,}"):
-            overview.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+        title = "recall: greedy generation, exact match of the whole answer"
+        overview = new_table(title, "model", "recall", "95 %", "perplexity", f"cache at {int(context):,}")
         first = next(iter(results.scores.values()))
-        by_task = Table(title="recall by task", title_justify="left")
-        for name in ("model", *first.right):
-            by_task.add_column(name, justify="left" if name == "model" else "right")
+        by_task = new_table("recall by task", "model", *first.right)
         for name, score in results.scores.items():
             figures = score.to_dict()
             low, high = figures["recall_interval"]
-            cache = f"{score.cache_bytes[context] / 2**20:,.1f} MiB"
+            cache = byte_size(score.cache_bytes[context])
             label = name.replace("_", " ")
             interval = f"{100 * low:.1f}-{100 * high:.1f}"
             overview.add_row(label, f"{100 * score.recall:.1f} %", interval, f"{score.perplexity:.3f}", cache)

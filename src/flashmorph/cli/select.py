@@ -23,9 +23,11 @@ from flashmorph.cli.options import (
     UnusedOption,
     open_run,
 )
+from flashmorph.cli.tables import new_table
 from flashmorph.errors import UserError, quoted
 from flashmorph.files import write_json
 from flashmorph.surface.outputs import PICTURE, claim_output, json_of, made_by
+from flashmorph.units import byte_size
 
 _CURVE = "select --curve"
 
@@ -139,8 +141,6 @@ def _share(text: str) -> float:
 
 def _show_curve(run: Any, host: Any, branches: Any, questions: int, share: float, output: Path, as_json: bool) -> None:
     """A line a budget, the smallest one within `share` of the teacher's recall marked."""
-    from rich.table import Table
-
     from flashmorph import distributed
     from flashmorph.pipeline.curve import curve_in_vllm, draw_curve, run_curve
 
@@ -164,12 +164,11 @@ def _show_curve(run: Any, host: Any, branches: Any, questions: int, share: float
         print(json.dumps(values, indent=2))
         return
     context = max(enough.cache_bytes, key=int)
-    table = Table(title=f"{curve.strategy}, before distillation", title_justify="left")
-    for column in ("full", "plan", "loss", "recall", f"cache at {int(context):,}", ""):
-        table.add_column(column, justify="left" if column in ("plan", "") else "right", no_wrap=True)
+    columns = ("full", "plan", "loss", "recall", f"cache at {int(context):,}", "")
+    table = new_table(f"{curve.strategy}, before distillation", *columns, left=("plan", ""))
     for point in curve.points:
         note = f"<- smallest within {share:.0%}" if point is enough else ""
-        figures = (f"{point.loss:.3f}", f"{point.recall:.0%}", _mebibytes(point.cache_bytes[context]), note)
+        figures = (f"{point.loss:.3f}", f"{point.recall:.0%}", byte_size(point.cache_bytes[context]), note)
         table.add_row(str(point.num_full), point.strip, *figures)
     OUT.print(table)
     if vllm:
@@ -179,33 +178,25 @@ def _show_curve(run: Any, host: Any, branches: Any, questions: int, share: float
 
 def _show_vllm(curve: Any, caches: Any, context: str) -> None:
     """The same budgets in vLLM, a table of its own: beside the plans it would not fit."""
-    from rich.table import Table
-
     from flashmorph.hosts.vllm_cache import unpadded
 
-    table = Table(title="the same in vLLM", title_justify="left")
-    for column in ("full", "layers of a group", "padded layers", f"cache at {int(context):,}"):
-        table.add_column(column, justify="right", no_wrap=True)
+    columns = ("full", "layers of a group", "padded layers", f"cache at {int(context):,}")
+    table = new_table("the same in vLLM", *columns, left=())
     for point, cache in zip(curve.points, caches, strict=True):
         groups = cache.groups
-        allocated = _mebibytes(cache.sequence_bytes(int(context)))
+        allocated = byte_size(cache.sequence_bytes(int(context)))
         table.add_row(str(point.num_full), str(groups.size), str(groups.padded), allocated)
     OUT.print(table)
     counts = ", ".join(map(str, unpadded(len(curve.points))))
     OUT.print(f"vLLM pads no layer with {counts} full ones.", highlight=False, soft_wrap=True)
 
 
-def _mebibytes(value: int) -> str:
-    return f"{value / 2**20:,.1f} MiB"
-
-
 def _show_what_it_found(run: Any, plan: Any) -> None:
     """Cache saved against perplexity added, and where the full layers stand."""
-    from flashmorph.convert.load import load_config
     from flashmorph.hosts import cache_by_context, cache_bytes, configure
     from flashmorph.units import longest_context
 
-    config = load_config(run.teacher.folder)
+    config = run.teacher.config
     host, full = configure(config, run.recipe.host)
     hybrid = host.with_plan(full, list(plan.assignments.values()))
     context, layers = int(longest_context([cache_by_context(full)])), len(plan.assignments)

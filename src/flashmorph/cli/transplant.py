@@ -35,7 +35,6 @@ def transplant(
 
     Example: `flashmorph transplant Qwen/Qwen3-0.6B --output qwen3-as-host`
     """
-    from flashmorph.convert.load import load_config
     from flashmorph.convert.save import write_host
     from flashmorph.convert.teacher import open_teacher
     from flashmorph.devices import pick_device
@@ -52,7 +51,7 @@ def transplant(
     if other := [key for key in given if not key.startswith("host.")]:
         raise UserError(f"--set {other[0]}: transplant has settings of the host only, --set host.NAME=VALUE")
     settings = {key.removeprefix("host."): value for key, value in given.items()}
-    host, config = configure(load_config(source.folder), settings)
+    host, config = configure(source.config, settings)
     with ERR.status(Text(harmless(f"moving {teacher}"))):
         record = write_host(source, output, settings, pick_device(device), silent, allow_unused)
     for notice in filter(None, (source.note, *record["notices"])):

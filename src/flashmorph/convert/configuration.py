@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from flashmorph.errors import UserError, first_line, quoted
-from flashmorph.hosts import HOSTS, OWN, WINDOW_HOSTS
+from flashmorph.hosts import ALL_HOSTS, HOST_TYPES
+from flashmorph.hosts.checks import family_of
 from flashmorph.inputs.settings import in_words
 
 _Layers = Annotated[int, Field(ge=1, lt=10_000)] | None
@@ -114,8 +115,7 @@ _NOT_READ = (
 
 def families() -> set[str]:
     """The `model_type` of every teacher that has a host, and of every host."""
-    every = (*HOSTS, *WINDOW_HOSTS, OWN)
-    return {family for host in every for family in host.teachers} | {host.model_type for host in every}
+    return {family for host in ALL_HOSTS for family in host.teachers} | HOST_TYPES
 
 
 def make_config(path: Path, values: Mapping[str, Any]) -> PreTrainedConfig:
@@ -129,8 +129,7 @@ def make_config(path: Path, values: Mapping[str, Any]) -> PreTrainedConfig:
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         _refuse(path, f"model_type is {quoted(kind)}, which this version of transformers does not know")
-    if kind == "mistral" and "layer_types" in values:
-        kind = "ministral"  # As transformers' AutoConfig takes it.
+    kind = family_of(kind, values)
     known, maker = kind in families(), CONFIG_MAPPING[kind]
     values = {name: _read(value) for name, value in values.items() if name not in (*_NOT_READ, "model_type")}
     _require_names(path, values, maker)

@@ -22,6 +22,7 @@ from flashmorph.convert.checkpoint import (
 from flashmorph.convert.load import load_config
 from flashmorph.convert.streamed import transplant_checkpoint
 from flashmorph.convert.teacher import Teacher
+from flashmorph.devices import dtype_name
 from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.hosts import host_of
 from flashmorph.model.sharding import is_sharded, whole
@@ -156,7 +157,7 @@ def write_host(
     summary = f"logits differ by at most {proof.difference:.1e} (allowed: {proof.tolerance:.1e})"
     if moved.rounding is not None:
         record["rounding"] = moved.rounding
-        dtype = str(config.dtype).removeprefix("torch.")
+        dtype = dtype_name(config.dtype)
         summary += f"; in {dtype} {moved.rounding:.2f} x the teacher's own rounding noise"
     return {**record, "summary": summary}
 

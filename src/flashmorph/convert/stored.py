@@ -16,8 +16,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from flashmorph.convert.checkpoint import ignored_adapter
 from flashmorph.convert.shards import FLOATS
 from flashmorph.errors import UserError, cut
+from flashmorph.hosts.parts import LAYER
 
-_LAYER = re.compile(r"(?:.*?\.)?layers\.(\d{1,6})\.")
 _BUFFER = re.compile(r"(^|[._])inv_freq$")
 _ON_THE_WAY = re.compile(r"norm|embed|^ln_")
 """A module beside the layers of this name works on the hidden states that go through them."""
@@ -82,7 +82,7 @@ def require_layers(config: PreTrainedConfig, stored: Iterable[str], folder: Path
     Raises:
         UserError: names both numbers.
     """
-    numbers = {int(layer.group(1)) for name in stored if (layer := _LAYER.match(name))}
+    numbers = {int(layer.group(1)) for name in stored if (layer := LAYER.match(name))}
     if numbers and (configured := getattr(config, "num_hidden_layers", 0)) > (stored_layers := max(numbers) + 1):
         raise UserError(
             f"{folder} lacks weights: config.json says num_hidden_layers {configured:,}, and there are "
@@ -134,7 +134,7 @@ def _follow(model: PreTrainedModel, stored: Iterable[str], folder: Path) -> tupl
 
 def _part_of(name: str) -> str:
     """The prefix of a part's names: a decoder layer, or a module outside of them."""
-    layer = _LAYER.match(name)
+    layer = LAYER.match(name)
     return layer.group() if layer else name[: name.rfind(".") + 1]
 
 
@@ -142,7 +142,7 @@ def _is_inside(name: str, used: set[str]) -> bool:
     """Whether a weight belongs to one of these parts, or works on what goes from one to the next."""
     if name.startswith(tuple(part for part in used if part)):
         return True
-    decoders = {part[: part.rfind("layers.")] for part in used if _LAYER.match(part)}
+    decoders = {part[: part.rfind("layers.")] for part in used if LAYER.match(part)}
     beside = [name.removeprefix(decoder) for decoder in decoders if name.startswith(decoder)]
     return any(rest.count(".") <= 1 and _ON_THE_WAY.search(rest) for rest in beside)
 

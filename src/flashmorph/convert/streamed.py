@@ -6,7 +6,6 @@ own proof, and the final logits and their proof are the same as in a transplant 
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,11 +25,18 @@ from flashmorph.convert.stored import require_layers, take_stock
 from flashmorph.devices import with_float64
 from flashmorph.hosts import Host, configure, use_kernels
 from flashmorph.hosts.build import without_weights
+from flashmorph.hosts.parts import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    decoder_of,
+    final_norm_of,
+    layer_prefix,
+    layers_of,
+    only_layers,
+)
 from flashmorph.losses import Head
 from flashmorph.progress import Report, silent
-
-_EMBEDDING = "model.embed_tokens."
-_HEAD = "lm_head."
 
 
 @dataclass(frozen=True)
@@ -67,17 +73,17 @@ class _Part:
     def run(self, model: PreTrainedModel, inputs: torch.Tensor) -> torch.Tensor:
         """The output of this part of `model`: hidden states `[batch, time, width]` of token ids or hidden states, or
         logits of the last hidden states."""
-        decoder: Any = model.model
-        if _HEAD in self.prefixes:
-            return Head.of(model)(decoder.norm(inputs))
+        decoder = decoder_of(model)
+        if HEAD in self.prefixes:
+            return Head.of(model)(final_norm_of(model)(inputs))
         if self.layer is None:
-            with _alone(decoder, []):
+            with only_layers(model, []):
                 return decoder(input_ids=inputs, use_cache=False).last_hidden_state
-        layer = decoder.layers[self.layer]
+        layer = layers_of(model)[self.layer]
         # The model prepares the layer's other arguments; its scaling of embeddings was applied in the first part.
         hook = layer.register_forward_pre_hook(lambda module, arguments: (inputs, *arguments[1:]))
         try:
-            with _alone(decoder, [layer]):
+            with only_layers(model, [layer]):
                 return decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state
         finally:
             hook.remove()
@@ -207,9 +213,9 @@ def _parts(config: PreTrainedConfig, taken: Mapping[str, str]) -> list[_Part]:
         return _Part(name, [name for name, weight in taken.items() if weight.startswith(read)], prefixes, layer)
 
     return [
-        part("the embedding", _EMBEDDING),
-        *(part(f"layer {n}", f"model.layers.{n}.", layer=n) for n in range(config.num_hidden_layers)),
-        part("the head", "model.norm.", _HEAD, also=_EMBEDDING if config.tie_word_embeddings else ""),
+        part("the embedding", EMBEDDING),
+        *(part(f"layer {n}", layer_prefix(n), layer=n) for n in range(config.num_hidden_layers)),
+        part("the head", FINAL_NORM, HEAD, also=EMBEDDING if config.tie_word_embeddings else ""),
     ]
 
 
@@ -256,19 +262,8 @@ def _stored(model: PreTrainedModel, part: _Part) -> dict[str, torch.Tensor]:
     """The weights of one part as `save_pretrained` stores them: experts one by one, no tied head."""
     state = part.of(model.state_dict())
     if model.config.tie_word_embeddings:
-        state = {name: weight for name, weight in state.items() if not name.startswith(_HEAD)}
+        state = {name: weight for name, weight in state.items() if not name.startswith(HEAD)}
     return revert_weight_conversion(model, state)
-
-
-@contextmanager
-def _alone(decoder: Any, layers: list[nn.Module]):
-    """Within this, the decoder has these layers only and no final norm."""
-    all_layers, norm = decoder.layers, decoder.norm
-    decoder.layers, decoder.norm = nn.ModuleList(layers), nn.Identity()
-    try:
-        yield
-    finally:
-        decoder.layers, decoder.norm = all_layers, norm
 
 
 def _round(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,15 @@ class Teacher:
     note: str = ""
     tokenizer_digest: str = ""
     template_digest: str = ""
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """Its configuration, read once: no caller changes it.
+
+        Raises:
+            UserError: a value that no model can have.
+        """
+        return load_config(self.folder)
 
     def load(self, dtype: torch.dtype | str, device: torch.device | None = None) -> PreTrainedModel:
         """The model, in `dtype` on `device`.

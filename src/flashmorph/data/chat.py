@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from flashmorph.errors import first_line
 from flashmorph.surface.interrupts import template_limit
 
 CHAT_COLUMNS = ("messages", "conversations")
@@ -106,7 +107,7 @@ def encode_chat(
     except Unfit:
         raise
     except Exception as error:  # A template is a program, and rows are what they are.
-        raise Unfit((str(error).splitlines() or [type(error).__name__])[0]) from error
+        raise Unfit(first_line(error)) from error
     if not any(targets):
         roles = ", ".join(repr(role) for role in dict.fromkeys(message["role"] for message in messages))
         raise Unfit(f"{NO_REPLY} with tokens of its own: replies are those of {_REPLY!r}, and the roles are {roles}")

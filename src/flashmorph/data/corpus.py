@@ -140,8 +140,7 @@ class Corpus:
         except StopIteration as error:
             raise UserError(f"{self.source} is empty") from error
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{self.source} cannot be read: {reason}") from error
+            raise UserError(f"{self.source} cannot be read: {first_line(error)}") from error
 
     def _document_in(self, row: Figures, where: str) -> Document | None:
         if not any(name in row for name in self._columns):

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flashmorph.data.pieces import in_pieces
-from flashmorph.errors import UserError, cut
+from flashmorph.errors import UserError, cut, first_line
 
 TEXT, JSON, PARQUET = "text", "JSON", "parquet"
 _KINDS = {".jsonl": JSON, ".ndjson": JSON, ".json": JSON, ".parquet": PARQUET, ".txt": TEXT, ".md": TEXT}
@@ -110,8 +110,7 @@ def _rows_of_files(files: Sequence[str], columns: tuple[str, ...], beside: tuple
         except UnicodeDecodeError as error:
             raise UserError(f"{name} is not UTF-8 text: give it in that encoding") from error
         except Exception as error:  # Whatever a library stumbles over in a damaged file.
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{name} cannot be read: {reason}") from error
+            raise UserError(f"{name} cannot be read: {first_line(error)}") from error
 
 
 def _suffixes(path: Path) -> list[str]:

@@ -6,6 +6,6 @@ memory and hours are estimates whose formulas `Estimate.explain` prints.
 
 from flashmorph.estimate.costs import estimated_costs
 from flashmorph.estimate.estimate import CONTEXTS, Estimate, estimate
-from flashmorph.estimate.gpus import GPUS, Gpu, find_gpu
+from flashmorph.estimate.gpus import Gpu, find_gpu
 
-__all__ = ["CONTEXTS", "GPUS", "Estimate", "Gpu", "estimate", "estimated_costs", "find_gpu"]
+__all__ = ["CONTEXTS", "Estimate", "Gpu", "estimate", "estimated_costs", "find_gpu"]

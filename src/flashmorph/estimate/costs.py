@@ -1,5 +1,6 @@
 """Costs of layers and heads by arithmetic: what each option reads for one token, at a GPU's rate of reading memory."""
 
+from flashmorph.devices import dtype_name
 from flashmorph.errors import UserError
 from flashmorph.estimate.estimate import Estimate
 from flashmorph.hosts import layer_space, shape_of
@@ -29,7 +30,7 @@ def estimated_costs(estimate: Estimate, context: int) -> Costs:
     cache = model.layers * host.mixers[FULL].cache_bytes(model.config, context)
     whole = estimate.seconds_per_token(estimate.sizes.host, cache)
     assert whole is not None
-    dtype = str(model.config.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.config.dtype)
     return Costs.of_seconds(
         whole,
         {option: seconds(option) - seconds(FULL) for option in host.mixers},

@@ -2,8 +2,7 @@
 
 from typing import NamedTuple
 
-from flashmorph.errors import UserError
-from flashmorph.recipe.recipe import unknown
+from flashmorph.errors import UserError, unknown
 
 
 class Gpu(NamedTuple):

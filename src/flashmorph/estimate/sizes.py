@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from flashmorph.hosts import FEED_FORWARD, Host, use_kernels
 from flashmorph.hosts.build import without_weights
+from flashmorph.hosts.parts import layers_of
 from flashmorph.mixers import Mixer
 from flashmorph.mixers.kernels import kernel_runs
 from flashmorph.plan import FULL
@@ -91,7 +92,7 @@ def count_sizes(
     own: Any = without_weights(_of_one_layer(teacher), with_buffers=False)
     model: Any = without_weights(_of_one_layer(config), host.model_class, with_buffers=False)
     with torch.device("meta"):
-        layer = model.model.layers[0]
+        layer = layers_of(model)[0]
         attention = getattr(layer, host.slot(FULL))
         others = {option: mixer for option, mixer in host.mixers.items() if option != FULL}
         branches = {option: mixer.build(config, 0, attention) for option, mixer in others.items()}
@@ -117,7 +118,7 @@ def count_sizes(
     )
     beside = sum(_parameters(branch) for branch in branches.values())
     layers = config.num_hidden_layers
-    teachers, hosts = (_parameters(each) + (layers - 1) * _parameters(each.model.layers[0]) for each in (own, model))
+    teachers, hosts = (_parameters(each) + (layers - 1) * _parameters(layers_of(each)[0]) for each in (own, model))
     return Sizes(teachers, hosts, layers, parts, beside)
 
 

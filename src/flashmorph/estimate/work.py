@@ -6,9 +6,7 @@ from transformers import PreTrainedConfig
 
 from flashmorph.hosts import (
     FEED_FORWARD,
-    HOSTS,
-    OWN,
-    WINDOW_HOSTS,
+    HOST_TYPES,
     Host,
     configure,
     host_of,
@@ -130,7 +128,7 @@ def model_in(config: PreTrainedConfig) -> Model:
     Raises:
         UserError: it is neither.
     """
-    if config.model_type not in {host.model_type for host in (*HOSTS, *WINDOW_HOSTS, OWN)}:
+    if config.model_type not in HOST_TYPES:
         host, config = configure(config)
     else:
         host = host_of(config)

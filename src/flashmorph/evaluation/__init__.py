@@ -2,31 +2,15 @@
 
 from flashmorph.evaluation.evaluate import EvaluateSettings, Score, evaluate, perplexity_ratio, recall_difference
 from flashmorph.evaluation.greedy import greedy
-from flashmorph.evaluation.grid import (
-    ASKERS,
-    Asker,
-    Grid,
-    GridQuestions,
-    GridRow,
-    GridSettings,
-    ask_grid,
-    make_questions,
-)
-from flashmorph.evaluation.intervals import (
-    clustered_interval,
-    paired_interval,
-    ratio_interval,
-    share_interval,
-)
+from flashmorph.evaluation.grid import ASKERS, Grid, GridRow, GridSettings, ask_grid, make_questions
+from flashmorph.evaluation.intervals import paired_interval, ratio_interval, share_interval
 from flashmorph.evaluation.perplexity import RangeLosses, shortage, text_in_words, text_losses
 from flashmorph.evaluation.recall import answer_scores, answers_right
 
 __all__ = [
     "ASKERS",
-    "Asker",
     "EvaluateSettings",
     "Grid",
-    "GridQuestions",
     "GridRow",
     "GridSettings",
     "RangeLosses",
@@ -34,7 +18,6 @@ __all__ = [
     "answer_scores",
     "answers_right",
     "ask_grid",
-    "clustered_interval",
     "evaluate",
     "greedy",
     "make_questions",

@@ -63,8 +63,8 @@ class Score:
 
     right: dict[str, list[bool]]
     perplexity: float
-    cache_bytes: dict[str, int] = field(default_factory=dict)
-    text: RangeLosses | None = None
+    cache_bytes: dict[str, int]
+    text: RangeLosses
     losses: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -73,25 +73,15 @@ class Score:
         return float(np.mean([np.mean(right) for right in self.right.values()]))
 
     @property
-    def text_read(self) -> TextSize | None:
+    def text_read(self) -> TextSize:
         """The size of the text behind the perplexity, which may be less than was wanted."""
-        if not self.text:
-            return None
         documents = len(set(self.text.documents))
         return {"tokens": self.text.tokens, "wanted": self.text.wanted, "documents": documents}
 
     def to_dict(self) -> Figures:
         """The figures with their 95 % intervals."""
         pooled = [hit for right in self.right.values() for hit in right]
-        text = {}
-        if self.text:
-            perplexity = self.text.perplexity
-            text = {
-                "perplexity_interval": perplexity["interval"],
-                "perplexity_over": perplexity["over"],
-                "perplexity_text": self.text_read,
-                "perplexity_by_position": self.text.by_position,
-            }
+        perplexity = self.text.perplexity
         return {
             "recall": self.recall,
             "recall_interval": share_interval(pooled),
@@ -100,7 +90,10 @@ class Score:
                 for task, right in self.right.items()
             },
             "perplexity": self.perplexity,
-            **text,
+            "perplexity_interval": perplexity["interval"],
+            "perplexity_over": perplexity["over"],
+            "perplexity_text": self.text_read,
+            "perplexity_by_position": self.text.by_position,
             "cache_bytes": self.cache_bytes,
         }
 
@@ -150,7 +143,6 @@ def recall_difference(first: Score, second: Score) -> Difference:
 def perplexity_ratio(first: Score, second: Score) -> TextRatio | None:
     """Perplexity of `first` over that of `second` on the same text, overall and by position.
 
-    The 95 % intervals are paired; see `RangeLosses.over`. None where either was scored without its losses, or on
-    another text.
+    The 95 % intervals are paired; see `RangeLosses.over`. None where they were scored on different texts.
     """
-    return first.text.over(second.text) if first.text and second.text else None
+    return first.text.over(second.text)

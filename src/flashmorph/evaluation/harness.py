@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flashmorph.errors import UserError, unknown
+from flashmorph.errors import UserError, first_line, unknown
 from flashmorph.evaluation.greedy import greedy
 from flashmorph.evaluation.intervals import ratio_interval, share_interval
 from flashmorph.records import Figures, SettingValues
@@ -120,8 +120,9 @@ class Harness:
                     metadata=metadata,
                 )
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"lm-evaluation-harness cannot run {', '.join(self._names)}: {reason}") from error
+            raise UserError(
+                f"lm-evaluation-harness cannot run {', '.join(self._names)}: {first_line(error)}"
+            ) from error
         return [figure for task, results in found["results"].items() for figure in self._figures(task, results, found)]
 
     def _manager(self, metadata: SettingValues) -> Any:

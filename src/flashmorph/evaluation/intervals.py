@@ -48,6 +48,7 @@ def ratio_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     return _ends(np.concatenate(ratios))
 
 
+<<<<<<< HEAD
 def clustered_interval(clusters: Sequence[Sequence[Sequence[float]]]) -> tuple[float, float]:
     """Percentile bootstrap of the mean of all figures, where those of one cluster depend on each other.
 
@@ -75,6 +76,8 @@ def _draws(rng: np.random.Generator, count: int) -> Iterator[tuple[slice, np.nda
         yield slice(start, end), rng.integers(count, size=(end - start, count))
 
 
+=======
+>>>>>>> 956bcaf7346da845ed7e006517146bb71f5241cc
 def _ends(means: np.ndarray) -> tuple[float, float]:
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)

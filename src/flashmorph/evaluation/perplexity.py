@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,9 +136,10 @@ def text_losses(
     model.eval()
     losses = np.empty(int(text.offsets[-1]))
     done, head = 0, Head.of(model)
+    decoder: Any = model.get_decoder()
     for numbers in text.in_batches(batch_tokens):
         batch = text.batch(numbers, model.device)
-        of_batch = batch.losses(model.model(input_ids=batch.ids, use_cache=False).last_hidden_state, head)
+        of_batch = batch.losses(decoder(input_ids=batch.ids, use_cache=False).last_hidden_state, head)
         losses[batch.positions] = of_batch.double().cpu().numpy()
         done += len(numbers)
         report(done, len(text.pieces))

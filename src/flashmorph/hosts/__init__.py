@@ -20,12 +20,16 @@ from flashmorph.hosts.qwen3_5_moe import Qwen35MoeHost
 from flashmorph.hosts.refused import REFUSED
 from flashmorph.hosts.window import WINDOW_HOSTS
 from flashmorph.inputs.settings import resolve
-from flashmorph.mixers import LINEAR, SLIDING, Products
+from flashmorph.mixers import Products
 from flashmorph.mixers.kernels import dispatch_by_device
 from flashmorph.plan import Budget, Space
 from flashmorph.records import SettingValues
 
 HOSTS: tuple[Host, ...] = (Qwen35Host(), Qwen35MoeHost(), GraniteHybridHost())
+"""Stock hybrids, one of which takes a teacher unless windows or mixers are asked for."""
+ALL_HOSTS: tuple[Host, ...] = (*HOSTS, *WINDOW_HOSTS, OWN)
+HOST_TYPES = frozenset(host.model_type for host in ALL_HOSTS)
+"""The `model_type` of every host."""
 _TIMELESS = {
     "_name_or_path",
     "architectures",
@@ -189,7 +193,7 @@ def use_kernels(model_type: str) -> None:
 
 def _layers(config: PreTrainedConfig) -> tuple[Host, PreTrainedConfig, list[tuple[str, ...]]]:
     """The host, its configuration and the options of each layer."""
-    if config.model_type not in {host.model_type for host in (*HOSTS, *WINDOW_HOSTS, OWN)}:
+    if config.model_type not in HOST_TYPES:
         dtype, (_, config) = config.dtype, configure(config)
         config.dtype = dtype
     host = host_of(config)
@@ -250,14 +254,13 @@ def cache_by_context(config: PreTrainedConfig) -> dict[str, int]:
 
 
 __all__ = [
+    "ALL_HOSTS",
     "FEED_FORWARD",
     "HOSTS",
+    "HOST_TYPES",
     "OWN",
-    "LINEAR",
-    "SLIDING",
     "WINDOW_HOSTS",
     "Host",
-    "Products",
     "cache_by_context",
     "cache_by_layer",
     "cache_bytes",

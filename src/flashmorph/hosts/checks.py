@@ -1,6 +1,7 @@
-"""Checks of teachers that hosts share: settings, and parts that they cannot compute exactly."""
+"""What hosts share: the family of a config.json, settings, and checks of parts that they cannot compute exactly."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -18,6 +19,11 @@ BIASED = ("qwen2",)
 """Teachers whose queries, keys and values have a bias that their configuration does not mention."""
 _STARTING_ANEW = ("phi3",)
 """Teachers that drop the cache in `generate` where the other list of rope factors begins."""
+
+
+def family_of(kind: str, values: Mapping[str, Any]) -> str:
+    """The `model_type` that transformers' AutoConfig takes a config.json for that names this one and has `values`."""
+    return "ministral" if kind == "mistral" and "layer_types" in values else kind
 
 
 def refuse_windows(config: PreTrainedConfig, host: str) -> None:

@@ -1,7 +1,6 @@
 """`Host`: a stock hybrid architecture into which a teacher is transplanted without changing its outputs."""
 
 import copy
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,13 +8,13 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from flashmorph.hosts.parts import LAYER
 from flashmorph.hosts.serving import Engine
 from flashmorph.mixers import LAYER_TYPES, Mixer, Products
 from flashmorph.plan import FULL
 
 FEED_FORWARD = "feed-forward"
 """The part of a decoder layer that is not its mixer."""
-_LAYER = re.compile(r"model\.layers\.\d+\.")
 
 
 class Host(Protocol):
@@ -108,7 +107,7 @@ class Host(Protocol):
 
 def layer_prefixes(names: Iterable[str]) -> list[str]:
     """The prefixes `model.layers.3.` of the decoder layers whose weights are among `names`."""
-    matches = (_LAYER.match(name) for name in names)
+    matches = (LAYER.match(name) for name in names)
     return list(dict.fromkeys(match.group() for match in matches if match))
 
 

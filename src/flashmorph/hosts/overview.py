@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flashmorph.hosts import HOSTS, OWN, WINDOW_HOSTS, host_settings
+from flashmorph.hosts import ALL_HOSTS, host_settings
 from flashmorph.hosts.refused import REFUSED
 
 
@@ -19,6 +19,6 @@ def overview() -> dict[str, Any]:
             },
             "serves": [engine.to_dict() for engine in host.engines],
         }
-        for host in (*HOSTS, *WINDOW_HOSTS, OWN)
+        for host in ALL_HOSTS
     ]
     return {"hosts": hosts, "refused": dict(REFUSED)}

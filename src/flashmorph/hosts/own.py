@@ -87,6 +87,11 @@ class OwnHost(Host):
         return OwnHost([name for name in (FULL, *OWN_MIXERS) if name in names], bool(given.get("conv")))
 
     @staticmethod
+    def usual_mixers(given: Mapping[str, Any]) -> str:
+        """The setting `host.mixers` of a budget in heads that comes without: windows where there is a window."""
+        return f"{FULL},{'window' if 'window' in given else 'linear'}"
+
+    @staticmethod
     def of(config: PreTrainedConfig) -> "OwnHost":
         """The host of a configuration that one has made."""
         settings = config.mixer_settings or {}

@@ -81,10 +81,8 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def has_broken_seal(values: Mapping[str, Any]) -> bool:
-    """Whether an object is not what `sealed` made; one that was never sealed is as good as whole."""
-    return _SEAL in values and values[_SEAL] != _digest(
-        {name: value for name, value in values.items() if name != _SEAL}
-    )
+    """Whether an object is not what `sealed` made."""
+    return values.get(_SEAL) != _digest({name: value for name, value in values.items() if name != _SEAL})
 
 
 def _digest(values: Any) -> str:

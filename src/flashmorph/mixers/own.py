@@ -31,7 +31,7 @@ class OwnWindow(OwnAdapter):
     @classmethod
     def own_settings(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """Its entry in `mixer_settings`, from the host's settings."""
-        return {"kind": "window", "size": given["window"], "sinks": given["sinks"]}
+        return {"kind": cls.option, "size": given["window"], "sinks": given["sinks"]}
 
     def state_bytes(self, config: PreTrainedConfig, context: int) -> int:
         """Keys and values of the window but its newest token, and of the sinks."""
@@ -98,7 +98,7 @@ class OwnDash(OwnAdapter):
     @classmethod
     def own_settings(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """Its entry in `mixer_settings`, from the host's settings."""
-        settings = {"kind": "dash", **VARIANTS[given["dash"]]}
+        settings = {"kind": cls.option, **VARIANTS[given["dash"]]}
         if given["chunk"]:
             settings["chunk"] = given["chunk"]
         return settings | ({"density": given["density"]} if given["density"] else {})
@@ -137,12 +137,6 @@ def gamma_of_density(mixers: Sequence[Any], density: float) -> float:
 
 
 OWN_MIXERS: Mapping[str, type[OwnAdapter]] = {
-    "window": OwnWindow,
-    "linear": OwnLinear,
-    "gated_delta_net": OwnGatedDeltaNet,
-    "mamba2": OwnMamba2,
-    "thin": OwnThin,
-    "pooled": OwnPooled,
-    "dash": OwnDash,
+    mixer.option: mixer for mixer in (OwnWindow, OwnLinear, OwnGatedDeltaNet, OwnMamba2, OwnThin, OwnPooled, OwnDash)
 }
 """The mixers of our own type by the name that an option has."""

@@ -88,7 +88,7 @@ class OwnLinear(OwnStates):
     @classmethod
     def own_settings(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """Its entry in `mixer_settings`, from the host's settings."""
-        return {"kind": "linear", "decay": given["decay"], "norm": given["head_norm"]}
+        return {"kind": cls.option, "decay": given["decay"], "norm": given["head_norm"]}
 
 
 class OwnGatedDeltaNet(OwnStates):
@@ -101,7 +101,7 @@ class OwnGatedDeltaNet(OwnStates):
     @classmethod
     def own_settings(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """Its entry in `mixer_settings`, from the host's settings."""
-        return {"kind": "gated_delta_net", "norm": given["head_norm"]}
+        return {"kind": cls.option, "norm": given["head_norm"]}
 
 
 class OwnMamba2(OwnStates):

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from flashmorph.hosts import host_of, layer_space, use_kernels
 from flashmorph.hosts.build import empty_model
+from flashmorph.hosts.parts import decoder_of, layer_prefix, layers_of
 from flashmorph.mixers import Mixer, gated
 from flashmorph.mixers.mixer import LayerArguments
 from flashmorph.model.order import run_order
@@ -108,7 +109,8 @@ class Morphable(nn.Module):
         self.options = tuple(self.host.mixers)
         self.model = model.requires_grad_(False).eval()
         self.model.config.use_cache = False
-        for number, layer in enumerate(self.model.model.layers):
+        layers = layers_of(self.model)
+        for number, layer in enumerate(layers):
             attention = getattr(layer, self.host.slot(FULL))
             weight = next(attention.parameters())
             branches = {}
@@ -117,12 +119,12 @@ class Morphable(nn.Module):
                 if option != FULL and mixer.trainable:
                     module = module.to(weight.device, torch.float32).requires_grad_(False)
                 branches[option] = Branch(mixer, module)
-            setattr(layer, self.host.slot(FULL), MorphableLayer(number, len(self.model.model.layers), branches))
+            setattr(layer, self.host.slot(FULL), MorphableLayer(number, len(layers), branches))
 
     @property
     def layers(self) -> list[MorphableLayer]:
         """The morphable layers, from the first to the last."""
-        return [getattr(layer, self.host.slot(FULL)) for layer in self.model.model.layers]
+        return [getattr(layer, self.host.slot(FULL)) for layer in layers_of(self.model)]
 
     @property
     def device(self) -> torch.device:
@@ -152,8 +154,8 @@ class Morphable(nn.Module):
         arguments = {"gates": gates, "observer": observer, **(boundaries or {})}
         learning = torch.is_grad_enabled() and gates is not None and gates.requires_grad
         again = learning and recomputes(self.model.config, input_ids.numel())
-        with recomputed(self.model.model.layers) if again else nullcontext():
-            return self.model.model(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state
+        with recomputed(layers_of(self.model)) if again else nullcontext():
+            return decoder_of(self.model)(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state
 
     @torch.no_grad()
     def each_plan(self, input_ids: torch.Tensor, gates: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
@@ -164,7 +166,7 @@ class Morphable(nn.Module):
         depth at which plans diverge. The order of the results is that of the runs.
         """
         order = run_order(gates, len(self.layers))
-        decoder = self.model.model
+        decoder = decoder_of(self.model)
         every = decoder.layers
         kept: dict[int, torch.Tensor] = {}
         for turn, (index, start) in enumerate(order):
@@ -247,7 +249,7 @@ class Morphable(nn.Module):
         for layer, rows in zip(self.layers, space.layers, strict=True):
             states = {option: cast(Branch, branch).module.state_dict() for option, branch in layer.branches.items()}
             own = self.host.layer_state([chosen[row] for row in rows], states)
-            state |= {f"model.layers.{layer.number}.{name}": weight for name, weight in own.items()}
+            state |= {layer_prefix(layer.number) + name: weight for name, weight in own.items()}
         config = self.host.with_plan(self.model.config, chosen)
         config.use_cache = True
         state = {name: weight.detach().to(dtype, copy=not shared) for name, weight in state.items()}

@@ -6,11 +6,12 @@ position by position.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
+from flashmorph.hosts.parts import input_norm_of, layers_of
 from flashmorph.mixers.mixer import LayerArguments
 from flashmorph.model.morphable import Morphable, MorphableLayer
 from flashmorph.plan import FULL
@@ -51,7 +52,7 @@ class Recording:
 
     @property
     def _layers(self) -> nn.ModuleList:
-        return cast(Any, self._morphable.model.model).layers
+        return layers_of(self._morphable.model)
 
     def projection(self, layer: int) -> nn.Linear:
         """The output projection of a layer's attention."""
@@ -75,16 +76,13 @@ class Recording:
     def heads_given(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """What would enter the output projection if the layer's input were `hidden`, `[batch, time, width]`."""
         found: list[torch.Tensor] = []
-        norm = self._input_norm(layer)
+        norm = input_norm_of(self._layers[layer])
         hook = self.projection(layer).register_forward_pre_hook(lambda module, inputs: found.append(inputs[0]))
         try:
             self._morphable.layers[layer].branches[FULL](norm(hidden), self._arguments[layer])
         finally:
             hook.remove()
         return found[0]
-
-    def _input_norm(self, layer: int) -> nn.Module:
-        return cast(nn.Module, self._layers[layer].input_layernorm)
 
     @contextmanager
     def _standing_in(self, layer: int, output: torch.Tensor) -> Iterator[None]:

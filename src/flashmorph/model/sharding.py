@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from flashmorph import distributed
 from flashmorph.devices import every_core
+from flashmorph.hosts.parts import decoder_of, layers_of
 from flashmorph.model.morphable import Morphable, MorphableLayer
 
 Model = TypeVar("Model", PreTrainedModel, Morphable)
@@ -30,7 +31,7 @@ def shard_student(model: PreTrainedModel, device: torch.device, bf16: bool = Fal
     `model` may be on the CPU: its weights go to `device` unit by unit. With `bf16` layers are gathered in bfloat16, for
     forwards under autocast.
     """
-    for layer in model.model.layers:
+    for layer in layers_of(model):
         fully_shard(layer, mesh=_mesh(device.type), mp_policy=_policy(bf16))
     return model
 
@@ -42,7 +43,7 @@ def shard_loss(loss: nn.Module, student: PreTrainedModel) -> None:
     sharded.
     """
     if is_sharded(student):
-        fully_shard(loss, mesh=_mesh(next(student.model.layers.parameters()).device.type))
+        fully_shard(loss, mesh=_mesh(next(layers_of(student).parameters()).device.type))
 
 
 def shard_teacher(model: PreTrainedModel, device: torch.device, bf16: bool = False) -> PreTrainedModel:
@@ -65,7 +66,7 @@ def _shard_parts(model: PreTrainedModel, device: torch.device, bf16: bool) -> No
     are frozen and need no reduction.
     """
     mesh = _mesh(device.type)
-    for layer in model.model.layers:
+    for layer in layers_of(model):
         for part in layer.children():
             for unit in _units(part):
                 trains = isinstance(part, MorphableLayer) and unit in part.trained.values()
@@ -75,7 +76,7 @@ def _shard_parts(model: PreTrainedModel, device: torch.device, bf16: bool) -> No
                 if sharded:
                     fully_shard(unit, mesh=mesh, mp_policy=_policy(bf16), ignored_params=apart)
     kept = {weight for weight in model.parameters() if not isinstance(weight, DTensor)}
-    fully_shard(model.model, mesh=mesh, ignored_params=kept)
+    fully_shard(decoder_of(model), mesh=mesh, ignored_params=kept)
     for tensor in (*kept, *model.buffers()):
         tensor.data = tensor.data.to(device)
 

@@ -38,7 +38,7 @@ from flashmorph.stages import (
 
 def run_transplant(run: Run) -> Stage:
     """Teacher to host, proven in float32, saved in the teacher's dtype."""
-    settings = host_settings(host_for(load_config(run.teacher.folder), run.recipe.host), run.recipe.host)
+    settings = host_settings(host_for(run.teacher.config, run.recipe.host), run.recipe.host)
 
     def work(folder: Path, report: Report) -> Figures:
         figures = write_host(

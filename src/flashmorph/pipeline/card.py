@@ -7,7 +7,6 @@ from transformers import PreTrainedConfig
 
 from flashmorph.bench import Timing, timing_in_words
 from flashmorph.convert.gguf import origin_of
-from flashmorph.convert.load import load_config
 from flashmorph.evaluation import text_in_words
 from flashmorph.hosts import configure, misreads_tokenizer
 from flashmorph.hosts.serving import Engine
@@ -17,7 +16,7 @@ from flashmorph.report.markup import sentence
 from flashmorph.run.run import Results, Run
 from flashmorph.selection import BASELINE
 from flashmorph.surface.quoting import code, code_block, encodable, markdown, no_option, python_string, shell_command
-from flashmorph.units import longest_context
+from flashmorph.units import byte_size, longest_context
 from flashmorph.versions import own_version
 
 _NAMES = {
@@ -48,7 +47,7 @@ _STOCK = "Nothing of flashmorph's is needed to use it:"
 
 def model_card(run: Run, results: Results) -> str:
     """README.md of the output: the model, its scores, engines that serve it, and how it was made."""
-    host, config = configure(load_config(run.teacher.folder), run.recipe.host)
+    host, config = configure(run.teacher.config, run.recipe.host)
     plan = results.plan
     used = [option for option in host.mixers if option != FULL and option in plan.assignments.values()]
     tags = [LAYER_TYPES.get(option, option).replace("_", "-") for option in used]
@@ -144,6 +143,5 @@ def _time(results: Results) -> str:
 
 def _row(name: str, score, context: str) -> str:
     low, high = score.to_dict()["recall_interval"]
-    cache = score.cache_bytes[context] / 2**20
     figures = f"{100 * score.recall:.1f} % | {100 * low:.1f}-{100 * high:.1f} % | {score.perplexity:.3f}"
-    return f"| {_NAMES[name]} | {figures} | {cache:,.1f} MiB |"
+    return f"| {_NAMES[name]} | {figures} | {byte_size(score.cache_bytes[context])} |"

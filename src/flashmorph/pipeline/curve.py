@@ -9,7 +9,6 @@ import torch
 from pydantic import ConfigDict, Field
 
 from flashmorph import distributed
-from flashmorph.convert.load import load_config
 from flashmorph.errors import UserError
 from flashmorph.files import write_json
 from flashmorph.hosts import cache_by_context, configure
@@ -165,7 +164,7 @@ def run_curve(run: Run, host: Stage, branches: Stage, questions: int) -> Curve:
 
 def curve_in_vllm(run: Run, curve: Curve) -> list[VllmCache] | None:
     """The cache of each point in vLLM; None where that does not serve the run's host."""
-    host, config = configure(load_config(run.teacher.folder), run.recipe.host)
+    host, config = configure(run.teacher.config, run.recipe.host)
     plans = [list(point.assignments.values()) for point in curve.points]
     caches = [vllm_cache(host, host.with_plan(config, options), options) for options in plans]
     return [cache for cache in caches if cache] if all(caches) else None

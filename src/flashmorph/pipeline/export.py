@@ -16,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from flashmorph.convert.checkpoint import travelling_content, travelling_files, weight_files
 from flashmorph.convert.load import load_config
+from flashmorph.devices import dtype_name
 from flashmorph.errors import UserError, quoted
 from flashmorph.files import atomic_path, read_json, write_json
 from flashmorph.hosts import host_of
@@ -61,7 +62,7 @@ def export_gguf(
         lay_out(folder, config, source)
         card = Path(temporary) / "card.json"
         write_json(card, card_of(folder, config, options))
-        outtype = dtype or _OUTTYPES.get(str(config.dtype).removeprefix("torch."), "auto")
+        outtype = dtype or _OUTTYPES.get(dtype_name(config.dtype), "auto")
         _convert([sys.executable, str(llama_cpp / CONVERTER), str(source), "--outfile", str(file), "--outtype", outtype,
                   *form.flags, "--metadata", str(card)], folder, llama_cpp)  # fmt: skip
         with _gguf_package(llama_cpp) as package:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmorph.errors import UserError
 from flashmorph.evaluation import answers_right, paired_interval
+from flashmorph.hosts.parts import decoder_of
 from flashmorph.losses import Head, token_losses
 from flashmorph.model.sharding import shard_morphable
 from flashmorph.plan import Budget, Space
@@ -114,7 +115,7 @@ def ask_teacher(
 def _answer_loss(model: PreTrainedModel, example: Example) -> float:
     """Mean cross-entropy of the last answer's tokens, in nats."""
     ids = torch.tensor([example.input_ids], device=model.device)
-    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, example.prompt_tokens - 1 : -1]
+    hidden = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0, example.prompt_tokens - 1 : -1]
     return token_losses(hidden, Head.of(model), ids[0, example.prompt_tokens :]).mean().item()
 
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from flashmorph import distributed
-from flashmorph.convert.load import load_config
 from flashmorph.convert.save import save_model
 from flashmorph.convert.shards import is_whole
 from flashmorph.data.isolation import how_apart
@@ -36,7 +35,7 @@ from flashmorph.stages import (
 
 def trained_on(run: Run, settings: TrainSettings, rows: Rows) -> Figures:
     """What a stage that trains says of its data."""
-    host = host_for(load_config(run.teacher.folder), run.recipe.host)
+    host = host_for(run.teacher.config, run.recipe.host)
     varlen = supports_varlen(host, run.device)
     documents = "long" if settings.takes_long_documents else how_apart(settings.keeps_apart, varlen)
     return {

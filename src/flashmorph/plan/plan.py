@@ -104,7 +104,7 @@ class Plan:
         """The full layers, `1, 3`, or the full heads, `2.1, 5.0`; the strip if several other options are chosen."""
         others = {option for option in self.assignments.values() if option != FULL}
         if self.has_heads:
-            return ", ".join(f"{group.layer}.{group.kv_head}" for group in map(Group, self.full_groups)) or "none"
+            return ", ".join(f"{group.layer}.{group.kv_head}" for group in self.full_groups) or "none"
         if len(others) > 1:
             return self.strip()
         return ", ".join(map(str, self.full_layers)) or "none"

@@ -7,7 +7,8 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from flashmorph.errors import UserError, quoted
-from flashmorph.hosts import LINEAR, SLIDING, configure, layer_space
+from flashmorph.hosts import configure, layer_space
+from flashmorph.mixers import LINEAR, SLIDING
 from flashmorph.plan import FULL, Budget, Plan, Space
 from flashmorph.recipe.recipe import Recipe
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from flashmorph.convert.load import load_config
 from flashmorph.convert.teacher import Teacher
 from flashmorph.data.corpus import shares_of
 from flashmorph.data.documents import require_template
@@ -34,7 +33,7 @@ def check(teacher: Teacher, recipe: Recipe, processes: int = 1) -> None:
         UserError: see `check_recipe`; a tokenizer that does not fit or has no words for conversations, a damaged
             generation_config.json, or a batch that does not divide among so many ranks.
     """
-    check_recipe(load_config(teacher.folder), recipe)
+    check_recipe(teacher.config, recipe)
     for settings in (recipe.align, recipe.distill, recipe.extend):
         if settings:
             settings.division(processes)

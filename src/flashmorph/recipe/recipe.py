@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 import torch
 import yaml
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     Field,
@@ -24,13 +23,14 @@ from flashmorph.devices import use_bf16
 from flashmorph.errors import UserError, quoted, unknown
 from flashmorph.evaluation import EvaluateSettings
 from flashmorph.files import read_text
+from flashmorph.hosts import OWN
 from flashmorph.inputs.readyaml import read_yaml, sentence
 from flashmorph.inputs.settings import Many, Name, Settings
 from flashmorph.records import SettingValues
-from flashmorph.selection import BASELINE, DEFAULT_STRATEGY, STRATEGIES
+from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES
 from flashmorph.selection.searchdata import SearchSettings
 from flashmorph.stages import AlignSettings, DistillSettings, ExtendSettings
-from flashmorph.tasks import STYLES, TaskSettings
+from flashmorph.tasks import TaskSettings
 
 _LEAST_SHARE = 1e-9
 SHIPPED = ("demo", "laptop", "default", "chat")
@@ -130,12 +130,6 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else quoted(value)
 
 
-def _is_baseline(name: str) -> str:
-    if name != BASELINE:
-        raise ValueError(f"Input should be '{BASELINE}'")
-    return name
-
-
 class Recipe(Settings):
     """One run of `flashmorph morph`."""
 
@@ -146,7 +140,7 @@ class Recipe(Settings):
         default="auto",
         description="shard weights over processes (`model/sharding.py`); `auto`: where they do not fit otherwise",
     )
-    baseline: Annotated[str, AfterValidator(_is_baseline)] | None = None
+    baseline: Literal["uniform"] | None = None
     style: Literal["lines", "prose"] = "prose"
     chat_template: bool = Field(
         default=False, description="ask a search's questions, and those in training rows, through the chat template"
@@ -169,13 +163,13 @@ class Recipe(Settings):
     @model_validator(mode="before")
     @classmethod
     def _heads_need_mixers(cls, values: Any) -> Any:
-        """A budget in heads asks for the host that takes them, with windows where there is a window."""
+        """A budget in heads asks for the host that takes them."""
         if not isinstance(values, dict) or not str(values.get("budget", "")).strip().startswith("heads="):
             return values
         host = values.get("host") or {}
         if not isinstance(host, dict) or "mixers" in host:
             return values
-        return {**values, "host": {"mixers": "full,window" if "window" in host else "full,linear", **host}}
+        return {**values, "host": {"mixers": OWN.usual_mixers(host), **host}}
 
     def bf16_on(self, device: torch.device) -> bool:
         """Whether matrices are multiplied in bfloat16 there."""
@@ -227,7 +221,6 @@ def load_recipe(source: str | Path, changes: SettingValues | None = None) -> Rec
         raise UserError(unknown("strategy", recipe.select.strategy, STRATEGIES))
     if not recipe.tasks:
         raise UserError(f"recipe {name} needs at least one task")
-    assert recipe.style in STYLES
     recipe._given = frozenset(_names(_nested(changes) if str(source) in SHIPPED else values))
     return recipe
 

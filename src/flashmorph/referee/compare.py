@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from flashmorph.convert.load import load_config
 from flashmorph.errors import UserError
 from flashmorph.hosts import configure, layer_space
 from flashmorph.plan import Plan
@@ -81,7 +80,7 @@ def _check(run: Run, settings: CompareSettings, searches: Sequence[Wanted]) -> N
             f"plans of budget {settings.distill_budget} are to be compared after distillation, and it is none of "
             f"{', '.join(settings.budgets)}: give one of these to --distill-budget"
         )
-    host, config = configure(load_config(run.teacher.folder), run.recipe.host)
+    host, config = configure(run.teacher.config, run.recipe.host)
     search, budgets = run.recipe.select.search, [run.budget(name) for name in settings.budgets]
     if settings.reference == "enumerated":
         require_few(lambda budget: layer_space(host, config, budget), budgets, settings.max_plans)

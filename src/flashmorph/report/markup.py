@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 from flashmorph.plan import FULL, Group, Plan
+from flashmorph.units import byte_size
 
 _ON_ONE_LINE = "\u00a0"
 
@@ -64,9 +65,9 @@ def _row(plan: Plan, row: Sequence[tuple[Group, str]], tips: dict[str, str]) -> 
     return f'<div class="strip{size}" role="img" aria-label="{escape(plan.strip())}">{"".join(cells)}</div>'
 
 
-def percent(share: float, digits: int = 1) -> str:
+def percent(share: float) -> str:
     """A share as percent."""
-    return f"{100 * share:.{digits}f} %"
+    return f"{100 * share:.1f} %"
 
 
 def span(interval: Sequence[float] | None, form: str = "{:.2f}", times: float = 1) -> str:
@@ -75,9 +76,8 @@ def span(interval: Sequence[float] | None, form: str = "{:.2f}", times: float = 
 
 
 def size(num_bytes: float) -> str:
-    """Bytes in MiB or GiB, on one line."""
-    text = f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
-    return text.replace(" ", _ON_ONE_LINE)
+    """Bytes in their unit, on one line."""
+    return byte_size(num_bytes).replace(" ", _ON_ONE_LINE)
 
 
 def duration(seconds: float) -> str:

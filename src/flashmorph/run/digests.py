@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
-from flashmorph.convert.load import load_config
 from flashmorph.data.identity import has_conversations, identity_of
 from flashmorph.plan import Budget
 from flashmorph.records import Figures, SettingValues
@@ -101,7 +100,7 @@ def evaluate_settings(run: Run) -> SettingValues:
 
 def ends(run: Run) -> SettingValues:
     """Settings that generated answers depend on besides the model: the end tokens."""
-    configs = load_config(run.teacher.folder), SimpleNamespace(**run.teacher.generation())
+    configs = run.teacher.config, SimpleNamespace(**run.teacher.generation())
     return {"end_tokens": end_tokens(run.tokenizer, *configs)}
 
 

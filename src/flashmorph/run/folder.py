@@ -259,7 +259,7 @@ def _is_finished(partial: Path) -> bool:
         record = read_json(partial / _RECORD)
     except UserError:
         return False
-    return isinstance(record, dict) and "files" in record and not damage(partial, record)
+    return not damage(partial, record)
 
 
 def _seconds_before(partial: Path) -> float:

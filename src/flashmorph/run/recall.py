@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flashmorph.convert.load import load_config
 from flashmorph.evaluation import answers_right
 from flashmorph.files import digest_of, read_json, write_json
 from flashmorph.inputs.shapes import Finite
@@ -65,4 +64,4 @@ def dtype_of_recall(run: Run) -> torch.dtype:
     name = run.recipe.evaluate.dtype_on(run.device.type)
     if name != "auto":
         return getattr(torch, name)
-    return load_config(run.teacher.folder).dtype or torch.float32
+    return run.teacher.config.dtype or torch.float32

@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from flashmorph import distributed
-from flashmorph.convert.load import load_config
 from flashmorph.convert.teacher import Teacher
 from flashmorph.data.corpus import Corpus, Mixture
 from flashmorph.devices import release_memory, usable_memory
@@ -28,6 +27,7 @@ from flashmorph.records import Figures
 from flashmorph.run.folder import RunFolder, Stage
 from flashmorph.run.out_of_memory import within_memory
 from flashmorph.selection import BASELINE
+from flashmorph.units import byte_size
 
 
 class Screen(Protocol):
@@ -81,7 +81,7 @@ class Run:
         Raises:
             UserError: see `budget_of_recipe`.
         """
-        return budget_of_recipe(load_config(self.teacher.folder), self.recipe, text)
+        return budget_of_recipe(self.teacher.config, self.recipe, text)
 
     def must_shard(self) -> bool:
         """What `shards` has to be; every rank must ask, before any stage: in some stages one rank is alone."""
@@ -101,9 +101,9 @@ class Run:
         """The device on which models are opened: the CPU if they are sharded afterwards."""
         return torch.device("cpu") if self.shards else self.device
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The teacher's tokenizer.
+        """The teacher's tokenizer, read once: no caller changes it.
 
         Raises:
             UserError: it has none.
@@ -125,7 +125,7 @@ class Run:
         for section in too_large:
             self.screen.say(
                 f"{stage}: by the formulas of `flashmorph estimate` not one row of {section} fits into "
-                f"{room.bytes / 2**30:,.1f} GiB; it goes on with one row at once"
+                f"{byte_size(room.bytes)}; it goes on with one row at once"
             )
         return recipe
 
@@ -137,7 +137,7 @@ class Run:
     @cached_property
     def _shape(self) -> tuple[Model, Sizes]:
         """The host and its sizes, counted without weights."""
-        config = load_config(self.teacher.folder)
+        config = self.teacher.config
         model = model_of(config, self.recipe)
         return model, count_sizes(model.host, config, model.config, self.device)
 

@@ -6,14 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
 
 from flashmorph.convert.checkpoint import travelling_files
-from flashmorph.convert.shards import require_whole
-from flashmorph.errors import UserError, quoted
-from flashmorph.files import is_whole_array, read_json
+from flashmorph.errors import quoted
 from flashmorph.inputs.shapes import Finite, Shape, misfit
-from flashmorph.plan import Plan
 from flashmorph.records import Figures
 
 CHECKPOINTS = "checkpoints"
@@ -34,7 +30,7 @@ class _Record(Shape):
     notices: list[str] = []
     left_out: list[str] = []
     errors: list[float] = []
-    files: dict[str, dict[str, Annotated[int, Field(ge=0)] | str]] | None = None
+    files: dict[str, dict[str, Annotated[int, Field(ge=0)] | str]]
 
 
 def listing(folder: Path) -> Listing:
@@ -64,10 +60,8 @@ def damage(folder: Path, record: Any, digest: str | None = None) -> str:
         return f"stage.json: {problem}"
     if digest and record["digest"] != digest:
         return f"stage.json is of the stage {quoted(record['digest'])}"
-    files = record.get("files")
-    if files is None:
-        return _damage_by_opening(folder)
-    return next(filter(None, (_difference(folder / name, name, kept) for name, kept in files.items())), "")
+    differences = (_difference(folder / name, name, kept) for name, kept in record["files"].items())
+    return next(filter(None, differences), "")
 
 
 def _difference(path: Path, name: str, kept: dict[str, Any]) -> str:
@@ -88,23 +82,3 @@ def _looks(path: Path) -> Figures:
     if size >= _SMALL_BYTES:
         return {"bytes": size}
     return {"bytes": size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
-
-
-def _damage_by_opening(folder: Path) -> str:
-    """The same for a stage of a version that listed no files."""
-    try:
-        if (folder / "model").is_dir():
-            require_whole(folder / "model")
-        for path in folder.iterdir():
-            if path.suffix == ".safetensors":
-                with safe_open(path, "pt"):
-                    pass
-            elif path.name == "plan.json":
-                Plan.load(path)
-            elif path.suffix == ".json":
-                read_json(path)
-            elif path.suffix == ".npy" and not is_whole_array(path):
-                return f"{path.name} cannot be read"
-    except (OSError, UserError, SafetensorError) as error:
-        return (str(error).splitlines() or [type(error).__name__])[0]
-    return ""

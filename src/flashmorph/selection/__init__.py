@@ -4,6 +4,6 @@ Strategies see a `Search`: a `Space`, a `Budget` and an `Objective`; only `objec
 """
 
 from flashmorph.selection.strategies import BASELINE, DEFAULT_STRATEGY, STRATEGIES
-from flashmorph.selection.strategy import Cost, Objective, Search, Selection, Strategy
+from flashmorph.selection.strategy import Cost, Search, Selection, Strategy
 
-__all__ = ["BASELINE", "DEFAULT_STRATEGY", "STRATEGIES", "Cost", "Objective", "Search", "Selection", "Strategy"]
+__all__ = ["BASELINE", "DEFAULT_STRATEGY", "STRATEGIES", "Cost", "Search", "Selection", "Strategy"]

@@ -9,10 +9,10 @@ open: receivers' outputs also pass on to receivers above them.
 """
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 
+from flashmorph.hosts.parts import final_norm_of
 from flashmorph.losses import Head
 from flashmorph.model.morphable import Morphable
 from flashmorph.model.order import rows_by_layer
@@ -101,8 +101,7 @@ class PairEffects:
 
     def _shares(self, hidden: torch.Tensor) -> list[float]:
         """Shares of the difference that are gone, from outputs of the last layer `[rows, answers, width]`."""
-        decoder: Any = self._morphable.model.model
-        lost = self._readout - self._of(decoder.norm(hidden))
+        lost = self._readout - self._of(final_norm_of(self._morphable.model)(hidden))
         return (lost / self._span).clamp(0, 1).tolist()
 
     def _of(self, last: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from flashmorph import distributed
 from flashmorph.data.heldout import Batch, HeldOut
+from flashmorph.hosts.parts import decoder_of
 from flashmorph.losses import Head, label_loss, token_losses
 from flashmorph.mixers.mixer import LayerArguments
 from flashmorph.model.morphable import Morphable, MorphableLayer
@@ -92,14 +93,14 @@ class ModelLosses:
         head = Head.of(model)
 
         def run(batch: Batch) -> Iterator[tuple[int, torch.Tensor]]:
-            yield 0, batch.losses(model.model(batch.ids, use_cache=False).last_hidden_state, head)
+            yield 0, batch.losses(decoder_of(model)(batch.ids, use_cache=False).last_hidden_state, head)
 
         [text] = self._mean_text_losses(run, 1)
         losses: list[float] = []
         for part in self.data.micro_batches(self.data.questions() if answers else []):
             ids, marks = self._tensors(part)
             with self._autocast():
-                hidden = model.model(ids, use_cache=False).last_hidden_state
+                hidden = decoder_of(model)(ids, use_cache=False).last_hidden_state
                 losses += _question_losses(hidden, head, ids, marks).tolist()
         return text, losses
 

@@ -4,14 +4,13 @@ from flashmorph.stages.align import AlignSettings, align, alignment_errors
 from flashmorph.stages.distill import DistillSettings, distill
 from flashmorph.stages.extend import ExtendSettings, extend
 from flashmorph.stages.settings import TrainSettings
-from flashmorph.stages.teacher_logits import LogitSettings, RowsWithLogits, logits_on_disk, write_logits
+from flashmorph.stages.teacher_logits import RowsWithLogits, logits_on_disk, write_logits
 from flashmorph.stages.training import collate, logged
 
 __all__ = [
     "AlignSettings",
     "DistillSettings",
     "ExtendSettings",
-    "LogitSettings",
     "RowsWithLogits",
     "TrainSettings",
     "align",

@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 
+from flashmorph.errors import first_line
 from flashmorph.files import write_json
 from flashmorph.inputs.shapes import Count, require_shape
 
 FINISHED = "finished"
 _NAME = re.compile(r"checkpoint-(\d{1,18})")
-_STATE = "trainer_state.json"
-_UNSHARDED, _SHARDED = ("trainable.safetensors", "optimizer.pt"), ("shards/.metadata",)
+WEIGHTS = "trainable.safetensors"
+SHARDS = "shards"
+_UNSHARDED, _SHARDED = (WEIGHTS, OPTIMIZER_NAME), (f"{SHARDS}/.metadata",)
 """The files that hold the weights and the optimiser, of an unsharded model and of a sharded one."""
 _LOG = logging.getLogger(__name__)
 
@@ -55,11 +58,11 @@ def drop_damaged(folder: Path) -> None:
 
 
 def _damage(checkpoint: Path) -> str:
-    """The damage of a checkpoint in words; empty if it can be read. Marks of earlier versions hold no sizes."""
+    """The damage of a checkpoint in words; empty if it can be read."""
     try:
-        sizes = json.loads((checkpoint / FINISHED).read_text() or "{}")
+        sizes = json.loads((checkpoint / FINISHED).read_text())
         require_shape(sizes, dict[str, Count], FINISHED)
-        needed = [_STATE, "scheduler.pt", *(_SHARDED if (checkpoint / "shards").exists() else _UNSHARDED)]
+        needed = [TRAINER_STATE_NAME, SCHEDULER_NAME, *(_SHARDED if (checkpoint / SHARDS).exists() else _UNSHARDED)]
         if missing := [name for name in needed if not (checkpoint / name).is_file()]:
             return f"{missing[0]} is not there"
         for name, size in sizes.items():
@@ -79,7 +82,7 @@ def _damage(checkpoint: Path) -> str:
                     torch.load(path, "meta", mmap=True, weights_only=True)
             elif path.suffix == ".json":
                 json.loads(path.read_text())
-        require_shape(json.loads((checkpoint / _STATE).read_text()), dict[str, Any], _STATE)
+        require_shape(json.loads((checkpoint / TRAINER_STATE_NAME).read_text()), dict[str, Any], TRAINER_STATE_NAME)
     except Exception as error:  # zipfile and pickle fail in as many ways as what they are given.
-        return (str(error).splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     return ""

@@ -15,6 +15,7 @@ from flashmorph.data.isolation import apart, as_often_everywhere, token_order
 from flashmorph.data.rows import Rows
 from flashmorph.errors import UserError
 from flashmorph.hosts import host_of, supports_varlen
+from flashmorph.hosts.parts import decoder_of
 from flashmorph.inputs.settings import Length, Rate, Tokens, TokensAtOnce
 from flashmorph.losses import Head, forward_kl, top_kl
 from flashmorph.model.sharding import is_sharded, shard_loss
@@ -62,8 +63,8 @@ class DistillationLoss(nn.Module):
         if self._is_sharded:
             packed = as_often_everywhere(packed)
         with torch.no_grad():
-            target = torch.cat([each.predicting(each.run(teacher.model)) for each in packed])
-        hidden = torch.cat([each.predicting(each.run(self.student.model)) for each in packed])
+            target = torch.cat([each.predicting(each.run(decoder_of(teacher))) for each in packed])
+        hidden = torch.cat([each.predicting(each.run(decoder_of(self.student))) for each in packed])
         return token_mean(forward_kl(hidden, Head.of(self.student), target, Head.of(teacher)), len(hidden))
 
 
@@ -91,7 +92,7 @@ class StoredDistillationLoss(nn.Module):
         packed = apart(input_ids, starts, supports_varlen(self._host, input_ids.device), loss_mask)
         if self._is_sharded:
             packed = as_often_everywhere(packed)
-        hidden = torch.cat([each.predicting(each.run(self.student.model)) for each in packed])
+        hidden = torch.cat([each.predicting(each.run(decoder_of(self.student))) for each in packed])
         order = token_order(input_ids, starts, supports_varlen(self._host, input_ids.device), loss_mask)
         values, indices = (each.flatten(0, 1)[order] for each in (values, indices))
         return token_mean(top_kl(hidden, Head.of(self.student), values, indices), len(hidden))

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from flashmorph.data.isolation import apart, as_often_everywhere
 from flashmorph.data.rows import Rows
 from flashmorph.hosts import host_of, supports_varlen
+from flashmorph.hosts.parts import decoder_of
 from flashmorph.inputs.settings import Length, Rate, Tokens, TokensAtOnce
 from flashmorph.losses import Head, label_loss
 from flashmorph.model.sharding import is_sharded, shard_loss
@@ -68,7 +69,7 @@ class NextTokenLoss(nn.Module):
         hidden, labels = [], []
         for each in packed:
             positions, targets = each.next_tokens()
-            hidden.append(each.run(self.student.model)[positions])
+            hidden.append(each.run(decoder_of(self.student))[positions])
             labels.append(targets)
         targets = torch.cat(labels)
         return token_mean(label_loss(torch.cat(hidden), Head.of(self.student), targets), len(targets))

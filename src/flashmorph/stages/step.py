@@ -23,8 +23,7 @@ class StepMean:
     """Accumulates a step's micro-batches.
 
     A stage's loss returns `sums` `[terms]`, with gradient, and `sizes` `[terms]`, without; the step's loss is
-    `Σ sums / sizes`, both summed over the step. Without the two, each micro-batch has size 1. `terms` lists the weights
-    that each term trains.
+    `Σ sums / sizes`, both summed over the step. `terms` lists the weights that each term trains.
     """
 
     def __init__(self, terms: Sequence[Sequence[nn.Parameter]]):
@@ -33,10 +32,8 @@ class StepMean:
 
     def add(self, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Add a micro-batch. Returns the scalar `[]` to run the backward from."""
-        sums = outputs["sums"] if "sums" in outputs else outputs["loss"][None]
-        sizes = outputs["sizes"] if "sizes" in outputs else torch.ones_like(sums)
-        self._parts.append(torch.stack([sums, sizes]).detach())
-        return sums.sum()
+        self._parts.append(torch.stack([outputs["sums"], outputs["sizes"]]).detach())
+        return outputs["sums"].sum()
 
     @torch.no_grad()
     def finish(self) -> float:

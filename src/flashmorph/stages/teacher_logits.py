@@ -18,6 +18,7 @@ from flashmorph.data.rows import Rows
 from flashmorph.errors import UserError
 from flashmorph.files import is_whole_array, write_json
 from flashmorph.hosts import host_of, supports_varlen
+from flashmorph.hosts.parts import decoder_of
 from flashmorph.inputs.settings import Many, Settings
 from flashmorph.inputs.shapes import Count, read_as
 from flashmorph.losses import Head, chunk_tokens, top_log_probabilities
@@ -25,6 +26,7 @@ from flashmorph.progress import Report, silent
 from flashmorph.records import Figures
 from flashmorph.stages.settings import TrainSettings
 from flashmorph.stages.training import collate
+from flashmorph.units import byte_size
 
 _VALUES, _INDICES, _WRITTEN = "log_probabilities.npy", "places.npy", "rows_written.json"
 _WRITE_SECONDS = 20
@@ -39,7 +41,7 @@ class LogitSettings(Settings):
 def logits_on_disk(settings: TrainSettings, top_k: int) -> str:
     """The size on disk in words: per token, `top_k + 1` log-probabilities (float32) and `top_k` indices (uint32)."""
     each = 4 * (top_k + 1) + 4 * top_k
-    return f"{settings.tokens_run:,} tokens of {each:,} bytes: {settings.tokens_run * each / 2**30:,.2f} GiB on disk"
+    return f"{settings.tokens_run:,} tokens of {each:,} bytes: {byte_size(settings.tokens_run * each)} on disk"
 
 
 class RowsWithLogits(Dataset[dict[str, Any]]):
@@ -135,7 +137,7 @@ def _of_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities `[batch, time, k + 1]` and indices `[batch, time, k]` for `input_ids` `[batch, time]`."""
     varlen, head = supports_varlen(host_of(teacher.config), input_ids.device), Head.of(teacher)
-    hidden = torch.cat([each.run(teacher.model) for each in apart(input_ids, starts, varlen)])
+    hidden = torch.cat([each.run(decoder_of(teacher)) for each in apart(input_ids, starts, varlen)])
     order = token_order(input_ids, starts, varlen)
     parts = [top_log_probabilities(head(part), top_k) for part in hidden.split(chunk_tokens(head.out_features))]
     kept = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -20,17 +20,16 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 
 from flashmorph import distributed
-from flashmorph.errors import UserError
+from flashmorph.errors import UserError, first_line
 from flashmorph.model.sharding import is_sharded
 from flashmorph.records import Figures
+from flashmorph.stages.checkpoints import SHARDS, WEIGHTS
 from flashmorph.stages.step import StepMean
 from flashmorph.stages.watch import Watch
 
-_WEIGHTS = "trainable.safetensors"
-_SHARDS = "shards"
-_SCHEDULE = "scheduler.pt"
 _TRAINABLE = StateDictOptions(ignore_frozen_params=True)
 _OF_TRAINER = (
     "_save",
@@ -130,39 +129,39 @@ class StageTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir or "")
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(trainable_state(_module(self.model)), folder / _WEIGHTS)
+        save_file(trainable_state(_module(self.model)), folder / WEIGHTS)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self._is_sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return
         state = {"weights": self._weights(), "moments": self._moments()}
-        state_dict_saver.save(state, checkpoint_id=Path(output_dir) / _SHARDS)
+        state_dict_saver.save(state, checkpoint_id=Path(output_dir) / SHARDS)
         if self.args.should_save:
-            torch.save(self._schedule().state_dict(), Path(output_dir) / _SCHEDULE)
+            torch.save(self._schedule().state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        if (folder / _SHARDS).is_dir():
+        if (folder / SHARDS).is_dir():
             weights = self._weights()
             _load_shards({"weights": weights}, folder)
             set_model_state_dict(_module(self.model), weights, options=StateDictOptions(strict=False))
             return
         if self._is_sharded:
             raise UserError(f"{folder} was written without sharding: resume with --set shard=false")
-        state = load_file(folder / _WEIGHTS)
+        state = load_file(folder / WEIGHTS)
         with torch.no_grad():
             for name, weight in trainable_state(_module(self.model)).items():
                 weight.copy_(state[name])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not (Path(checkpoint) / _SHARDS).is_dir():
+        if checkpoint is None or not (Path(checkpoint) / SHARDS).is_dir():
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         moments = self._moments()
         _load_shards({"moments": moments}, Path(checkpoint))
         set_optimizer_state_dict(_module(self.model), self._adam(), moments, options=_TRAINABLE)
-        self._schedule().load_state_dict(torch.load(Path(checkpoint) / _SCHEDULE, weights_only=True))
+        self._schedule().load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
         """Gradients of sharded weights are reduced after each micro-batch, so that no device holds unsharded ones."""
@@ -192,16 +191,16 @@ def _load_shards(state: Figures, checkpoint: Path) -> None:
         UserError: they cannot be read.
     """
     try:
-        state_dict_loader.load(state, checkpoint_id=checkpoint / _SHARDS)
+        state_dict_loader.load(state, checkpoint_id=checkpoint / SHARDS)
     except CheckpointException as error:
-        raise UserError(f"cannot read {checkpoint / _SHARDS}: {_reason_of(error)}") from error
+        raise UserError(f"cannot read {checkpoint / SHARDS}: {_reason_of(error)}") from error
 
 
 def _reason_of(error: BaseException) -> str:
     """The first line of an error; of one that ranks had together, that of the first rank that had one."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def _module(model: Any) -> nn.Module:

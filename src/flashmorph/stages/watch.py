@@ -1,6 +1,5 @@
 """Stop training on non-finite losses or gradients before the optimiser step, naming the layer."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +7,8 @@ import torch
 from torch import nn
 
 from flashmorph.errors import UserError
+from flashmorph.hosts.parts import LAYER
 
-_LAYER = re.compile(r"\blayers\.(\d+)\b")
 _OUTSIDE = "the embedding, the head or the last norm"
 _EXPLODED = 10.0
 _ADVICE = "the last good checkpoint is kept: lower learning_rate and run again"
@@ -23,7 +22,7 @@ class Watch:
         self._weights: dict[str, list[nn.Parameter]] = {}
         for name, weight in model.named_parameters():
             if weight.requires_grad:
-                match = _LAYER.search(name)
+                match = LAYER.match(name)
                 self._weights.setdefault(f"layer {match[1]}" if match else _OUTSIDE, []).append(weight)
         self._norms: dict[str, torch.Tensor] = {}
         self._first: float | None = None
@@ -87,7 +86,7 @@ class Watch:
 
             return hook
 
-        named = [(_LAYER.search(name), module) for name, module in self._model.named_modules()]
+        named = [(LAYER.match(name), module) for name, module in self._model.named_modules()]
         hooks = [module.register_forward_hook(check(layer[1])) for layer, module in named if layer]
         try:
             run()

@@ -6,7 +6,6 @@ A new task is one file with one function and one line in `questions.TASKS`.
 from flashmorph.tasks.haystack import Haystack
 from flashmorph.tasks.layout import Example, Layout
 from flashmorph.tasks.lines import Lines
-from flashmorph.tasks.problem import Problem, Task
 from flashmorph.tasks.prompt import Prompt
 from flashmorph.tasks.questions import TASKS, TaskSettings, make_example
 from flashmorph.tasks.ruler import Ruler
@@ -21,11 +20,9 @@ __all__ = [
     "Haystack",
     "Layout",
     "Lines",
-    "Problem",
     "Prompt",
     "Ruler",
     "Style",
-    "Task",
     "TaskSettings",
     "make_example",
     "names",

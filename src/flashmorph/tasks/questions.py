@@ -1,7 +1,6 @@
 """Reproducible questions: the same seed, split and number always give the same one."""
 
 import random
-from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import ConfigDict, Field, model_validator
@@ -57,7 +56,6 @@ def make_example(
     length: int,
     seed: int,
     number: int,
-    depths: Sequence[float] | None = None,
 ) -> Example:
     """One question of `task` with its answer.
 
@@ -69,11 +67,10 @@ def make_example(
         length: Tokens of the example.
         seed: With split, task, length and number, fixes the question.
         number: Of the question.
-        depths: Of the facts, 0 the start and 1 the end; None: at random.
 
     Raises:
         UserError: the task does not fit into `length`, or asks for more names than the split has.
     """
     rng = random.Random(f"{seed} {split} {task.model_dump_json()} {length} {number}")
     problem = TASKS[task.task](rng, style, names(split), **task.settings)
-    return layout.lay_out(problem, length, rng, depths)
+    return layout.lay_out(problem, length, rng)

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedTokenizerBase
 
-from flashmorph.errors import UserError
+from flashmorph.errors import UserError, first_line
 from flashmorph.surface.interrupts import template_limit
 from flashmorph.tasks.style import Style
 
@@ -28,8 +28,7 @@ def template_words(tokenizer: PreTrainedTokenizerBase, questions: int) -> list[s
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # A template is a program.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the teacher's chat template refuses questions and answers: {reason}") from error
+        raise UserError(f"the teacher's chat template refuses questions and answers: {first_line(error)}") from error
     words = []
     for mark in marks:
         before, found, text = text.partition(mark)

@@ -103,8 +103,8 @@ def _spread(space: Space, values: np.ndarray) -> np.ndarray:
     return extra * (0.5 * positive.min() if len(positive) else 1.0)
 
 
-def _bits_reversed(number: int, bits: int = 16) -> int:
-    return int(f"{number:0{bits}b}"[::-1], 2)
+def _bits_reversed(layer: int) -> int:
+    return int(f"{layer:016b}"[::-1], 2)
 
 
 def _named(space: Space, keep: str) -> set[int]:
