@@ -2,11 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-<<<<<<< HEAD
 from typing import Any, cast
-=======
-from typing import cast
->>>>>>> 956bcaf7346da845ed7e006517146bb71f5241cc
 
 import torch
 import torch.nn.functional as F

@@ -48,26 +48,6 @@ def ratio_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     return _ends(np.concatenate(ratios))
 
 
-<<<<<<< HEAD
-def clustered_interval(clusters: Sequence[Sequence[Sequence[float]]]) -> tuple[float, float]:
-    """Percentile bootstrap of the mean of all figures, where those of one cluster depend on each other.
-
-    A cluster (a teacher) has groups (budgets) of figures. Clusters are drawn anew, then figures within each group of
-    those that were drawn: 15 figures of one teacher are not 15 independent findings.
-    """
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(len(clusters), size=(RESAMPLES, len(clusters)))
-    sums, counts = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
-    for number, groups in enumerate(clusters):
-        resamples, _ = np.nonzero(drawn == number)
-        for group in groups:
-            figures = np.asarray(group, dtype=float)
-            draws = rng.integers(len(figures), size=(len(resamples), len(figures)))
-            np.add.at(sums, resamples, figures[draws].sum(1))
-            np.add.at(counts, resamples, len(figures))
-    return _ends(sums / counts)
-
-
 def _draws(rng: np.random.Generator, count: int) -> Iterator[tuple[slice, np.ndarray]]:
     """All resamples of `count` figures: which ones, and their indices `[resamples, count]`, as many as memory takes."""
     size = max(1, _DRAWN_AT_ONCE // count)
@@ -76,8 +56,6 @@ def _draws(rng: np.random.Generator, count: int) -> Iterator[tuple[slice, np.nda
         yield slice(start, end), rng.integers(count, size=(end - start, count))
 
 
-=======
->>>>>>> 956bcaf7346da845ed7e006517146bb71f5241cc
 def _ends(means: np.ndarray) -> tuple[float, float]:
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)

@@ -12,12 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from flashmorph.own.configuration_flashmorph import FORMAT, FlashmorphConfig
 from flashmorph.own.dash_flashmorph import VARIANTS, Dash
 from flashmorph.own.mixer_flashmorph import OwnMixer, start
-<<<<<<< HEAD
-from flashmorph.own.mixers_flashmorph import MIXERS
-from flashmorph.own.modeling_flashmorph import CACHE, FlashmorphAttention, FlashmorphForCausalLM, FlashmorphModel
-=======
-from flashmorph.own.modeling_flashmorph import FlashmorphAttention, FlashmorphForCausalLM
->>>>>>> 956bcaf7346da845ed7e006517146bb71f5241cc
+from flashmorph.own.modeling_flashmorph import CACHE, FlashmorphAttention, FlashmorphForCausalLM
 from flashmorph.own.pooled_flashmorph import pooled_after
 from flashmorph.own.states_flashmorph import StateMixer
 from flashmorph.own.thin_flashmorph import held_after

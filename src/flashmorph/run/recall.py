@@ -62,6 +62,5 @@ class PlanRecall:
 def dtype_of_recall(run: Run) -> torch.dtype:
     """What the recipe's `evaluate.dtype` means on this device."""
     name = run.recipe.evaluate.dtype_on(run.device.type)
-    if name != "auto":
-        return getattr(torch, name)
-    return run.teacher.config.dtype or torch.float32
+    stored = run.teacher.config.dtype or torch.float32 if name == "auto" else name
+    return getattr(torch, stored) if isinstance(stored, str) else stored
