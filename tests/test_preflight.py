@@ -14,7 +14,7 @@ from conftest import FEW_STEPS, random_qwen3, run_command, tiny_tokenizer
 from flashmorph.data.corpus import Corpus, split_of
 from flashmorph.data.supply import measure
 from flashmorph.errors import UserError
-from flashmorph.recipe.fitting import fit
+from flashmorph.recipe.fitting import fit, require_beyond_windows
 from flashmorph.recipe.preflight import check_tasks, check_text, reach_text
 from flashmorph.recipe.recipe import load_recipe
 
@@ -157,6 +157,35 @@ def test_what_nobody_asked_for_ends_at_the_teachers_limit():
     assert fit(recipe, config) == (recipe, "")
     shorter, _ = fit(load_recipe("default", {"extend": None}), random_qwen3(max_position_embeddings=256).config)
     assert shorter.select.search.length == (256, 256) and shorter.align.length == 256 and shorter.extend is None
+
+
+@pytest.mark.parametrize(
+    "host, length",
+    [({"window": 128}, 512), ({"window": 129}, 1024), ({"window": 1024}, 4096), ({"window": 3000}, 4096), ({}, 512)],
+)
+def test_rows_of_distillation_are_longer_than_a_window(host, length):
+    """Within it a hybrid is its teacher, and steps would follow rounding errors."""
+    config = random_qwen3(max_position_embeddings=4096).config
+    recipe, line = fit(load_recipe("default", {"host": host}), config)
+    assert recipe.distill.length == length and recipe.distill.tokens == load_recipe("default").distill.tokens
+    assert ("distill.length 512 -> " in line) == (length != 512)
+    require_beyond_windows(recipe, config)
+    assert fit(recipe, config) == (recipe, "")
+
+
+@pytest.mark.parametrize(
+    "host, exact", [({"window": 256}, 256), ({"window": 256, "mixers": "full,window", "sinks": 3}, 259)]
+)
+def test_rows_within_a_window_are_refused_where_they_were_asked_for(host, exact):
+    config = random_qwen3(max_position_embeddings=4096).config
+    for length in (exact - 1, exact, exact + 1):
+        recipe, line = fit(load_recipe("default", {"host": host, "distill.length": length}), config)
+        assert recipe.distill.length == length and "distill.length" not in line
+        if length > exact:
+            require_beyond_windows(recipe, config)
+        else:
+            with pytest.raises(UserError, match=f"distill.length is {length} tokens, and rows of that length lie with"):
+                require_beyond_windows(recipe, config)
 
 
 @pytest.mark.parametrize("command", [("estimate",), ("morph", "--dry-run", "--output", "out")])

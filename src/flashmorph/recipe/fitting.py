@@ -1,4 +1,5 @@
-"""A recipe fitted to its teacher: contexts that nobody asked for by name end where the teacher's do."""
+"""A recipe fitted to its teacher: contexts that nobody asked for by name end where the teacher's do, and rows of a
+distillation are longer than a window."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,27 +7,76 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from flashmorph.errors import UserError
+from flashmorph.hosts import configure, with_branches_to_train
+from flashmorph.plan import FULL
 from flashmorph.recipe.recipe import Recipe, setting, with_settings
 from flashmorph.records import SettingValues
 
+_ROWS_OF_WINDOWS = 4
 LENGTHS = ("align.length", "select.search.length", "distill.length", "extend.length", "evaluate.length")
 
 
 def fit(recipe: Recipe, config: PreTrainedConfig, keys: Sequence[str] = LENGTHS) -> tuple[Recipe, str]:
-    """The recipe with every length that was not given (`Recipe.given`) within the teacher's limit, and a line with
-    those that were capped; empty where none was. Tokens and batches stay, so there are more rows."""
+    """The recipe with every length that was not given (`Recipe.given`) within the teacher's limit, rows of `distill`
+    longer than a window, and a line with what was changed; empty where nothing was. Tokens and batches stay.
+
+    Raises:
+        UserError: the teacher has no host with these settings.
+    """
     limit = config.max_position_embeddings
     capped: SettingValues = {}
     for key in keys:
         value = setting(recipe, key)
         if value is not None and key not in recipe.given and _longest(value) > limit:
             capped[key] = min(value, limit) if isinstance(value, int) else tuple(min(end, limit) for end in value)
-    if not capped:
-        return recipe, ""
     changes = ", ".join(
         f"{key} {_in_words(setting(recipe, key))} -> {_in_words(value)}" for key, value in capped.items()
     )
-    return with_settings(recipe, capped), f"the teacher's limit is {limit:,} tokens: {changes}"
+    recipe = with_settings(recipe, capped) if capped else recipe
+    notices = [f"the teacher's limit is {limit:,} tokens: {changes}"] if capped else []
+    if "distill.length" in keys and (length := _beyond_windows(recipe, config)) != recipe.distill.length:
+        before, recipe = recipe.distill.length, with_settings(recipe, {"distill.length": length})
+        notices.append(f"rows no longer than a window teach it nothing: distill.length {before:,} -> {length:,}")
+    return recipe, "; ".join(notices)
+
+
+def _beyond_windows(recipe: Recipe, config: PreTrainedConfig) -> int:
+    """The length of rows of `distill`: four times what its mixers compute exactly, if none of them is trained.
+
+    A row no longer than a window has a KL of 0 with any plan: steps on it are noise, which Adam makes as large as any.
+    A length that was given stays, as does one that the teacher's limit or the batch does not let grow beyond windows.
+    """
+    length, settings = recipe.distill.length, recipe.distill
+    if "distill.length" in recipe.given:
+        return length
+    longest = min(config.max_position_embeddings, settings.batch_tokens)
+    while not _differs(recipe, config, length // _ROWS_OF_WINDOWS + 1) and 2 * length <= longest:
+        length *= 2
+    return length if _differs(recipe, config, length) else settings.length
+
+
+def require_beyond_windows(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Refuse a distillation whose rows every plan computes exactly.
+
+    Raises:
+        UserError: names the setting; see also `configure`.
+    """
+    length = recipe.distill.length
+    if not _differs(recipe, config, length):
+        raise UserError(
+            f"distill.length is {length:,} tokens, and rows of that length lie within the window: switched layers do "
+            "what full ones do and nothing would be learned; make it a few times as long as the window"
+        )
+
+
+def _differs(recipe: Recipe, config: PreTrainedConfig, length: int) -> bool:
+    """Whether some switched layer computes anything else than full attention in rows of `length` tokens: it is trained,
+    or its last token no longer has all tokens before it."""
+    host, own = configure(config, recipe.host)
+    if with_branches_to_train(host):
+        return True
+    every = host.mixers[FULL].cache_bytes(own, length - 1)
+    return any(mixer.cache_bytes(own, length - 1) < every for name, mixer in host.mixers.items() if name != FULL)
 
 
 def require_within_limit(recipe: Recipe, config: PreTrainedConfig) -> None:

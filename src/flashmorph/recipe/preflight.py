@@ -9,6 +9,7 @@ from flashmorph.data.documents import too_small
 from flashmorph.data.supply import measure
 from flashmorph.errors import UserError
 from flashmorph.hosts import configure, with_branches_to_train
+from flashmorph.recipe.fitting import require_beyond_windows
 from flashmorph.recipe.questions import open_layout
 from flashmorph.recipe.recipe import Recipe
 from flashmorph.selection import STRATEGIES
@@ -32,6 +33,8 @@ def preflight(
     """
     if not with_branches_to_train(configure(config, recipe.host)[0]):
         stages = [stage for stage in stages if stage != "align"]
+    if "distill" in stages or "select" in stages and STRATEGIES[recipe.select.strategy].needs_training:
+        require_beyond_windows(recipe, config)
     check_tasks(recipe, tokenizer, stages, config.max_position_embeddings)
     check_text(recipe, tokenizer, stages)
 
