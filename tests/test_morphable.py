@@ -80,6 +80,21 @@ def test_every_branch_starts_better_than_silence(name, seed):
     assert alignment_errors(morphable, ids) == pytest.approx(errors, rel=1e-4)
 
 
+@pytest.mark.parametrize("host", [None, {"mixers": "full,mamba2"}, {"mixers": "full,linear"}], ids=str)
+def test_a_bias_of_keys_costs_the_start_nothing(host):
+    """Those of Qwen2.5 are hundreds of times as large as keys. They lie in slow pairs of RoPE, where a softmax cancels
+    them, and a state would hold little else."""
+    errors = []
+    for size in (0.0, 50.0):
+        teacher = random_teacher("qwen2", 0, num_hidden_layers=LAYERS)
+        with torch.no_grad():
+            for layer in teacher.model.layers:
+                bias = layer.self_attn.k_proj.bias.zero_().view(-1, layer.self_attn.head_dim)
+                bias[:, [layer.self_attn.head_dim // 2 - 1, -1]] = size
+        errors.append(attach(transplant(teacher, host)[0], some_tokens(4, 64, 0))[1])
+    assert errors[1] == pytest.approx(errors[0], rel=0.05)
+
+
 def test_a_calibration_of_one_row_is_enough():
     _, errors = attach(transplant(random_qwen3(0))[0], some_tokens(1, 16))
     assert all(0 < error < 1 for error in errors)

@@ -67,7 +67,8 @@ class Mamba2:
         that share its queries and keys. With fewer groups, neighbouring heads of one key-value head lead one together,
         by the mean of their queries. The surplus heads, also those of surplus groups, hold values of the same heads and
         look back a quarter as far. Convolution, decay, the gate `z` and one scale a head are as in
-        `gated_delta_net.py`; biases of queries, keys and values go into the convolution's.
+        `gated_delta_net.py`; biases of queries and values go into the convolution's. A softmax nearly cancels that of
+        keys, which may be hundreds of times as large as they are; a sum of products does not.
         """
         heads, head_dim, groups = attention.config.num_attention_heads, attention.head_dim, module.n_groups
         per_group, shared = module.num_heads // groups, attention.num_key_value_groups
@@ -77,9 +78,10 @@ class Mamba2:
         source = leader[:, inside % leaders].flatten()
         surplus = ((inside >= leaders) | (group[:, None] >= heads)).flatten()
         queries = [_heads(attention.q_proj, each, head_dim) for each in leader.T]
+        keys, key_bias = _heads(attention.k_proj, leader[:, 0] // shared, head_dim)
         parts = [
             _heads(attention.v_proj, source // shared, head_dim),
-            _heads(attention.k_proj, leader[:, 0] // shared, head_dim),
+            (keys, torch.zeros_like(key_bias)),
             tuple(torch.stack(each).mean(0) for each in zip(*queries, strict=True)),
         ]
         mixed, bias = (torch.cat(each) for each in zip(*parts, strict=True))

@@ -26,11 +26,13 @@ class OwnMixer(Starts, ABC):
     """A mixer of some key-value heads of one layer.
 
     The rows of its weights belong to one head each, head after head, so that they can be gathered by head. `rotary`:
-    whether it wants queries and keys after RoPE. `conv`, where there is one, changes queries, keys and values before
-    RoPE.
+    whether it wants queries and keys after RoPE. `key_bias`: whether keys have the bias of their projection, which a
+    softmax cancels nearly, and a sum of products does not. `conv`, where there is one, changes queries, keys and values
+    before RoPE.
     """
 
     rotary = True
+    key_bias = True
 
     def __init__(self, heads: int, groups: int, head_dim: int, width: int):
         super().__init__()

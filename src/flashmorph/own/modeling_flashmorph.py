@@ -90,6 +90,8 @@ class FlashmorphAttention(Qwen3Attention):
         for name, (its, mixer) in mixing.items():
             rows = self._own(q, k.shape[1], its)
             key, value = (k, v) if len(its) == k.shape[1] else (_heads(k, its), _heads(v, its))
+            if mixer is not None and not mixer.key_bias:
+                key = self._without_bias(key, its)
             if mixer is not None and mixer.conv is not None:
                 rows, key, value = mixer.conv(rows, key, value, hidden, real, self._state(layer, f"{name}.conv"))
             if self.rotates and (mixer is None or mixer.rotary):
@@ -111,6 +113,13 @@ class FlashmorphAttention(Qwen3Attention):
         if len(its) == heads:
             return q
         return _heads(q.unflatten(1, (heads, self.num_key_value_groups)), its).flatten(1, 2)
+
+    def _without_bias(self, key: torch.Tensor, its: Sequence[int]) -> torch.Tensor:
+        """Keys `[batch, heads, time, head_dim]` of these heads without the bias of their projection."""
+        if self.k_proj.bias is None or self.config.qk_norm:
+            return key
+        bias = self.k_proj.bias.view(1, -1, 1, self.head_dim)
+        return key - (bias if len(its) == bias.shape[1] else _heads(bias, its))
 
     def _full(
         self,

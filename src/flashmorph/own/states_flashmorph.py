@@ -25,6 +25,7 @@ class StateMixer(OwnMixer):
     """
 
     chunk = 64
+    key_bias = False
 
     def __init__(self, heads: int, groups: int, head_dim: int, width: int, norm: bool):
         super().__init__(heads, groups, head_dim, width)
