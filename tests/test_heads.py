@@ -174,6 +174,19 @@ def test_a_pair_that_measures_nothing_does_not_count():
     assert fused(receivers, np.full_like(receivers, np.nan))[3] == 1.0
 
 
+def test_a_pair_that_measures_nothing_counts_for_no_sender_either():
+    """It has no receiver effects, so nobody asks for what is sent to them: no sender effect of 0."""
+    receivers = np.stack([one_task(*[0] * 8)[0, 0], one_task(*[0] * 8)[0, 0]])[None]
+    receivers[0, 0, 5], receivers[0, 1] = 0.6, np.nan
+    senders = np.zeros_like(receivers)
+    senders[0, 0, 2], senders[0, 1] = 0.5, np.nan
+    objective = Effects(receivers, senders)
+    search = search_on(HEADS, HEADS.count(2), objective, warn=objective.warnings.append)
+    selection = STRATEGIES["intervention"].run(search)
+    assert selection.trace[0]["sender"][2] == 0.5 and selection.trace[0]["receiver"][5] == 0.6
+    assert selection.plan.in_short() == "1.0, 2.1"
+
+
 def test_each_task_counts_alike():
     receivers = np.zeros((2, 2, 8))
     receivers[0, :, 0], receivers[1, :, 7] = 0.9, 0.05

@@ -157,6 +157,13 @@ def test_the_best_plan_of_an_additive_surface_is_found_by_descent(strategy):
     assert layers_of(strategy, additive, 2, **settings) == [1, 3]
 
 
+@pytest.mark.parametrize("penalty, warned", [(0.5, False), (50.0, True)])
+def test_gates_that_are_all_closed_are_no_choice_and_it_says_so(penalty, warned):
+    surface = Surface(additive)
+    search("gates", surface, 2, penalty=penalty)
+    assert any("0 of 8 gates stayed above 0 and the budget keeps 2" in each for each in surface.warnings) == warned
+
+
 def test_steps_in_proportion_to_the_gradient_find_the_best_single_layer():
     for seed in range(5):
         selection = search("budgeted-gates", Surface(additive, seed=seed), 1, seed=seed, shared_moment=True)

@@ -4,7 +4,7 @@ Each layer's output is `alpha * full + (1 - alpha) * other`; alpha starts at 1 a
 distance of the answer tokens' hidden states to the teacher's plus `penalty * sum(alpha)`; the K largest stay full.
 
 The paper leaves open how alpha is kept in its range (here: clamped after each step, as in DuoAttention), the optimiser
-(Adam) and the reduction of the norm (the objective's, mean over the width by default).
+(Adam) and the reduction of the norm (the objective's: the mean over the width, so that `penalty` is on that scale).
 """
 
 from typing import Annotated, Literal
@@ -48,7 +48,13 @@ def gates(
         after_step=lambda alpha: alpha.clamp_(0, 1),
     )
     scores = group_scores(space, alpha.tolist(), FULL)
-    return Selection(space.best(scores, budget), scores, trace, search.objective.cost)
+    plan = space.best(scores, budget)
+    if (opened := int((alpha > 0).sum())) < len(plan.full_groups):
+        search.warn(
+            f"gates: {opened} of {len(alpha)} gates stayed above 0 and the budget keeps {len(plan.full_groups)}: the "
+            "others were taken by their number alone; a smaller penalty closes fewer"
+        )
+    return Selection(plan, scores, trace, search.objective.cost)
 
 
 GATES = Strategy(gates, reuse="scores", gradient_loss="hidden", two_options=True, gate_label="gate α")

@@ -41,7 +41,7 @@ def intervention(
     limit = space.limit(budget)
     wanted = _named(space, keep)
     receivers = search.objective.effects(len(space.groups), pairs, "receiver", (), search.report)
-    senders = np.zeros_like(receivers)
+    senders = np.where(np.isnan(receivers), np.nan, 0.0)
     found: set[int] = set(np.flatnonzero(_mean(receivers).max(0) >= SEEN).tolist())
     for _ in range(rounds):
         if not found:
