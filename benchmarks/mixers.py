@@ -27,7 +27,7 @@ from rich.table import Table
 from flashmorph.bench import BenchSettings, bench
 from flashmorph.cli.options import Options, open_run, quiet
 from flashmorph.errors import UserError
-from flashmorph.evaluation import Score, evaluate, paired_interval, perplexity_ratio
+from flashmorph.evaluation import Score, evaluate, paired_share_interval, perplexity_ratio
 from flashmorph.files import write_json
 from flashmorph.hosts import cache_bytes
 from flashmorph.model.morphable import Morphable, attach
@@ -123,7 +123,7 @@ def measured(arguments: argparse.Namespace, name: str, settings: dict[str, Any])
             {"teacher": teacher, "mixer": model}, BenchSettings(lengths=(length,), repeats=3, decode_tokens=4)
         )
         ratios = timed["models"]["mixer"]
-        ends = paired_interval(*([each.right[task] for task in questions] for each in (score, best)))
+        ends = paired_share_interval(*([each.right[task] for task in questions] for each in (score, best)))
         yield {
             "where": what,
             "settings": settings,

@@ -26,6 +26,7 @@ from flashmorph.evaluation import (
     ask_grid,
     make_questions,
     paired_interval,
+    paired_share_interval,
     perplexity_ratio,
     ratio_interval,
     share_interval,
@@ -61,6 +62,29 @@ def test_wilsons_interval_is_scipys_and_takes_parts_of_hits():
     low, high = paired_interval([parts], [[0.0] * len(parts)])
     wide = share_interval(parts)
     assert wide[0] < low < 0.5 < high < wide[1]
+
+
+@pytest.mark.parametrize("lost, questions", [(0.04, 25), (0.01, 100), (0.2, 25), (0.0, 25)])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_paired_interval_covers_a_loss_near_the_ceiling(lost, questions, groups):
+    """Where two models answer everything there still is a width; the nominal coverage is 95 %."""
+    rng = np.random.default_rng(0)
+    right, covered = [[1.0] * questions] * groups, 0
+    for _ in range(400):
+        answered = (rng.random((groups, questions)) >= lost).astype(float).tolist()
+        low, high = paired_share_interval(answered, right)
+        covered += low <= -lost <= high
+    assert covered >= 0.9 * 400
+    low, high = paired_share_interval(right, right)
+    assert low == -high and 1 < high * groups * questions < 4
+
+
+def test_a_paired_interval_of_many_is_that_of_the_normal_distribution():
+    rng = np.random.default_rng(1)
+    one, other = (rng.random((2, 4000)) < [[0.7], [0.6]]).astype(float)
+    low, high = paired_share_interval([one.tolist()], [other.tolist()])
+    assert (low + high) / 2 == pytest.approx((one - other).mean(), abs=1e-3)
+    assert high - low == pytest.approx(2 * 1.96 * (one - other).std() / np.sqrt(4000), rel=0.01)
 
 
 def test_an_interval_over_rows_covers_the_ratio():
@@ -179,7 +203,8 @@ def test_grids_are_compared_row_by_row_and_the_worst_cells_are_named():
     second = Grid([GridRow("a", 8, places, [1, 0] * 10), GridRow("b", 8, (), [0.5] * 20), GridRow("c", 9, (), [0])])
     minus = second.minus(first)
     assert minus["difference"] == pytest.approx(-0.5) and len(minus["rows"]) == 2
-    assert minus["rows"][1]["interval"] == pytest.approx((-0.5, -0.5))
+    narrow, wide = minus["rows"][1]["interval"], minus["rows"][0]["interval"]
+    assert wide[0] < narrow[0] < -0.5 < narrow[1] < wide[1]
     assert minus["rows"][0]["interval"][0] < -0.5 < minus["rows"][0]["interval"][1] < 0
     worst = second.worst(first)
     assert [(cell["task"], cell["depth"]) for cell in worst[:2]] == [("a", 1.0), ("b", None)]
@@ -256,7 +281,8 @@ def test_evaluate_compares_with_the_first_in_json_and_in_tables_that_fit(capsys,
     first, second = figures[str(teacher_folder)], figures[str(other)]
     assert "minus_first" not in first and second["minus_first"]["recall"]["difference"] == 0
     assert second["minus_first"]["perplexity"]["ratio"] == pytest.approx(1)
-    assert second["minus_first"]["grid"]["interval"] == [0, 0]
+    low, high = second["minus_first"]["grid"]["interval"]
+    assert low == -high < 0
     assert first["recall_by_task"]["one_key"]["questions"] == 4
     assert {row["length"] for row in first["grid"]["rows"]} == {128, 256}
     tokens = second["minus_first"]["tokens"]

@@ -3,7 +3,7 @@
 from flashmorph.evaluation.evaluate import EvaluateSettings, Score, evaluate, perplexity_ratio, recall_difference
 from flashmorph.evaluation.greedy import greedy
 from flashmorph.evaluation.grid import ASKERS, Grid, GridRow, GridSettings, ask_grid, make_questions
-from flashmorph.evaluation.intervals import paired_interval, ratio_interval, share_interval
+from flashmorph.evaluation.intervals import paired_interval, paired_share_interval, ratio_interval, share_interval
 from flashmorph.evaluation.perplexity import RangeLosses, shortage, text_in_words, text_losses
 from flashmorph.evaluation.recall import answer_scores, answers_right
 
@@ -22,6 +22,7 @@ __all__ = [
     "greedy",
     "make_questions",
     "paired_interval",
+    "paired_share_interval",
     "perplexity_ratio",
     "ratio_interval",
     "recall_difference",

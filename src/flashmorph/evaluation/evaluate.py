@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flashmorph.data.heldout import HeldOut
 from flashmorph.devices import use_bf16
 from flashmorph.evaluation.figures import Difference, TextRatio, TextSize
-from flashmorph.evaluation.intervals import paired_interval, share_interval
+from flashmorph.evaluation.intervals import paired_share_interval, share_interval
 from flashmorph.evaluation.perplexity import RangeLosses, text_losses
 from flashmorph.evaluation.recall import answers_right
 from flashmorph.inputs.settings import Length, Many, Settings, Tokens, TokensAtOnce
@@ -136,7 +136,7 @@ def evaluate(
 def recall_difference(first: Score, second: Score) -> Difference:
     """Recall of `first` minus that of `second`, with the paired 95 % interval."""
     pairs = [(first.right[task], second.right[task]) for task in first.right]
-    low, high = paired_interval([one for one, _ in pairs], [other for _, other in pairs])
+    low, high = paired_share_interval([one for one, _ in pairs], [other for _, other in pairs])
     return {"difference": first.recall - second.recall, "interval": (low, high)}
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmorph.errors import UserError, unknown
 from flashmorph.evaluation.figures import Cell, Difference, Recall
-from flashmorph.evaluation.intervals import paired_interval, share_interval
+from flashmorph.evaluation.intervals import paired_share_interval, share_interval
 from flashmorph.evaluation.recall import answer_scores
 from flashmorph.progress import Report, silent
 from flashmorph.records import Figures
@@ -233,4 +233,4 @@ def _figure(scores: Sequence[float]) -> Recall:
 
 def _difference(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Difference:
     difference = float(np.mean([np.mean(one) - np.mean(other) for one, other in pairs]))
-    return {"difference": difference, "interval": paired_interval(*map(list, zip(*pairs, strict=True)))}
+    return {"difference": difference, "interval": paired_share_interval(*map(list, zip(*pairs, strict=True)))}

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmorph.errors import UserError, first_line, unknown
 from flashmorph.evaluation.greedy import greedy
-from flashmorph.evaluation.intervals import ratio_interval, share_interval
+from flashmorph.evaluation.intervals import paired_share_interval, ratio_interval, share_interval
 from flashmorph.records import Figures, SettingValues
 
 _PACKAGE = "lm_eval"
@@ -44,9 +44,12 @@ class HarnessFigure:
         """The 95 % interval: Wilson's for yes and no, else a bootstrap over items; None where items have no figures."""
         if not self.values:
             return None
-        if self.weights is None and set(self.values) <= {0.0, 1.0}:
-            return share_interval(self.values)
-        return self._transformed(self.values)
+        return share_interval(self.values) if self._is_share else self._transformed(self.values)
+
+    @property
+    def _is_share(self) -> bool:
+        """Whether items are right or wrong."""
+        return self.weights is None and set(self.values) <= {0.0, 1.0}
 
     def minus(self, other: "HarnessFigure") -> Figures | None:
         """This figure less another model's, with the paired interval; a ratio where the metric is a perplexity."""
@@ -55,7 +58,11 @@ class HarnessFigure:
         differences = [one - two for one, two in zip(self.values, other.values, strict=True)]
         if self.metric.endswith("perplexity"):
             return {"ratio": self.value / other.value, "interval": self._transformed(differences)}
-        return {"difference": self.value - other.value, "interval": self._transformed(differences)}
+        if self._is_share and other._is_share:
+            interval = paired_share_interval([self.values], [other.values])
+        else:
+            interval = self._transformed(differences)
+        return {"difference": self.value - other.value, "interval": interval}
 
     def to_dict(self) -> Figures:
         """The JSON form."""

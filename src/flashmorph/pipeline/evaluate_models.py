@@ -25,7 +25,7 @@ from flashmorph.evaluation import (
     ask_grid,
     evaluate,
     make_questions,
-    paired_interval,
+    paired_share_interval,
     perplexity_ratio,
     recall_difference,
 )
@@ -206,7 +206,7 @@ def _figures(found: Found, first: Found | None) -> Figures:
     by_task = {}
     for task, right in found.score.right.items():
         other = first.score.right[task]
-        low, high = paired_interval([right], [other])
+        low, high = paired_share_interval([right], [other])
         by_task[task] = {"difference": (sum(right) - sum(other)) / len(right), "interval": (low, high)}
     minus: Figures = {"recall": {**recall_difference(found.score, first.score), "by_task": by_task}}
     if found.vocabulary == first.vocabulary:
