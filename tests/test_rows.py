@@ -21,6 +21,7 @@ from flashmorph.data.corpus import Corpus, Mixture, Position
 from flashmorph.data.rows import Rows, pack
 from flashmorph.errors import UserError
 from flashmorph.recipe.recipe import DataSettings
+from flashmorph.tasks.turns import ends_turns
 
 LENGTH, ROWS = 16, 120
 TEMPLATE = (
@@ -313,3 +314,34 @@ def test_tokens_that_are_not_learnt_do_not_change_the_ids(tmp_path):
     ids[0, 1] |= np.uint32(1 << 31)
     np.save(tmp_path / "rows.npy", ids)
     assert Rows(tmp_path / "rows.npy")[0] == {"input_ids": [5, 6, 7, 8], "starts": [0, 1], "ignored": [2]}
+
+
+@pytest.mark.parametrize(
+    "template, ends",
+    [
+        ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}", True),
+        ("{% for m in messages %}{{ m.content }}{% if loop.last %}{{ eos_token }}{% endif %}{% endfor %}", False),
+        ("{{ raise_exception('no') }}", False),
+        (None, False),
+    ],
+    ids=["of every turn", "of replies", "refuses", "none"],
+)  # fmt: skip
+def test_the_end_of_a_turn_is_known(template, ends):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    assert ends_turns(tokenizer) == ends
+
+
+@pytest.mark.parametrize("learn_ends", [True, False])
+def test_the_end_of_a_text_is_a_target_or_is_not(tmp_path, learn_ends):
+    tokenizer = tiny_tokenizer()
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"a short text of number {number}"}) + "\n" for number in range(200)))
+    rows = pack(
+        Corpus(str(texts)), tokenizer, "train", 64, 6, 0, tmp_path / "rows.npy", max_passes=None, learn_ends=learn_ends
+    )
+    for row in rows:
+        ends = [place for place, token in enumerate(row["input_ids"]) if token == tokenizer.eos_token_id]
+        assert len(ends) > 1 and set(ends).isdisjoint(row["ignored"]) == learn_ends
+        others = {*range(64)} - {*ends}
+        assert learn_ends or {*row["ignored"]} >= {*ends} and not others & {*row["ignored"]} - {0}

@@ -192,6 +192,13 @@ def test_a_file_of_the_teacher_moves_the_stages_that_read_it(digests, teacher, e
     assert moved(before, digests({})) == again
 
 
+def test_a_template_whose_turns_end_as_texts_do_moves_the_stage_that_learns_next_tokens(digests, teacher):
+    """Not what is distilled: there the teacher says what to expect."""
+    before = digests({})
+    (teacher / "chat_template.jinja").write_text(TEMPLATE.replace("\n", "{{ eos_token }}"))
+    assert moved(before, digests({})) == {"extend", "evaluate extend"}
+
+
 @pytest.mark.parametrize("edit", [a_template, a_template_inside])
 def test_a_template_words_conversations_and_nothing_else(digests, teacher, tmp_path, edit):
     a_template(teacher) if edit is a_template_inside else a_template_inside(teacher)

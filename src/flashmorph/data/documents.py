@@ -44,6 +44,7 @@ class Part:
         max_passes: int | None = 1,
         needed: int = 0,
         whole_rows: int | None = None,
+        learn_ends: bool = True,
     ):
         """Start at the first document.
 
@@ -57,10 +58,11 @@ class Part:
             needed: Tokens that are wanted of it, for messages.
             whole_rows: The length of a row in tokens: only documents that fill rows on their own are used, each as far
                 as it fills them; None: all documents.
+            learn_ends: Whether the token that ends a text is a target.
         """
         self.share, self.made, self.needed, self.passes = share, 0, needed, 0
         self._corpus, self._tokenizer, self._split, self._seed = corpus, tokenizer, split, seed
-        self._max_passes, self._whole_rows = max_passes, whole_rows
+        self._max_passes, self._whole_rows, self._learn_ends = max_passes, whole_rows, learn_ends
         self._before = before_text(tokenizer)
         self._end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         self._made_before = 0
@@ -140,7 +142,10 @@ class Part:
             of_texts = iter(encoded)
             for document, position in together:
                 if document.messages is None:
-                    ids, targets = [*self._before, *next(of_texts), *self._end], None
+                    words = [*self._before, *next(of_texts)]
+                    ids, targets = [*words, *self._end], None
+                    if not self._learn_ends:
+                        targets = [True] * len(words) + [False] * len(self._end)
                 else:
                     ids, targets = self._encode_chat(document)
                 if ids and (size := self._taken_of(len(ids))):

@@ -77,6 +77,7 @@ def pack(
     report: Report = silent,
     others: Sequence[list[int]] = (),
     long_documents: bool = False,
+    learn_ends: bool = True,
 ) -> Rows:
     """Tokenise documents of `split`, join them end to end and cut rows of `length` tokens into the file `path`.
 
@@ -101,6 +102,7 @@ def pack(
         report: Called with the rows written and all rows.
         others: Further rows of `length` token ids, placed among the rows of text at regular intervals.
         long_documents: Only use documents that fill a row on their own, each for as many rows as it fills.
+        learn_ends: Whether the token that ends a text is a target.
 
     Raises:
         UserError: the text would be repeated more than `max_passes` times, cannot be read, has conversations but the
@@ -113,7 +115,7 @@ def pack(
         path.unlink()
     if not path.exists():
         needed = (rows - len(others)) * length
-        text = _Text(corpus, tokenizer, split, seed, max_passes, needed, length, long_documents)
+        text = _Text(corpus, tokenizer, split, seed, max_passes, needed, length, long_documents, learn_ends)
         try:
             partial.mkdir(parents=True, exist_ok=True)
             _write(partial, text, others, (rows, length), report)
@@ -193,24 +195,14 @@ class _Text:
         needed: int,
         length: int,
         long_documents: bool,
+        learn_ends: bool,
     ):
-        """The arguments of `pack`.
-
-        Args:
-            corpus: The text, or several with their shares.
-            tokenizer: The teacher's.
-            split: Documents of this split only.
-            seed: Of the order of documents.
-            max_passes: How often the text may be read; None: as often as needed.
-            needed: Tokens of text in all rows.
-            length: Tokens of a row.
-            long_documents: Only use documents that fill a row on their own.
-        """
+        """The arguments of `pack`; `needed` are the tokens of text in all rows."""
         before = before_text(tokenizer)
         room_for_text(length, before)
         whole_rows = length if long_documents else None
         self._parts = [
-            Part(part, share, tokenizer, split, seed, max_passes, round(share * needed), whole_rows)
+            Part(part, share, tokenizer, split, seed, max_passes, round(share * needed), whole_rows, learn_ends)
             for part, share in shares_of(corpus)
         ]
         self._length, self._left = length, np.empty(0, np.uint32)

@@ -14,7 +14,7 @@ from flashmorph.errors import UserError
 from flashmorph.files import digest_of
 from flashmorph.progress import Report
 from flashmorph.recipe.questions import open_layout
-from flashmorph.run.digests import row_settings, text_settings
+from flashmorph.run.digests import learns_ends, row_settings, text_settings
 from flashmorph.run.run import Run
 from flashmorph.selection.searchdata import SearchData, SearchSettings
 from flashmorph.stages import TrainSettings, collate
@@ -50,6 +50,7 @@ def _pack_training_rows(run: Run, settings: TrainSettings, stage: str, report: R
         report,
         others,
         settings.takes_long_documents,
+        learns_ends(run, settings),
     )
     return path
 

@@ -15,8 +15,9 @@ from flashmorph.run.run import Run
 from flashmorph.selection import STRATEGIES
 from flashmorph.selection.search import own_settings
 from flashmorph.selection.searchdata import USUAL_TEXT, SearchSettings
-from flashmorph.stages import TrainSettings
+from flashmorph.stages import ExtendSettings, TrainSettings
 from flashmorph.tasks import TaskSettings
+from flashmorph.tasks.turns import ends_turns
 from flashmorph.tokens.special_tokens import end_tokens
 
 
@@ -45,7 +46,13 @@ def row_settings(run: Run, settings: TrainSettings) -> SettingValues:
     questions = settings.questions
     asked = {"questions": [questions, task_settings(run)]} if questions else {}
     long = {"documents": "long"} if settings.takes_long_documents else {}
-    return {"rows": [settings.length, settings.rows], **long, **text_settings(run), **asked}
+    unlearned = {} if learns_ends(run, settings) else {"ends": "not learned"}
+    return {"rows": [settings.length, settings.rows], **long, **unlearned, **text_settings(run), **asked}
+
+
+def learns_ends(run: Run, settings: TrainSettings) -> bool:
+    """Whether the token that ends a text is a target: from next tokens a hybrid would learn to end a turn after it."""
+    return settings.stage != ExtendSettings.stage or not ends_turns(run.tokenizer)
 
 
 def training_settings(run: Run, settings: TrainSettings) -> SettingValues:

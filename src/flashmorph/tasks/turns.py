@@ -14,6 +14,19 @@ def plain_words(style: Style, questions: int) -> list[str]:
     return ["", style.turn] + [style.stop, style.turn] * (questions - 1)
 
 
+def ends_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the token that ends a text also ends the user's turns in the chat template (`<|im_end|>`, `<|eot_id|>`).
+
+    After text that is no conversation such a teacher does not expect it.
+    """
+    if not tokenizer.eos_token or not getattr(tokenizer, "chat_template", None):
+        return False
+    try:
+        return str(tokenizer.eos_token) in template_words(tokenizer, 1)[1]
+    except UserError:
+        return False
+
+
 @template_limit
 def template_words(tokenizer: PreTrainedTokenizerBase, questions: int) -> list[str]:
     """The same in a conversation: questions are the user's messages, replies the assistant's.
