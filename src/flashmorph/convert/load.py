@@ -24,7 +24,7 @@ from flashmorph.convert.checkpoint import (
     travelling_files,
 )
 from flashmorph.convert.configuration import make_config
-from flashmorph.convert.shards import FLOATS, ShardReader
+from flashmorph.convert.shards import FLOATS, ShardReader, unreadable
 from flashmorph.convert.stored import require_layers, take_stock
 from flashmorph.errors import UserError, first_line
 from flashmorph.files import read_json
@@ -146,11 +146,6 @@ def load_generation(folder: Path) -> GenerationConfig | None:
     except Exception:  # Whatever its checks raise.
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         return GenerationConfig(**{name: values.get(name) for name in names})
-
-
-def unreadable(folder: Path, error: Exception) -> UserError:
-    """Why the weights in `folder` cannot be read, in one sentence."""
-    return UserError(f"the weights in {folder} cannot be read, are they complete? {first_line(error)}")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

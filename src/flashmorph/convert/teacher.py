@@ -19,11 +19,12 @@ from huggingface_hub.errors import (
 )
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from flashmorph.convert.checkpoint import weight_files
+from flashmorph.convert.checkpoint import CONFIG, weight_files
 from flashmorph.convert.digests import template_digest, tokenizer_digest, weights_digest
 from flashmorph.convert.gguf import checkpoint_of, is_gguf, origin_of
 from flashmorph.convert.load import load_config, load_model, load_tokenizer, read_generation
 from flashmorph.errors import UserError, first_line
+from flashmorph.files import names_a_path
 from flashmorph.hosts import host_for, takes_with_windows
 
 EMBEDDED = ("tiny",)
@@ -110,7 +111,7 @@ def locate(name: str) -> tuple[Path, str, str]:
         return folder, "", f"{name}: {origin_of(folder)}, as a checkpoint in {folder}"
     if name in EMBEDDED:
         return Path(str(files("flashmorph") / "assets" / name)), "", ""
-    if path.exists() or path.is_symlink() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if path.exists() or path.is_symlink() or names_a_path(name):
         raise UserError(
             f"there is no folder {name!r}: give a folder with config.json and safetensors, a GGUF file, or a hub name"
         )
@@ -125,7 +126,7 @@ def open_config(name: str):
     Raises:
         UserError: nothing there, not readable, or no exact host.
     """
-    local = name in EMBEDDED or Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    local = name in EMBEDDED or Path(name).exists() or names_a_path(name)
     config = load_config(locate(name)[0] if local else _fetch_config(name))
     _require_host(config)
     return config
@@ -173,7 +174,7 @@ def _download(name: str) -> Path:
 def _fetch_config(name: str) -> Path:
     """The folder of config.json, fetched alone."""
     try:
-        return Path(hf_hub_download(name, "config.json")).parent
+        return Path(hf_hub_download(name, CONFIG)).parent
     except Exception as error:
         raise _not_on_the_hub(name, error) from error
 

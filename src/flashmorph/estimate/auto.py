@@ -17,6 +17,7 @@ from flashmorph.estimate.sizes import Sizes
 from flashmorph.estimate.work import Model
 from flashmorph.files import write_json
 from flashmorph.inputs.shapes import read_as
+from flashmorph.recipe.preflight import COMPARE
 from flashmorph.recipe.recipe import Recipe, setting, with_settings
 from flashmorph.records import Figures, SettingValues
 from flashmorph.selection import STRATEGIES
@@ -24,7 +25,6 @@ from flashmorph.stages import TrainSettings
 from flashmorph.units import byte_size
 
 AUTO = "auto"
-COMPARE = "compare"
 """`flashmorph compare` searches and distils, whatever the recipe's strategy."""
 _FILE = "auto.json"
 _MEMORY = "auto_memory.json"

@@ -7,10 +7,11 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from flashmorph.errors import UserError, quoted, unknown
+from flashmorph.errors import UserError, cut, quoted, unknown
 
 _LONGEST_NAME, _LONGEST_TEXT = 200, 200_000
 _DEEPEST, _MOST_VALUES = 100, 100_000
+_LONGEST_MESSAGE = 160
 
 
 class _Loader(yaml.SafeLoader):
@@ -78,8 +79,7 @@ def _refuse_bombs(root: yaml.Node | None) -> None:
 
 
 def _cut(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 160 else f"{text[:159]}…"
+    return cut(" ".join(text.split()), _LONGEST_MESSAGE)
 
 
 def sentence(error: ValidationError, model: type[BaseModel], replaced: Mapping[str, str] | None = None) -> str:
