@@ -14,7 +14,7 @@ from flashmorph.data.corpus import Corpus, Mixture
 from flashmorph.data.heldout import HeldOut
 from flashmorph.devices import usable_memory
 from flashmorph.errors import UserError
-from flashmorph.estimate.auto import Room, asked, choose
+from flashmorph.estimate.auto import Capacity, asked, choose
 from flashmorph.estimate.sizes import count_sizes
 from flashmorph.estimate.work import model_in
 from flashmorph.evaluation import (
@@ -112,9 +112,9 @@ def fit_to_models(names: Sequence[str], recipe: Recipe, device: torch.device) ->
     if not asked(recipe, "evaluate"):
         return recipe, notice
     models = [model_in(config) for config in configs]
-    room = Room(usable_memory(device), kind=device.type)
+    capacity = Capacity(usable_memory(device), kind=device.type)
     every = [
-        choose("evaluate", recipe, model, count_sizes(model.host, model.config, model.config, device), room).values
+        choose("evaluate", recipe, model, count_sizes(model.host, model.config, model.config, device), capacity).values
         for model in models
     ]
     return with_settings(recipe, {key: min(values[key] for values in every) for key in every[0]}), notice
