@@ -35,11 +35,11 @@ class ShardReader:
         """
         self.files = weight_files(folder)
         self.dtypes: dict[str, str] = {}
-        self._places: dict[str, Path] = {}
+        self._file_of: dict[str, Path] = {}
         try:
             with _opened(self.files) as handles:
                 for file, handle in handles.items():
-                    self._places |= dict.fromkeys(handle.keys(), file)
+                    self._file_of |= dict.fromkeys(handle.keys(), file)
                     self.dtypes |= {name: handle.get_slice(name).get_dtype() for name in handle.keys()}
         except Exception as error:
             raise unreadable(folder, error) from error
@@ -61,7 +61,7 @@ class ShardReader:
     @contextmanager
     def slices(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
         """These tensors, each read when it is indexed; only their files are open, and only inside this context."""
-        wanted = {name: self._places[name] for name in names}
+        wanted = {name: self._file_of[name] for name in names}
         with _opened(set(wanted.values())) as handles:
             yield {name: handles[file].get_slice(name) for name, file in wanted.items()}
 

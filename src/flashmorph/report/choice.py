@@ -29,13 +29,13 @@ def heads(source: Source) -> Chart | None:
         return None
     layers = sorted({group.layer for group in plan.assignments})
     rows = sorted({group.kv_head or 0 for group in plan.assignments})
-    places = {(group.kv_head or 0, group.layer): number for number, group in enumerate(plan.assignments)}
+    cell_of = {(group.kv_head or 0, group.layer): number for number, group in enumerate(plan.assignments)}
     options, about = list(plan.assignments.values()), tips(source)
     groups = list(plan.assignments)
 
     def panel(title: str, values: list[float]) -> Heat:
         """Percent, head by head."""
-        cells = [[places.get((head, layer)) for layer in layers] for head in rows]
+        cells = [[cell_of.get((head, layer)) for layer in layers] for head in rows]
         return Heat(
             title,
             "layer",

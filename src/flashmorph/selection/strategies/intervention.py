@@ -95,7 +95,7 @@ def _spread(space: Space, values: np.ndarray) -> np.ndarray:
     for layer, rows in enumerate(space.layers):
         empty = [row for row in rows if values[row] <= 0]
         have = len(rows) - len(empty)
-        order += [(place, _bits_reversed(layer), row) for place, row in enumerate(empty, have)]
+        order += [(rank, _bits_reversed(layer), row) for rank, row in enumerate(empty, have)]
     extra = np.zeros(len(values))
     for rank, (_, _, row) in enumerate(sorted(order)):
         extra[row] = (len(order) - rank) / max(1, len(order))
