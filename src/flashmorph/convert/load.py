@@ -67,12 +67,12 @@ def load_model(
     folder: Path,
     dtype: torch.dtype | str,
     device: torch.device | None = None,
-    tell: Callable[[str], None] = lambda notice: None,
+    say: Callable[[str], None] = lambda notice: None,
     allow_unused: bool = False,
 ) -> PreTrainedModel:
     """The causal language model in `folder`, on `device` (the CPU by default), and nothing of an adapter beside it.
 
-    Stored weights that are not used are reported to `tell`, line by line; `allow_unused` as in `take_stock`.
+    Stored weights that are not used are reported to `say`, line by line; `allow_unused` as in `take_stock`.
 
     Raises:
         UserError: weights are missing, damaged, do not fit the configuration, or are not what would be computed.
@@ -81,7 +81,7 @@ def load_model(
     require_layers(config, stored, folder)
     use_kernels(config.model_type)
     for notice in take_stock(without_weights(config), stored, folder, allow_unused).notices:
-        tell(notice)
+        say(notice)
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
             folder,

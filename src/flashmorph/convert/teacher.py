@@ -135,7 +135,7 @@ def open_config(name: str):
 def open_model(
     name: str,
     device: torch.device,
-    tell: Callable[[str], None] = lambda notice: None,
+    say: Callable[[str], None] = lambda notice: None,
     allow_unused: bool = False,
     dtype: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -143,7 +143,7 @@ def open_model(
 
     `dtype` is a name or `auto`, the checkpoint's own; without it float32 on a CPU, elsewhere the checkpoint's own.
 
-    Stored weights that are not used are reported to `tell`; see `load_model`.
+    Stored weights that are not used are reported to `say`; see `load_model`.
 
     Raises:
         UserError: nothing there, damaged, or without a tokenizer.
@@ -153,7 +153,7 @@ def open_model(
     if tokenizer is None:
         raise UserError(f"{name} has no tokenizer")
     usual = "float32" if device.type == "cpu" else "auto"
-    return load_model(folder, dtype or usual, device, tell, allow_unused), tokenizer
+    return load_model(folder, dtype or usual, device, say, allow_unused), tokenizer
 
 
 def _require_host(config: PreTrainedConfig) -> None:
