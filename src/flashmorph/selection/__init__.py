@@ -1,6 +1,7 @@
 """Choosing which layers keep full attention: strategies, what they ask, and what answers.
 
-Strategies see a `Search`: a `Space`, a `Budget` and an `Objective`; only `objective.py` and `search.py` see a model.
+Strategies see a `Search`: a `Space`, a `Budget` and an `Objective`. A model is seen by `model_losses.py` and
+what counts (`ledger.py`), distils (`distilling.py`), patches (`effects.py`) and opens (`search.py`) for it.
 """
 
 from flashmorph.selection.strategies import BASELINE, DEFAULT_STRATEGY, STRATEGIES
