@@ -20,7 +20,7 @@ from flashmorph.devices import (
     total_memory,
     usable_memory,
 )
-from flashmorph.estimate.auto import Room, asked, choose, must_shard, resolved, too_large
+from flashmorph.estimate.auto import Capacity, asked, choose, must_shard, resolved, too_large
 from flashmorph.estimate.memory import stage_memory
 from flashmorph.estimate.sizes import count_sizes
 from flashmorph.estimate.work import model_of
@@ -49,13 +49,13 @@ def section(recipe, stage):
 def test_what_it_chooses_fits_and_more_memory_gives_no_less(shape, stage, processes, shard):
     before, fitted = 0, 0
     for gibibytes in (2, 4, 8, 24, 80, 800):
-        room = Room(gibibytes * 2**30, processes, shard)
-        found = choose(stage, RECIPE, *shape, room)
+        capacity = Capacity(gibibytes * 2**30, processes, shard)
+        found = choose(stage, RECIPE, *shape, capacity)
         recipe = with_settings(RECIPE, found.values)
         memory = stage_memory(*shape, recipe, processes, True)[stage]
         if not found.too_large:
             fitted += 1
-            assert memory.bytes(room.sharing) <= room.bytes
+            assert memory.bytes(capacity.sharing) <= capacity.bytes
         assert memory.tokens >= memory.length and memory.tokens % memory.length == 0
         again = getattr(section(recipe, stage), "activation_checkpointing", False)
         assert again in (True, False)
@@ -66,7 +66,7 @@ def test_what_it_chooses_fits_and_more_memory_gives_no_less(shape, stage, proces
 
 
 def test_layers_run_again_where_little_would_fit_otherwise_and_only_there(shape):
-    small, large = (choose("extend", RECIPE, *shape, Room(gigabytes * 1e9)).values for gigabytes in (4, 400))
+    small, large = (choose("extend", RECIPE, *shape, Capacity(gigabytes * 1e9)).values for gigabytes in (4, 400))
     assert small["extend.activation_checkpointing"] is True and large["extend.activation_checkpointing"] is False
     assert small["extend.micro_batch_tokens"] < large["extend.micro_batch_tokens"]
 
@@ -74,7 +74,9 @@ def test_layers_run_again_where_little_would_fit_otherwise_and_only_there(shape)
 def test_a_cpu_evaluates_no_more_at_once_than_makes_it_faster(shape):
     for length, expected in ((1_024, 8_192), (16_384, 16_384)):
         recipe = with_settings(RECIPE, {"evaluate.length": length})
-        on_gpu, on_cpu = (choose("evaluate", recipe, *shape, Room(200e9, kind=kind)).values for kind in ("cuda", "cpu"))
+        on_gpu, on_cpu = (
+            choose("evaluate", recipe, *shape, Capacity(200e9, kind=kind)).values for kind in ("cuda", "cpu")
+        )
         assert on_cpu == {"evaluate.batch_tokens": expected} and on_gpu["evaluate.batch_tokens"] > 100_000
 
 
@@ -83,7 +85,7 @@ def test_a_cpu_is_busy_with_fewer_tokens_than_a_gpu(shape):
     differing = 0
     for tenths in range(10, 120, 5):
         on_gpu, on_cpu = (
-            choose("distill", RECIPE, *shape, Room(tenths * 1e8, kind=kind)).values for kind in ("cuda", "cpu")
+            choose("distill", RECIPE, *shape, Capacity(tenths * 1e8, kind=kind)).values for kind in ("cuda", "cpu")
         )
         again = "distill.activation_checkpointing"
         if on_gpu != on_cpu:
@@ -94,16 +96,16 @@ def test_a_cpu_is_busy_with_fewer_tokens_than_a_gpu(shape):
 
 
 def test_what_is_too_large_is_known_beforehand_and_must_be_shared(shape):
-    tiny, ample = Room(1e6), Room(1e12)
+    tiny, ample = Capacity(1e6), Capacity(1e12)
     large = too_large(RECIPE, *shape, tiny)
     assert list(large) == ["align", "select", "distill", "extend"] and not too_large(RECIPE, *shape, ample)
     assert list(too_large(RECIPE, *shape, tiny, ["extend", "evaluate"])) == ["extend"]
     for stage, needed in large.items():
-        enough, less = Room(1.001 * needed), Room(0.999 * needed)
+        enough, less = Capacity(1.001 * needed), Capacity(0.999 * needed)
         assert stage not in too_large(RECIPE, *shape, enough) and stage in too_large(RECIPE, *shape, less)
         # As much as the smallest thing that `auto` would choose.
         assert not choose(stage, RECIPE, *shape, enough).too_large
-    several = Room(0.99 * max(large.values()), processes=8)
+    several = Capacity(0.99 * max(large.values()), processes=8)
     assert must_shard(RECIPE, *shape, several) and not too_large(RECIPE, *shape, several._replace(shard=True))
 
 
@@ -122,7 +124,7 @@ def test_what_is_too_large_is_said_before_any_work(teacher_folder, recipe_file, 
 
 def test_a_smaller_device_chooses_anew_and_a_larger_one_goes_on(shape, tmp_path):
     def numbers(gigabytes: float) -> int:
-        recipe, _ = resolved("distill", RECIPE, tmp_path, *shape, Room(gigabytes * 1e9))
+        recipe, _ = resolved("distill", RECIPE, tmp_path, *shape, Capacity(gigabytes * 1e9))
         return recipe.distill.micro_batch_tokens
 
     at_first = numbers(40)
@@ -158,7 +160,7 @@ def test_work_that_other_ranks_wait_for_uses_every_core(monkeypatch):
 
 
 def test_not_even_one_row_is_told_and_gone_on_with(shape):
-    found = choose("distill", RECIPE, *shape, Room(1e6))
+    found = choose("distill", RECIPE, *shape, Capacity(1e6))
     assert found.too_large == ["distill"]
     assert found.values == {"distill.activation_checkpointing": True, "distill.micro_batch_tokens": 512}
 
@@ -167,9 +169,9 @@ def test_a_number_always_wins(shape):
     recipe = load_recipe("default", {"distill.micro_batch_tokens": 512, "extend.activation_checkpointing": False})
     assert asked(recipe, "distill") == ["distill.activation_checkpointing"]
     assert asked(recipe, "extend") == ["extend.micro_batch_tokens"]
-    assert choose("extend", recipe, *shape, Room(80e9)).values.keys() == {"extend.micro_batch_tokens"}
+    assert choose("extend", recipe, *shape, Capacity(80e9)).values.keys() == {"extend.micro_batch_tokens"}
     numbers = load_recipe("default", {"align.micro_batch_tokens": None, "align.activation_checkpointing": True})
-    assert not asked(numbers, "align") and not choose("align", numbers, *shape, Room(80e9)).values
+    assert not asked(numbers, "align") and not choose("align", numbers, *shape, Capacity(80e9)).values
 
 
 @pytest.mark.parametrize("rows, processes", [(7, 1), (10, 1), (12, 3), (12, 4), (9, 3)])
@@ -177,8 +179,8 @@ def test_a_step_that_comes_out_uneven_takes_the_most_rows_that_divide_it(shape, 
     steps = {"align.batch_tokens": rows * 512, "distill.batch_tokens": rows * 512, "extend.batch_tokens": rows * 16384}
     recipe = load_recipe("default", {**steps, "distill.activation_checkpointing": True})
     for gigabytes in (1.6, 1.8, 2, 2.4, 3, 80):
-        room = Room(gigabytes * 1e9, processes)
-        values = choose("distill", recipe, *shape, room).values
+        capacity = Capacity(gigabytes * 1e9, processes)
+        values = choose("distill", recipe, *shape, capacity).values
         most = values["distill.micro_batch_tokens"] // 512
         division = with_settings(recipe, values).distill.division(processes)
         assert division.rows <= most and division.rows * division.accumulation * processes == rows
@@ -187,11 +189,11 @@ def test_a_step_that_comes_out_uneven_takes_the_most_rows_that_divide_it(shape, 
 
 
 def test_it_is_decided_once_and_kept_with_the_stage(shape, tmp_path):
-    first, _ = resolved("extend", RECIPE, tmp_path, *shape, Room(8e9))
-    later, _ = resolved("extend", RECIPE, tmp_path, *shape, Room(800e9, 4))
+    first, _ = resolved("extend", RECIPE, tmp_path, *shape, Capacity(8e9))
+    later, _ = resolved("extend", RECIPE, tmp_path, *shape, Capacity(800e9, 4))
     assert first == later and isinstance(later.extend.micro_batch_tokens, int)
     number = load_recipe("default", {"extend.micro_batch_tokens": 32768})
-    assert resolved("extend", number, tmp_path, *shape, Room(8e9))[0].extend.micro_batch_tokens == 32768
+    assert resolved("extend", number, tmp_path, *shape, Capacity(8e9))[0].extend.micro_batch_tokens == 32768
 
 
 def test_a_run_keeps_its_choice_in_the_record_and_goes_on_with_it(teacher_folder, recipe_file, tmp_path, monkeypatch):
@@ -259,7 +261,7 @@ def test_threads_are_no_more_than_the_cores_of_the_control_group(tmp_path, monke
 
 
 def test_weights_are_sharded_only_where_a_stage_could_not_run_otherwise(shape):
-    large, small = Room(80 * 2**30, 8), Room(2**28, 8)
+    large, small = Capacity(80 * 2**30, 8), Capacity(2**28, 8)
     assert must_shard(RECIPE, *shape, small) and not must_shard(RECIPE, *shape, large)
     assert not must_shard(RECIPE, *shape, small._replace(processes=1))
     assert must_shard(load_recipe("default", {"shard": True}), *shape, large)

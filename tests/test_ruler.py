@@ -9,8 +9,9 @@ from conftest import tiny_tokenizer
 
 from flashmorph.errors import UserError
 from flashmorph.tasks import Lines, Prompt, Ruler
+from flashmorph.tasks.haystack import NOISE
 from flashmorph.tasks.ruler import FORMS
-from flashmorph.tasks.ruler.written import NOISE, Material
+from flashmorph.tasks.ruler.written import Material
 
 SENTENCES = [f"Sentence {line} of a text says that {line * 7919 % 997} others are alike." for line in range(400)]
 DOCUMENTS = ["\n".join(SENTENCES[start : start + 40]) for start in range(0, len(SENTENCES), 40)]

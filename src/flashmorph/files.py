@@ -1,4 +1,4 @@
-"""Files that are either written whole or not at all."""
+"""Files and what identifies them: atomic writes, reading, digests and names."""
 
 import hashlib
 import json
@@ -20,6 +20,7 @@ from flashmorph.errors import UserError, quoted
 _LONGEST_NAME = 20
 """Characters of a folder's name in a table."""
 _TEMPORARY = re.compile(r"\.flashmorph-[0-9a-f]{32}\.part")
+_LFS_POINTER = b"version https://git-lfs"
 _SPECIAL = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
@@ -78,6 +79,17 @@ def refuse_special(path: Path) -> os.stat_result | None:
     if kind := _SPECIAL.get(stat.S_IFMT(status.st_mode)):
         raise UserError(f"{path} is {kind}; give the name of a file")
     return status
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether git-LFS has put a pointer in the place of a file's content."""
+    with path.open("rb") as stream:
+        return stream.read(len(_LFS_POINTER)) == _LFS_POINTER
+
+
+def names_a_path(name: str) -> bool:
+    """Whether a name can only be that of something here: a repository of the hub is `name` or `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def read_text(path: Path, name: str = "") -> str:

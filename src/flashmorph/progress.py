@@ -11,5 +11,14 @@ class Report(Protocol):
         ...
 
 
+def continued(report: Report, done: float, total: float) -> Report:
+    """A `Report` of one part of the work: its steps count from `done` on, out of the `total` of all parts."""
+
+    def of_part(step: float, steps: float, **figures: float) -> None:
+        report(done + step, total, **figures)
+
+    return of_part
+
+
 def silent(done: float, total: float, **figures: float) -> None:
     """A `Report` that shows nothing."""

@@ -11,7 +11,7 @@ from flashmorph.records import Figures
 
 @dataclass(frozen=True)
 class Growth:
-    """Median seconds by context length, with the quartiles; all `[lengths]`."""
+    """Seconds of several tries at each context length: `lengths` `[lengths]` in tokens, `tries` `[lengths, tries]`."""
 
     lengths: list[int]
     tries: list[list[float]]

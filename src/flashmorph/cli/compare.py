@@ -224,9 +224,9 @@ def _about(budget: str, truth: dict) -> tuple[str, str | None]:
 
 
 def _short(assignments: dict[str, str]) -> str:
-    from flashmorph.plan import Budget, Plan
+    from flashmorph.plan.plan import in_short
 
-    return Plan.of(assignments, Budget("layers", 1)).in_short().replace(", ", ",")
+    return in_short(assignments).replace(", ", ",")
 
 
 def _figure(value: float | None, form: str) -> str:

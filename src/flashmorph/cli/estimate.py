@@ -79,7 +79,7 @@ def estimate(
         lengths = [claim_costs(costs, "estimate", force, "--contexts", contexts)]
     else:
         lengths = numbers("--contexts", contexts) if contexts else CONTEXTS
-    found_gpu = find_gpu(gpu) if gpu else None
+    chosen_gpu = find_gpu(gpu) if gpu else None
     options = Options(
         teacher=teacher,
         output=Path(),
@@ -95,7 +95,7 @@ def estimate(
     settings = recipe_of(options)
     config = open_config(teacher)
     settings = fitted(settings, config, RichScreen(ERR if as_json else OUT).say)
-    outcome = estimated(teacher, config, settings, found_gpu, gpus, utilisation, lengths)
+    outcome = estimated(teacher, config, settings, chosen_gpu, gpus, utilisation, lengths)
     if costs:
         write_costs(costs, "estimate", estimated_costs(outcome, lengths[0]), {}, as_json)
         return
@@ -110,47 +110,47 @@ def estimate(
             OUT.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def _show(found: Any) -> None:
+def _show(outcome: Any) -> None:
     """Two tables and what they assume."""
     from flashmorph.estimate.explain import notes
     from flashmorph.units import amount, byte_size
 
-    model = found.model
+    model = outcome.model
     OUT.print(
-        f"{found.teacher} -> {model.host.name}: {model.kept} of {model.groups} {model.unit} stay full "
-        f"(budget {found.budget})",
+        f"{outcome.teacher} -> {model.host.name}: {model.kept} of {model.groups} {model.unit} stay full "
+        f"(budget {outcome.budget})",
         highlight=False,
         soft_wrap=True,
     )
-    table = new_table(None, "", "teacher", "hybrid", *(["least ms a token"] if found.gpu else []))
-    both, vllm = (found.sizes.teacher, found.hybrid_parameters), found.in_vllm
+    table = new_table(None, "", "teacher", "hybrid", *(["least ms a token"] if outcome.gpu else []))
+    both, vllm = (outcome.sizes.teacher, outcome.hybrid_parameters), outcome.in_vllm
     table.add_row("parameters", *map(amount, both))
-    table.add_row("weights", *(byte_size(found.weight_bytes(parameters)) for parameters in both))
-    for context, cache in found.cache.items():
-        seconds = [found.seconds_per_token(*pair) for pair in zip(both, cache, strict=True)]
+    table.add_row("weights", *(byte_size(outcome.weight_bytes(parameters)) for parameters in both))
+    for context, cache in outcome.cache.items():
+        seconds = [outcome.seconds_per_token(*pair) for pair in zip(both, cache, strict=True)]
         times = [f"{1000 * least:.2f}" for least in seconds if least is not None]
         table.add_row(f"cache at {context:,}", *map(byte_size, cache), *([" -> ".join(times)] if times else []))
         if vllm:
             table.add_row("  in vLLM", *(byte_size(each.sequence_bytes(context)) for each in vllm))
     OUT.print(table)
-    sharded = found.num_gpus > 1
-    columns = ["stage", "tokens", "length", "FLOPs", *(["hours"] if found.gpu else []), "memory of a GPU"]
+    sharded = outcome.num_gpus > 1
+    columns = ["stage", "tokens", "length", "FLOPs", *(["hours"] if outcome.gpu else []), "memory of a GPU"]
     table = new_table(None, *columns, *(["sharded"] if sharded else []))
-    for stage in found.stages:
-        hours = found.hours(stage)
+    for stage in outcome.stages:
+        hours = outcome.hours(stage)
         tokens = "as it goes" if stage.tokens is None else amount(stage.tokens) if stage.tokens else ""
         cells = [stage.name, tokens, f"{stage.length:,}" if stage.length else ""]
         cells.append(amount(stage.work.flops) if stage.work and stage.work.flops else "")
-        if found.gpu:
+        if outcome.gpu:
             cells.append("" if hours is None else f"{hours:,.1f}" if hours >= 0.05 else "< 0.1")
-        cells.append(_memory(found, stage, 1))
-        table.add_row(*cells, *([_memory(found, stage, found.num_gpus)] if sharded else []))
+        cells.append(_memory(outcome, stage, 1))
+        table.add_row(*cells, *([_memory(outcome, stage, outcome.num_gpus)] if sharded else []))
     OUT.print(table)
-    for line in notes(found):
+    for line in notes(outcome):
         OUT.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def _memory(found: Any, stage: Any, gpus: int) -> str:
+def _memory(outcome: Any, stage: Any, gpus: int) -> str:
     from flashmorph.units import byte_size
 
     if not stage.memory:
@@ -158,4 +158,4 @@ def _memory(found: Any, stage: Any, gpus: int) -> str:
     if gpus > 1 and stage.memory.alone:
         return "CPU"
     needed = stage.memory.bytes(gpus)
-    return byte_size(needed) + (" !" if found.gpu and needed > found.gpu.memory_bytes else "")
+    return byte_size(needed) + (" !" if outcome.gpu and needed > outcome.gpu.memory_bytes else "")

@@ -114,7 +114,7 @@ def _dry_run(options: Options, stages: list[str]) -> None:
     from flashmorph.cli.screen import RichScreen
     from flashmorph.convert.teacher import open_teacher
     from flashmorph.devices import pick_device, usable_memory
-    from flashmorph.estimate.auto import Room, too_large, too_large_in_words
+    from flashmorph.estimate.auto import Capacity, too_large, too_large_in_words
     from flashmorph.estimate.sizes import count_sizes
     from flashmorph.estimate.work import model_of
     from flashmorph.recipe.given import given_plan
@@ -148,7 +148,7 @@ def _dry_run(options: Options, stages: list[str]) -> None:
         table.add_row(row["stage"], tokens, str(row["length"] or ""), context, row["data"])
     OUT.print(table)
     device = pick_device(options.device)
-    room = Room(usable_memory(device), bf16=recipe.bf16_on(device), kind=device.type)
+    capacity = Capacity(usable_memory(device), bf16=recipe.bf16_on(device), kind=device.type)
     model = model_of(config, recipe)
-    if large := too_large(recipe, model, count_sizes(model.host, config, model.config, device), room, stages):
-        say(too_large_in_words(large, room))
+    if large := too_large(recipe, model, count_sizes(model.host, config, model.config, device), capacity, stages):
+        say(too_large_in_words(large, capacity))

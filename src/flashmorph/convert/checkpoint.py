@@ -10,7 +10,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from flashmorph.errors import UserError, cut, quoted
-from flashmorph.files import read_json
+from flashmorph.files import is_lfs_pointer, read_json
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER_SETTINGS = "tokenizer_config.json"
@@ -36,7 +36,8 @@ _CODE = (r"[a-z]+_flashmorph\.py",)
 """Code of our own model type, which travels with its checkpoints; ours never run a folder's."""
 _MOST_BYTES = 1 << 28
 """More than any tokenizer has; a longer file beside weights is none."""
-_BLOBS = "blobs"
+BLOBS = "blobs"
+"""The folder of the hub's cache that holds the files themselves."""
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _IN_TRAINING = ("*.distcp", "*/*.distcp", "global_step*", "*/*_optim_states.pt", "zero_pp_rank_*", "rank*.pt")
 """Names of sharded weights of FSDP, PyTorch's distributed checkpoints and DeepSpeed."""
@@ -44,7 +45,6 @@ _QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json
 _SENSES = ("vision", "visual", "audio", "vision_tower", "speech", "vit")
 _PLAIN = re.compile(r"[^/\\\0]{1,240}\.safetensors")
 """A file in the same folder: without separators, so neither above it nor elsewhere."""
-_POINTER = b"version https://git-lfs"
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -112,7 +112,7 @@ def _require_own(folder: Path, path: Path) -> None:
         UserError: a link out of the folder, but to the blobs of the hub's cache; or a file of too many bytes.
     """
     home, target = folder.resolve(), path.resolve()
-    blobs = (home.parent / _BLOBS, home.parent.parent / _BLOBS)
+    blobs = (home.parent / BLOBS, home.parent.parent / BLOBS)
     if not target.is_relative_to(home) and target.parent not in blobs:
         raise UserError(f"{path} is a link to {cut(str(target))}, out of the checkpoint: put the file itself there")
     if path.stat().st_size > _MOST_BYTES:
@@ -158,9 +158,8 @@ def is_present(path: Path) -> bool:
         )
     if not path.is_file():
         return False
-    with path.open("rb") as stream:
-        if stream.read(len(_POINTER)) == _POINTER:
-            raise UserError(f"{path} is a git-LFS pointer, not the file itself: run `git lfs pull` in {path.parent}")
+    if is_lfs_pointer(path):
+        raise UserError(f"{path} is a git-LFS pointer, not the file itself: run `git lfs pull` in {path.parent}")
     return True
 
 

@@ -6,14 +6,13 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from flashmorph.convert.checkpoint import CONFIG, GENERATION, TOKENIZER_SETTINGS, travelling_files, weight_files
+from flashmorph.convert.checkpoint import BLOBS, CONFIG, GENERATION, TOKENIZER_SETTINGS, travelling_files, weight_files
 from flashmorph.errors import UserError
 from flashmorph.files import read_json, shortened
 from flashmorph.records import SettingValues
 
 _TEMPLATE = "chat_template"
 _NOT_OF_TOKENS = (_TEMPLATE, "auto_map")
-_BLOBS = "blobs"
 _IS_SHA256 = re.compile("[0-9a-f]{64}").fullmatch
 
 
@@ -57,7 +56,7 @@ def _digest_of_files(folder: Path, paths: Iterable[Path]) -> str:
 def _sha256(path: Path) -> bytes:
     """Of a file's content. In the hub's cache large files have it as their name: reading all weights takes minutes."""
     blob = path.resolve()
-    if blob.parent.name == _BLOBS and _IS_SHA256(blob.name):
+    if blob.parent.name == BLOBS and _IS_SHA256(blob.name):
         return bytes.fromhex(blob.name)
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").digest()

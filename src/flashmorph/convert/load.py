@@ -24,7 +24,7 @@ from flashmorph.convert.checkpoint import (
     travelling_files,
 )
 from flashmorph.convert.configuration import make_config
-from flashmorph.convert.shards import FLOATS, ShardReader
+from flashmorph.convert.shards import FLOATS, ShardReader, unreadable
 from flashmorph.convert.stored import require_layers, take_stock
 from flashmorph.errors import UserError, first_line
 from flashmorph.files import read_json
@@ -67,12 +67,12 @@ def load_model(
     folder: Path,
     dtype: torch.dtype | str,
     device: torch.device | None = None,
-    tell: Callable[[str], None] = lambda notice: None,
+    say: Callable[[str], None] = lambda notice: None,
     allow_unused: bool = False,
 ) -> PreTrainedModel:
     """The causal language model in `folder`, on `device` (the CPU by default), and nothing of an adapter beside it.
 
-    Stored weights that are not used are reported to `tell`, line by line; `allow_unused` as in `take_stock`.
+    Stored weights that are not used are reported to `say`, line by line; `allow_unused` as in `take_stock`.
 
     Raises:
         UserError: weights are missing, damaged, do not fit the configuration, or are not what would be computed.
@@ -81,7 +81,7 @@ def load_model(
     require_layers(config, stored, folder)
     use_kernels(config.model_type)
     for notice in take_stock(without_weights(config), stored, folder, allow_unused).notices:
-        tell(notice)
+        say(notice)
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -146,11 +146,6 @@ def load_generation(folder: Path) -> GenerationConfig | None:
     except Exception:  # Whatever its checks raise.
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         return GenerationConfig(**{name: values.get(name) for name in names})
-
-
-def unreadable(folder: Path, error: Exception) -> UserError:
-    """Why the weights in `folder` cannot be read, in one sentence."""
-    return UserError(f"the weights in {folder} cannot be read, are they complete? {first_line(error)}")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

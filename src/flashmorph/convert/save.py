@@ -74,11 +74,11 @@ def complete(folder: Path, config: PreTrainedConfig, origin: Path) -> None:
     come from `origin`. `use_cache: false`, which a teacher may have from its training, becomes true: generation needs
     the cache. safetensors makes weights readable for their owner only: they get the file mode of config.json.
     """
-    host, values = host_of(config), read_json(folder / "config.json")
+    host, values = host_of(config), read_json(folder / CONFIG)
     for code in host.travelling:
         shutil.copyfile(code, folder / code.name)
     if (serialised := host.serialise(values)) != values:
-        write_json(folder / "config.json", serialised)
+        write_json(folder / CONFIG, serialised)
     bring(origin, folder)
     for name in (CONFIG, GENERATION):
         if (folder / name).is_file():

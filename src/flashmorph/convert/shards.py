@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from flashmorph.convert.checkpoint import weight_files
+from flashmorph.convert.checkpoint import CONFIG, weight_files
 from flashmorph.errors import UserError, first_line
 from flashmorph.files import read_json, write_json
 
@@ -35,16 +35,14 @@ class ShardReader:
         """
         self.files = weight_files(folder)
         self.dtypes: dict[str, str] = {}
-        self._places: dict[str, Path] = {}
+        self._file_of: dict[str, Path] = {}
         try:
             with _opened(self.files) as handles:
                 for file, handle in handles.items():
-                    self._places |= dict.fromkeys(handle.keys(), file)
+                    self._file_of |= dict.fromkeys(handle.keys(), file)
                     self.dtypes |= {name: handle.get_slice(name).get_dtype() for name in handle.keys()}
         except Exception as error:
-            raise UserError(
-                f"the weights in {folder} cannot be read, are they complete? {first_line(error)}"
-            ) from error
+            raise unreadable(folder, error) from error
 
     @property
     def main_dtype(self) -> torch.dtype | None:
@@ -63,7 +61,7 @@ class ShardReader:
     @contextmanager
     def slices(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
         """These tensors, each read when it is indexed; only their files are open, and only inside this context."""
-        wanted = {name: self._places[name] for name in names}
+        wanted = {name: self._file_of[name] for name in names}
         with _opened(set(wanted.values())) as handles:
             yield {name: handles[file].get_slice(name) for name, file in wanted.items()}
 
@@ -115,6 +113,11 @@ class ShardWriter:
         self._waiting = {}
 
 
+def unreadable(folder: Path, error: Exception) -> UserError:
+    """Why the weights in `folder` cannot be read, in one sentence."""
+    return UserError(f"the weights in {folder} cannot be read, are they complete? {first_line(error)}")
+
+
 def _bytes_of(state: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
@@ -125,7 +128,7 @@ def require_whole(model: Path) -> None:
     Raises:
         UserError: files are missing, or a file of weights was cut.
     """
-    read_json(model / "config.json")
+    read_json(model / CONFIG)
     ShardReader(model)
 
 

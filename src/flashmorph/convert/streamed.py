@@ -19,8 +19,8 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from flashmorph.convert.in_memory import Proof, in_float64, probe, require_finite
-from flashmorph.convert.load import load_config, require_one_head, unreadable
-from flashmorph.convert.shards import ShardReader, ShardWriter
+from flashmorph.convert.load import load_config, require_one_head
+from flashmorph.convert.shards import ShardReader, ShardWriter, unreadable
 from flashmorph.convert.stored import require_layers, take_stock
 from flashmorph.devices import with_float64
 from flashmorph.hosts import Host, configure, use_kernels

@@ -19,11 +19,12 @@ from huggingface_hub.errors import (
 )
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from flashmorph.convert.checkpoint import weight_files
+from flashmorph.convert.checkpoint import CONFIG, weight_files
 from flashmorph.convert.digests import template_digest, tokenizer_digest, weights_digest
 from flashmorph.convert.gguf import checkpoint_of, is_gguf, origin_of
 from flashmorph.convert.load import load_config, load_model, load_tokenizer, read_generation
 from flashmorph.errors import UserError, first_line
+from flashmorph.files import names_a_path
 from flashmorph.hosts import host_for, takes_with_windows
 
 EMBEDDED = ("tiny",)
@@ -110,7 +111,7 @@ def locate(name: str) -> tuple[Path, str, str]:
         return folder, "", f"{name}: {origin_of(folder)}, as a checkpoint in {folder}"
     if name in EMBEDDED:
         return Path(str(files("flashmorph") / "assets" / name)), "", ""
-    if path.exists() or path.is_symlink() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if path.exists() or path.is_symlink() or names_a_path(name):
         raise UserError(
             f"there is no folder {name!r}: give a folder with config.json and safetensors, a GGUF file, or a hub name"
         )
@@ -125,7 +126,7 @@ def open_config(name: str):
     Raises:
         UserError: nothing there, not readable, or no exact host.
     """
-    local = name in EMBEDDED or Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    local = name in EMBEDDED or Path(name).exists() or names_a_path(name)
     config = load_config(locate(name)[0] if local else _fetch_config(name))
     _require_host(config)
     return config
@@ -134,7 +135,7 @@ def open_config(name: str):
 def open_model(
     name: str,
     device: torch.device,
-    tell: Callable[[str], None] = lambda notice: None,
+    say: Callable[[str], None] = lambda notice: None,
     allow_unused: bool = False,
     dtype: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -142,7 +143,7 @@ def open_model(
 
     `dtype` is a name or `auto`, the checkpoint's own; without it float32 on a CPU, elsewhere the checkpoint's own.
 
-    Stored weights that are not used are reported to `tell`; see `load_model`.
+    Stored weights that are not used are reported to `say`; see `load_model`.
 
     Raises:
         UserError: nothing there, damaged, or without a tokenizer.
@@ -152,7 +153,7 @@ def open_model(
     if tokenizer is None:
         raise UserError(f"{name} has no tokenizer")
     usual = "float32" if device.type == "cpu" else "auto"
-    return load_model(folder, dtype or usual, device, tell, allow_unused), tokenizer
+    return load_model(folder, dtype or usual, device, say, allow_unused), tokenizer
 
 
 def _require_host(config: PreTrainedConfig) -> None:
@@ -173,7 +174,7 @@ def _download(name: str) -> Path:
 def _fetch_config(name: str) -> Path:
     """The folder of config.json, fetched alone."""
     try:
-        return Path(hf_hub_download(name, "config.json")).parent
+        return Path(hf_hub_download(name, CONFIG)).parent
     except Exception as error:
         raise _not_on_the_hub(name, error) from error
 

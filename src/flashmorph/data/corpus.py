@@ -16,6 +16,7 @@ import numpy as np
 from flashmorph.data.chat import CHAT_COLUMNS, TOOLS_COLUMN, Message, messages_in, spoken, tools_in
 from flashmorph.data.textfiles import ENDINGS, data_files, kind_of, no_column, stream_of
 from flashmorph.errors import UserError, first_line
+from flashmorph.files import names_a_path
 from flashmorph.records import Figures
 from flashmorph.tasks.words import SPLITS
 
@@ -192,7 +193,7 @@ class Corpus:
             return [Path(str(files("flashmorph") / "assets" / "demo_text.jsonl.xz"))]
         path = Path(self.source)
         if not path.exists():
-            if self.source.startswith((".", "/", "~")) or self.source.count("/") > 1 or kind_of(path):
+            if names_a_path(self.source) or kind_of(path):
                 raise UserError(f"there is no file or folder {self.source!r}: give text, or a dataset of the hub")
             return None
         if not (paths := data_files(path, self._columns)):

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from flashmorph.data.pieces import in_pieces
 from flashmorph.errors import UserError, cut, first_line
+from flashmorph.files import is_lfs_pointer
 
 TEXT, JSON, PARQUET = "text", "JSON", "parquet"
 _KINDS = {".jsonl": JSON, ".ndjson": JSON, ".json": JSON, ".parquet": PARQUET, ".txt": TEXT, ".md": TEXT}
@@ -37,7 +38,6 @@ _ROWS_TOGETHER = 1_000
 _NOT_SPACE = re.compile(r"\S")
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 """Halves of surrogate pairs: JSON may name one alone, which no text can hold; `?` stands for it then."""
-_LFS_POINTER = b"version https://git-lfs"
 
 
 def data_files(source: Path, columns: Sequence[str]) -> list[Path]:
@@ -146,9 +146,8 @@ def _is_metadata(file: Path, columns: Sequence[str]) -> bool:
 
 def _open(path: Path) -> BinaryIO:
     """The bytes of a file, decompressed."""
-    with path.open("rb") as stream:
-        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise UserError(f"{path} is a pointer of git-LFS and not the file: fetch it with `git lfs pull`")
+    if is_lfs_pointer(path):
+        raise UserError(f"{path} is a pointer of git-LFS and not the file: fetch it with `git lfs pull`")
     decompress = _DECOMPRESS.get(path.suffix.lower())
     return decompress(path) if decompress else path.open("rb")
 

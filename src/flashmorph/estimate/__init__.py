@@ -1,7 +1,7 @@
 """What a run will take, from configuration and recipe alone: parameters, cache, operations, memory, hours.
 
 Parameters and cache are exact; operations are counted as `torch.utils.flop_counter.FlopCounterMode` counts them;
-memory and hours are estimates whose formulas `Estimate.explain` prints.
+memory and hours are estimates whose formulas `explain.explain` gives.
 """
 
 from flashmorph.estimate.costs import estimated_costs

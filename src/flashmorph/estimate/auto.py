@@ -17,6 +17,7 @@ from flashmorph.estimate.sizes import Sizes
 from flashmorph.estimate.work import Model
 from flashmorph.files import write_json
 from flashmorph.inputs.shapes import read_as
+from flashmorph.recipe.preflight import COMPARE
 from flashmorph.recipe.recipe import Recipe, setting, with_settings
 from flashmorph.records import Figures, SettingValues
 from flashmorph.selection import STRATEGIES
@@ -24,7 +25,6 @@ from flashmorph.stages import TrainSettings
 from flashmorph.units import byte_size
 
 AUTO = "auto"
-COMPARE = "compare"
 """`flashmorph compare` searches and distils, whatever the recipe's strategy."""
 _FILE = "auto.json"
 _MEMORY = "auto_memory.json"
@@ -42,7 +42,7 @@ HEAVY = ("align", "select", "distill", "extend")
 _SEARCHES = ("select", "curve", "signal", COMPARE)
 
 
-class Room(NamedTuple):
+class Capacity(NamedTuple):
     """What one process may fill: `bytes` on its device, as one of so many `processes` that may divide the weights.
 
     `kind` is that of the device.
@@ -72,19 +72,19 @@ def asked(recipe: Recipe, stage: str) -> list[str]:
     return [key for key in _settings_of(recipe, stage) if setting(recipe, key) == AUTO]
 
 
-def choose(stage: str, recipe: Recipe, model: Model, sizes: Sizes, room: Room) -> Choice:
+def choose(stage: str, recipe: Recipe, model: Model, sizes: Sizes, capacity: Capacity) -> Choice:
     """Numbers for the settings of a stage that are `auto`: as many rows as fit, one where none does."""
     found = Choice({}, [])
     taken = 0.0
     for section in _sections(recipe, stage):
         name = stage if section == "distill" and stage == "logits" else section
         name = "select" if section == "select.search" else name
-        if name not in _memory(recipe, model, sizes, room):
+        if name not in _memory(recipe, model, sizes, capacity):
             continue
-        left = room._replace(bytes=room.bytes - taken)
+        left = capacity._replace(bytes=capacity.bytes - taken)
         if section == "select.search":
             values, fits, memory = _of_search(recipe, model, sizes, left)
-            taken = memory._replace(tokens=0).bytes(room.sharing)
+            taken = memory._replace(tokens=0).bytes(capacity.sharing)
         elif section == "evaluate":
             values, fits = _of_evaluation(recipe, model, sizes, left)
         else:
@@ -96,55 +96,55 @@ def choose(stage: str, recipe: Recipe, model: Model, sizes: Sizes, room: Room) -
     return found
 
 
-def must_shard(recipe: Recipe, model: Model, sizes: Sizes, room: Room) -> bool:
+def must_shard(recipe: Recipe, model: Model, sizes: Sizes, capacity: Capacity) -> bool:
     """Whether several processes must share the weights: some stage cannot run one row where each holds all of them."""
-    if room.processes < 2 or recipe.shard != AUTO:
-        return room.processes > 1 and recipe.shard is True
-    return bool(too_large(recipe, model, sizes, room._replace(shard=False)))
+    if capacity.processes < 2 or recipe.shard != AUTO:
+        return capacity.processes > 1 and recipe.shard is True
+    return bool(too_large(recipe, model, sizes, capacity._replace(shard=False)))
 
 
 def too_large(
-    recipe: Recipe, model: Model, sizes: Sizes, room: Room, stages: Collection[str] = HEAVY
+    recipe: Recipe, model: Model, sizes: Sizes, capacity: Capacity, stages: Collection[str] = HEAVY
 ) -> dict[str, float]:
     """The bytes that one row takes in those of `stages` of which not one row fits, layers running again."""
     again = [f"{stage}.activation_checkpointing" for stage in _SHARING]
     smallest = with_settings(recipe, {key: True for key in again if setting(recipe, key) == AUTO})
-    memory = _memory(smallest, model, sizes, room)
+    memory = _memory(smallest, model, sizes, capacity)
     return {
-        name: memory[name]._replace(tokens=memory[name].length).bytes(room.sharing)
+        name: memory[name]._replace(tokens=memory[name].length).bytes(capacity.sharing)
         for name in HEAVY
-        if name in stages and name in memory and not memory[name].tokens_within(room.bytes, room.sharing)
+        if name in stages and name in memory and not memory[name].tokens_within(capacity.bytes, capacity.sharing)
     }
 
 
-def too_large_in_words(large: Mapping[str, float], room: Room) -> str:
+def too_large_in_words(large: Mapping[str, float], capacity: Capacity) -> str:
     """A sentence about what `too_large` gave, and what would help."""
     each = " and ".join(f"{name} ({byte_size(needed)})" for name, needed in large.items())
     does = "do" if len(large) > 1 else "does"
-    device = "this device" if room.processes == 1 else f"each of {room.processes} devices"
-    helps = "share the weights among several GPUs (torchrun)" if room.processes == 1 else "take more GPUs"
+    device = "this device" if capacity.processes == 1 else f"each of {capacity.processes} devices"
+    helps = "share the weights among several GPUs (torchrun)" if capacity.processes == 1 else "take more GPUs"
     ends = ", or end before distillation (`flashmorph build`)" if set(large) <= {"distill", "extend"} else ""
     return (
-        f"{each} {does} not fit into the {byte_size(room.bytes)} that {device} can give, even with one row at once, by "
-        f"the formulas of `flashmorph estimate`: {helps}, take a smaller teacher{ends}"
+        f"{each} {does} not fit into the {byte_size(capacity.bytes)} that {device} can give, even with one row at "
+        f"once, by the formulas of `flashmorph estimate`: {helps}, take a smaller teacher{ends}"
     )
 
 
 def resolved(
-    stage: str, recipe: Recipe, folder: Path, model: Model, sizes: Sizes, room: Room
+    stage: str, recipe: Recipe, folder: Path, model: Model, sizes: Sizes, capacity: Capacity
 ) -> tuple[Recipe, list[str]]:
     """The recipe with numbers in place of a stage's `auto`, and the sections that no row fits of.
 
     Chosen once and kept in the stage's `folder`: it goes on with the same numbers on any machine that has the memory.
     """
-    kept = chosen(folder) if room.bytes >= _LESS * _chosen_for(folder) else {}
+    kept = chosen(folder) if capacity.bytes >= _LESS * _chosen_for(folder) else {}
     too_large: list[str] = []
     if missing := [key for key in asked(recipe, stage) if key not in kept]:
-        found = choose(stage, recipe, model, sizes, room)
+        found = choose(stage, recipe, model, sizes, capacity)
         kept |= {key: found.values[key] for key in missing if key in found.values}
         too_large = found.too_large
         # In this order: numbers without the memory that they were chosen for would count on any machine.
-        write_json(folder / _MEMORY, room.bytes)
+        write_json(folder / _MEMORY, capacity.bytes)
         write_json(folder / _FILE, kept)
     return with_settings(recipe, {key: kept[key] for key in asked(recipe, stage) if key in kept}), too_large
 
@@ -188,7 +188,7 @@ def _settings_of(recipe: Recipe, stage: str) -> Iterator[str]:
 
 
 def _of_training(
-    name: str, section: str, recipe: Recipe, model: Model, sizes: Sizes, room: Room
+    name: str, section: str, recipe: Recipe, model: Model, sizes: Sizes, capacity: Capacity
 ) -> tuple[SettingValues, bool]:
     """The values of one stage that trains, and whether a row of it fits."""
     settings = getattr(recipe, section)
@@ -197,12 +197,12 @@ def _of_training(
     values: SettingValues = {}
 
     def within() -> int:
-        memory = _memory(with_settings(recipe, values), model, sizes, room)[name]
-        return memory.tokens_within(room.bytes, room.sharing)
+        memory = _memory(with_settings(recipe, values), model, sizes, capacity)[name]
+        return memory.tokens_within(capacity.bytes, capacity.sharing)
 
     if setting(recipe, again) == AUTO and name != "logits":
-        step = max(1, settings.batch_rows // room.processes) * length
-        busy = _ENOUGH_TOKENS.get(room.kind, _ENOUGH_ON_A_GPU) if number == AUTO else number
+        step = max(1, settings.batch_rows // capacity.processes) * length
+        busy = _ENOUGH_TOKENS.get(capacity.kind, _ENOUGH_ON_A_GPU) if number == AUTO else number
         enough = step if busy is None else min(step, busy)
         values[again] = False
         values[again] = within() < max(length, enough // length * length)
@@ -210,7 +210,7 @@ def _of_training(
     if number == AUTO:
         rows = range(1, max(1, min(most // length, settings.batch_rows)) + 1)
         # A step is cut evenly, so a larger micro-batch can leave each process fewer rows at once.
-        values[micro] = length * max(rows, key=lambda number: (_at_once(settings, number, room.processes), number))
+        values[micro] = length * max(rows, key=lambda number: (_at_once(settings, number, capacity.processes), number))
     return values, most >= length
 
 
@@ -220,27 +220,27 @@ def _at_once(settings: TrainSettings, rows: int, processes: int) -> int:
     return settings.model_copy(update=micro).division(processes).rows
 
 
-def _memory(recipe: Recipe, model: Model, sizes: Sizes, room: Room) -> dict[str, Memory]:
-    return stage_memory(model, sizes, recipe, room.processes, room.bf16, room.kind)
+def _memory(recipe: Recipe, model: Model, sizes: Sizes, capacity: Capacity) -> dict[str, Memory]:
+    return stage_memory(model, sizes, recipe, capacity.processes, capacity.bf16, capacity.kind)
 
 
-def _of_search(recipe: Recipe, model: Model, sizes: Sizes, room: Room) -> tuple[SettingValues, bool, Memory]:
+def _of_search(recipe: Recipe, model: Model, sizes: Sizes, capacity: Capacity) -> tuple[SettingValues, bool, Memory]:
     """As many rows as fit, at most those of a step of the longest; a search that would keep much runs layers again."""
     search, key = recipe.select.search, "select.search.micro_batch_tokens"
     if search.micro_batch_tokens != AUTO:
-        return {}, True, _memory(recipe, model, sizes, room)["select"]
+        return {}, True, _memory(recipe, model, sizes, capacity)["select"]
     for rows in range(max(1, search.batch_tokens // search.longest), 0, -1):
         values = {key: rows * search.longest}
-        memory = _memory(with_settings(recipe, values), model, sizes, room)["select"]
-        if memory.bytes(room.sharing) <= room.bytes:
+        memory = _memory(with_settings(recipe, values), model, sizes, capacity)["select"]
+        if memory.bytes(capacity.sharing) <= capacity.bytes:
             return values, True, memory
     return {key: search.longest}, False, memory
 
 
-def _of_evaluation(recipe: Recipe, model: Model, sizes: Sizes, room: Room) -> tuple[SettingValues, bool]:
+def _of_evaluation(recipe: Recipe, model: Model, sizes: Sizes, capacity: Capacity) -> tuple[SettingValues, bool]:
     """As many questions as fit and are of use, at most all of a task, or the text."""
     settings = recipe.evaluate
-    most = stage_memory(model, sizes, recipe, 1, room.bf16, room.kind)["evaluate"].tokens_within(room.bytes)
+    most = stage_memory(model, sizes, recipe, 1, capacity.bf16, capacity.kind)["evaluate"].tokens_within(capacity.bytes)
     needed = max(settings.questions * settings.length, settings.perplexity_tokens)
-    useful = _EVALUATED_AT_ONCE if room.kind == "cpu" else needed
+    useful = _EVALUATED_AT_ONCE if capacity.kind == "cpu" else needed
     return {"evaluate.batch_tokens": max(settings.length, min(most, needed, useful))}, most >= settings.length

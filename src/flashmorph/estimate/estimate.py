@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from flashmorph.devices import usable
 from flashmorph.errors import UserError
-from flashmorph.estimate.auto import Room, choose, must_shard
+from flashmorph.estimate.auto import Capacity, choose, must_shard
 from flashmorph.estimate.gpus import Gpu
 from flashmorph.estimate.memory import Memory, stage_memory
 from flashmorph.estimate.sizes import Sizes, count_sizes
@@ -185,9 +185,9 @@ def estimate(
     own, hybrid = model.config, model.hybrid
     sizes = count_sizes(model.host, config, own)
     bf16 = recipe.bf16 is not False
-    room = Room(usable(gpu.memory_bytes) if gpu else 0.0, num_gpus, bf16=bf16)
-    sharded = must_shard(recipe, model, sizes, room) if gpu else recipe.shard is True
-    values = _at_once(recipe, model, sizes, gpu, room._replace(shard=sharded))
+    capacity = Capacity(usable(gpu.memory_bytes) if gpu else 0.0, num_gpus, bf16=bf16)
+    sharded = must_shard(recipe, model, sizes, capacity) if gpu else recipe.shard is True
+    values = _at_once(recipe, model, sizes, gpu, capacity._replace(shard=sharded))
     memory = {
         name: stage_memory(model, sizes, with_settings(recipe, own_values), num_gpus, bf16).get(name)
         for name, own_values in values.items()
@@ -223,10 +223,10 @@ def estimate(
     return Estimate(teacher, model, sizes, budget, cache, stages, gpu, num_gpus, utilisation, sharded)
 
 
-def _at_once(recipe: Recipe, model: Model, sizes: Sizes, gpu: Gpu | None, room: Room) -> dict[str, Figures]:
+def _at_once(recipe: Recipe, model: Model, sizes: Sizes, gpu: Gpu | None, capacity: Capacity) -> dict[str, Figures]:
     """What `auto` would choose on the GPU, by stage; where none is named, one row at once and layers kept."""
     stages = ("transplant", "teacher", "align", "signal", "select", "build", "logits", "distill", "extend", "evaluate")
-    found = {stage: choose(stage, recipe, model, sizes, room).values for stage in stages}
+    found = {stage: choose(stage, recipe, model, sizes, capacity).values for stage in stages}
     if gpu:
         return found
     kept = {key: False for own in found.values() for key in own if key.endswith("activation_checkpointing")}

@@ -65,10 +65,10 @@ class Memory(NamedTuple):
 
     def tokens_within(self, limit: float, gpus: int = 1) -> int:
         """The most tokens at once, in whole rows, that stay within `limit` bytes; 0 where no row does."""
-        room = limit - self._replace(tokens=0).bytes(gpus)
-        if room <= 0 or not self.per_token:
+        left = limit - self._replace(tokens=0).bytes(gpus)
+        if left <= 0 or not self.per_token:
             return 0
-        return int(room / self.per_token) // self.length * self.length
+        return int(left / self.per_token) // self.length * self.length
 
 
 def stage_memory(

@@ -63,7 +63,7 @@ def _kind(group: str, text: str) -> str:
 def repeats(ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """For each token the length of the longest n-gram ending with it that occurred before, and how far back.
 
-    Both `[time]`, in tokens; a token that is new has length 0 and distance 0. Of several earlier places with the
+    Both `[time]`, in tokens; a token that is new has length 0 and distance 0. Of several earlier positions with the
     longest n-gram the last one counts.
     """
     tokens = np.asarray(ids)

@@ -16,7 +16,7 @@ from flashmorph.evaluation.intervals import paired_share_interval, share_interva
 from flashmorph.evaluation.perplexity import RangeLosses, text_losses
 from flashmorph.evaluation.recall import answers_right
 from flashmorph.inputs.settings import Length, Many, Settings, Tokens, TokensAtOnce
-from flashmorph.progress import Report, silent
+from flashmorph.progress import Report, continued, silent
 from flashmorph.records import Figures
 from flashmorph.tasks import Example
 
@@ -122,13 +122,10 @@ def evaluate(
     done = 0
     right = {}
 
-    def report_all(step: float, steps: float, **figures: float) -> None:
-        report(done + step, total, **figures)
-
     for task, examples in questions.items():
-        right[task] = answers_right(model, tokenizer, examples, settings.tokens_at_once, report_all)
+        right[task] = answers_right(model, tokenizer, examples, settings.tokens_at_once, continued(report, done, total))
         done += len(examples)
-    losses = text_losses(model, text, settings.tokens_at_once, report_all)
+    losses = text_losses(model, text, settings.tokens_at_once, continued(report, done, total))
     by_range = RangeLosses.of(losses, text)
     return Score(right, by_range.perplexity["perplexity"], cache_bytes or {}, by_range, losses)
 

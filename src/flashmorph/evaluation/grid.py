@@ -13,7 +13,7 @@ from flashmorph.errors import UserError, unknown
 from flashmorph.evaluation.figures import Cell, Difference, Recall
 from flashmorph.evaluation.intervals import paired_share_interval, share_interval
 from flashmorph.evaluation.recall import answer_scores
-from flashmorph.progress import Report, silent
+from flashmorph.progress import Report, continued, silent
 from flashmorph.records import Figures
 from flashmorph.tasks import Lines, Prompt, Ruler
 
@@ -199,12 +199,9 @@ def ask_grid(
     total, done = sum(map(len, questions.prompts.values())), 0
     rows, left_out = [], list(questions.left_out)
 
-    def report_all(step: float, steps: float, **figures: float) -> None:
-        report(done + step, total, **figures)
-
     for (name, length), asked in questions.prompts.items():
         try:
-            scores = answer_scores(model, tokenizer, asked, questions.batch_tokens, report_all)
+            scores = answer_scores(model, tokenizer, asked, questions.batch_tokens, continued(report, done, total))
         except UserError as error:
             left_out.append(_left_out(name, length, error))
         else:

@@ -1,6 +1,6 @@
-"""Stock hybrid architectures that teachers are moved into, one file each.
+"""Architectures that teachers are moved into: stock hybrids, stock classes with windows, and our own type by head.
 
-A new family of teachers is one file with one class and one line in `HOSTS`.
+A family of an existing host is one entry in its `teachers`; a new host is one file with one class and its line below.
 """
 
 from collections.abc import Mapping

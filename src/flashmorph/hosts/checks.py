@@ -17,7 +17,7 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 """Rotary embeddings that transformers computes by one code in all Llama-shaped classes."""
 BIASED = ("qwen2",)
 """Teachers whose queries, keys and values have a bias that their configuration does not mention."""
-_STARTING_ANEW = ("phi3",)
+_DROPPING_CACHE = ("phi3",)
 """Teachers that drop the cache in `generate` where the other list of rope factors begins."""
 
 
@@ -75,7 +75,7 @@ def refuse_two_factors(config: PreTrainedConfig, host: str) -> None:
         UserError: names the length at which the lists change.
     """
     rope, limit = config.rope_parameters, config.max_position_embeddings
-    if config.model_type not in _STARTING_ANEW:
+    if config.model_type not in _DROPPING_CACHE:
         return
     if rope["rope_type"] != "longrope" or rope["short_factor"] == rope["long_factor"]:
         return

@@ -1,4 +1,4 @@
-"""`Host`: a stock hybrid architecture into which a teacher is transplanted without changing its outputs."""
+"""`Host`: an architecture into which a teacher is transplanted without changing its outputs."""
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence

@@ -197,7 +197,7 @@ class OwnHost(Host):
     def options(self, config: PreTrainedConfig) -> list[tuple[str, ...]]:
         """The option of each key-value head, layer by layer."""
         return [
-            tuple(option for _, option in sorted((head, option) for option, its in layer.items() for head in its))
+            tuple(option for _, option in sorted((head, option) for option, heads in layer.items() for head in heads))
             for layer in config.mixers
         ]
 
@@ -207,9 +207,9 @@ class OwnHost(Host):
         """The attention's own weights, and of each mixer the rows of the heads that have it."""
         state = {f"self_attn.{name}": weight for name, weight in states[FULL].items()}
         for option in set(options) - {FULL}:
-            its = [head for head, each in enumerate(options) if each == option]
+            heads = [head for head, each in enumerate(options) if each == option]
             for name, weight in states[option].items():
-                rows = weight.unflatten(0, (len(options), -1))[its].flatten(0, 1)
+                rows = weight.unflatten(0, (len(options), -1))[heads].flatten(0, 1)
                 state[f"self_attn.mixers.{option}.{name.removeprefix('mixer.')}"] = rows
         return state
 

@@ -7,10 +7,11 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from flashmorph.errors import UserError, quoted, unknown
+from flashmorph.errors import UserError, cut, quoted, unknown
 
 _LONGEST_NAME, _LONGEST_TEXT = 200, 200_000
 _DEEPEST, _MOST_VALUES = 100, 100_000
+_LONGEST_MESSAGE = 160
 
 
 class _Loader(yaml.SafeLoader):
@@ -78,8 +79,7 @@ def _refuse_bombs(root: yaml.Node | None) -> None:
 
 
 def _cut(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 160 else f"{text[:159]}…"
+    return cut(" ".join(text.split()), _LONGEST_MESSAGE)
 
 
 def sentence(error: ValidationError, model: type[BaseModel], replaced: Mapping[str, str] | None = None) -> str:
@@ -89,7 +89,7 @@ def sentence(error: ValidationError, model: type[BaseModel], replaced: Mapping[s
     """
     # Where one value may be several things, what went furthest is what was meant.
     problem = max(error.errors(include_url=False), key=lambda problem: len(problem["loc"]))
-    path, owner = _place(problem["loc"], model)
+    path, owner = _located(problem["loc"], model)
     if problem["type"] == "extra_forbidden" and (instead := (replaced or {}).get("".join(path))):
         return f"there is no {''.join(path)} any more: {instead}"
     if problem["type"] == "extra_forbidden" and owner:
@@ -100,7 +100,7 @@ def sentence(error: ValidationError, model: type[BaseModel], replaced: Mapping[s
     return f"{_cut(''.join(path))}: {message[0].lower()}{message[1:]} (got {quoted(problem['input'])})"
 
 
-def _place(location: tuple[int | str, ...], model: Any) -> tuple[list[str], Any]:
+def _located(location: tuple[int | str, ...], model: Any) -> tuple[list[str], Any]:
     """A path in the settings as people write it, `data.mixture[0].weight`, and the settings class that holds it.
 
     pydantic also names which member of a union it tried; that is left out.

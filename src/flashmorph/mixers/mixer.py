@@ -53,11 +53,11 @@ class Kernels(NamedTuple):
     apart: Mapping[str, Callable[..., Any]] = {}
     lean: Mapping[str, Callable[..., Any]] = {}
     needs: Mapping[str, str] = {}
-    no_gradient: Callable[[], str] = str
+    no_gradient: Callable[[], str] = lambda: ""
 
 
 class Mixer(Protocol):
-    """One kind of mixer, as an option of a host's layers. Its modules are transformers' own.
+    """One kind of mixer, as an option of a host's layers. Its modules are transformers' own, or those of `own/`.
 
     `name` is the mixer in words. A mixer that is not `trainable` has no weights of its own, and there is nothing to
     align. One that `borrows` runs on the attention's projections, whatever weights it has besides. `separable_by_head`:

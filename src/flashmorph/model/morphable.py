@@ -47,7 +47,7 @@ class Branch(nn.Module):
 class MorphableLayer(nn.Module):
     """Stands where the attention stood in a decoder layer; `branches` has a branch for each option.
 
-    `number` of `layers`: its place in the decoder. Its rows of the gates are one, or one for each key-value head.
+    `number` of `layers`: its index in the decoder. Its rows of the gates are one, or one for each key-value head.
     """
 
     def __init__(self, number: int, layers: int, branches: Mapping[str, Branch]):

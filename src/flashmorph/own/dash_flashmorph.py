@@ -154,15 +154,15 @@ class Dash(RowMixer):
     ) -> torch.Tensor:
         """The output of a block of queries from token `before` on; `keys` and `values` have their head for each."""
         time, stop = q.shape[2], before + q.shape[2]
-        places = torch.arange(before, stop, device=q.device)[:, None]
-        bias = self._bias(self.routed(q, summaries, before), places // self.chunk)
+        positions = torch.arange(before, stop, device=q.device)[:, None]
+        bias = self._bias(self.routed(q, summaries, before), positions // self.chunk)
         inside = (stop - 1) // self.chunk * self.chunk
         spread = bias.repeat_interleave(self.chunk, -1)
         tail = torch.zeros(*bias.shape[:2], time, stop - inside, device=q.device)
         numbers = torch.arange(stop, device=q.device)
         # A query's own chunk is not among those that it routes to.
-        mine = numbers // self.chunk == places // self.chunk
-        mask = torch.cat([spread, tail], -1).masked_fill(mine, 0.0).masked_fill(numbers > places, -math.inf)
+        mine = numbers // self.chunk == positions // self.chunk
+        mask = torch.cat([spread, tail], -1).masked_fill(mine, 0.0).masked_fill(numbers > positions, -math.inf)
         mask = mask.to(q.dtype).repeat_interleave(self.groups, 1)
         return masked_attention(q, keys[:, :, :stop], values[:, :, :stop], mask, 1)
 

@@ -13,7 +13,7 @@ _FAILURE = 0.5
 
 
 def halve(k: torch.Tensor, v: torch.Tensor, halving: str, seed: int = 0) -> torch.Tensor:
-    """The places `[batch, heads, ..., points / 2]` of the points that stay, one of each two neighbours, in order.
+    """The indices `[batch, heads, ..., points / 2]` of the points that stay, one of each two neighbours, in order.
 
     Kernel halving (Express, arXiv 2606.10944, algorithm 6): signs are chosen one pair after the other so that the
     signed sum of the kernel `exp(k · k' / sqrt(head_dim)) (v · v' + b^2)` stays small, b the largest entry of a value.
@@ -35,8 +35,8 @@ def halve(k: torch.Tensor, v: torch.Tensor, halving: str, seed: int = 0) -> torc
     draws = torch.rand(apart.shape[2:-1], generator=drawn) * 2 - 1
     sizes = apart.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     largest = 0.5 + math.log(4 * apart.shape[-1] / _FAILURE)
-    places = kept(apart, draws.to(k.device) * largest * sizes * sizes.cummax(-1).values)
-    return places ^ int(torch.randint(2, (), generator=drawn))
+    indices = kept(apart, draws.to(k.device) * largest * sizes * sizes.cummax(-1).values)
+    return indices ^ int(torch.randint(2, (), generator=drawn))
 
 
 def halve_by_coin(k: torch.Tensor, seed: int) -> torch.Tensor:
@@ -48,7 +48,7 @@ def halve_by_coin(k: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def kept(apart: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
-    """The places of the points that stay, `[..., pairs]`.
+    """The indices of the points that stay, `[..., pairs]`.
 
     Args:
         apart: Products of the differences of neighbours, `[..., pairs, pairs]`.

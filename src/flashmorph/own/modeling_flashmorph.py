@@ -44,9 +44,9 @@ class FlashmorphAttention(Qwen3Attention):
         self.rotates = not config.no_rope_layers or bool(config.no_rope_layers[layer_idx])
         self.sliding_window = None
         assert config.mixers is not None
-        self.heads = {name: list(its) for name, its in config.mixers[layer_idx].items()}
+        self.heads = {name: list(heads) for name, heads in config.mixers[layer_idx].items()}
         self.mixers = nn.ModuleDict(
-            {name: self.new_mixer(name, len(its)) for name, its in self.heads.items() if name != FULL}
+            {name: self.new_mixer(name, len(heads)) for name, heads in self.heads.items() if name != FULL}
         )
 
     def new_mixer(self, name: str, heads: int) -> OwnMixer:
@@ -66,7 +66,7 @@ class FlashmorphAttention(Qwen3Attention):
         `kwargs` has the cache under transformers' name, if there is one.
         """
         cache = kwargs.pop(CACHE, None)
-        mixing: Any = {name: (its, self.mixers[name] if name != FULL else None) for name, its in self.heads.items()}
+        mixing: Any = {name: (heads, self.mixers[name] if name != FULL else None) for name, heads in self.heads.items()}
         return self.mix(mixing, hidden_states, position_embeddings, attention_mask, cache, **kwargs), None
 
     def mix(
@@ -87,11 +87,11 @@ class FlashmorphAttention(Qwen3Attention):
         layer: Any = cache.layers[self.layer_idx] if cache is not None else None
         outputs: list[torch.Tensor] = []
         by_head: dict[int, torch.Tensor] = {}
-        for name, (its, mixer) in mixing.items():
-            rows = self._own(q, k.shape[1], its)
-            key, value = (k, v) if len(its) == k.shape[1] else (_heads(k, its), _heads(v, its))
+        for name, (heads, mixer) in mixing.items():
+            rows = self._own(q, k.shape[1], heads)
+            key, value = (k, v) if len(heads) == k.shape[1] else (_heads(k, heads), _heads(v, heads))
             if mixer is not None and not mixer.key_bias:
-                key = self._without_bias(key, its)
+                key = self._without_bias(key, heads)
             if mixer is not None and mixer.conv is not None:
                 rows, key, value = mixer.conv(rows, key, value, hidden, real, self._state(layer, f"{name}.conv"))
             if self.rotates and (mixer is None or mixer.rotary):
@@ -99,27 +99,27 @@ class FlashmorphAttention(Qwen3Attention):
             if mixer is None:
                 outputs.append(self._full(rows, key, value, causal, cache, **kwargs))
             else:
-                heads = mixer(rows, key, value, hidden, real, self._state(layer, name))
-                outputs.append(heads.transpose(1, 2).unflatten(2, (len(its), self.num_key_value_groups)))
-            by_head |= zip(its, outputs[-1].split(1, 2), strict=True)
+                mixed = mixer(rows, key, value, hidden, real, self._state(layer, name))
+                outputs.append(mixed.transpose(1, 2).unflatten(2, (len(heads), self.num_key_value_groups)))
+            by_head |= zip(heads, outputs[-1].split(1, 2), strict=True)
         if hasattr(layer, "seen"):  # By its class another copy of these files would not be known.
             layer.seen += hidden.shape[1]
         in_order = [by_head[head] for head in sorted(by_head)]
         output = outputs[0] if [*by_head] == sorted(by_head) and len(outputs) == 1 else torch.cat(in_order, 2)
         return self.o_proj(output.reshape(*hidden.shape[:2], -1))
 
-    def _own(self, q: torch.Tensor, heads: int, its: Sequence[int]) -> torch.Tensor:
+    def _own(self, q: torch.Tensor, num_heads: int, heads: Sequence[int]) -> torch.Tensor:
         """The query heads of these key-value heads."""
-        if len(its) == heads:
+        if len(heads) == num_heads:
             return q
-        return _heads(q.unflatten(1, (heads, self.num_key_value_groups)), its).flatten(1, 2)
+        return _heads(q.unflatten(1, (num_heads, self.num_key_value_groups)), heads).flatten(1, 2)
 
-    def _without_bias(self, key: torch.Tensor, its: Sequence[int]) -> torch.Tensor:
+    def _without_bias(self, key: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
         """Keys `[batch, heads, time, head_dim]` of these heads without the bias of their projection."""
         if self.k_proj.bias is None or self.config.qk_norm:
             return key
         bias = self.k_proj.bias.view(1, -1, 1, self.head_dim)
-        return key - (bias if len(its) == bias.shape[1] else _heads(bias, its))
+        return key - (bias if len(heads) == bias.shape[1] else _heads(bias, heads))
 
     def _full(
         self,
@@ -144,9 +144,9 @@ class FlashmorphAttention(Qwen3Attention):
         return None if layer is None else layer.states.setdefault(name, {})
 
 
-def _heads(x: torch.Tensor, its: Sequence[int]) -> torch.Tensor:
+def _heads(x: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
     """These heads of `[batch, heads, ...]`, by slices: an index would be sent to the GPU for every token."""
-    return torch.cat([x[:, head : head + 1] for head in its], 1)
+    return torch.cat([x[:, head : head + 1] for head in heads], 1)
 
 
 class _StartsMixers:

@@ -103,18 +103,18 @@ class Pooled(RowMixer):
         held = self._pooled(before + time - 1)
         low = (self._pooled(before) - first) * self.segment
         stop = before + time - first * self.segment
-        places = torch.cat([torch.arange(min(self.sinks, stop)), torch.arange(self.sinks + low, stop)]).to(q.device)
-        numbers = torch.where(places < self.sinks, places, places + first * self.segment)
+        positions = torch.cat([torch.arange(min(self.sinks, stop)), torch.arange(self.sinks + low, stop)]).to(q.device)
+        numbers = torch.where(positions < self.sinks, positions, positions + first * self.segment)
         recent = (numbers >= self.sinks + pooled * self.segment) | (numbers < self.sinks)
         seen = torch.cat([torch.arange(held, device=q.device) < pooled, recent & (numbers <= own[:, None])], 1)
         weights = q.new_zeros(len(numbers) + held)
         weights[:held] = math.log(self.segment)
         mask = weights.expand(time, -1).masked_fill(~seen, -math.inf)
-        k = torch.cat([pooled_k[:, :, :held], keys[:, :, places]], 2)
+        k = torch.cat([pooled_k[:, :, :held], keys[:, :, positions]], 2)
         if self.groups > 1:
-            k, values = k.repeat_interleave(self.groups, 1), values[:, :, places].repeat_interleave(self.groups, 1)
+            k, values = k.repeat_interleave(self.groups, 1), values[:, :, positions].repeat_interleave(self.groups, 1)
         else:
-            values = values[:, :, places]
+            values = values[:, :, positions]
         return masked_attention(q, k, torch.cat([pooled_v[:, :, :held], values], 2), mask, 1)
 
 

@@ -34,15 +34,15 @@ class RowMixer(OwnMixer):
         output, states = torch.zeros_like(q), []
         for row in range(len(k)):
             own = torch.ones(k.shape[2], dtype=torch.bool) if real is None else real[row].bool().cpu()
-            places = own.nonzero()[:, 0].to(k.device)
+            positions = own.nonzero()[:, 0].to(k.device)
             kept: State = {}
             if state:
                 sizes = self.sizes(int(counts[row]))
                 kept = {name: state[name][row : row + 1, :, :size] for name, size in sizes.items()}
                 kept["count"] = counts[row : row + 1]
             part = slice(row, row + 1)
-            output[part, :, places] = self.run(
-                q[part][:, :, places], k[part][:, :, places], v[part][:, :, places], kept
+            output[part, :, positions] = self.run(
+                q[part][:, :, positions], k[part][:, :, positions], v[part][:, :, positions], kept
             )
             states.append(kept)
         if state is not None:

@@ -29,8 +29,8 @@ class Window(OwnMixer):
         order = before["count"][:, None] + real.cumsum(1) - 1
         sinks = {name: before[f"first_{name}"] for name in ("k", "v")}
         if self.sinks:
-            places = torch.arange(self.sinks, device=k.device)[:, None]
-            taken = ((order[:, None] == places) & real[:, None]).to(k.dtype)
+            slots = torch.arange(self.sinks, device=k.device)[:, None]
+            taken = ((order[:, None] == slots) & real[:, None]).to(k.dtype)
             sinks = {"k": sinks["k"] + taken[:, None] @ k, "v": sinks["v"] + taken[:, None] @ v}
         keys, values = torch.cat([before["k"], k], 2), torch.cat([before["v"], v], 2)
         seen = torch.cat([before["real"], real], 1)
@@ -65,13 +65,13 @@ class Window(OwnMixer):
         """Block by block of queries, each with the keys that its windows reach."""
         time = q.shape[2]
         offset = keys.shape[2] - time
-        places = torch.arange(keys.shape[2], device=q.device)
+        positions = torch.arange(keys.shape[2], device=q.device)
         numbers = torch.arange(self.sinks, device=q.device)
         outputs = []
         for start in range(0, time, self.block):
             stop = min(start + self.block, time)
             low = max(0, offset + start - self.size + 1)
-            near, own = places[low : offset + stop], places[offset + start : offset + stop, None]
+            near, own = positions[low : offset + stop], positions[offset + start : offset + stop, None]
             back = own - near
             mask = (back >= 0) & (back < self.size) & seen[:, None, low : offset + stop]
             # A token of the padding sees itself, so that no row of scores is empty.

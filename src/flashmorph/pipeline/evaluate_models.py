@@ -14,7 +14,7 @@ from flashmorph.data.corpus import Corpus, Mixture
 from flashmorph.data.heldout import HeldOut
 from flashmorph.devices import usable_memory
 from flashmorph.errors import UserError
-from flashmorph.estimate.auto import Room, asked, choose
+from flashmorph.estimate.auto import Capacity, asked, choose
 from flashmorph.estimate.sizes import count_sizes
 from flashmorph.estimate.work import model_in
 from flashmorph.evaluation import (
@@ -77,7 +77,7 @@ class Wanted:
 
 
 @dataclass
-class Found:
+class Evaluated:
     """The results of one model."""
 
     score: Score
@@ -112,9 +112,9 @@ def fit_to_models(names: Sequence[str], recipe: Recipe, device: torch.device) ->
     if not asked(recipe, "evaluate"):
         return recipe, notice
     models = [model_in(config) for config in configs]
-    room = Room(usable_memory(device), kind=device.type)
+    capacity = Capacity(usable_memory(device), kind=device.type)
     every = [
-        choose("evaluate", recipe, model, count_sizes(model.host, model.config, model.config, device), room).values
+        choose("evaluate", recipe, model, count_sizes(model.host, model.config, model.config, device), capacity).values
         for model in models
     ]
     return with_settings(recipe, {key: min(values[key] for values in every) for key in every[0]}), notice
@@ -156,14 +156,16 @@ def compare_models(names: Sequence[str], wanted: Wanted, device: torch.device, s
     check(names, wanted.longest)
     if wanted.tokens:
         _require_one_tokenizer(names)
-    found: dict[str, Found] = {}
+    evaluated: dict[str, Evaluated] = {}
     for name in names:
-        found[name] = _judge(name, wanted, device, screen, found.get(names[0]))
-    first = found[names[0]]
-    return {name: _figures(each, None if each is first else first) for name, each in found.items()}
+        evaluated[name] = _judge(name, wanted, device, screen, evaluated.get(names[0]))
+    first = evaluated[names[0]]
+    return {name: _figures(each, None if each is first else first) for name, each in evaluated.items()}
 
 
-def _judge(name: str, wanted: Wanted, device: torch.device, screen: Screen, first: Found | None = None) -> Found:
+def _judge(
+    name: str, wanted: Wanted, device: torch.device, screen: Screen, first: Evaluated | None = None
+) -> Evaluated:
     """The results of one model, on the same text as the `first` if it has the same vocabulary."""
     recipe, corpus = wanted.recipe, wanted.corpus
     dtype = recipe.evaluate.dtype_on(device.type)
@@ -186,42 +188,42 @@ def _judge(name: str, wanted: Wanted, device: torch.device, screen: Screen, firs
         same = first is not None and first.vocabulary == vocabulary
         text = first.text if first and same else held_out(recipe, corpus, tokenizer)
         score = evaluate(model, tokenizer, questions, text, recipe.evaluate, cache_by_context(model.config), report)
-        found = Found(score, vocabulary, text, harness=of_harness)
+        evaluated = Evaluated(score, vocabulary, text, harness=of_harness)
         if wanted.tokens:
-            found.classes = first.classes if first else TokenClasses.of(text, tokenizer)
+            evaluated.classes = first.classes if first else TokenClasses.of(text, tokenizer)
     if grid:
         with screen.stage("evaluate", f"{name}: grid") as report:
-            found.grid = ask_grid(model, tokenizer, grid, report)
-    return found
+            evaluated.grid = ask_grid(model, tokenizer, grid, report)
+    return evaluated
 
 
-def _figures(found: Found, first: Found | None) -> Figures:
-    figures = found.score.to_dict()
-    if found.harness:
-        figures["harness"] = [figure.to_dict() for figure in found.harness]
-    if found.grid:
-        figures["grid"] = {**found.grid.to_dict(), "worst": found.grid.worst(first.grid if first else None)}
+def _figures(evaluated: Evaluated, first: Evaluated | None) -> Figures:
+    figures = evaluated.score.to_dict()
+    if evaluated.harness:
+        figures["harness"] = [figure.to_dict() for figure in evaluated.harness]
+    if evaluated.grid:
+        figures["grid"] = {**evaluated.grid.to_dict(), "worst": evaluated.grid.worst(first.grid if first else None)}
     if first is None:
         return figures
     by_task = {}
-    for task, right in found.score.right.items():
+    for task, right in evaluated.score.right.items():
         other = first.score.right[task]
         low, high = paired_share_interval([right], [other])
         by_task[task] = {"difference": (sum(right) - sum(other)) / len(right), "interval": (low, high)}
-    minus: Figures = {"recall": {**recall_difference(found.score, first.score), "by_task": by_task}}
-    if found.vocabulary == first.vocabulary:
-        minus["perplexity"] = perplexity_ratio(found.score, first.score)
-    if found.grid and first.grid:
-        minus["grid"] = found.grid.minus(first.grid)
-    if found.harness:
+    minus: Figures = {"recall": {**recall_difference(evaluated.score, first.score), "by_task": by_task}}
+    if evaluated.vocabulary == first.vocabulary:
+        minus["perplexity"] = perplexity_ratio(evaluated.score, first.score)
+    if evaluated.grid and first.grid:
+        minus["grid"] = evaluated.grid.minus(first.grid)
+    if evaluated.harness:
         theirs = {(figure.task, figure.metric): figure for figure in first.harness}
-        pairs = [(figure, theirs[figure.task, figure.metric]) for figure in found.harness]
+        pairs = [(figure, theirs[figure.task, figure.metric]) for figure in evaluated.harness]
         minus["harness"] = [
             {"task": one.task, "metric": one.metric, **difference}
             for one, other in pairs
             if (difference := one.minus(other))
         ]
-    own, theirs = found.score.losses, first.score.losses
-    if found.classes and own is not None and theirs is not None:
-        minus["tokens"] = found.classes.compare(own, theirs)
+    own, theirs = evaluated.score.losses, first.score.losses
+    if evaluated.classes and own is not None and theirs is not None:
+        minus["tokens"] = evaluated.classes.compare(own, theirs)
     return {**figures, "minus_first": minus}

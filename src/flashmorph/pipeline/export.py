@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from flashmorph.convert.checkpoint import travelling_content, travelling_files, weight_files
+from flashmorph.convert.checkpoint import CONFIG, travelling_content, travelling_files, weight_files
 from flashmorph.convert.load import load_config
 from flashmorph.devices import dtype_name
 from flashmorph.errors import UserError, quoted
@@ -75,7 +75,7 @@ def export_gguf(
 
 
 def _config_of(folder: Path) -> PreTrainedConfig:
-    if (folder / MARKER).is_file() and not (folder / "config.json").is_file():
+    if (folder / MARKER).is_file() and not (folder / CONFIG).is_file():
         raise UserError(
             f"the run {folder} has no hybrid yet: let `flashmorph morph` finish it, or give the folder of a checkpoint "
             "that `flashmorph build`, `distill` or `extend` names"
@@ -154,9 +154,9 @@ def lay_out(folder: Path, config: PreTrainedConfig, target_folder: Path) -> None
         target = target_folder / path.relative_to(folder)
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(travelling_content(path))
-    values = {name: value for name, value in read_json(folder / "config.json").items() if name != "auto_map"}
+    values = {name: value for name, value in read_json(folder / CONFIG).items() if name != "auto_map"}
     values.setdefault("rope_parameters", config.rope_parameters)
-    write_json(target_folder / "config.json", host_of(config).serialise(values))
+    write_json(target_folder / CONFIG, host_of(config).serialise(values))
 
 
 def card_of(folder: Path, config: PreTrainedConfig, options: Sequence[str]) -> Figures:

@@ -18,7 +18,7 @@ def continue_prompt(
     prompt: str,
     max_new_tokens: int,
     device: torch.device,
-    tell: Callable[[str], None] = lambda notice: None,
+    say: Callable[[str], None] = lambda notice: None,
     allow_unused: bool = False,
 ) -> str:
     """Greedy continuation of `prompt`, with the cache.
@@ -28,14 +28,14 @@ def continue_prompt(
         prompt: Text, of at least one token with the special tokens before it.
         max_new_tokens: The most tokens that are generated.
         device: Where the model runs.
-        tell: Called with each notice about stored weights that are not used.
+        say: Called with each notice about stored weights that are not used.
         allow_unused: Whether such weights are reported instead of refused.
 
     Raises:
         UserError: see `open_model`; or the prompt is empty, or with what is to be generated longer than the model's
             contexts.
     """
-    model, tokenizer = open_model(name, device, tell, allow_unused)
+    model, tokenizer = open_model(name, device, say, allow_unused)
     ids = [*before_text(tokenizer), *tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids]
     if not ids:
         raise UserError("the prompt is empty; give some text to continue")

@@ -150,6 +150,11 @@ class Plan:
             raise UserError(f"{path} is no plan: {error}") from error
 
 
+def in_short(assignments: Mapping[str, str]) -> str:
+    """`Plan.in_short` of a plan of which a file has the assignments alone."""
+    return Plan.of(assignments, Budget("layers", 1)).in_short()
+
+
 class _PlanFile(Shape):
     """The required keys of a plan's file; other keys are ignored."""
 

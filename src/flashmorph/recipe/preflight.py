@@ -58,7 +58,7 @@ def check_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stages: Colle
     """
     passes, splits = recipe.data.max_passes, _splits(recipe, stages)
     for part, share in shares_of(recipe.data.corpus):
-        if not part.paths() is not None:
+        if part.paths() is None:
             continue
         needed = {settings.stage: round(share * _text_tokens(settings)) for settings in _trained(recipe, stages)}
         enough = max(needed.values(), default=0) / passes if passes else 0

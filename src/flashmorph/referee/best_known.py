@@ -49,8 +49,9 @@ class BestKnown:
     def half_width(self, plan: Plan) -> float:
         """Half of the 95 % interval of the regret, in nats: a paired bootstrap over questions.
 
-        Each question is a draw of its own, with replacement, of keys and of a place in the split's text, so questions
-        are what is drawn anew. The interval is about questions from this text; it says nothing of another one.
+        Each question is a draw of its own, with replacement, of keys and of a position in the split's text, so
+        questions are what is drawn anew. The interval is about questions from this text; it says nothing of another
+        one.
         """
         low, high = paired_interval([self._differences(plan).tolist()], [[0.0] * self.objective.num_questions])
         return (high - low) / 2

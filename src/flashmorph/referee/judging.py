@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import torch
 
-from flashmorph.estimate.auto import COMPARE
 from flashmorph.files import digest_of
 from flashmorph.pipeline.branches import run_align, run_transplant
 from flashmorph.pipeline.signal import with_signal
 from flashmorph.plan import Budget, Plan
+from flashmorph.recipe.preflight import COMPARE
 from flashmorph.records import Figures, SettingValues
 from flashmorph.referee.after import after_distillation
 from flashmorph.referee.best_known import BestKnown, found_once

@@ -31,7 +31,7 @@ class Reference(Protocol):
         ...
 
     def rank(self, plan: Plan) -> int | None:
-        """The place of `plan` among all plans; None where not all of them are known."""
+        """The rank of `plan` among all plans; None where not all of them are known."""
         ...
 
     def half_width(self, plan: Plan) -> float | None:

@@ -43,11 +43,11 @@ class Truth:
 
     def loss(self, plan: Plan) -> float:
         """Mean loss of `plan`."""
-        return float(self.means[self._place(plan)])
+        return float(self.means[self._index(plan)])
 
     def regret(self, plan: Plan) -> float:
         """Mean loss of `plan` minus that of the best plan."""
-        return float(self.means[self._place(plan)] - self.means.min())
+        return float(self.means[self._index(plan)] - self.means.min())
 
     def rank(self, plan: Plan) -> int:
         """1 where `plan` is not distinguishable from the best one, else 1 + the number of plans that are better.
@@ -55,10 +55,10 @@ class Truth:
         Better means that the paired bootstrap's 95 % interval of the difference of mean losses lies below 0; questions
         are drawn anew `RESAMPLES` times, the same ones for all plans.
         """
-        place = self._place(plan)
-        if self._is_first[place]:
+        index = self._index(plan)
+        if self._is_first[index]:
             return 1
-        differences = self._resampled - self._resampled[:, [place]]
+        differences = self._resampled - self._resampled[:, [index]]
         return 1 + int((np.quantile(differences, (1 + CONFIDENCE) / 2, axis=0) < 0).sum())
 
     @cached_property
@@ -90,7 +90,7 @@ class Truth:
             "first": [self.plans[at].assignments for at in np.argsort(means) if self._is_first[at]],
         }
 
-    def _place(self, plan: Plan) -> int:
+    def _index(self, plan: Plan) -> int:
         for index, other in enumerate(self.plans):
             if other.assignments == plan.assignments:
                 return index

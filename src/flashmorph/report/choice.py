@@ -1,6 +1,7 @@
 """The plan, its search, and its rank among all plans."""
 
-from flashmorph.plan import FULL, Budget, Plan
+from flashmorph.plan import FULL, Plan
+from flashmorph.plan.plan import in_short
 from flashmorph.records import Figures
 from flashmorph.report.charts import Chart, Dots, Heat, Lines, Panel, Series
 from flashmorph.report.looks import QUIET, Look, colour
@@ -28,13 +29,13 @@ def heads(source: Source) -> Chart | None:
         return None
     layers = sorted({group.layer for group in plan.assignments})
     rows = sorted({group.kv_head or 0 for group in plan.assignments})
-    places = {(group.kv_head or 0, group.layer): number for number, group in enumerate(plan.assignments)}
+    cell_of = {(group.kv_head or 0, group.layer): number for number, group in enumerate(plan.assignments)}
     options, about = list(plan.assignments.values()), tips(source)
     groups = list(plan.assignments)
 
     def panel(title: str, values: list[float]) -> Heat:
         """Percent, head by head."""
-        cells = [[places.get((head, layer)) for layer in layers] for head in rows]
+        cells = [[cell_of.get((head, layer)) for layer in layers] for head in rows]
         return Heat(
             title,
             "layer",
@@ -50,7 +51,7 @@ def heads(source: Source) -> Chart | None:
 
     panels: list[Panel] = [panel("100 = stays full", [100.0 * (option == FULL) for option in options])]
     if plan.scores:
-        worth = [row[FULL] - max(score for option, score in row.items() if option != FULL) for row in plan.scores]
+        worth = _worth(plan)
         least, span = min(worth), max(max(worth) - min(worth), 1e-12)
         panels.append(panel("score of staying full, 100 = highest", [100 * (each - least) / span for each in worth]))
     note = f"Each column is a layer, each row a key-value head with its queries; scores are those of {plan.strategy}."
@@ -63,7 +64,7 @@ def scores(source: Source) -> Chart | None:
     if not plan.scores or plan.has_heads:
         return None
     groups = list(plan.assignments)
-    values = [row[FULL] - max(score for option, score in row.items() if option != FULL) for row in plan.scores]
+    values = _worth(plan)
     series = []
     for name, kept, look in (
         ("stays full", True, Look(colour(0), line=False)),
@@ -121,9 +122,9 @@ def regret(source: Source) -> Chart | None:
         ]
         if known:
             # The regret may be negative.
-            title, y_label = f"budget {budget}: best known {_short(known)}", "regret, nats a token"
+            title, y_label = f"budget {budget}: best known {in_short(known)}", "regret, nats a token"
         else:
-            title = f"budget {budget}: {truth['plans']} plans, best {_short(truth['best'])}"
+            title = f"budget {budget}: {truth['plans']} plans, best {in_short(truth['best'])}"
             y_label = f"regret + {_FLOOR:g}, nats a token"
         panels.append(Lines(title, "search cost, FLOPs", y_label, series, log_x=True, log_y=not known))
     found = any(truth.get("best_known") for truth in source.compared["truths"].values())
@@ -136,8 +137,9 @@ def regret(source: Source) -> Chart | None:
     return Chart("regret", title, note, panels) if panels else None
 
 
-def _short(assignments: dict[str, str]) -> str:
-    return Plan.of(assignments, Budget("layers", 1)).in_short()
+def _worth(plan: Plan) -> list[float]:
+    """`Space.worth` of the scores in a plan's file."""
+    return [row[FULL] - max(score for option, score in row.items() if option != FULL) for row in plan.scores]
 
 
 def _regrets(name: str, shade: str, rows: list[Figures], ends: tuple[float, float], floor: float) -> Series:

@@ -15,7 +15,7 @@ from flashmorph.convert.teacher import Teacher
 from flashmorph.data.corpus import Corpus, Mixture
 from flashmorph.devices import release_memory, usable_memory
 from flashmorph.errors import UserError
-from flashmorph.estimate.auto import Room, asked, chosen, must_shard, resolved, too_large, too_large_in_words
+from flashmorph.estimate.auto import Capacity, asked, chosen, must_shard, resolved, too_large, too_large_in_words
 from flashmorph.estimate.sizes import Sizes, count_sizes
 from flashmorph.estimate.work import Model, model_of
 from flashmorph.evaluation import Score, recall_difference
@@ -87,14 +87,14 @@ class Run:
         """What `shards` has to be; every rank must ask, before any stage: in some stages one rank is alone."""
         if not distributed.are_several():
             return False
-        room = self._room(shard=False)
-        return distributed.first(lambda: must_shard(self.recipe, *self._shape, room))
+        capacity = self._capacity(shard=False)
+        return distributed.first(lambda: must_shard(self.recipe, *self._shape, capacity))
 
     def say_what_is_too_large(self, stages: Collection[str]) -> None:
         """Print which of `stages` will not fit into the memory of this device, before hours go into those before."""
-        room = self._room(self.shards)
-        if large := distributed.first(lambda: too_large(self.recipe, *self._shape, room, stages)):
-            self.screen.say(too_large_in_words(large, room))
+        capacity = self._capacity(self.shards)
+        if large := distributed.first(lambda: too_large(self.recipe, *self._shape, capacity, stages)):
+            self.screen.say(too_large_in_words(large, capacity))
 
     @property
     def loads_on(self) -> torch.device:
@@ -120,19 +120,19 @@ class Run:
         """
         if not asked(self.recipe, stage):
             return self.recipe
-        room = self._room(self.shards and not alone, alone)
-        recipe, too_large = distributed.first(lambda: resolved(stage, self.recipe, folder, *self._shape, room))
+        capacity = self._capacity(self.shards and not alone, alone)
+        recipe, too_large = distributed.first(lambda: resolved(stage, self.recipe, folder, *self._shape, capacity))
         for section in too_large:
             self.screen.say(
                 f"{stage}: by the formulas of `flashmorph estimate` not one row of {section} fits into "
-                f"{byte_size(room.bytes)}; it goes on with one row at once"
+                f"{byte_size(capacity.bytes)}; it goes on with one row at once"
             )
         return recipe
 
-    def _room(self, shard: bool, alone: bool = False) -> Room:
+    def _capacity(self, shard: bool, alone: bool = False) -> Capacity:
         """What this process may fill, as one of all ranks or `alone`."""
         processes, here = (1, 1) if alone else (distributed.count(), distributed.local_count())
-        return Room(usable_memory(self.device, here), processes, shard, self.bf16, self.device.type)
+        return Capacity(usable_memory(self.device, here), processes, shard, self.bf16, self.device.type)
 
     @cached_property
     def _shape(self) -> tuple[Model, Sizes]:

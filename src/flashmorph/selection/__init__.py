@@ -1,6 +1,7 @@
 """Choosing which layers keep full attention: strategies, what they ask, and what answers.
 
-Strategies see a `Search`: a `Space`, a `Budget` and an `Objective`; only `objective.py` and `search.py` see a model.
+Strategies see a `Search`: a `Space`, a `Budget` and an `Objective`, never a model; that is seen by `objective.py` and
+the modules that it works with.
 """
 
 from flashmorph.selection.strategies import BASELINE, DEFAULT_STRATEGY, STRATEGIES

@@ -65,7 +65,7 @@ class Distiller:
 
     def run(self, path: Sequence[Plan], steps: int) -> tuple[PreTrainedModel, float]:
         """The last plan's model after the whole path, and its KL: the mean of the last quarter of its steps."""
-        weights = self._place(path, steps)
+        weights = self._folder_of(path, steps)
         kept = weights / "model.safetensors"
         if (known := distributed.first(lambda: _finished(kept))) is not None:
             model = self._morphable.instantiate(path[-1])
@@ -82,7 +82,7 @@ class Distiller:
             shutil.rmtree(weights / "checkpoints", ignore_errors=True)
             with atomic_path(kept) as temporary:
                 save_file(trainable_state(model), temporary)
-            names = {weights.name, self._place(path[:-1], steps).name}
+            names = {weights.name, self._folder_of(path[:-1], steps).name}
             for other in self._folder.iterdir():
                 if other.name not in names:
                     shutil.rmtree(other)
@@ -112,5 +112,5 @@ class Distiller:
             self._teacher = narrow(teacher, self._bf16)
         return self._teacher
 
-    def _place(self, path: Sequence[Plan], steps: int) -> Path:
+    def _folder_of(self, path: Sequence[Plan], steps: int) -> Path:
         return self._folder / digest_of([steps, [plan.assignments for plan in path]])

@@ -94,9 +94,9 @@ class PairEffects:
 
     def _with(self, heads: torch.Tensor, others: torch.Tensor, chosen: Collection[int], rows: range) -> torch.Tensor:
         """`heads` `[batch, time, heads · head_dim]` with the chosen groups' part from `others`."""
-        places = [number - rows.start for number in chosen]
+        indices = [number - rows.start for number in chosen]
         mixed = heads.clone().unflatten(-1, (len(rows), -1))
-        mixed[:, :, places] = others.unflatten(-1, (len(rows), -1))[:, :, places]
+        mixed[:, :, indices] = others.unflatten(-1, (len(rows), -1))[:, :, indices]
         return mixed.flatten(-2)
 
     def _shares(self, hidden: torch.Tensor) -> list[float]:

@@ -142,9 +142,9 @@ class MorphableObjective:
         for done, together in enumerate(distributed.rounds([[each] for each in wanted]), 1):
             own, counts = together[distributed.rank()]
             measured = {own[0]: self._pair_effects(*own[0], groups, kind, receivers)} if counts else {}
-            for place, values in [item for each in distributed.gather(measured) for item in each.items()]:
+            for index, values in [item for each in distributed.gather(measured) for item in each.items()]:
                 if values is not None:
-                    found[place] = values
+                    found[index] = values
                     self._ledger.effects(kind, values, receivers, self._data.settings.longest)
             report(done, -(-len(wanted) // distributed.count()))
         if empty := [task for task in range(tasks) if np.isnan(found[task]).all()]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from pydantic import BeforeValidator, Field
 
-from flashmorph.plan import Budget, Plan, Space
+from flashmorph.plan import FULL, Budget, Plan, Space
 from flashmorph.progress import Report, silent
 from flashmorph.records import Figures
 
@@ -250,7 +250,7 @@ def layer_scores(space: Space, values: Sequence[float]) -> np.ndarray:
     return group_scores(space, [values[group.layer] for group in space.groups])
 
 
-def group_scores(space: Space, values: Sequence[float], option: str = "full") -> np.ndarray:
+def group_scores(space: Space, values: Sequence[float], option: str = FULL) -> np.ndarray:
     """Scores `[groups, options]` from one value a group: what `option` is worth there, every other option 0."""
     scores = np.zeros(space.cost.shape)
     scores[:, space.options.index(option)] = values

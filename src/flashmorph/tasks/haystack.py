@@ -3,7 +3,9 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 
-REPEATED = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+"""RULER's sentence (arXiv 2404.06654)."""
+REPEATED = f"{NOISE}\n"
 
 
 def _as_it_is(line: str) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from flashmorph.errors import UserError, quoted
-from flashmorph.plan import Space
+from flashmorph.plan import FULL, Space
 from flashmorph.selection.strategy import Search, Selection, Strategy, group_scores
 
 SEEN = 0.01
@@ -59,7 +59,7 @@ def intervention(
     values = values + _spread(space, values)
     if every_layer:
         wanted |= {max(rows, key=lambda row: (row in wanted, values[row])) for rows in space.layers}
-    full = space.options.index("full")
+    full = space.options.index(FULL)
     spent = sum(space.cost[row, full] - space.cost[row].min() for row in wanted) + space.cost.min(1).sum()
     if spent > limit:
         raise UserError(f"strategy intervention: {len(wanted)} {unit} must stay full, more than budget {budget} has")
@@ -95,7 +95,7 @@ def _spread(space: Space, values: np.ndarray) -> np.ndarray:
     for layer, rows in enumerate(space.layers):
         empty = [row for row in rows if values[row] <= 0]
         have = len(rows) - len(empty)
-        order += [(place, _bits_reversed(layer), row) for place, row in enumerate(empty, have)]
+        order += [(rank, _bits_reversed(layer), row) for rank, row in enumerate(empty, have)]
     extra = np.zeros(len(values))
     for rank, (_, _, row) in enumerate(sorted(order)):
         extra[row] = (len(order) - rank) / max(1, len(order))

@@ -4,7 +4,8 @@ import random
 from bisect import bisect_right
 from itertools import accumulate
 
-from flashmorph.tasks.ruler.written import NOISE, Material, Written
+from flashmorph.tasks.haystack import NOISE
+from flashmorph.tasks.ruler.written import Material, Written
 
 _NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 _ASK = (

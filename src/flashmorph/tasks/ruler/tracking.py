@@ -3,7 +3,8 @@
 import random
 import string
 
-from flashmorph.tasks.ruler.written import NOISE, Material, Written
+from flashmorph.tasks.haystack import NOISE
+from flashmorph.tasks.ruler.written import Material, Written
 
 _ASK = (
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: Find "

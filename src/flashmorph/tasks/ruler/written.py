@@ -11,7 +11,6 @@ from wonderwords import RandomWord
 
 from flashmorph.tasks.breaking import SHARE, broken
 
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _LONGEST_WORD = 40
 
 
