@@ -17,6 +17,8 @@ def effects_like(worth: Any, groups: int, pairs: int) -> np.ndarray:
 class Forgetful:
     """The part of an `Objective` that has nothing to do with losses."""
 
+    num_tasks = 1
+
     def resume(self, cost) -> None:
         pass
 

@@ -22,9 +22,11 @@ from flashmorph.plan import Budget
 from flashmorph.selection import STRATEGIES, Search
 from flashmorph.selection.distilling import Distiller
 from flashmorph.selection.objective import MorphableObjective
+from flashmorph.selection.racing import start_questions
 from flashmorph.selection.search import own_settings
 from flashmorph.selection.searchdata import SearchData, SearchSettings
 from flashmorph.selection.state import StateOnDisk
+from flashmorph.selection.strategy import EACH_TASK
 from flashmorph.stages import DistillSettings
 from flashmorph.tasks import STYLES, Haystack, Layout, TaskSettings
 
@@ -113,7 +115,7 @@ def test_loss_and_gradient_do_not_depend_on_how_much_is_run_at_once(morphable, t
 def test_a_search_descends_what_plans_are_judged_by(morphable, tmp_path):
     """The loss of a plan's gates is the mean over questions of the losses that `evaluate` gives."""
     objective = objective_on(morphable, tmp_path, None, 2 * 96, 5 * 96, UNEVEN)
-    objective._data.batch = lambda step: objective._data.questions()
+    objective._data.batch = lambda step, each_task: objective._data.questions()
     space, budget = morphable.space(Budget("layers", 1)), Budget("layers", 1)
     for group in space.groups:
         plan = space.plan([group], budget)
@@ -139,6 +141,18 @@ def test_evaluations_are_run_once_then_read_from_disk_and_counted_by_every_searc
     assert again.cost.flops == objective.cost.flops
     whole = objective_on(morphable, tmp_path / "other", rows, micro_batch_tokens=4096)
     assert whole.text_losses([plan])[0] == pytest.approx(text_loss, rel=1e-5)
+
+
+def test_a_round_of_races_asks_every_task_however_long_the_rows(morphable, tmp_path, monkeypatch):
+    """Of 16K tokens one row is a batch: the order of candidates would be that of one question, of one task."""
+    tasks = [{"task": "many_keys", "num_keys": number} for number in (1, 2)]
+    objective = objective_on(morphable, tmp_path, tasks=tasks)
+    assert objective.num_tasks == 2 and [len(objective._data.batch(step)) for step in range(3)] == [1, 1, 1]
+    asked: list[int] = []
+    monkeypatch.setattr(objective._losses, "gradient", lambda gates, batch, loss: asked.append(len(batch)))
+    objective.gradient(GATES, 1, "answers", EACH_TASK)
+    objective.gradient(GATES, 1, "answers")
+    assert asked == [2, 1] and [start_questions(tasks) for tasks in (1, 2, 3, 4, 5, 9)] == [4, 4, 6, 4, 5, 9]
 
 
 def test_plans_share_text_as_they_share_questions(morphable, tmp_path):

@@ -18,7 +18,7 @@ from surfaces import Forgetful, search_on
 
 from flashmorph.plan import Budget, Plan, Space
 from flashmorph.selection import STRATEGIES
-from flashmorph.selection.strategy import Cost, Distilled
+from flashmorph.selection.strategy import EACH_TASK, Cost, Distilled
 
 KNOWN = Path(__file__).with_name("plans_of_0_2.json")
 SETTINGS = {
@@ -53,7 +53,7 @@ class Surface(Forgetful):
         return 9 - helps[:, None] + self._difficulty[chosen] - full @ self._questions[chosen].T
 
     def gradient(self, gates, step, loss, data="questions"):
-        self.asked.append([step, loss, data])
+        self.asked.append([step, loss, "questions" if data == EACH_TASK else data])  # There is one task.
         full = gates.detach().double().numpy()[:, self._full]
         gradient = np.zeros(gates.shape)
         question = self._questions[step % self.num_questions]

@@ -54,6 +54,8 @@ class Surface:
     up by a gate that helps as the square of its distance to 1 falls.
     """
 
+    num_tasks = 1
+
     def __init__(
         self, help: Callable, layers: int = LAYERS, num_questions: int = 40, noise: float = 0.1, seed: int = 0
     ):

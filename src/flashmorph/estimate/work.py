@@ -22,7 +22,7 @@ from flashmorph.recipe.outlook import least_rounds, num_models, search_tokens, s
 from flashmorph.recipe.pricing import budget_of_recipe
 from flashmorph.recipe.recipe import Recipe
 from flashmorph.selection import BASELINE, STRATEGIES
-from flashmorph.selection.racing import START_QUESTIONS
+from flashmorph.selection.racing import start_questions
 from flashmorph.selection.search import plan_without_search
 from flashmorph.stages import DistillSettings, ExtendSettings
 
@@ -208,29 +208,27 @@ def select_work(model: Model, recipe: Recipe) -> Work | None:
         # On average half of the layers are shared. The plan itself has run in the round before.
         exchanges = model.kept * (model.groups - model.kept)
         plans = 1 + rounds * min(swaps_of(recipe).candidates, exchanges)
-        raced = plans * START_QUESTIONS * recipe.select.search.longest / 2 / tokens
+        raced = plans * start_questions(len(recipe.tasks)) * recipe.select.search.longest / 2 / tokens
         passes.append(_times("first questions of the races", raced, body_forward(model, recipe.select.search.longest)))
     return Work(tokens, passes)
 
 
 def distill_work(model: Model, recipe: Recipe) -> Work:
-    """The teacher forward, unless it has been; the student forward and backward; chunks of logits twice."""
+    """The teacher forward, unless it has been; the student forward and backward."""
     settings, plans = recipe.distill, 2 if recipe.baseline else 1
-    teacher = [] if settings.teacher_logits else _teacher(model, settings.length, 2)
+    teacher = [] if settings.teacher_logits else _teacher(model, settings.length)
     return Work(settings.tokens_run * plans, [*teacher, *_training(model, settings)])
 
 
 def logits_work(model: Model, recipe: Recipe) -> Work:
     """The teacher forward, once for all plans."""
-    return Work(recipe.distill.tokens_run, _teacher(model, recipe.distill.length, 1))
+    return Work(recipe.distill.tokens_run, _teacher(model, recipe.distill.length))
 
 
-def _teacher(model: Model, length: int, times: int) -> list[Pass]:
-    """The teacher's layers forward, its logits `times` times."""
+def _teacher(model: Model, length: int) -> list[Pass]:
+    """The teacher forward."""
     layers = operations([*model.part(FULL, length), *model.part(FEED_FORWARD, length)])
-    logits = times * model.head
-    about = "teacher's logits" + (", twice" if times > 1 else "")
-    return [_times("teacher forward", model.layers, layers), Pass(about, logits, logits, logits - model.head)]
+    return [_times("teacher forward", model.layers, layers), Pass("teacher's logits", model.head, model.head)]
 
 
 def extend_work(model: Model, recipe: Recipe) -> Work:
@@ -263,11 +261,11 @@ def body_forward(model: Model, length: int) -> tuple[float, float]:
 
 
 def _training(model: Model, settings: DistillSettings | ExtendSettings) -> list[Pass]:
-    """The hybrid forward and backward; its logits twice forward, once backward."""
+    """The hybrid forward and backward."""
     forward, times = (2, ", twice,") if settings.activation_checkpointing is True else (1, "")
     return [
         _times(f"student forward{times} and backward", 1, _body(model, settings.length, forward, 1, 1)),
-        Pass("student's logits, twice, and backward", 4 * model.head, 4 * model.head, model.head),
+        Pass("student's logits and backward", 3 * model.head, 3 * model.head),
     ]
 
 

@@ -152,8 +152,10 @@ def search_tokens(recipe: Recipe) -> tuple[int | None, float]:
         return 0, 0.0
     if not STRATEGIES[strategy].gradient_loss:
         return None, search.longest
-    steps = own_settings(strategy, recipe.select.settings)["steps"] + least_rounds(recipe)
-    shapes = [step_shape(search, recipe.seed, step) for step in range(steps)]
+    steps = own_settings(strategy, recipe.select.settings)["steps"]
+    shapes = [step_shape(search, recipe.seed, step) for step in range(steps + least_rounds(recipe))]
+    # A round of races goes by at least one question of each task.
+    shapes[steps:] = [(length, max(rows, len(recipe.tasks))) for length, rows in shapes[steps:]]
     tokens = sum(length * rows for length, rows in shapes)
     return tokens, sum(length * length * rows for length, rows in shapes) / max(1, tokens)
 

@@ -40,7 +40,7 @@ class Capped:
         self._objective, self._space, self._prices = objective, space, prices
         self._most, self._report = most, report
         self.until = most
-        self.num_questions = objective.num_questions
+        self.num_questions, self.num_tasks = objective.num_questions, objective.num_tasks
         self._asked: set[tuple[str, int]] = set()
 
     @property

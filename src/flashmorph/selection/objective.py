@@ -34,7 +34,7 @@ from flashmorph.selection.distilling import Distiller
 from flashmorph.selection.ledger import Ledger
 from flashmorph.selection.model_losses import ModelLosses
 from flashmorph.selection.searchdata import SearchData
-from flashmorph.selection.strategy import Cost, Distilled
+from flashmorph.selection.strategy import EACH_TASK, Cost, Distilled
 
 _WRITE_SECONDS = 20
 
@@ -69,7 +69,7 @@ class MorphableObjective:
         self._ledger = Ledger(morphable)
         self._data, self._text, self._distiller = data, text, distiller
         self._evaluations, self._say = evaluations or folder / "evaluations", say
-        self.num_questions = data.settings.questions
+        self.num_questions, self.num_tasks = data.settings.questions, data.num_tasks
 
     @property
     def cost(self) -> Cost:
@@ -80,7 +80,7 @@ class MorphableObjective:
         self, gates: torch.Tensor, step: int, loss: str, data: str = "questions"
     ) -> tuple[float, torch.Tensor]:
         """Loss and gradient on the search-train batch number `step`; see `Objective`."""
-        batch = self._data.batch(step) if data == "questions" else self._data.text_batch(step)
+        batch = self._data.text_batch(step) if data == "text" else self._data.batch(step, data == EACH_TASK)
         for part in self._data.micro_batches(batch, len(batch[0].input_ids)):
             self._ledger.gradient(part, loss)
         return self._losses.gradient(gates, batch, loss)

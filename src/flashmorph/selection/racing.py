@@ -11,12 +11,12 @@ from scipy.stats import t as student_t
 from flashmorph.plan import Plan
 from flashmorph.records import Figures
 from flashmorph.selection.measure import first_questions
-from flashmorph.selection.strategy import Objective, Search, Swaps
+from flashmorph.selection.strategy import EACH_TASK, Objective, Search, Swaps
 
 Entrant = TypeVar("Entrant")
 """What stands for a plan in `defend`."""
 START_QUESTIONS = 4
-"""Of a race in which the plan so far is defended. `race`, which defends none, asks more."""
+"""Of a race in which the plan so far is defended, at least. `race`, which defends none, asks more."""
 PATIENCE = 2
 """So many rounds of swaps in a row that change nothing end them: the candidates of one come from one batch."""
 MOST_QUESTIONS = 64
@@ -134,13 +134,13 @@ def defend(
     The winner goes on. It ends where there are no candidates, or with `PATIENCE` rounds in a row that changed nothing.
     The losses of all races are added to `trace`.
     """
-    questions = first_questions(search, MOST_QUESTIONS)
+    questions, start = first_questions(search, MOST_QUESTIONS), start_questions(search.objective.num_tasks)
     winner, lost = first, 0
     for number in range(rounds):
         entrants = [winner, *candidates(winner, number)]
         if len(entrants) == 1:
             break
-        track = Track(search.objective, len(questions), START_QUESTIONS, CONFIDENCE)
+        track = Track(search.objective, len(questions), start, CONFIDENCE)
 
         def report(share: float, number: int = number) -> None:
             search.report(number + share, rounds)
@@ -155,11 +155,17 @@ def defend(
     return winner
 
 
+def start_questions(tasks: int) -> int:
+    """Questions of the first round of a race in which the plan so far is defended: no plan leaves before each of the
+    `tasks`, which take turns, was asked."""
+    return math.ceil(START_QUESTIONS / tasks) * tasks
+
+
 def gradient_at(search: Search, own: Sequence[int], step: int) -> torch.Tensor:
     """How much the loss rises with each gate `[groups, options]` at the plan of these options, on a training batch."""
     gates = torch.zeros(search.space.cost.shape)
     gates[range(len(own)), list(own)] = 1
-    return search.objective.gradient(gates, step, "answers")[1]
+    return search.objective.gradient(gates, step, "answers", EACH_TASK)[1]
 
 
 def _options(search: Search, scores: np.ndarray) -> list[int]:

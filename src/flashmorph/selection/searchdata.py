@@ -81,9 +81,10 @@ class SearchData:
         (self._judging,) = set(layouts) - {"train"}
         self._questions: list[Example] | None = None
 
-    def batch(self, step: int) -> list[Example]:
-        """The rows of one training step, of one length."""
+    def batch(self, step: int, each_task: bool = False) -> list[Example]:
+        """The rows of one training step, of one length; with `each_task` at least one of each task."""
         length, rows = step_shape(self.settings, self._seed, step)
+        rows = max(rows, self.num_tasks) if each_task else rows
         return [self._example("train", length, step * rows + row) for row in range(rows)]
 
     def text_batch(self, step: int) -> list[Example]:

@@ -61,13 +61,17 @@ class Distilled:
     losses: np.ndarray
 
 
+EACH_TASK = "each task"
+
+
 class Objective(Protocol):
     """The loss of gates and plans, as a strategy sees it.
 
-    `num_questions` is the size of the search-validation split.
+    `num_questions` is the size of the search-validation split, in which `num_tasks` tasks take turns.
     """
 
     num_questions: int
+    num_tasks: int
 
     @property
     def cost(self) -> Cost:
@@ -81,7 +85,8 @@ class Objective(Protocol):
 
         `loss` is `answers` (cross-entropy of the answer tokens) or `hidden` (the published distance of hidden states
         at the answer tokens to the teacher's). With `data` `text` the batch is text alone, and every token counts as
-        an answer. Equal on every rank.
+        an answer; with `EACH_TASK` it has a question of each task at least, also where one row is as long as a batch.
+        Equal on every rank.
         """
         ...
 
