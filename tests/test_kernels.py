@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -180,7 +181,7 @@ def test_the_environment_says_what_runs_and_why():
     facts = describe()
     assert facts["device"] != "cuda"
     assert all(facts[name].startswith("PyTorch reference") and "CUDA" in facts[name] for _, name in CASES)
-    assert facts["torch"] == torch.__version__
+    assert facts["torch"] == version("torch")
     assert facts["flashmorph"]
 
 

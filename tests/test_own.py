@@ -214,6 +214,11 @@ def test_a_damaged_configuration_is_one_sentence(tmp_path, changes, words):
     "way", [{"cache_implementation": "static"}, {"cache_implementation": "offloaded"}, {"prompt_lookup_num_tokens": 3}]
 )
 def test_what_a_state_cannot_do_is_refused(way):
+    if way.get("cache_implementation") == "offloaded":
+        try:
+            torch.Stream()
+        except RuntimeError:
+            pytest.skip("a build for CUDA has no streams without a GPU, and transformers asks for one first")
     model = random_hybrid(KINDS["both"])
     ids = IDS[:1, :20]
     with pytest.raises(ValueError, match="dynamic cache|offloaded|stateful"):

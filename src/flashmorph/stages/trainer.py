@@ -60,7 +60,7 @@ class StageTrainer(Trainer):
         if missing := [name for name in _OF_TRAINER if not hasattr(Trainer, name)]:
             raise UserError(
                 f"transformers {transformers.__version__} has no Trainer.{missing[0]}, which flashmorph replaces: "
-                "install transformers 5.23"
+                "install transformers 5.24"
             )
         super().__init__(model=model, args=args, **settings)
         self._watch, self._problem = watch, ""
