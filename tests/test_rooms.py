@@ -114,6 +114,20 @@ def test_importing_changes_no_other_library():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_drawing_leaves_the_backend_of_a_notebook():
+    """A picture is drawn without pyplot, whose state belongs to the notebook that imports flashmorph."""
+    script = (
+        "import sys, pathlib, tempfile\n"
+        "from flashmorph.pipeline.curve import Curve, Point, draw_curve\n"
+        "from flashmorph.referee import figures\n"
+        "from flashmorph.report import still\n"
+        "curve = Curve('gates', [Point({'layers.0': 'full'}, 'F', 1.0, 1.0, {'64': 1})])\n"
+        "draw_curve(curve, 0.05, pathlib.Path(tempfile.mkdtemp()) / 'curve.png')\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_help_loads_no_torch():
     script = "import sys\nfrom flashmorph.cli import app\nassert not {'torch', 'transformers'} & {*sys.modules}\n"
     subprocess.run([sys.executable, "-c", script], check=True)

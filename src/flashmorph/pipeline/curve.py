@@ -172,15 +172,13 @@ def curve_in_vllm(run: Run, curve: Curve) -> list[VllmCache] | None:
 
 def draw_curve(curve: Curve, within: float, path: Path) -> None:
     """Recall and loss before distillation, and cache, against the number of full layers; a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     kept = [point.num_full for point in curve.points]
     teacher = curve.points[-1]
     context = max(teacher.cache_bytes, key=int)
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=(3, 2))
+    figure = Figure(figsize=(7, 6))
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     top.plot(kept, [100 * point.recall for point in curve.points], "o-", label="recall before distillation")
     top.axhline(100 * (1 - within) * teacher.recall, linestyle=":", color="grey", label=f"teacher's less {within:.0%}")
     share = [100 * point.cache_bytes[context] / teacher.cache_bytes[context] for point in curve.points]
@@ -194,4 +192,3 @@ def draw_curve(curve: Curve, within: float, path: Path) -> None:
         panel.grid(alpha=0.3)
     figure.tight_layout()
     save_picture(figure, path, dpi=150)
-    plt.close(figure)
