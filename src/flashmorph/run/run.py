@@ -149,6 +149,7 @@ class Run:
         inputs: list[str],
         work: Callable[[Path, Report], dict | None],
         alone: bool = False,
+        label: str | None = None,
     ) -> Stage:
         """Run one stage unless it is finished already, and show it.
 
@@ -159,8 +160,9 @@ class Run:
             inputs: Digests of the stages that it reads.
             work: Called with the stage's folder and a report; returns figures for its record.
             alone: Whether `work` runs on rank 0 only, while the other ranks wait.
+            label: By which the run's folder remembers the stage, where a run has several of this name.
         """
-        label = f"{name} {about.split()[0]}" if name == "evaluate" or about.startswith(f"{BASELINE} ") else name
+        label = label or name
         before, done = self.folder.last(label), self.folder.find(name, settings, inputs)
         if before and not done:
             self.screen.say(f"{label}: {self.folder.why_again(before, name, settings, inputs)}; running it again")
