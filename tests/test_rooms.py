@@ -147,3 +147,18 @@ def test_the_command_line_is_what_it_was():
 
 def test_everything_at_top_level_is_there():
     assert all(getattr(flashmorph, name) is not None for name in flashmorph.__all__)
+    assert dir(flashmorph) == sorted(flashmorph.__all__)
+
+
+def test_a_public_name_has_one_home():
+    """Type checkers read the imports, Python the table."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    imported = {
+        name.name: (node.module or "").removeprefix("flashmorph.")
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+    }
+    assert imported == flashmorph._HOMES
+    assert sorted([*imported, "__version__"]) == sorted(flashmorph.__all__)
