@@ -79,8 +79,8 @@ def trained(run: Run) -> Figures:
     host = run_transplant(run)
     branches = run_align(run, host)
     space = open_morphable(run, host, branches).space(Budget("heads", 1))
-    built = run_build(run, host, branches, space.plan([], space.count(0)), "")
-    score = run_evaluate(run, "trained", run_extend(run, built, ""))
+    built = run_build(run, host, branches, space.plan([], space.count(0)))
+    score = run_evaluate(run, "trained", run_extend(run, built))
     assert run.recipe.extend
     return {"perplexity": score.perplexity, "tokens": run.recipe.extend.tokens}
 

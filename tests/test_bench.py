@@ -9,13 +9,16 @@ import pytest
 import torch
 from conftest import SHAPE, run_command
 from kernel_names import kernels_of, triton_functions
+from pydantic import ValidationError
 from test_cli import broken_copy, refused
 from transformers import Qwen3Config
 
 from flashmorph.bench import BenchSettings, Limit, Rates, bench, crossing, exponent, measure_rates
+from flashmorph.evaluation import GridSettings
 from flashmorph.hosts import cache_by_layer, host_for, mixing_operations
 from flashmorph.mixers import LINEAR
 from flashmorph.plan import FULL
+from flashmorph.referee import CompareSettings
 
 LENGTHS = (24, 48, 96)
 
@@ -30,6 +33,23 @@ def host_model(*options: str):
 @pytest.fixture(scope="module")
 def pair():
     return {"full": host_model(FULL, FULL), "hybrid": host_model(LINEAR, FULL)}
+
+
+@pytest.mark.parametrize(
+    "settings, values",
+    [
+        (BenchSettings, {"repeats": True}),
+        (GridSettings, {"lengths": (64,), "depths": True}),
+        (CompareSettings, {"seeds": True}),
+        (CompareSettings, {"spends": (math.nan,)}),
+        (CompareSettings, {"spends": (math.inf,)}),
+        (BenchSettings, {"repeat": 3}),
+    ],
+)
+def test_settings_refuse_truth_values_and_numbers_that_are_not_finite(settings, values):
+    """As a recipe does: true would be one round, and nan a share that is neither above nor below another."""
+    with pytest.raises(ValidationError):
+        settings(**values)
 
 
 def test_growth_is_the_slope_of_the_logarithms():

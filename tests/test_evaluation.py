@@ -300,7 +300,8 @@ def test_what_evaluate_refuses(capsys, tmp_path, teacher_folder, recipe_file):
     assert "at most 512 tokens; 600" in refused(capsys, *options, "--lengths", "600")
     assert "for example --lengths" in refused(capsys, *options, "--lengths", "many")
     assert "lines or ruler" in refused(capsys, *options, "--lengths", "64", "--style", "english")
-    assert "fewer than 5 depths" in refused(capsys, *options, "--lengths", "64", "--questions", 3)
+    too_few = refused(capsys, *options, "--lengths", "64", "--questions", 3)
+    assert "3 questions are fewer than 5 depths: give more questions, or fewer depths" in too_few
     assert "no task fits into 9 tokens" in refused(capsys, *options, "--lengths", "9")
     other = broken_copy(teacher_folder, tmp_path / "gpt2")
     (other / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": 99}))

@@ -1,5 +1,6 @@
 """Runs that die at a rename go on, and end with the same weights; finished stages that are damaged are named."""
 
+import errno
 import json
 import os
 import shutil
@@ -210,6 +211,29 @@ def test_a_folder_is_replaced_only_where_that_is_asked_for(tmp_path):
     assert (target / "mine").read_text() == "kept"
     write(over_folder=True)
     assert [path.name for path in target.iterdir()] == ["new"]
+
+
+def test_an_error_is_the_targets_only_where_it_is_about_it(tmp_path):
+    """While a checkpoint is written its teacher is read, whose faults must not be blamed on the output."""
+    missing = tmp_path / "teacher.safetensors"
+    with pytest.raises(FileNotFoundError) as error, atomic_path(tmp_path / "out"):
+        missing.read_bytes()
+    assert error.value.filename == str(missing)
+    with pytest.raises(UserError, match="cannot write .*out: No such file"), atomic_path(tmp_path / "out") as temporary:
+        (temporary / "shard").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot write .*out: No space left"), atomic_path(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_takes_no_seconds_keeps_the_error_of_the_work(tmp_path):
+    def work(folder: Path) -> None:
+        (folder / "spent.json").mkdir()
+        (folder / "spent.json" / "in the way").touch()
+        raise RuntimeError("the loss is not finite")
+
+    with pytest.raises(RuntimeError, match="the loss is not finite"):
+        RunFolder(tmp_path).run("align", {}, [], work)
 
 
 def test_cut_rows_are_made_again(finished, teacher_folder, recipe):

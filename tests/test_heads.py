@@ -144,7 +144,7 @@ HEADS = Space.of_heads(4, 2)
 
 
 def intervene(objective: Effects, kept: int = 3, **settings) -> Plan:
-    search = search_on(HEADS, HEADS.count(kept), objective, warn=objective.warnings.append)
+    search = search_on(HEADS, HEADS.count(kept), objective, say=objective.warnings.append)
     return STRATEGIES["intervention"].run(search, **settings).plan
 
 
@@ -181,7 +181,7 @@ def test_a_pair_that_measures_nothing_counts_for_no_sender_either():
     senders = np.zeros_like(receivers)
     senders[0, 0, 2], senders[0, 1] = 0.5, np.nan
     objective = Effects(receivers, senders)
-    search = search_on(HEADS, HEADS.count(2), objective, warn=objective.warnings.append)
+    search = search_on(HEADS, HEADS.count(2), objective, say=objective.warnings.append)
     selection = STRATEGIES["intervention"].run(search)
     assert selection.trace[0]["sender"][2] == 0.5 and selection.trace[0]["receiver"][5] == 0.6
     assert selection.plan.in_short() == "1.0, 2.1"

@@ -101,6 +101,14 @@ def test_protocols_are_small(host):
     assert list(host.mixers)[0] == FULL
 
 
+@pytest.mark.parametrize("part", ["check", "config", "state", "feed_forward"])
+def test_a_host_cannot_leave_out_what_no_other_knows(part):
+    """A missing `state` would give no weights, a missing `check` let every teacher through."""
+    others = {name: lambda self, *given: None for name in Host.__abstractmethods__ - {part}}
+    with pytest.raises(TypeError, match=part):
+        type("Partial", (Host,), others)()
+
+
 class Newest(SlidingWindow):
     """A mixer as CONTRIBUTING says: one class, that sees the newest tokens only."""
 

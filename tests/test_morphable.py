@@ -12,7 +12,8 @@ from flashmorph.convert.in_memory import transplant
 from flashmorph.convert.load import load_model
 from flashmorph.convert.save import save_model
 from flashmorph.errors import UserError
-from flashmorph.model.morphable import Morphable, attach, relative_error
+from flashmorph.model.layer import relative_error
+from flashmorph.model.morphable import Morphable, attach, build
 from flashmorph.own import CACHE
 from flashmorph.plan import FULL, Budget, Plan
 from flashmorph.stages import alignment_errors
@@ -57,6 +58,19 @@ def plan_of(morphable: Morphable, layers: list[int]) -> Plan:
 
 def gates_of(morphable: Morphable, layers: list[int]) -> torch.Tensor:
     return torch.tensor(morphable.space(Budget("layers", 1)).one_hot(plan_of(morphable, layers)), dtype=torch.float32)
+
+
+def test_attach_changes_the_model_in_place_and_build_makes_one_of_its_own():
+    model, _ = transplant(random_teacher("qwen3: grouped", 0))
+    morphable, errors = attach(model, some_tokens())
+    assert morphable.model is model and not model.training and model.config.use_cache is False
+    assert not any(weight.requires_grad for weight in model.parameters()) and len(errors) == len(morphable.layers)
+    hybrid = build(morphable, plan_of(morphable, [0]))
+    assert hybrid.config.use_cache and all(weight.requires_grad for weight in hybrid.parameters())
+    own = {weight.data_ptr() for weight in model.parameters()}
+    assert not own & {weight.data_ptr() for weight in hybrid.parameters()}
+    with pytest.raises(UserError, match="is no host of flashmorph's"):
+        attach(random_teacher("llama: grouped", 0), some_tokens())
 
 
 @torch.no_grad()

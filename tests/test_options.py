@@ -10,7 +10,7 @@ from surfaces import Forgetful, effects_like, search_on
 
 from flashmorph.errors import UserError
 from flashmorph.plan import FULL, Budget, Costs, Group, Plan, Space, count_plans, every_plan
-from flashmorph.selection import STRATEGIES, Cost, Search
+from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES, Cost, Search
 from flashmorph.selection.search import check_search, select
 from flashmorph.selection.strategy import Distilled
 
@@ -197,6 +197,31 @@ def test_what_is_no_group_is_refused(address):
         Group(address)
 
 
+class Layers:
+    """As much of a morphable model as `select` looks at itself."""
+
+    def space(self, budget: Budget) -> Space:
+        return Space.of_layers(6)
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "first", "last"])
+def test_a_strategy_that_asks_nothing_needs_no_objective(strategy):
+    found = select(Layers(), "2", strategy)  # type: ignore[arg-type]
+    assert len(found.plan.full_layers) == 2 and found.plan.strategy == strategy
+
+
+def test_the_default_strategy_needs_an_objective():
+    with pytest.raises(UserError, match="strategy budgeted-gates asks for losses: give an objective"):
+        select(Layers(), "2")  # type: ignore[arg-type]
+    found = select(Layers(), "2", objective=Additive(Space.of_layers(6)), steps=40)  # type: ignore[arg-type]
+    assert found.plan.strategy == DEFAULT_STRATEGY and len(found.plan.full_layers) == 2
+
+
+def test_what_a_user_should_know_is_logged_where_nobody_is_called(capsys, caplog):
+    Search(layers(), BUDGET).say("exhaustive evaluates 100 % of the plans")
+    assert caplog.messages == ["exhaustive evaluates 100 % of the plans"] and not capsys.readouterr().out
+
+
 def test_a_new_strategy_is_one_function_and_its_record(monkeypatch):
     """As CONTRIBUTING.md says: what stands in its signature are its settings, and all commands know it."""
     from flashmorph.selection.strategy import Selection, Strategy, group_scores
@@ -208,10 +233,6 @@ def test_a_new_strategy_is_one_function_and_its_record(monkeypatch):
         return Selection(space.best(scores, budget), scores)
 
     monkeypatch.setitem(STRATEGIES, "odd", Strategy(odd, searches=False, asks_questions=False, seeded=False))
-
-    class Layers:
-        def space(self, budget: Budget) -> Space:
-            return Space.of_layers(6)
 
     found = select(Layers(), "3", "odd", Additive(Space.of_layers(6)), offset=0)  # type: ignore[arg-type]
     assert found.plan.full_layers == [0, 2, 4] and found.plan.strategy == "odd"

@@ -290,9 +290,17 @@ def test_a_plan_for_another_model_is_refused(assignments, names):
     assert all(name in str(error.value) for name in names)
 
 
-def test_a_plan_by_hand_names_a_group_that_is_not_there():
-    with pytest.raises(UserError, match=r"layers\.9"):
-        Space.of_layers(4).plan(["layers.1", "layers.9"], Budget("layers", 2))
+@pytest.mark.parametrize(
+    "group, sentence",
+    [
+        ("layers.30", "there is no 'layers.30'; the groups are layers.0 to layers.27; did you mean layers.3?"),
+        ("embedding", "there is no 'embedding'; the groups are layers.0 to layers.27"),
+    ],
+)
+def test_a_plan_by_hand_names_a_group_that_is_not_there(group, sentence):
+    with pytest.raises(UserError) as error:
+        Space.of_layers(28).plan(["layers.1", group], Budget("layers", 2))
+    assert str(error.value) == sentence
 
 
 @pytest.mark.parametrize("budget", ["2", "50%", "12.5%", "kv=64MiB@32768", "kv=1000000B@512"])

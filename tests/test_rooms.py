@@ -114,6 +114,20 @@ def test_importing_changes_no_other_library():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_drawing_leaves_the_backend_of_a_notebook():
+    """A picture is drawn without pyplot, whose state belongs to the notebook that imports flashmorph."""
+    script = (
+        "import sys, pathlib, tempfile\n"
+        "from flashmorph.pipeline.curve import Curve, Point, draw_curve\n"
+        "from flashmorph.referee import figures\n"
+        "from flashmorph.report import still\n"
+        "curve = Curve('gates', [Point({'layers.0': 'full'}, 'F', 1.0, 1.0, {'64': 1})])\n"
+        "draw_curve(curve, 0.05, pathlib.Path(tempfile.mkdtemp()) / 'curve.png')\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_help_loads_no_torch():
     script = "import sys\nfrom flashmorph.cli import app\nassert not {'torch', 'transformers'} & {*sys.modules}\n"
     subprocess.run([sys.executable, "-c", script], check=True)
@@ -133,3 +147,18 @@ def test_the_command_line_is_what_it_was():
 
 def test_everything_at_top_level_is_there():
     assert all(getattr(flashmorph, name) is not None for name in flashmorph.__all__)
+    assert dir(flashmorph) == sorted(flashmorph.__all__)
+
+
+def test_a_public_name_has_one_home():
+    """Type checkers read the imports, Python the table."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    imported = {
+        name.name: (node.module or "").removeprefix("flashmorph.")
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+    }
+    assert imported == flashmorph._HOMES
+    assert sorted([*imported, "__version__"]) == sorted(flashmorph.__all__)

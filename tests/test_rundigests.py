@@ -39,7 +39,7 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 class Dry(Run):
     """A run whose stages do nothing: each only says by what digest it is known."""
 
-    def stage(self, name, about, settings, inputs, work, alone=False) -> Stage:
+    def stage(self, name, about, settings, inputs, work, alone=False, label=None) -> Stage:
         digest = digest_of([name, settings, inputs])
         return Stage(name, digest, self.folder, {"perplexity": 1.0, "cache_bytes": {}})
 
@@ -82,7 +82,7 @@ def digests(tmp_path, teacher, monkeypatch):
         host = run_transplant(run)
         branches = run_align(run, host)
         plan = run_select(run, host, branches)
-        stages = {"transplant": host, "align": branches, **finish(run, host, branches, plan, "")}
+        stages = {"transplant": host, "align": branches, **finish(run, host, branches, plan)}
         found = {name: stage.digest for name, stage in stages.items()}
         asked: list[str] = []
         run.stage = lambda name, about, settings, inputs, *rest, **more: (

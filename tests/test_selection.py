@@ -130,7 +130,7 @@ class Surface:
 
 def search(strategy: str, objective: Surface, kept: int, seed: int = 0, layers: int = LAYERS, **settings) -> Selection:
     space, budget = Space.of_layers(layers), Budget("layers", kept)
-    given = search_on(space, budget, objective, seed, warn=objective.warnings.append, state=objective)
+    given = search_on(space, budget, objective, seed, say=objective.warnings.append, state=objective)
     return STRATEGIES[strategy].run(given, **settings)
 
 

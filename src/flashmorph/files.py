@@ -1,5 +1,6 @@
 """Files and what identifies them: atomic writes, reading, digests and names."""
 
+import errno
 import hashlib
 import json
 import os
@@ -27,6 +28,32 @@ _SPECIAL = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
 }
+_TAKES_NO_MORE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
+
+
+@contextmanager
+def writing(target: Path, within: Path | None = None) -> Iterator[None]:
+    """Make one sentence of the system's errors while `target` is written.
+
+    With `within`, only of those that name a path in it, and of those of a disk that takes no more: work that writes
+    also reads other files, whose errors are raised as they are.
+
+    Raises:
+        UserError: `target` cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or (within and error.errno not in _TAKES_NO_MORE and not _names(error, within)):
+            raise
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def _names(error: OSError, folder: Path) -> bool:
+    """Whether an error of the system is about a path in `folder`, or about `folder` itself."""
+    return isinstance(error.filename, str | bytes | os.PathLike) and Path(os.fsdecode(error.filename)).is_relative_to(
+        folder
+    )
 
 
 @contextmanager
@@ -34,6 +61,7 @@ def atomic_path(target: Path, over_folder: bool = False) -> Iterator[Path]:
     """A temporary path (file or folder, the caller's choice) beside `target` that replaces it on success.
 
     An existing file is replaced, and a link, whose target stays; of folders an empty one, and any with `over_folder`.
+    Errors of reading other files meanwhile are raised as they are.
 
     Raises:
         UserError: `target` cannot be written, is a device, a pipe or a socket, or the disk is full.
@@ -42,17 +70,16 @@ def atomic_path(target: Path, over_folder: bool = False) -> Iterator[Path]:
     # Without the target's name: that may be as long as the file system allows.
     temporary = target.parent / f".flashmorph-{uuid4().hex}.part"
     try:
-        refuse_special(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        if over_folder and target.is_dir():
-            # A folder with files in it cannot be renamed over.
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise UserError(f"cannot write {target}: {error.strerror}") from error
+        with writing(target):
+            refuse_special(target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with writing(target, within=temporary):
+            yield temporary
+        with writing(target):
+            if over_folder and target.is_dir():
+                # A folder with files in it cannot be renamed over.
+                shutil.rmtree(target)
+            os.replace(temporary, target)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)

@@ -1,6 +1,11 @@
 """Progress reporting: long-running work calls a `Report`; the command line decides how progress is shown."""
 
-from typing import Protocol
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+_LOG = logging.getLogger(__name__)
 
 
 class Report(Protocol):
@@ -22,3 +27,37 @@ def continued(report: Report, done: float, total: float) -> Report:
 
 def silent(done: float, total: float, **figures: float) -> None:
     """A `Report` that shows nothing."""
+
+
+class Screen(Protocol):
+    """Where a run or an evaluation shows what it does."""
+
+    def stage(self, name: str, about: str) -> AbstractContextManager[Report]:
+        """Show a running stage; its progress goes to the report."""
+        ...
+
+    def done(self, stage: Any, about: str, figures: str) -> None:
+        """Show a stage (`run.folder.Stage`) that has finished, now or in an earlier run."""
+        ...
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+        ...
+
+
+class Logged:
+    """A `Screen` without a terminal: progress is not shown, and what a user should know goes to logging."""
+
+    @contextmanager
+    def stage(self, name: str, about: str) -> Iterator[Report]:
+        """Log the beginning of a stage, at level INFO."""
+        _LOG.info("%s: %s", name, about)
+        yield silent
+
+    def done(self, stage: Any, about: str, figures: str) -> None:
+        """Log the end of a stage, at level INFO."""
+        _LOG.info("%s: %s: %s", stage.name, about, figures)
+
+    def say(self, text: str) -> None:
+        """Log a line, as a warning."""
+        _LOG.warning("%s", text)

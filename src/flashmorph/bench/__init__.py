@@ -1,6 +1,6 @@
 """Cost of models: prefill and decode time, cache and memory, against the first model and the machine's limits."""
 
-from flashmorph.bench.costs import measure_costs, source_here, time_tokens
+from flashmorph.bench.costs import measure_costs, model_for_costs, source_here, time_tokens
 from flashmorph.bench.growth import crossing, exponent, spread
 from flashmorph.bench.limit import Limit, Rates, measure_rates
 from flashmorph.bench.run import BenchSettings, bench
@@ -16,6 +16,7 @@ __all__ = [
     "exponent",
     "measure_costs",
     "measure_rates",
+    "model_for_costs",
     "source_here",
     "spread",
     "time_tokens",

@@ -5,7 +5,9 @@ that this left, in an order that rotates. Differences are taken within rounds.
 """
 
 import copy
-from collections.abc import Collection, Mapping
+import logging
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,13 +17,17 @@ from transformers import PreTrainedModel
 from flashmorph.bench.growth import spread
 from flashmorph.bench.limit import timed
 from flashmorph.bench.run import BenchSettings, read_context, write_token
+from flashmorph.convert.load import load_config, load_model
 from flashmorph.devices import device_name, dtype_name
-from flashmorph.hosts import host_of, shape_of
+from flashmorph.hosts import configure, host_of, shape_of
+from flashmorph.hosts.build import empty_model
 from flashmorph.model.morphable import Morphable
 from flashmorph.own import CACHE
 from flashmorph.plan import FULL, Budget, Costs, Plan, Space
 from flashmorph.progress import Report, silent
 from flashmorph.records import Figures
+
+_LOG = logging.getLogger(__name__)
 
 
 class Pair(NamedTuple):
@@ -34,6 +40,29 @@ class Pair(NamedTuple):
     def between(self) -> int:
         """By how many groups the two differ."""
         return _switched(self.many) - _switched(self.few)
+
+
+def model_for_costs(
+    teacher: Path,
+    settings: Mapping[str, Any],
+    dtype: torch.dtype | str,
+    device: torch.device,
+    say: Callable[[str], None] = _LOG.warning,
+    allow_unused: bool = False,
+) -> PreTrainedModel:
+    """The teacher in `teacher`, in the host that these host `settings` move it into, as `measure_costs` takes it.
+
+    What is timed are shapes, so that the move is not proven: in a smaller dtype it need not be exact.
+
+    Raises:
+        UserError: see `load_model` and `configure`.
+    """
+    config = load_config(teacher)
+    host, own = configure(config, settings)
+    opened = load_model(teacher, dtype, device, say, allow_unused)
+    model = empty_model(host, own, host.state(config, opened.state_dict()))
+    model.config.dtype = model.dtype
+    return model
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from transformers import PreTrainedModel
 
 from flashmorph.bench.growth import Growth, crossing, exponent, spread
@@ -14,6 +14,7 @@ from flashmorph.bench.limit import Limit, Rates, measure_rates, timed
 from flashmorph.bench.memory import peak_bytes
 from flashmorph.devices import device_name, dtype_name
 from flashmorph.hosts import cache_by_layer
+from flashmorph.inputs.settings import Settings
 from flashmorph.own import CACHE
 from flashmorph.progress import Report, silent
 from flashmorph.records import Figures
@@ -21,10 +22,9 @@ from flashmorph.records import Figures
 KINDS = ("prefill", "decode")
 
 
-class BenchSettings(BaseModel):
+class BenchSettings(Settings):
     """Settings of the timing, of one sequence at a time."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
     repeats: int = Field(default=5, gt=0, description="rounds in which every model has its turn at every length")
     decode_tokens: int = Field(default=8, gt=0, description="tokens written after each context")

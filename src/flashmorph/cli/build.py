@@ -27,13 +27,7 @@ from flashmorph.errors import UserError
 
 def _finish_until(last: str, options: Options) -> None:
     """The path up to `build`, `distill` or `extend` for a plan that is given, or selected first."""
-    from flashmorph import distributed
-    from flashmorph.convert.save import bring
-    from flashmorph.pipeline.branches import run_align, run_transplant
-    from flashmorph.pipeline.morph import run_build, run_select
-    from flashmorph.pipeline.signal import run_teacher
-    from flashmorph.pipeline.timing import run_timing
-    from flashmorph.pipeline.training import run_distill, run_extend
+    from flashmorph.pipeline.morph import run_until
 
     if last == "extend" and not recipe_of(options).extend:
         raise UserError(
@@ -42,20 +36,7 @@ def _finish_until(last: str, options: Options) -> None:
         )
     stages = ["align", *([] if options.plan or options.layers else ["select"])]
     run = open_run(options, [*stages, *{"build": [], "distill": ["distill"]}.get(last, ["distill", "extend"])])
-    host = run_transplant(run)
-    if not run.given:
-        run_teacher(run, host)
-    branches = run_align(run, host)
-    chosen = run.given or run_select(run, host, branches)
-    stage = run_build(run, host, branches, chosen, "")
-    run_timing(run, host, stage, chosen)
-    if last != "build":
-        stage = run_distill(run, host, stage, "")
-    if last == "extend":
-        stage = run_extend(run, stage, "")
-    if stage.folder.is_relative_to(run.folder.path):
-        # Tokenizer and templates may have been edited since: they are no part of what the stage computed.
-        distributed.first(lambda: bring(run.teacher.folder, stage.folder / "model"))
+    stage = run_until(run, last)
     OUT.print(f"checkpoint: {stage.folder / 'model'}", highlight=False, soft_wrap=True)
 
 

@@ -32,23 +32,15 @@ def claim_costs(path: Path, command: str, force: bool, option: str, contexts: st
 
 def measure_for(options: Options, settings: Any, dtype: Any, device: Any) -> tuple[Any, Figures]:
     """`measure_costs` of a teacher, in the host that the options' recipe moves it into."""
-    from flashmorph.bench import measure_costs
+    from flashmorph.bench import measure_costs, model_for_costs
     from flashmorph.cli.screen import RichScreen
-    from flashmorph.convert.load import load_config, load_model
     from flashmorph.convert.teacher import locate
-    from flashmorph.hosts import configure
-    from flashmorph.hosts.build import empty_model
+    from flashmorph.hosts import host_of
 
     quiet()
-    folder, recipe = locate(options.teacher)[0], recipe_of(options)
-    config = load_config(folder)
-    host, own = configure(config, recipe.host)
-    screen = RichScreen(ERR)
-    # What is timed are shapes: a move in a smaller dtype need not be exact.
-    teacher = load_model(folder, dtype, device, screen.say, options.allow_unused)
-    model = empty_model(host, own, host.state(config, teacher.state_dict()))
-    model.config.dtype = model.dtype
-    with screen.stage("bench", f"{options.teacher}, {', '.join(host.mixers)}") as report:
+    folder, recipe, screen = locate(options.teacher)[0], recipe_of(options), RichScreen(ERR)
+    model = model_for_costs(folder, recipe.host, dtype, device, screen.say, options.allow_unused)
+    with screen.stage("bench", f"{options.teacher}, {', '.join(host_of(model.config).mixers)}") as report:
         return measure_costs(model, options.teacher, settings, report)
 
 

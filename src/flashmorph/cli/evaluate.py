@@ -169,10 +169,11 @@ def evaluate(
 
 def _grid_settings(lengths: str, tasks: list[str], depths: int, questions: int | None, style: str, evaluate: Any):
     from flashmorph.evaluation import GridSettings
+    from flashmorph.inputs.readyaml import sentence
 
     given: dict[str, Any] = {"lengths": numbers("--lengths", lengths), "tasks": tasks, "depths": depths, "style": style}
     given |= {"batch_tokens": evaluate.tokens_at_once, "chat_template": evaluate.chat_template}
     try:
         return GridSettings.model_validate(given | ({"questions": questions} if questions else {}))
     except ValidationError as error:
-        raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+        raise UserError(sentence(error, GridSettings)) from error

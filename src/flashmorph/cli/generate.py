@@ -25,8 +25,8 @@ def generate(
     from flashmorph.pipeline.prompt import continue_prompt
 
     quiet()
-    notify = RichScreen(ERR).say
+    say = RichScreen(ERR).say
     for model in models:
-        text = continue_prompt(model, prompt, max_new_tokens, pick_device(device), notify, allow_unused)
+        text = continue_prompt(model, prompt, max_new_tokens, pick_device(device), say, allow_unused)
         OUT.rule(model, align="left")
         OUT.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,6 +1,7 @@
 """`flashmorph morph`: the whole path, and what it would be (`--dry-run`)."""
 
 import json
+from collections.abc import Collection
 from typing import Annotated
 
 import typer
@@ -9,7 +10,6 @@ from flashmorph.cli.app import app
 from flashmorph.cli.conflicts import replaced_mixture
 from flashmorph.cli.options import (
     ERR,
-    EVERY_STAGE,
     OUT,
     BaselineOption,
     BudgetOption,
@@ -83,7 +83,9 @@ def morph(
         layers=layers,
         allow_unused=allow_unused,
     )
-    stages = [stage for stage in EVERY_STAGE if stage != "select" or not (plan or layers)]
+    from flashmorph.run.open import every_stage
+
+    stages = every_stage(bool(plan or layers))
     if dry_run:
         _dry_run(options, stages)
         return
@@ -109,7 +111,7 @@ def morph(
     OUT.print(f"what it kept, lost and won: {output / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-def _dry_run(options: Options, stages: list[str]) -> None:
+def _dry_run(options: Options, stages: Collection[str]) -> None:
     """Stages, tokens and data of a run that is not started."""
     from flashmorph.cli.screen import RichScreen
     from flashmorph.convert.teacher import open_teacher

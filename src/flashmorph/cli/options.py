@@ -16,8 +16,6 @@ from flashmorph.surface.terminal import Terminal
 
 OUT, ERR = Terminal(), Terminal(stderr=True)
 _DIGITS = 15
-EVERY_STAGE = ("align", "select", "distill", "extend", "evaluate")
-"""The stages of the path that read text or ask questions."""
 
 TeacherArgument = Annotated[
     str, typer.Argument(help="`tiny`, a local folder or GGUF file, or a model on the hub.", metavar="TEACHER")
@@ -141,13 +139,13 @@ def quiet() -> None:
 
 def recipe_of(options: Options) -> Any:
     """The recipe that a command's options make."""
-    from flashmorph.convert.teacher import EMBEDDED
     from flashmorph.recipe.recipe import load_recipe, parse_changes
+    from flashmorph.run.open import of_data, shipped_recipe
 
     require_use(options)
     changes: SettingValues = {}
     if options.data:
-        changes |= {"data.source": options.data, "data.config": None, "data.mixture": None}
+        changes |= of_data(options.data)
     changes |= parse_changes(options.changes or [])
     given: dict[str, Any] = {
         "budget": options.budget,
@@ -159,8 +157,7 @@ def recipe_of(options: Options) -> Any:
     changes |= {key: value for key, value in given.items() if value is not None}
     if options.allow_repeat:
         changes["data.max_passes"] = None
-    shipped = "demo" if options.teacher in EMBEDDED else "default"
-    return load_recipe(options.recipe or options.kept_recipe or shipped, changes)
+    return load_recipe(options.recipe or options.kept_recipe or shipped_recipe(options.teacher), changes)
 
 
 def fitted(recipe: Any, config: Any, say: Callable[[str], None]) -> Any:
@@ -173,64 +170,34 @@ def fitted(recipe: Any, config: Any, say: Callable[[str], None]) -> Any:
     return recipe
 
 
-def open_run(options: Options, stages: Collection[str] = EVERY_STAGE, keep_recipe: bool = True) -> Any:
-    """The run: recipe, teacher, device, given plan and folder, checked in this order, so that bad input harms nothing.
-
-    `stages` are those that the command goes through. Where it makes a checkpoint or its branches, the folder is to
-    `keep_recipe`.
-    """
-    import atexit
-
+def open_run(options: Options, stages: Collection[str], keep_recipe: bool = True) -> Any:
+    """The run of a command that goes through `stages`, on the terminal; see `flashmorph.open_run`."""
     from flashmorph import distributed
     from flashmorph.cli.screen import RichScreen
-    from flashmorph.convert.teacher import open_teacher
     from flashmorph.devices import pick_device
-    from flashmorph.hosts import host_for, with_branches_to_train
-    from flashmorph.recipe.given import given_plan
-    from flashmorph.recipe.outlook import check
-    from flashmorph.recipe.preflight import preflight, reach_text
-    from flashmorph.run.folder import STAGES, RunFolder
-    from flashmorph.run.run import Run
+    from flashmorph.run.open import open_run
 
     quiet()
-    device = distributed.join(pick_device(options.device))
+    distributed.join(pick_device(options.device))
     screen = RichScreen(ERR if options.json and distributed.is_first() else OUT)
     recipe = recipe_of(options)
-    teacher = distributed.first(lambda: open_teacher(options.teacher))
-    if teacher.note:
-        screen.say(teacher.note)
-    config = teacher.config
     if notice := replaced_mixture(options, recipe):
         screen.say(notice)
-    recipe = fitted(recipe, config, screen.say)
-    check(teacher, recipe, distributed.count())
-    given = given_plan(teacher.name, config, recipe, options.plan, options.layers)
-    host = host_for(config, recipe.host)
-    if host.travelling:
-        screen.say(
-            f"{host.name}: heads may be switched one by one ({', '.join(host.mixers)}), so the hybrid is of our own "
-            "type, which transformers alone serves; without --mixers and heads= it is a stock class"
-        )
-    if tokenizer := teacher.tokenizer():
-        distributed.first(lambda: preflight(recipe, tokenizer, config, stages))
-        reads_text = set(stages) - {"align"} or with_branches_to_train(host)
-        if reads_text and not (options.output / STAGES).exists():
-            # A resumed run may have all its text already.
-            distributed.first(lambda: reach_text(recipe))
-    if recipe.shard is True and not distributed.are_several():
-        raise UserError("shard=true shards weights over processes, and there is one: start it with torchrun")
-    if distributed.are_several():
-        atexit.register(distributed.leave)
-        screen.say(f"{distributed.count()} processes share the work, this one on {device}")
     if options.kept_recipe:
         screen.say(f"recipe: {options.kept_recipe} (--recipe takes another)")
-    folder = RunFolder(options.output, tuple(options.others or []))
-    if keep_recipe:
-        folder.keep_recipe(recipe.to_yaml())
-    run = Run(teacher, recipe, folder, device, screen, given, options.allow_unused)
-    run.shards = run.must_shard()
-    run.say_what_is_too_large(stages)
-    return run
+    return open_run(
+        options.teacher,
+        options.output,
+        recipe=recipe,
+        plan=options.plan,
+        layers=options.layers,
+        others=options.others or (),
+        device=options.device,
+        allow_unused=options.allow_unused,
+        stages=stages,
+        keep_recipe=keep_recipe,
+        screen=screen,
+    )
 
 
 def numbers(option: str, text: str) -> list[int]:

@@ -142,20 +142,13 @@ def _share(text: str) -> float:
 def _show_curve(run: Any, host: Any, branches: Any, questions: int, share: float, output: Path, as_json: bool) -> None:
     """A line a budget, the smallest one within `share` of the teacher's recall marked."""
     from flashmorph import distributed
-    from flashmorph.pipeline.curve import curve_in_vllm, draw_curve, run_curve
+    from flashmorph.pipeline.curve import curve_in_vllm, draw_curve, figures_in_vllm, run_curve
 
     curve = run_curve(run, host, branches, questions)
     enough = curve.smallest_within(share)
     vllm = curve_in_vllm(run, curve)
-    in_vllm = vllm and [
-        {
-            "full": point.num_full,
-            "padded_layers": cache.groups.padded,
-            "cache_bytes": {context: cache.sequence_bytes(int(context)) for context in point.cache_bytes},
-        }
-        for point, cache in zip(curve.points, vllm, strict=True)
-    ]
-    values = {**curve.to_dict(), "within": share, "smallest_within": enough.num_full, "vllm": in_vllm}
+    found = {"smallest_within": enough.num_full, "vllm": vllm and figures_in_vllm(curve, vllm)}
+    values = {**curve.to_dict(), "within": share, **found}
     picture = output.with_suffix(".png")
     if distributed.is_first():
         write_json(output, {**made_by(_CURVE), **values})
@@ -193,14 +186,9 @@ def _show_vllm(curve: Any, caches: Any, context: str) -> None:
 
 def _show_what_it_found(run: Any, plan: Any) -> None:
     """Cache saved against perplexity added, and where the full layers stand."""
-    from flashmorph.hosts import cache_by_context, cache_bytes, configure
-    from flashmorph.units import longest_context
+    from flashmorph.pipeline.curve import saved_cache
 
-    config = run.teacher.config
-    host, full = configure(config, run.recipe.host)
-    hybrid = host.with_plan(full, list(plan.assignments.values()))
-    context, layers = int(longest_context([cache_by_context(full)])), len(plan.assignments)
-    saved = 1 - cache_bytes(hybrid, context) / cache_bytes(full, context)
+    (context, saved), layers = saved_cache(run, plan), len(plan.assignments)
     thirds = [sum(3 * layer // layers == third for layer in plan.full_layers) for third in range(3)]
     OUT.print(
         f"{len(plan.full_groups)} of {layers} stay full: {saved:.0%} of the cache at {context:,} tokens is saved; "

@@ -1,6 +1,7 @@
 """Open a checkpoint on disk: its configuration, weights, tokenizer and generation settings."""
 
 import copy
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +33,7 @@ from flashmorph.hosts import misreads_tokenizer, use_kernels
 from flashmorph.hosts.build import without_weights
 
 _NO_FOLDER = "no-adapter-is-loaded"
+_LOG = logging.getLogger(__name__)
 
 
 def load_config(folder: Path):
@@ -67,7 +69,7 @@ def load_model(
     folder: Path,
     dtype: torch.dtype | str,
     device: torch.device | None = None,
-    say: Callable[[str], None] = lambda notice: None,
+    say: Callable[[str], None] = _LOG.warning,
     allow_unused: bool = False,
 ) -> PreTrainedModel:
     """The causal language model in `folder`, on `device` (the CPU by default), and nothing of an adapter beside it.

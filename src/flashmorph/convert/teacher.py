@@ -1,6 +1,7 @@
 """Open a teacher: an embedded one, a local folder or a model of the hub. Refuse what cannot be a teacher."""
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,7 @@ from flashmorph.hosts import host_for, takes_with_windows
 EMBEDDED = ("tiny",)
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
 _OTHER_FORMS = ("consolidated*", "original/*", "onnx/*", "adapter_model*")
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def open_config(name: str):
 def open_model(
     name: str,
     device: torch.device,
-    say: Callable[[str], None] = lambda notice: None,
+    say: Callable[[str], None] = _LOG.warning,
     allow_unused: bool = False,
     dtype: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from flashmorph.data.corpus import Corpus, Mixture, shares_of
 from flashmorph.data.documents import FIRST, IGNORED, Part, TooLittle, marked
 from flashmorph.errors import UserError
-from flashmorph.files import is_whole_array, write_json
+from flashmorph.files import is_whole_array, write_json, writing
 from flashmorph.inputs.shapes import Count, Shape, has_broken_seal, read_as, sealed
 from flashmorph.progress import Report, silent
 from flashmorph.records import Figures
@@ -116,16 +116,15 @@ def pack(
     if not path.exists():
         needed = (rows - len(others)) * length
         text = _Text(corpus, tokenizer, split, seed, max_passes, needed, length, long_documents, learn_ends)
-        try:
-            partial.mkdir(parents=True, exist_ok=True)
-            _write(partial, text, others, (rows, length), report)
-            os.replace(partial / _ROWS, path)
-        except BaseException as error:
-            if isinstance(error, TooLittle) or not (partial / _POSITION).exists():
-                shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise UserError(f"cannot write {path}: {error.strerror}") from error
-            raise
+        with writing(path, within=partial):
+            try:
+                partial.mkdir(parents=True, exist_ok=True)
+                _write(partial, text, others, (rows, length), report)
+                os.replace(partial / _ROWS, path)
+            except BaseException as error:
+                if isinstance(error, TooLittle) or not (partial / _POSITION).exists():
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
         text.report_left_out()
     shutil.rmtree(partial, ignore_errors=True)
     return Rows(path)

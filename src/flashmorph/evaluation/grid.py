@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, overload
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmorph.errors import UserError, unknown
 from flashmorph.evaluation.figures import Cell, Difference, Recall
 from flashmorph.evaluation.intervals import paired_share_interval, share_interval
 from flashmorph.evaluation.recall import answer_scores
+from flashmorph.inputs.settings import Settings
 from flashmorph.progress import Report, continued, silent
 from flashmorph.records import Figures
 from flashmorph.tasks import Lines, Prompt, Ruler
@@ -44,10 +45,9 @@ ASKERS = {"lines": Lines, "ruler": Ruler}
 """The styles of a grid, each `(tokenizer, documents, seed, chat_template)`."""
 
 
-class GridSettings(BaseModel):
+class GridSettings(Settings):
     """Settings of a grid."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     lengths: tuple[int, ...]
     tasks: tuple[str, ...] = Field(default=(), description="of the style's tasks only these; empty: all")
     depths: int = Field(default=5, gt=0, description="depths between the start and the end of the context")

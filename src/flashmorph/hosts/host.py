@@ -1,9 +1,10 @@
 """`Host`: an architecture into which a teacher is transplanted without changing its outputs."""
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -17,7 +18,7 @@ FEED_FORWARD = "feed-forward"
 """The part of a decoder layer that is not its mixer."""
 
 
-class Host(Protocol):
+class Host(ABC):
     """One host architecture; with its mixers the only code that knows names of model types, modules and weights.
 
     `teachers` maps their `model_type`s to what they are in words; `mixers` maps the options of a layer to what a layer
@@ -44,6 +45,7 @@ class Host(Protocol):
         """The class's `model_type`."""
         return self.model_class.config_class.model_type  # type: ignore[union-attr]
 
+    @abstractmethod
     def check(self, teacher: PreTrainedConfig) -> None:
         """Refuse a teacher that has no exact counterpart here.
 
@@ -52,6 +54,7 @@ class Host(Protocol):
         """
         ...
 
+    @abstractmethod
     def config(self, teacher: PreTrainedConfig) -> PreTrainedConfig:
         """The host's configuration for this teacher, with every layer full.
 
@@ -62,6 +65,7 @@ class Host(Protocol):
         """
         ...
 
+    @abstractmethod
     def state(self, teacher: PreTrainedConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The host's weights, all layers full, computed from the teacher's in `state`.
 
@@ -70,6 +74,7 @@ class Host(Protocol):
         """
         ...
 
+    @abstractmethod
     def feed_forward(self, config: PreTrainedConfig) -> list[Products]:
         """The matrix products of a layer beside its mixer, for each token; of experts, those that are active."""
         ...

@@ -97,7 +97,10 @@ def sentence(error: ValidationError, model: type[BaseModel], replaced: Mapping[s
         known = ["".join([*parents, _after(parents, name)]) for name in owner.model_fields]
         return unknown("setting", "".join(path), known)
     message = _cut(problem["msg"].removeprefix("Value error, "))
-    return f"{_cut(''.join(path))}: {message[0].lower()}{message[1:]} (got {quoted(problem['input'])})"
+    message = f"{message[0].lower()}{message[1:]}"
+    if not path:  # About several settings together: the message says what they are.
+        return message
+    return f"{_cut(''.join(path))}: {message} (got {quoted(problem['input'])})"
 
 
 def _located(location: tuple[int | str, ...], model: Any) -> tuple[list[str], Any]:

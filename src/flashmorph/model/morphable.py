@@ -6,7 +6,7 @@ W_o and b_o are the branch's output projection. Every branch runs whatever its g
 still gets a gradient. Only under `no_grad` does a layer leave out branches whose gates are all 0.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -17,85 +17,11 @@ from transformers import PreTrainedModel
 from flashmorph.hosts import host_of, layer_space, use_kernels
 from flashmorph.hosts.build import empty_model
 from flashmorph.hosts.parts import decoder_of, layer_prefix, layers_of
-from flashmorph.mixers import Mixer, gated
 from flashmorph.mixers.mixer import LayerArguments
+from flashmorph.model.layer import Branch, MorphableLayer, Observer, relative_error
 from flashmorph.model.order import run_order
 from flashmorph.model.recompute import recomputed, recomputes
-from flashmorph.own import CACHE
 from flashmorph.plan import FULL, Budget, Plan, Space
-
-Observer = Callable[["MorphableLayer", torch.Tensor, LayerArguments, torch.Tensor], None]
-"""Is shown a layer, its input `[batch, time, width]`, its arguments and its output `[batch, time, width]`."""
-
-
-class Branch(nn.Module):
-    """One mixer of one layer. Its forward is all that runs of it, so that it can be sharded as one unit."""
-
-    def __init__(self, mixer: Mixer, module: nn.Module):
-        super().__init__()
-        self.mixer, self.module = mixer, module
-
-    def forward(
-        self, hidden: torch.Tensor, arguments: LayerArguments, gate: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The output `[batch, time, width]`, under a `gate` `[1]` or `[kv_heads]` if there is one."""
-        if gate is None:
-            return self.mixer.run(self.module, hidden, arguments)
-        return gated(self.mixer, self.module, hidden, arguments, gate)
-
-
-class MorphableLayer(nn.Module):
-    """Stands where the attention stood in a decoder layer; `branches` has a branch for each option.
-
-    `number` of `layers`: its index in the decoder. Its rows of the gates are one, or one for each key-value head.
-    """
-
-    def __init__(self, number: int, layers: int, branches: Mapping[str, Branch]):
-        super().__init__()
-        self.number, self.layers = number, layers
-        self.branches = nn.ModuleDict(branches)
-
-    @property
-    def others(self) -> dict[str, Branch]:
-        """All branches but `full`."""
-        return {option: branch for option, branch in self.branches.items() if option != FULL}  # type: ignore[misc]
-
-    @property
-    def trained(self) -> dict[str, Branch]:
-        """The branches that have weights of their own."""
-        return {option: branch for option, branch in self.others.items() if branch.mixer.trainable}
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        gates: torch.Tensor | None = None,
-        observer: Observer | None = None,
-        **arguments: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """The gated sum of all branches; `full` without `gates` `[groups, options]`.
-
-        Raises:
-            ValueError: a cache was handed in; `Morphable.instantiate` makes the model that generates.
-        """
-        if arguments.get(CACHE) is not None:
-            raise ValueError("a morphable model has no cache; build the plan first and generate with the result")
-        own = None if gates is None else gates.unflatten(0, (self.layers, -1))[self.number]
-        output = self._mix(hidden_states, own, arguments)
-        if observer:
-            observer(self, hidden_states, arguments, output)
-        return output, None
-
-    def _mix(self, hidden: torch.Tensor, gates: torch.Tensor | None, arguments: LayerArguments) -> torch.Tensor:
-        if gates is None:
-            return self.branches[FULL](hidden, arguments)
-        branches, used = list(self.branches.values()), range(gates.shape[1])
-        if not torch.is_grad_enabled():
-            rows = gates.tolist()
-            used = [option for option in used if any(row[option] for row in rows)] or [0]
-            if len(used) == 1 and all(row[used[0]] == 1 for row in rows):
-                return branches[used[0]](hidden, arguments)
-        columns = gates.to(hidden.device, hidden.dtype).unbind(1)
-        return torch.stack([branches[option](hidden, arguments, columns[option]) for option in used]).sum(0)
 
 
 class Morphable(nn.Module):
@@ -270,23 +196,38 @@ class _Resume(nn.Module):
 
 
 def attach(model: PreTrainedModel, calibration: torch.Tensor) -> tuple[Morphable, list[float]]:
-    """A morphable model around a host, its branches started from the attention weights; and their relative errors."""
+    """Give every attention of a host branches beside it, started from its weights; `model` itself is changed.
+
+        model, proof = transplant(teacher)
+        morphable, errors = attach(model, calibration)  # torch.Size([8, 256])
+
+    Each attention of `model` is replaced by a `MorphableLayer` that holds it; all weights are frozen, `model` is in
+    evaluation mode and its configuration has `use_cache` False. Without gates it computes what it did before.
+    `build` makes a plain model again.
+
+    Args:
+        model: A host with all layers full, as `transplant` returns it.
+        calibration: Tokens of text `[batch, time]`, some rows without padding.
+
+    Returns:
+        The morphable model, and for each layer in turn and each of its branches `|M(h) - A(h)|^2 / |A(h)|^2`: a branch
+        without any output would have 1.
+
+    Raises:
+        UserError: `model` is no host.
+    """
     morphable = Morphable(model)
     return morphable, morphable.initialise(calibration.to(morphable.device))
 
 
-def relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """`|output - target|^2 / |target|^2`, in float32: 1 is what a silent branch would have."""
-    difference, size = squares(output, target)
-    return difference / size
-
-
-def squares(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """`|output - target|^2` and `|target|^2`, in float32, `[2]`."""
-    target = target.float()
-    return torch.stack([(output.float() - target).square().sum(), target.square().sum()])
-
-
 def build(morphable: Morphable, plan: Plan) -> PreTrainedModel:
-    """The plan as a plain model of the host's class; see `Morphable.instantiate`."""
+    """The plan as a plain model of the host's class, in float32, with weights of its own that require gradients.
+
+        hybrid = build(morphable, Space.of_layers(28).plan(["layers.6", "layers.20"], Budget("layers", 2)))
+
+    `morphable` stays as it is. `Morphable.instantiate` builds in another dtype, or without copying weights.
+
+    Raises:
+        UserError: the plan is about another model, or an option that this host cannot hold.
+    """
     return morphable.instantiate(plan)

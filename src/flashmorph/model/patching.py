@@ -13,7 +13,8 @@ from torch import nn
 
 from flashmorph.hosts.parts import input_norm_of, layers_of
 from flashmorph.mixers.mixer import LayerArguments
-from flashmorph.model.morphable import Morphable, MorphableLayer
+from flashmorph.model.layer import MorphableLayer
+from flashmorph.model.morphable import Morphable
 from flashmorph.plan import FULL
 
 

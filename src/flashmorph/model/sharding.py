@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from flashmorph import distributed
 from flashmorph.devices import every_core
 from flashmorph.hosts.parts import decoder_of, layers_of
-from flashmorph.model.morphable import Morphable, MorphableLayer
+from flashmorph.model.layer import MorphableLayer
+from flashmorph.model.morphable import Morphable
 
 Model = TypeVar("Model", PreTrainedModel, Morphable)
 

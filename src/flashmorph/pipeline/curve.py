@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field
 from flashmorph import distributed
 from flashmorph.errors import UserError
 from flashmorph.files import write_json
-from flashmorph.hosts import cache_by_context, configure
+from flashmorph.hosts import cache_by_context, cache_bytes, configure
 from flashmorph.hosts.vllm_cache import VllmCache, vllm_cache
 from flashmorph.inputs.shapes import Count, Finite, Shape, read_as
 from flashmorph.model.morphable import Morphable
@@ -27,6 +27,7 @@ from flashmorph.run.run import Run
 from flashmorph.selection import STRATEGIES, Selection
 from flashmorph.selection.search import reuse_of
 from flashmorph.surface.outputs import save_picture
+from flashmorph.units import longest_context
 
 
 @dataclass(frozen=True)
@@ -170,17 +171,35 @@ def curve_in_vllm(run: Run, curve: Curve) -> list[VllmCache] | None:
     return [cache for cache in caches if cache] if all(caches) else None
 
 
+def figures_in_vllm(curve: Curve, caches: Sequence[VllmCache]) -> list[Figures]:
+    """The caches of `curve_in_vllm` as JSON, at the contexts of the curve's own."""
+    return [
+        {
+            "full": point.num_full,
+            "padded_layers": cache.groups.padded,
+            "cache_bytes": {context: cache.sequence_bytes(int(context)) for context in point.cache_bytes},
+        }
+        for point, cache in zip(curve.points, caches, strict=True)
+    ]
+
+
+def saved_cache(run: Run, plan: Plan) -> tuple[int, float]:
+    """The longest context at which caches are compared, and the share of the cache of one that `plan` saves there."""
+    host, full = configure(run.teacher.config, run.recipe.host)
+    hybrid = host.with_plan(full, list(plan.assignments.values()))
+    context = int(longest_context([cache_by_context(full)]))
+    return context, 1 - cache_bytes(hybrid, context) / cache_bytes(full, context)
+
+
 def draw_curve(curve: Curve, within: float, path: Path) -> None:
     """Recall and loss before distillation, and cache, against the number of full layers; a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     kept = [point.num_full for point in curve.points]
     teacher = curve.points[-1]
     context = max(teacher.cache_bytes, key=int)
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=(3, 2))
+    figure = Figure(figsize=(7, 6))
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     top.plot(kept, [100 * point.recall for point in curve.points], "o-", label="recall before distillation")
     top.axhline(100 * (1 - within) * teacher.recall, linestyle=":", color="grey", label=f"teacher's less {within:.0%}")
     share = [100 * point.cache_bytes[context] / teacher.cache_bytes[context] for point in curve.points]
@@ -194,4 +213,3 @@ def draw_curve(curve: Curve, within: float, path: Path) -> None:
         panel.grid(alpha=0.3)
     figure.tight_layout()
     save_picture(figure, path, dpi=150)
-    plt.close(figure)

@@ -1,10 +1,8 @@
 """Several models on the same questions and the same text, each compared with the first."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -32,24 +30,12 @@ from flashmorph.evaluation import (
 from flashmorph.evaluation.harness import Harness, HarnessFigure
 from flashmorph.evaluation.tokens import TokenClasses
 from flashmorph.hosts import cache_by_context, require_known
-from flashmorph.progress import Report
+from flashmorph.progress import Screen
 from flashmorph.recipe.fitting import fit
 from flashmorph.recipe.questions import held_out, open_questions
 from flashmorph.recipe.recipe import Recipe, with_settings
 from flashmorph.records import Figures
 from flashmorph.run.folder import STAGES
-
-
-class Screen(Protocol):
-    """The console of an evaluation."""
-
-    def stage(self, name: str, about: str) -> AbstractContextManager[Report]:
-        """Show the evaluation of a model; its progress goes to the report."""
-        ...
-
-    def say(self, text: str) -> None:
-        """Print a line."""
-        ...
 
 
 @dataclass(frozen=True)

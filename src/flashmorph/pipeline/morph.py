@@ -14,7 +14,7 @@ import torch
 
 from flashmorph import distributed
 from flashmorph.convert.load import load_config
-from flashmorph.convert.save import save_model
+from flashmorph.convert.save import bring, save_model
 from flashmorph.errors import UserError
 from flashmorph.evaluation import RangeLosses, Score, evaluate
 from flashmorph.files import write_json
@@ -65,18 +65,14 @@ def morph(run: Run) -> Results:
     """
     if run.given:
         require_fits(run.given, space_of_run(run.teacher.config, run.recipe, run.given), "the plan")
-    host = run_transplant(run)
-    if not run.given:
-        run_teacher(run, host)
-    branches = run_align(run, host)
-    plan = run.given or run_select(run, host, branches)
-    hybrid = finish(run, host, branches, plan, "")
+    host, branches, plan = choose(run)
+    hybrid = finish(run, host, branches, plan)
     timing = run_timing(run, host, hybrid["build"], plan)
     models = {"teacher": host, "hybrid_undistilled": hybrid["build"], "hybrid": hybrid["extend"]}
     if hybrid["extend"].name == "extend":
         models["hybrid_before_extend"] = hybrid["distill"]
     if run.recipe.baseline:
-        other = finish(run, host, branches, baseline_plan(run, host, plan), f"{BASELINE} ")
+        other = finish(run, host, branches, baseline_plan(run, host, plan), BASELINE)
         models |= {f"{BASELINE}_undistilled": other["build"], BASELINE: other["extend"]}
     scores = {name: run_evaluate(run, name, stage) for name, stage in models.items()}
     results = Results(plan, scores, list(run.done.values()), dict(timing) if timing else None)
@@ -91,11 +87,42 @@ def morph(run: Run) -> Results:
     return results
 
 
-def finish(run: Run, host: Stage, branches: Stage, plan: Plan, label: str) -> dict[str, Stage]:
-    """Build, distill and extend one plan; `extend` is the last stage, whatever the recipe leaves out."""
-    built = run_build(run, host, branches, plan, label)
-    distilled = run_distill(run, host, built, label)
-    extended = run_extend(run, distilled, label) if run.recipe.extend else distilled
+def run_until(run: Run, last: str) -> Stage:
+    """The path up to `last`, which is `build`, `distill` or `extend`, without evaluation; `model/` has the checkpoint.
+
+    Raises:
+        UserError: bad input, or a stage that cannot go on.
+    """
+    host, branches, plan = choose(run)
+    stage = run_build(run, host, branches, plan)
+    run_timing(run, host, stage, plan)
+    if last != "build":
+        stage = run_distill(run, host, stage)
+    if last == "extend":
+        stage = run_extend(run, stage)
+    if stage.folder.is_relative_to(run.folder.path):
+        # Tokenizer and templates may have been edited since: they are no part of what the stage computed.
+        distributed.first(lambda: bring(run.teacher.folder, stage.folder / "model"))
+    return stage
+
+
+def choose(run: Run) -> tuple[Stage, Stage, Plan]:
+    """The host, the aligned branches, and the plan: the one that is given, else that of the recipe's search."""
+    host = run_transplant(run)
+    if not run.given:
+        run_teacher(run, host)
+    branches = run_align(run, host)
+    return host, branches, run.given or run_select(run, host, branches)
+
+
+def finish(run: Run, host: Stage, branches: Stage, plan: Plan, layout: str = "") -> dict[str, Stage]:
+    """Build, distill and extend one plan; `extend` is the last stage, whatever the recipe leaves out.
+
+    `layout` names a plan beside the run's own, `uniform`, in the labels of its stages and on the console.
+    """
+    built = run_build(run, host, branches, plan, layout)
+    distilled = run_distill(run, host, built, layout)
+    extended = run_extend(run, distilled, layout) if run.recipe.extend else distilled
     return {"build": built, "distill": distilled, "extend": extended}
 
 
@@ -141,8 +168,8 @@ def baseline_plan(run: Run, host: Stage, plan: Plan) -> Plan:
     return replace(plan_without_search(BASELINE, space, budget), teacher=run.teacher.name)
 
 
-def run_build(run: Run, host: Stage, branches: Stage, plan: Plan, label: str) -> Stage:
-    """The plan as a plain checkpoint of the host's class."""
+def run_build(run: Run, host: Stage, branches: Stage, plan: Plan, layout: str = "") -> Stage:
+    """The plan as a plain checkpoint of the host's class; `layout` as in `finish`."""
 
     def work(folder: Path, report: Report) -> Figures:
         report(0, 1)
@@ -152,12 +179,13 @@ def run_build(run: Run, host: Stage, branches: Stage, plan: Plan, label: str) ->
         save_model(morphable.instantiate(plan, dtype, shared=True), folder / "model", host.folder / "model")
         return {"summary": plan.strip()}
 
-    about = f"{label}{len(plan.full_groups)} of {len(plan.assignments)} {plan.unit} full"
-    return run.stage("build", about, plan.assignments, [branches.digest], work, alone=True)
+    about = f"{layout} {len(plan.full_groups)} of {len(plan.assignments)} {plan.unit} full".strip()
+    label = f"build {layout}".strip()
+    return run.stage("build", about, plan.assignments, [branches.digest], work, alone=True, label=label)
 
 
-def run_evaluate(run: Run, label: str, model: Stage) -> Score:
-    """Recall by generation, perplexity and cache of one model, on the test split."""
+def run_evaluate(run: Run, name: str, model: Stage) -> Score:
+    """Recall by generation, perplexity and cache of the run's model `name`, on the test split."""
     recipe = run.recipe
 
     def work(folder: Path, report: Report) -> Figures:
@@ -176,7 +204,8 @@ def run_evaluate(run: Run, label: str, model: Stage) -> Score:
             "summary": summary,
         }
 
-    stage = run.stage("evaluate", label, evaluate_settings(run), [model.digest], work, alone=True)
+    wanted, label = evaluate_settings(run), f"evaluate {name}"
+    stage = run.stage("evaluate", name, wanted, [model.digest], work, alone=True, label=label)
     require_shape(stage.record, _Evaluated, str(stage.folder / "stage.json"))
     right = read_as(stage.folder / "right.json", dict[str, list[bool]])
     text = RangeLosses.load(stage.folder / "text.json")

@@ -1,5 +1,6 @@
 """Generation from a prompt."""
 
+import logging
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -11,6 +12,8 @@ from flashmorph.evaluation.greedy import greedy
 from flashmorph.tokens.continuation import continuation
 from flashmorph.tokens.special_tokens import before_text
 
+_LOG = logging.getLogger(__name__)
+
 
 @torch.no_grad()
 def continue_prompt(
@@ -18,7 +21,7 @@ def continue_prompt(
     prompt: str,
     max_new_tokens: int,
     device: torch.device,
-    say: Callable[[str], None] = lambda notice: None,
+    say: Callable[[str], None] = _LOG.warning,
     allow_unused: bool = False,
 ) -> str:
     """Greedy continuation of `prompt`, with the cache.

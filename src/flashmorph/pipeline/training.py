@@ -46,8 +46,8 @@ def trained_on(run: Run, settings: TrainSettings, rows: Rows) -> Figures:
     }
 
 
-def run_distill(run: Run, host: Stage, built: Stage, label: str) -> Stage:
-    """The hybrid learns the teacher's distribution on text."""
+def run_distill(run: Run, host: Stage, built: Stage, layout: str = "") -> Stage:
+    """The hybrid learns the teacher's distribution on text; `layout` as in `finish`."""
     settings = run.recipe.distill
     logits = run_logits(run, host, settings.teacher_logits.top_k) if settings.teacher_logits else None
 
@@ -65,9 +65,10 @@ def run_distill(run: Run, host: Stage, built: Stage, label: str) -> Stage:
         distill(student, teacher, given, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
         save_model(student, folder / "model", built.folder / "model")
 
-    about = f"{label}{settings.tokens:,} tokens of length {settings.length:,}"
+    about = f"{layout} {settings.tokens:,} tokens of length {settings.length:,}".strip()
     inputs = [built.digest, *([logits.digest] if logits else [])]
-    return run.stage("distill", about, training_settings(run, settings), inputs, work)
+    label = f"distill {layout}".strip()
+    return run.stage("distill", about, training_settings(run, settings), inputs, work, label=label)
 
 
 def run_logits(run: Run, host: Stage, top_k: int) -> Stage:
@@ -86,8 +87,8 @@ def run_logits(run: Run, host: Stage, top_k: int) -> Stage:
     return run.stage("logits", about, logit_settings(run, settings, top_k), [host.digest], work, alone=True)
 
 
-def run_extend(run: Run, distilled: Stage, label: str) -> Stage:
-    """Next-token training at a longer context."""
+def run_extend(run: Run, distilled: Stage, layout: str = "") -> Stage:
+    """Next-token training at a longer context; `layout` as in `finish`."""
     settings = run.recipe.extend
     assert settings
 
@@ -104,8 +105,9 @@ def run_extend(run: Run, distilled: Stage, label: str) -> Stage:
         extend(model, rows, settings, folder, run.recipe.seed, run.bf16, report, run.recipe.report_to)
         save_model(model, folder / "model", distilled.folder / "model")
 
-    about = f"{label}{settings.tokens:,} tokens of length {settings.length:,}"
-    return run.stage("extend", about, training_settings(run, settings), [distilled.digest], work)
+    about = f"{layout} {settings.tokens:,} tokens of length {settings.length:,}".strip()
+    label = f"extend {layout}".strip()
+    return run.stage("extend", about, training_settings(run, settings), [distilled.digest], work, label=label)
 
 
 def _has_model(folder: Path) -> bool:

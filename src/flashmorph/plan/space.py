@@ -203,8 +203,11 @@ class Space:
         """
         unknown = [group for group in full_groups if group not in self.groups]
         if unknown:
-            near = difflib.get_close_matches(unknown[0], self.groups, 1) or [self.groups[-1]]
-            raise UserError(f"there is no {unknown[0]}; the groups are {self.groups[0]} to {near[0]}")
+            near = difflib.get_close_matches(unknown[0], self.groups, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(
+                f"there is no {quoted(unknown[0])}; the groups are {self.groups[0]} to {self.groups[-1]}{hint}"
+            )
         full, rest = self.order[:, :2].T
         kept = [group in full_groups for group in self.groups]
         return self.of_options(np.where(kept, full, rest).tolist(), budget)

@@ -3,15 +3,12 @@
 from pathlib import Path
 
 import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from flashmorph.records import Figures
 from flashmorph.selection import DEFAULT_STRATEGY
 from flashmorph.surface.outputs import save_picture
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-from matplotlib.ticker import NullFormatter
 
 _FLOOR = 1e-4
 
@@ -23,9 +20,10 @@ def draw_regret(summary: Figures, path: Path) -> None:
     negative, so that panel has a linear axis with a line at 0.
     """
     budgets = list(summary["truths"])
-    figure, panels = plt.subplots(1, len(budgets), figsize=(5 * len(budgets), 4.5), squeeze=False, sharey=True)
+    figure = Figure(figsize=(5 * len(budgets), 4.5))
+    panels = figure.subplots(1, len(budgets), squeeze=False, sharey=True)
     strategies = sorted({row["strategy"] for row in summary["rows"]})
-    colours = {name: plt.get_cmap("tab20")(index % 20) for index, name in enumerate(strategies)}
+    colours = {name: matplotlib.colormaps["tab20"](index % 20) for index, name in enumerate(strategies)}
     colours[DEFAULT_STRATEGY] = (0.0, 0.0, 0.0, 1.0)
     found = any(truth["reference"] == "found" for truth in summary["truths"].values())
     floor = 0.0 if found else _FLOOR
@@ -55,4 +53,3 @@ def draw_regret(summary: Figures, path: Path) -> None:
     lines, names = panels[0][-1].get_legend_handles_labels()
     figure.legend(lines, names, fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 0.0))
     save_picture(figure, path, dpi=150, bbox_inches="tight")
-    plt.close(figure)

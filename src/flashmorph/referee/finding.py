@@ -1,5 +1,6 @@
 """The search for the best known plan of a budget: several starts, then a local search from the best of them."""
 
+import logging
 import random
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ GREEDY_QUESTIONS = 16
 """Of `greedy-forward`, which asks all of them by default: a quarter of what the races ask."""
 START_QUESTIONS = 8
 """Of a race among neighbours."""
+_LOG = logging.getLogger(__name__)
 
 
 class Found(Shape):
@@ -71,7 +73,7 @@ def find_best_known(
     seed: int,
     state: State | None = None,
     report: Report = silent,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = _LOG.warning,
 ) -> Found:
     """Search for the best plan of a budget whose plans are too many.
 
@@ -100,7 +102,7 @@ def find_best_known(
     for name, share in SEARCHES.items():
         tokens = min(int(share * most), most - kept_back - capped.spent)
         capped.until = capped.spent + tokens
-        plan = _start(name, Search(space, budget, capped, seed, warn=say, state=state), prices, tokens)
+        plan = _start(name, Search(space, budget, capped, seed, say=say, state=state), prices, tokens)
         if plan is None:
             left_out.append(name)
             why = (

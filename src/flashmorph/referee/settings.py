@@ -2,21 +2,21 @@
 
 from collections.abc import Callable
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from flashmorph.errors import UserError
+from flashmorph.inputs.settings import Settings
 from flashmorph.referee.best_known import LEAST_QUESTIONS
 from flashmorph.referee.reference import ReferenceKind
 from flashmorph.selection import BASELINE, DEFAULT_STRATEGY, STRATEGIES
 
 
-class CompareSettings(BaseModel):
+class CompareSettings(Settings):
     """Settings of a comparison.
 
     A strategy may have settings of its own: `race+confidence=0.8`, `budgeted-gates+steps=50+random_budget=true`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     budgets: tuple[str, ...] = ("1", "2", "3")
     strategies: tuple[str, ...] = tuple(STRATEGIES)
     seeds: int = Field(default=5, gt=0, description="seeds of the search: its data and its noise")

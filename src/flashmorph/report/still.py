@@ -4,18 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
 
 from flashmorph.records import Figures
 from flashmorph.report.charts import Chart, Dots, Heat, Lines, Panel, Series
 from flashmorph.surface.outputs import save_picture
 from flashmorph.surface.terminal import harmless
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-from matplotlib.lines import Line2D
-from matplotlib.ticker import NullLocator
 
 _WIDE, _NARROW = 6.5, 4.2
 _PER_ROW = 3
@@ -33,7 +29,8 @@ def draw(chart: Chart, path: Path) -> None:
     rows = -(-len(chart.panels) // columns)
     width = _WIDE if columns == 1 else _NARROW * columns
     height = rows * max(map(_height, chart.panels))
-    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for index, axis in enumerate(axes.flat):
         if index < len(chart.panels):
             _draw(axis, chart.panels[index])
@@ -44,7 +41,6 @@ def draw(chart: Chart, path: Path) -> None:
         handles = [_handle(series) for series in legend]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(legend), 2 * columns), fontsize=7)
     save_picture(figure, path, dpi=_DPI)
-    plt.close(figure)
 
 
 def _plain(text: str) -> str:

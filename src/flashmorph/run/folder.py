@@ -6,13 +6,12 @@ stage is not run again, also if it is in another run's folder.
 Rank 0 holds the lock and writes; it broadcasts the records to the other ranks.
 """
 
-import errno
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +21,7 @@ from pydantic import StringConstraints
 
 from flashmorph import distributed
 from flashmorph.errors import UserError
-from flashmorph.files import atomic_path, digest_of, is_temporary, read_json, write_json
+from flashmorph.files import atomic_path, digest_of, is_temporary, read_json, write_json, writing
 from flashmorph.inputs.shapes import Finite, Shape, read_as
 from flashmorph.records import Figures
 from flashmorph.run.wholeness import CHECKPOINTS, damage, listing
@@ -34,7 +33,6 @@ RECIPE = "recipe.yaml"
 STAGES = "stages"
 _WRITTEN = (STAGES, "data", "compare", "figures")
 """The folders in a run's folder that runs write into."""
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 _PARTIAL = ".partial"
 _RECORD, _SPENT = "stage.json", "spent.json"
 _LOG = logging.getLogger(__name__)
@@ -220,7 +218,7 @@ class RunFolder:
         partial = final.with_name(final.name + _PARTIAL)
 
         def begin() -> float:
-            with _writing(partial):
+            with writing(partial, within=partial):
                 partial.mkdir(parents=True, exist_ok=True)
                 (partial / _RECORD).unlink(missing_ok=True)
             return _seconds_before(partial)
@@ -228,7 +226,7 @@ class RunFolder:
         def finish() -> Stage:
             record = {"stage": name, "digest": digest, "settings": settings, "inputs": inputs, "seconds": seconds}
             record |= {"versions": versions(), **figures}
-            with _writing(partial):
+            with writing(partial, within=partial):
                 write_json(partial / _RECORD, {**record, "files": listing(partial)})
                 return arrive()
 
@@ -240,16 +238,18 @@ class RunFolder:
             return Stage(name, digest, final, read_json(final / _RECORD))
 
         if distributed.first(lambda: _is_finished(partial)):
-            with _writing(partial):
+            with writing(partial, within=partial):
                 return distributed.first(arrive)
         started, spent = time.perf_counter(), distributed.first(begin)
         try:
-            with _writing(partial):
+            with writing(partial, within=partial):
                 figures = {"processes": distributed.count(), **(work(partial) or {})}
         finally:
             seconds = spent + time.perf_counter() - started
             if distributed.is_first():
-                write_json(partial / _SPENT, seconds)
+                # On a full disk this fails too, and must not replace the error of the work: only seconds are lost.
+                with suppress(UserError):
+                    write_json(partial / _SPENT, seconds)
         return distributed.first(finish)
 
 
@@ -276,15 +276,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """One sentence where the disk does not take it. Other errors of the system are not the folder's."""
-    try:
-        yield
-    except OSError as error:
-        about = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
-        if error.errno not in _FULL and not (about and about.is_relative_to(folder)):
-            raise
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error

@@ -1,11 +1,10 @@
 """`Run`: teacher, recipe, output folder, device and console of one `morph`; `Results`."""
 
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -20,7 +19,7 @@ from flashmorph.estimate.sizes import Sizes, count_sizes
 from flashmorph.estimate.work import Model, model_of
 from flashmorph.evaluation import Score, recall_difference
 from flashmorph.plan import Budget, Plan
-from flashmorph.progress import Report
+from flashmorph.progress import Report, Screen
 from flashmorph.recipe.pricing import budget_of_recipe
 from flashmorph.recipe.recipe import Recipe
 from flashmorph.records import Figures
@@ -28,22 +27,6 @@ from flashmorph.run.folder import RunFolder, Stage
 from flashmorph.run.out_of_memory import within_memory
 from flashmorph.selection import BASELINE
 from flashmorph.units import byte_size
-
-
-class Screen(Protocol):
-    """The console of a run."""
-
-    def stage(self, name: str, about: str) -> AbstractContextManager[Report]:
-        """Show a running stage; its progress goes to the report."""
-        ...
-
-    def done(self, stage: Stage, about: str, figures: str) -> None:
-        """Show a stage that has finished, now or in an earlier run."""
-        ...
-
-    def say(self, text: str) -> None:
-        """Print a line."""
-        ...
 
 
 @dataclass
@@ -149,6 +132,7 @@ class Run:
         inputs: list[str],
         work: Callable[[Path, Report], dict | None],
         alone: bool = False,
+        label: str | None = None,
     ) -> Stage:
         """Run one stage unless it is finished already, and show it.
 
@@ -159,8 +143,9 @@ class Run:
             inputs: Digests of the stages that it reads.
             work: Called with the stage's folder and a report; returns figures for its record.
             alone: Whether `work` runs on rank 0 only, while the other ranks wait.
+            label: By which the run's folder remembers the stage, where a run has several of this name.
         """
-        label = f"{name} {about.split()[0]}" if name == "evaluate" or about.startswith(f"{BASELINE} ") else name
+        label = label or name
         before, done = self.folder.last(label), self.folder.find(name, settings, inputs)
         if before and not done:
             self.screen.say(f"{label}: {self.folder.why_again(before, name, settings, inputs)}; running it again")

@@ -13,7 +13,8 @@ from flashmorph.data.heldout import Batch, HeldOut
 from flashmorph.hosts.parts import decoder_of
 from flashmorph.losses import Head, label_loss, token_losses
 from flashmorph.mixers.mixer import LayerArguments
-from flashmorph.model.morphable import Morphable, MorphableLayer
+from flashmorph.model.layer import MorphableLayer
+from flashmorph.model.morphable import Morphable
 from flashmorph.plan import Plan
 from flashmorph.selection.effects import PairEffects
 from flashmorph.selection.searchdata import SearchData

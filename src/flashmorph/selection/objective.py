@@ -4,6 +4,7 @@ Losses are those of `model_losses.py`. Each is counted (`ledger.py`) and kept on
 run a share of each batch and get the same results: a strategy knows nothing of them.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ from flashmorph.selection.searchdata import SearchData
 from flashmorph.selection.strategy import EACH_TASK, Cost, Distilled
 
 _WRITE_SECONDS = 20
+_LOG = logging.getLogger(__name__)
 
 
 class MorphableObjective:
@@ -51,7 +53,7 @@ class MorphableObjective:
         text: HeldOut | None = None,
         distiller: Distiller | None = None,
         evaluations: Path | None = None,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = _LOG.warning,
     ):
         """The losses of `morphable` on the questions of `data`.
 

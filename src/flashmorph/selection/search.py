@@ -1,5 +1,6 @@
 """Run one strategy and sign its plan."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -10,20 +11,21 @@ from flashmorph.model.morphable import Morphable
 from flashmorph.plan import Budget, Plan, Space
 from flashmorph.progress import Report, silent
 from flashmorph.records import SettingValues
-from flashmorph.selection.strategies import STRATEGIES
+from flashmorph.selection.strategies import DEFAULT_STRATEGY, STRATEGIES
 from flashmorph.selection.strategy import Asked, Objective, Reuse, Search, Selection, State, Unasked
 
 _GIVEN = ("search",)
+_LOG = logging.getLogger(__name__)
 
 
 def select(
     morphable: Morphable,
     budget: Budget | str,
-    strategy: str,
-    objective: Objective,
+    strategy: str = DEFAULT_STRATEGY,
+    objective: Objective | None = None,
     seed: int = 0,
     report: Report = silent,
-    warn: Callable[[str], None] = print,
+    say: Callable[[str], None] = _LOG.warning,
     state: State | None = None,
     **settings: Any,
 ) -> Selection:
@@ -34,15 +36,16 @@ def select(
         budget: How much may stay full: `25%`, a number of layers, or bytes of cache (`kv=64MiB@4096`); one in
             milliseconds with its costs, `Budget.parse("ms=4.2@32768").priced(Costs.load(path))`.
         strategy: A name in `STRATEGIES`.
-        objective: The losses that the strategy asks for.
+        objective: The losses that the strategy asks for; `uniform`, `first` and `last` ask for none.
         seed: Of everything random in the search.
         report: Called with the progress.
-        warn: Called with what the user should know before much is spent.
+        say: Called with what the user should know before much is spent.
         state: Where the search keeps its state; without it an interrupted search begins anew.
         settings: The strategy's own settings.
 
     Raises:
-        UserError: an unknown strategy, a setting that is none or is wrong, or a budget that leaves no choice.
+        UserError: an unknown strategy, a setting that is none or is wrong, a budget that leaves no choice, or no
+            objective for a strategy that asks for losses.
     """
     if strategy not in STRATEGIES:
         raise UserError(unknown("strategy", strategy, STRATEGIES))
@@ -50,7 +53,14 @@ def select(
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
     space = morphable.space(budget)
     _check_options(strategy, space)
-    search = Search(space, budget, objective, seed, report, warn, state)
+    if objective is None:
+        if STRATEGIES[strategy].searches:
+            raise UserError(
+                f"strategy {strategy} asks for losses: give an objective, such as MorphableObjective, or a strategy "
+                "that asks for none, such as uniform"
+            )
+        objective = cast(Objective, Unasked())
+    search = Search(space, budget, objective, seed, report, say, state)
     found = STRATEGIES[strategy].run(search, **resolved)
     plan = replace(
         found.plan,
@@ -95,7 +105,7 @@ def check_search(strategy: str, space: Space, budget: Budget, num_questions: int
     resolved = own_settings(strategy, settings)
     _check_options(strategy, space)
     try:
-        asked = Search(space, budget, cast(Objective, Unasked(num_questions)), warn=lambda text: None)
+        asked = Search(space, budget, cast(Objective, Unasked(num_questions)), say=lambda text: None)
         STRATEGIES[strategy].run(asked, **resolved)
     except Asked:
         pass

@@ -1,5 +1,6 @@
 """The state of a search that follows gradients, on disk: an interrupted search goes on where it stopped."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,12 +12,13 @@ from flashmorph.selection.strategy import Cost
 
 _EVERY = 10
 _FILE = "search_state.json"
+_LOG = logging.getLogger(__name__)
 
 
 class StateOnDisk:
     """Keeps the state every few steps, atomically, in a file of `folder`; `say` is called where it is damaged."""
 
-    def __init__(self, folder: Path, say: Callable[[str], None] = print):
+    def __init__(self, folder: Path, say: Callable[[str], None] = _LOG.warning):
         self._path, self._say = folder / _FILE, say
 
     def restore(

@@ -8,6 +8,7 @@ What stands in a strategy's signature behind `search` are its settings. Their an
 range (`Steps`); `search.own_settings` holds what a user gives against them, so a strategy does not.
 """
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,6 +26,7 @@ Steps = Annotated[int, Field(ge=1, le=100_000)]
 """Updates of a search, or of one short distillation."""
 NumQuestions = Annotated[int, Field(ge=1, le=1_000_000)] | None
 """How many questions of the search-validation split are asked, from the first on; None for all."""
+_LOG = logging.getLogger(__name__)
 
 
 def _of_percent(value: Any) -> Any:
@@ -178,7 +180,7 @@ class Unasked:
 class Search:
     """What a strategy is given: the plans that it may choose from, the losses that it may ask for, and whom to inform.
 
-    Everything random comes from `seed`. `report` takes the progress, `warn` what the user should know before much is
+    Everything random comes from `seed`. `report` takes the progress, `say` what the user should know before much is
     spent. Without `state` an interrupted search begins anew.
     """
 
@@ -187,7 +189,7 @@ class Search:
     objective: Objective = field(default_factory=lambda: cast(Objective, Unasked()))
     seed: int = 0
     report: Report = silent
-    warn: Callable[[str], None] = print
+    say: Callable[[str], None] = _LOG.warning
     state: State | None = None
 
 

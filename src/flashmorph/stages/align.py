@@ -19,7 +19,8 @@ from flashmorph.data.rows import Rows
 from flashmorph.hosts import supports_varlen
 from flashmorph.inputs.settings import Length, Rate, Tokens, TokensAtOnce
 from flashmorph.mixers.mixer import LayerArguments
-from flashmorph.model.morphable import Branch, Morphable, MorphableLayer, squares
+from flashmorph.model.layer import Branch, MorphableLayer, squares
+from flashmorph.model.morphable import Morphable
 from flashmorph.model.sharding import is_sharded
 from flashmorph.progress import Report, silent
 from flashmorph.stages.dropout import without_dropout

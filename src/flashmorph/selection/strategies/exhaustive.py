@@ -43,7 +43,7 @@ def exhaustive(
         )
     if count > _MANY:
         greedy = sum(len(space.groups) - number for number in range(most_moves(space, budget)))
-        search.warn(f"exhaustive evaluates all {count:,} plans; greedy-forward would evaluate {greedy:,}")
+        search.say(f"exhaustive evaluates all {count:,} plans; greedy-forward would evaluate {greedy:,}")
     plans = [*every_plan(space, budget)]
     trace: list[dict] = []
     losses = mean_losses(search, plans, first_questions(search, num_questions), trace, total=len(plans))

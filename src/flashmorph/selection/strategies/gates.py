@@ -50,7 +50,7 @@ def gates(
     scores = group_scores(space, alpha.tolist(), FULL)
     plan = space.best(scores, budget)
     if (opened := int((alpha > 0).sum())) < len(plan.full_groups):
-        search.warn(
+        search.say(
             f"gates: {opened} of {len(alpha)} gates stayed above 0 and the budget keeps {len(plan.full_groups)}: the "
             "others were taken by their number alone; a smaller penalty closes fewer"
         )

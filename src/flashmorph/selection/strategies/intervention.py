@@ -55,7 +55,7 @@ def intervention(
     values = fused(receivers, senders)
     seen = int((values > 0).sum())
     unit = "heads" if space.has_heads else "layers"
-    search.warn(f"intervention: {seen} of {len(values)} {unit} have an effect; others are spread over the layers")
+    search.say(f"intervention: {seen} of {len(values)} {unit} have an effect; others are spread over the layers")
     values = values + _spread(space, values)
     if every_layer:
         wanted |= {max(rows, key=lambda row: (row in wanted, values[row])) for rows in space.layers}
