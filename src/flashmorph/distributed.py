@@ -12,12 +12,13 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from flashmorph.errors import UserError
+from flashmorph.errors import OnEveryRank, UserError
 
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=2)
-"""Timeout of collectives: rank 0 may tokenise a large corpus for hours. torchrun notices dead ranks."""
+"""Timeout of collectives: rank 0 may tokenise a large corpus for hours. torchrun ends all ranks when one has exited, so
+a rank with an error has to exit (`cli/ranks.py`)."""
 _alone = False
 
 
@@ -50,7 +51,7 @@ def join(device: torch.device) -> torch.device:
 
 
 def leave() -> None:
-    """Leave the process group."""
+    """Leave the process group, which waits for the other ranks: after success only."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -113,7 +114,7 @@ def first(work: Callable[[], T]) -> T:
             _alone = False
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
-        raise outcome[1] if is_first() else UserError(str(outcome[1]))
+        raise outcome[1] if is_first() else OnEveryRank(str(outcome[1]))
     return outcome[0]
 
 

@@ -20,8 +20,8 @@ class UserError(ValueError):
     """
 
 
-class OutOfMemory(UserError):
-    """Raised when a device runs out of memory; reported by the rank on which it happened."""
+class OnEveryRank(UserError):
+    """Raised on every rank alike under torchrun, so that rank 0 alone reports it."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

@@ -20,7 +20,8 @@ from flashmorph.cli import estimate, compare, hosts, env  # noqa: F401
 # isort: on
 from flashmorph.cli.app import app
 from flashmorph.cli.options import ERR
-from flashmorph.errors import OutOfMemory, UserError, first_line
+from flashmorph.cli.ranks import are_several, as_one_of_several, give_way, rank
+from flashmorph.errors import OnEveryRank, UserError, first_line
 from flashmorph.surface.interrupts import Interrupted, listening, sentence
 from flashmorph.surface.terminal import harmless, stand_in_for_what_cannot_be_shown
 
@@ -31,33 +32,39 @@ _CTRL_C = 130
 
 
 def main() -> None:
-    """Run a command; a user's mistake is one sentence and exit code 2. Rank 0 prints it."""
+    """Run a command; a user's mistake is one sentence and exit code 2.
+
+    Rank 0 prints what all ranks have in common, another one what it alone has.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # Else it warns of every process that is started.
-    processes, is_first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
-    if not is_first:
+    if rank():
         sys.stdout = open(os.devnull, "w")
     stand_in_for_what_cannot_be_shown()
-    with listening():
+    with listening(), as_one_of_several():
         try:
             _refuse_undecodable(sys.argv[1:])
             with _as_sentences():
-                _run(processes)
+                _run()
         except UserError as error:
-            if is_first or isinstance(error, OutOfMemory):
-                ERR.print(Text.assemble(("error:", "bold red"), " ", _one_line(str(error))), soft_wrap=True)
+            if rank():
+                give_way()
+            if not rank() or not isinstance(error, OnEveryRank):
+                who = f"rank {rank()}: " if rank() else ""
+                ERR.print(Text.assemble(("error:", "bold red"), " ", who, _one_line(str(error))), soft_wrap=True)
             sys.exit(2)
         except Interrupted:
             raise
         except SystemExit as stop:
             # typer's word for a KeyboardInterrupt that a library raised.
-            if stop.code == _CTRL_C and is_first:
+            if stop.code == _CTRL_C and not rank():
                 ERR.print(sentence())
             raise
 
 
-def _run(processes: int) -> None:
-    if processes > 1 and sys.argv[1:] and sys.argv[1] not in _SHARED and "--help" not in sys.argv:
-        raise UserError(f"{processes} processes can share {', '.join(_SHARED)}; run this without torchrun")
+def _run() -> None:
+    if are_several() and sys.argv[1:] and sys.argv[1] not in _SHARED and "--help" not in sys.argv:
+        count = os.environ["WORLD_SIZE"]
+        raise UserError(f"{count} processes can share {', '.join(_SHARED)}; run this without torchrun")
     app()
 
 
@@ -76,7 +83,7 @@ def _as_sentences() -> Iterator[None]:
         raise UserError(f"{error.filename} cannot be used: {error.strerror}") from error
     except BaseException as error:
         if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.partition(".")[0] == "torch":
-            raise OutOfMemory(
+            raise UserError(
                 f"{first_line(cast(Exception, error))}: ask for shorter contexts, for fewer tokens at once (such as "
                 "--set evaluate.batch_tokens=4096), or for --device cpu"
             ) from error

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from flashmorph import distributed
-from flashmorph.errors import OutOfMemory
+from flashmorph.errors import UserError
 from flashmorph.recipe.recipe import Recipe
 
 
@@ -15,14 +15,12 @@ def within_memory(stage: str, recipe: Recipe) -> Iterator[None]:
     """Name the setting to lower if `stage` needs more memory than the device has.
 
     Raises:
-        OutOfMemory: it does; whatever checkpoint there is stays.
+        UserError: it does; whatever checkpoint there is stays.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        where = f" in process {distributed.rank()}" if distributed.count() > 1 else ""
-        remedy = _remedy(stage, recipe)
-        raise OutOfMemory(f"{stage} ran out of memory{where}: {remedy}; what is done is kept") from error
+        raise UserError(f"{stage} ran out of memory: {_remedy(stage, recipe)}; what is done is kept") from error
 
 
 def _remedy(stage: str, recipe: Recipe) -> str:

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
 from flashmorph import distributed
-from flashmorph.errors import UserError, first_line
+from flashmorph.errors import OnEveryRank, UserError, first_line
 from flashmorph.model.sharding import is_sharded
 from flashmorph.records import Figures
 from flashmorph.stages.checkpoints import SHARDS, WEIGHTS
@@ -94,7 +94,7 @@ class StageTrainer(Trainer):
         if whole or distributed.count() == 1:
             # A problem on one rank stops all of them, with the same message.
             if problems := [problem for problem in distributed.gather(self._problem) if problem]:
-                raise UserError(problems[0])
+                raise OnEveryRank(problems[0])
         return loss
 
     def _check(self, part: torch.Tensor, inputs: dict[str, Any]) -> str:
