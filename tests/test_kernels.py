@@ -1,6 +1,7 @@
 """Linear mixers run where their tensors are: PyTorch's reference on a CPU, whatever kernel packages are installed."""
 
 import importlib
+import math
 import os
 import shutil
 import subprocess
@@ -19,8 +20,10 @@ from flashmorph.cli.environment import describe
 from flashmorph.hosts import HOSTS, use_kernels
 from flashmorph.mixers import Kernels, Mamba2
 from flashmorph.mixers import kernels as kernel_module
+from flashmorph.mixers.delta_scan import delta_scan
 from flashmorph.mixers.kernels import implementation_in_use
 from flashmorph.mixers.mamba2_scan import CHUNK, chunk_scan
+from flashmorph.own.states_flashmorph import chunked
 from flashmorph.plan import Budget
 
 KERNELS = [mixer.kernels for host in HOSTS for mixer in host.mixers.values() if mixer.kernels]
@@ -126,6 +129,57 @@ def test_our_scan_and_its_gradients_are_those_of_transformers(time, groups):
         results.append((y, state, *gradients))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.detach().abs().max().item())
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_qk_l2norm_in_kernel": True, "chunk_size": 16}])
+@pytest.mark.parametrize("time", [1, 63, 64, 150])
+def test_our_delta_rule_and_its_gradients_are_those_of_transformers(time, settings):
+    """With keys that several value heads share, and with and without a state to begin with."""
+    values = {
+        "query": torch.randn(2, time, 2, 8),
+        "key": 0.3 * torch.randn(2, time, 2, 8),
+        "value": torch.randn(2, time, 6, 5),
+        "g": -torch.rand(2, time, 6),
+        "beta": torch.rand(2, time, 6),
+    }
+    reference = named(KERNELS[0], "torch_chunk_gated_delta_rule").__wrapped__
+    for start in ({}, {"initial_state": torch.randn(2, 6, 8, 5)}):
+        results = []
+        for scan in (delta_scan, reference):
+            own = {name: value.clone().requires_grad_() for name, value in (values | start).items()}
+            y, state = scan(**own, **settings, output_final_state=True)
+            gradients = torch.autograd.grad(y.square().sum() + state.square().sum(), list(own.values()))
+            results.append((y, state, *gradients))
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, other.detach().abs().max().item()))
+    narrow = {name: value.bfloat16() for name, value in values.items()}
+    (y, state), (expected, _) = delta_scan(**narrow, **settings), reference(**narrow, **settings)
+    assert state is None and y.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("rule", ["Gated DeltaNet", "by head"])
+def test_the_backward_of_the_delta_rule_makes_no_tensor_of_zeros_for_each_chunk(rule):
+    """It would take time that grows with the square of the context."""
+
+    def indexed(time: int) -> int:
+        """Indices into tensors of the whole length."""
+        q, k, v = (torch.randn(1, time, 2, 4, requires_grad=True) for _ in range(3))
+        g, beta = torch.rand(2, 1, time, 2, requires_grad=True)
+        if rule == "by head":
+            y, _ = chunked(*(each.transpose(1, 2) for each in (q, k, v, g)), None, 1, 16, beta.transpose(1, 2))
+        else:
+            y, _ = delta_scan(q, k, v, -g, beta, chunk_size=16)
+        nodes, seen = [y.grad_fn], set()
+        while nodes:
+            if (node := nodes.pop()) is not None and node not in seen:
+                seen.add(node)
+                nodes += [each for each, _ in node.next_functions]
+        names = ("SliceBackward0", "SelectBackward0")
+        sizes = [math.prod(node._saved_self_sym_sizes) for node in seen if node.name() in names]
+        return sum(size >= 2 * time for size in sizes)
+
+    assert indexed(64) == indexed(128)
 
 
 def test_the_recurrence_is_the_gated_delta_rule():

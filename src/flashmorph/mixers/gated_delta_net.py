@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from flashmorph.mixers.convolution import convolve
+from flashmorph.mixers.delta_scan import delta_scan
 from flashmorph.mixers.kernels import boundaries_in, kernel_runs
 from flashmorph.mixers.mixer import LAYER_TYPES, LINEAR, Kernels, LayerArguments, Products
 from flashmorph.mixers.products import STATE_BYTES, number_bytes
@@ -65,7 +66,11 @@ class GatedDeltaNet:
     def __init__(self, module_class: type[nn.Module]):
         self._class = module_class
         self.kernels: Kernels | None = Kernels(
-            module_class.__module__, _FUNCTIONS, apart={_CONVOLUTION: convolve}, no_gradient=no_gradient_of_fla
+            module_class.__module__,
+            _FUNCTIONS,
+            apart={_CONVOLUTION: convolve},
+            lean={_FUNCTIONS[0]: delta_scan},
+            no_gradient=no_gradient_of_fla,
         )
 
     def build(self, config: PreTrainedConfig, layer: int, attention: nn.Module) -> nn.Module:

@@ -120,20 +120,21 @@ def chunked(
         chunk: Tokens that are computed together.
         strengths: `[batch, heads, time]`, between 0 and 1.
     """
-    batch, heads, time, features = k.shape
+    batch, heads, _, features = k.shape
     q = q.unflatten(1, (heads, groups))
     total = past if past is not None else k.new_zeros(batch, heads, features, v.shape[-1])
     outputs = []
-    for start in range(0, time, chunk):
-        part = slice(start, min(start + chunk, time))
-        q_, k_, v_ = q[:, :, :, part], k[:, :, part], v[:, :, part]
-        fallen = rates[:, :, part].cumsum(-1)
+    # Split once: the backward of a slice for each chunk would fill as many tensors of the whole size with zeros.
+    parts = [each.split(chunk, -2) for each in (q, k, v, rates[..., None])]
+    given = [None] * len(parts[0]) if strengths is None else strengths[..., None].split(chunk, -2)
+    for q_, k_, v_, rates_, strengths_ in zip(*parts, given, strict=True):
+        fallen = rates_.squeeze(-1).cumsum(-1)
         between = fallen[..., :, None] - fallen[..., None, :]
         # Above the diagonal the exponent would be positive, and may be too large before it is masked.
         weights = torch.exp(-between.masked_fill(_above(between), math.inf))
         faded = torch.exp(-fallen)[..., None]
-        if strengths is not None:
-            v_ = _written(k_, v_ - faded * (k_ @ total), weights, strengths[:, :, part, None])
+        if strengths_ is not None:
+            v_ = _written(k_, v_ - faded * (k_ @ total), weights, strengths_)
         scores = q_ @ k_[:, :, None].mT * weights[:, :, None]
         earlier = (q_ * faded[:, :, None]) @ total[:, :, None]
         outputs.append(scores @ v_[:, :, None] + earlier)
