@@ -4,19 +4,28 @@ import pytest
 import torch
 from conftest import run_command
 
+from flashmorph.errors import is_out_of_memory
 from flashmorph.model.morphable import Morphable
+from flashmorph.recipe.recipe import load_recipe
+from flashmorph.run.out_of_memory import within_memory
 from flashmorph.stages.checkpoints import last_checkpoint
 from flashmorph.stages.distill import DistillationLoss
 
+MESSAGES = {
+    "cuda": (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 20.00 GiB"),
+    "mps": (RuntimeError, "MPS backend out of memory (MPS allocated: 9.00 GB). Tried to allocate 20.00 GB"),
+}
 
-def full_after(calls: int, forward):
+
+def full_after(calls: int, forward, device: str = "cuda"):
     """A forward that finds the memory full after so many calls."""
     done = []
 
     def run(*arguments, **named):
         done.append(None)
         if len(done) > calls:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            kind, message = MESSAGES[device]
+            raise kind(message)
         return forward(*arguments, **named)
 
     return run
@@ -57,11 +66,18 @@ def test_a_search_and_a_row_that_is_too_long_are_told(teacher_folder, recipe_fil
         assert f"one row already, 64 tokens: {ways}" in told
 
 
-def test_what_one_process_must_hold_whole_is_told_where_it_can(teacher_folder, recipe_file, tmp_path, capsys):
+@pytest.mark.parametrize("device", MESSAGES)
+def test_what_one_process_must_hold_whole_is_told_where_it_can(teacher_folder, recipe_file, tmp_path, capsys, device):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flashmorph.pipeline.branches.write_host", full_after(0, None))
+        patch.setattr("flashmorph.pipeline.branches.write_host", full_after(0, None, device))
         assert run_command("align", teacher_folder, "--recipe", recipe_file, "--output", tmp_path) == 2
     assert "transplant ran out of memory: the model must fit as a whole" in " ".join(capsys.readouterr().err.split())
+
+
+def test_other_errors_of_pytorch_stay_what_they_are():
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="shapes"), within_memory("align", load_recipe("demo", {})):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
 def test_weights_to_divide_need_several_processes(teacher_folder, recipe_file, tmp_path, capsys):

@@ -131,6 +131,8 @@ def release_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
     if sys.platform == "linux":
         with suppress(AttributeError, OSError):  # Other C libraries have no such function.
             ctypes.CDLL(None).malloc_trim(0)

@@ -24,6 +24,14 @@ class OnEveryRank(UserError):
     """Raised on every rank alike under torchrun, so that rank 0 alone reports it."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device has no memory left: PyTorch has an error of its own for CUDA, for an Apple chip a sentence."""
+    kind = type(error)
+    if kind.__name__ == "OutOfMemoryError" and kind.__module__.partition(".")[0] == "torch":
+        return True
+    return isinstance(error, RuntimeError) and "MPS backend out of memory" in str(error)
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """One sentence about an unknown name, with the nearest known one."""
     known = list(known)

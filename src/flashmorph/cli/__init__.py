@@ -21,7 +21,7 @@ from flashmorph.cli import estimate, compare, hosts, env  # noqa: F401
 from flashmorph.cli.app import app
 from flashmorph.cli.options import ERR
 from flashmorph.cli.ranks import are_several, as_one_of_several, give_way, rank
-from flashmorph.errors import OnEveryRank, UserError, first_line
+from flashmorph.errors import OnEveryRank, UserError, first_line, is_out_of_memory
 from flashmorph.surface.interrupts import Interrupted, listening, sentence
 from flashmorph.surface.terminal import harmless, stand_in_for_what_cannot_be_shown
 
@@ -82,7 +82,7 @@ def _as_sentences() -> Iterator[None]:
             raise
         raise UserError(f"{error.filename} cannot be used: {error.strerror}") from error
     except BaseException as error:
-        if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.partition(".")[0] == "torch":
+        if is_out_of_memory(error):
             raise UserError(
                 f"{first_line(cast(Exception, error))}: ask for shorter contexts, for fewer tokens at once (such as "
                 "--set evaluate.batch_tokens=4096), or for --device cpu"

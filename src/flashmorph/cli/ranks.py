@@ -51,9 +51,9 @@ def as_one_of_several() -> Iterator[None]:
             _end(stop.code if isinstance(stop.code, int) else 1)
         _leave_group()
         raise
-    except BaseException:
+    except BaseException as error:
         give_way(2 if rank() else 1)
-        sys.excepthook(*sys.exc_info())
+        sys.excepthook(type(error), error, error.__traceback__)
         _end(1)
     else:
         _leave_group()

@@ -140,7 +140,7 @@ def text_losses(
     for numbers in text.in_batches(batch_tokens):
         batch = text.batch(numbers, model.device)
         of_batch = batch.losses(decoder(input_ids=batch.ids, use_cache=False).last_hidden_state, head)
-        losses[batch.positions] = of_batch.double().cpu().numpy()
+        losses[batch.positions] = of_batch.cpu().double().numpy()
         done += len(numbers)
         report(done, len(text.pieces))
     return losses

@@ -3,10 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from flashmorph import distributed
-from flashmorph.errors import UserError
+from flashmorph.errors import UserError, is_out_of_memory
 from flashmorph.recipe.recipe import Recipe
 
 
@@ -19,7 +17,9 @@ def within_memory(stage: str, recipe: Recipe) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(f"{stage} ran out of memory: {_remedy(stage, recipe)}; what is done is kept") from error
 
 

@@ -155,7 +155,7 @@ class ModelLosses:
             pieces, counts = together[distributed.rank()]
             with self._autocast():
                 for done, (index, losses) in enumerate(run(text.batch(pieces, self.morphable.device)), 1):
-                    sums[index] += losses.double().sum().item() * counts
+                    sums[index] += losses.cpu().double().sum().item() * counts
                     if report:
                         report((number + done / count) / len(rounds))
         return (distributed.total(sums) / int(text.offsets[-1])).tolist()
