@@ -23,6 +23,7 @@ from together import searched, trained
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from flashmorph.errors import UserError
+from flashmorph.model import sharding
 from flashmorph.plan import Plan
 from flashmorph.stages import AlignSettings, DistillSettings
 from flashmorph.stages.checkpoints import FINISHED
@@ -205,6 +206,17 @@ def divided(tmp_path_factory) -> Path:
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
+
+
+def test_the_mesh_is_made_before_ranks_take_turns(monkeypatch):
+    """It may take a collective: where there is a GPU, PyTorch makes a group of its own for a mesh on gloo."""
+    events = []
+    monkeypatch.setattr(sharding, "_mesh", lambda kind: events.append(f"mesh {kind}"))
+    monkeypatch.setattr(sharding.distributed, "wait", lambda: events.append("wait"))
+    monkeypatch.setattr(sharding.distributed, "local_count", lambda: 2)
+    monkeypatch.setattr(sharding.distributed, "local_rank", lambda: 1)
+    sharding.in_turn(lambda: events.append("make"), torch.device("cpu"))
+    assert events == ["mesh cpu", "wait", "make", "wait"]
 
 
 @pytest.mark.parametrize("kind", SETTINGS)

@@ -41,7 +41,7 @@ def trained(kind: str, folder: Path, sharded: bool, bf16: bool = False, **change
     rows = rows_in(folder / str(distributed.rank()), settings.rows)
     if kind == "align":
         made = (lambda: shard_morphable(morphable_of(0, bf16), CPU, bf16)) if sharded else lambda: morphable_of(0, bf16)
-        morphable = in_turn(made)
+        morphable = in_turn(made, CPU)
         assert is_sharded(morphable) == sharded
         align(morphable, rows, settings, folder, 0, bf16)
         ids = torch.tensor([rows[row]["input_ids"] for row in range(4)])

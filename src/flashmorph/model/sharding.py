@@ -109,8 +109,12 @@ def whole(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return unsharded
 
 
-def in_turn(make: Callable[[], Model]) -> Model:
-    """Run `make` on one rank of each machine after the other: until its model is sharded, a rank holds all of it."""
+def in_turn(make: Callable[[], Model], device: torch.device) -> Model:
+    """Run `make` on one rank of each machine after the other: until its model is sharded, a rank holds all of it.
+
+    `device` is where `make` shards to.
+    """
+    _mesh(device.type)  # It may take a collective of all ranks, which a rank alone in its turn would wait in for ever.
     made: list[Model] = []
     for turn in range(distributed.local_count()):
         if turn == distributed.local_rank():

@@ -53,7 +53,7 @@ def open_sharded(run: Run, make: Callable[[], Model], shard: Callable[[Model, to
     """The model that `make` returns, sharded over the ranks if the recipe sets `shard`."""
     if not run.shards:
         return make()
-    model = in_turn(lambda: shard(make(), run.device, run.bf16))
+    model = in_turn(lambda: shard(make(), run.device, run.bf16), run.device)
     if not is_sharded(model):
         raise ValueError(f"{type(model).__name__} has no sharded weights")
     return model
