@@ -12,6 +12,7 @@ from test_objective import objective_on
 from test_step import KINDS, step_of
 from test_training import SETTINGS, rows_in, settings_of, student_and_teacher
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from flashmorph import distributed
 from flashmorph.convert.in_memory import transplant
@@ -107,6 +108,14 @@ def main(folder: Path) -> None:
     else:
         raise AssertionError("both should have been told")
     trained_weights_are_shared_whatever_their_shape()
+    views: list[bool] = []
+    wrap = DistributedDataParallel.__init__
+
+    def keep(wrapper: DistributedDataParallel, *given, **settings) -> None:
+        wrap(wrapper, *given, **settings)
+        views.append(wrapper.gradient_as_bucket_view)
+
+    DistributedDataParallel.__init__ = keep
     for kind in SETTINGS:
         weights = trained(kind, folder / f"{kind}-sharded", True)
         if distributed.is_first():
@@ -125,6 +134,7 @@ def main(folder: Path) -> None:
     kinds = {"whole": (False, False), "divided": (True, False), "divided-again": (True, True)}
     every = [distributed.gather(searched(folder / name, *kind)) for name, kind in kinds.items()]
     assert all(one == other for one, other in every), "both must be told the same"
+    assert views and all(views), "DDP must keep no second copy of the gradients"
     if distributed.is_first():
         (folder / "searched.json").write_text(json.dumps([one for one, _ in every]))
     distributed.leave()

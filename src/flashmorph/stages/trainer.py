@@ -63,6 +63,8 @@ class StageTrainer(Trainer):
                 "install transformers 5.24"
             )
         super().__init__(model=model, args=args, **settings)
+        if ddp := self.accelerator.ddp_handler:
+            ddp.gradient_as_bucket_view = True  # Else DDP keeps a second copy of all gradients.
         self._watch, self._problem = watch, ""
         self._step = StepMean(getattr(model, "terms", None) or [[*_trainable(model).values()]])
         self._is_sharded = is_sharded(model)
