@@ -17,6 +17,7 @@ from test_cli import refused
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from flashmorph.convert import load
 from flashmorph.convert.checkpoint import travelling_files, weight_files
 from flashmorph.convert.digests import weights_digest
 from flashmorph.convert.in_memory import transplant
@@ -211,6 +212,24 @@ def test_weights_are_those_that_transformers_opens(tmp_path):
     opened = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     stored = load_file(folder / "model.safetensors")
     assert all(torch.equal(opened[name], weight) for name, weight in stored.items())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_that_go_straight_to_a_device_are_the_same(tied, tmp_path, monkeypatch):
+    """By the argument that a GPU gets, which is tried on the CPU."""
+    random_teacher("qwen3: grouped", 1, tie_word_embeddings=tied).to(torch.bfloat16).save_pretrained(tmp_path)
+    expected = load_model(tmp_path, torch.float32)
+    assert load._straight_to(torch.device("cpu")) == {} and load._straight_to(None) == {}
+    straight = {"device_map": {"": torch.device("cpu")}}
+    assert load._straight_to(torch.device("cuda", 1)) == {"device_map": {"": torch.device("cuda", 1)}}
+    monkeypatch.setattr(load, "_straight_to", lambda device: straight)
+    model = load_model(tmp_path, torch.float32)
+    states = [dict(each.state_dict()) | dict(each.named_buffers()) for each in (model, expected)]
+    assert states[0].keys() == states[1].keys()
+    for name, weight in states[1].items():
+        assert weight.dtype == states[0][name].dtype and torch.equal(weight, states[0][name]), name
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert not hasattr(model, "_hf_hook") and len(set(getattr(model, "hf_device_map", {"": 0}).values())) == 1
 
 
 OWN = ["stages/build/model/config.json", "data/rows.npy", "report.html", "figures/recall.png", "plan.json",

@@ -94,6 +94,7 @@ def load_model(
             trust_remote_code=False,
             # With peft installed an adapter in the folder would be loaded; there is none in this sub-folder.
             adapter_kwargs={"subfolder": _NO_FOLDER},
+            **_straight_to(device),
             **({"generation_config": generation} if generation else {}),
         )
         model = opened[0]
@@ -103,6 +104,14 @@ def load_model(
         require_one_head(model, folder)
     model.config.dtype = config.dtype
     return model.eval().to(device or "cpu")
+
+
+def _straight_to(device: torch.device | None) -> dict[str, Any]:
+    """Arguments by which each weight goes to a GPU as it is read.
+
+    Otherwise all of them stand in the CPU's memory first, once for every rank of a machine.
+    """
+    return {"device_map": {"": device}} if device is not None and device.type == "cuda" else {}
 
 
 def require_one_head(model: PreTrainedModel, folder: Path) -> None:
