@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
@@ -61,6 +61,14 @@ class Position:
     reader: dict[str, Any] | None = None
     blocks: int = 0
     given: int = 0
+
+
+class Pooled(Protocol):
+    """Text that questions can be laid out in: a corpus, a mixture, or what a run keeps of either (`run/pools.py`)."""
+
+    def pool(self, split: str, seed: int) -> list[str]:
+        """Documents of `split`; see `Corpus.pool`."""
+        ...
 
 
 @dataclass(frozen=True)

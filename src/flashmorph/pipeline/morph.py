@@ -45,6 +45,7 @@ from flashmorph.run.digests import (
 )
 from flashmorph.run.folder import Stage
 from flashmorph.run.models import open_answering, open_morphable, open_sharded, run_search
+from flashmorph.run.pools import Pools
 from flashmorph.run.run import Results, Run
 from flashmorph.selection import BASELINE, STRATEGIES
 from flashmorph.selection.search import plan_without_search
@@ -191,7 +192,7 @@ def run_evaluate(run: Run, name: str, model: Stage) -> Score:
     def work(folder: Path, report: Report) -> Figures:
         settings = run.at_once("evaluate", folder, alone=True).evaluate
         loaded = open_answering(run, model, settings.dtype_on(run.device.type))
-        questions = open_questions(recipe, run.corpus, run.tokenizer)
+        questions = open_questions(recipe, Pools(run), run.tokenizer)
         text = held_out_text(run, "test", settings.length, settings.perplexity_tokens)
         score = evaluate(loaded, run.tokenizer, questions, text, settings, cache_by_context(loaded.config), report)
         write_json(folder / "right.json", score.right)

@@ -28,6 +28,7 @@ from flashmorph.records import Figures
 from flashmorph.run.digests import ends, task_settings
 from flashmorph.run.folder import Stage
 from flashmorph.run.models import open_answering, open_morphable, open_objective, open_sharded
+from flashmorph.run.pools import Pools
 from flashmorph.run.run import Run
 from flashmorph.selection.strategy import Objective
 from flashmorph.tasks import Example
@@ -70,7 +71,7 @@ def run_teacher(run: Run, host: Stage) -> Stage | None:
     def work(folder: Path, report: Report) -> Figures:
         model = open_answering(run, host, dtype)
         questions = open_questions(
-            recipe, run.corpus, run.tokenizer, "validation", number, length, recipe.chat_template
+            recipe, Pools(run), run.tokenizer, "validation", number, length, recipe.chat_template
         )
         tokens = run.at_once("teacher", folder, alone=True).evaluate.tokens_at_once
         by_task = ask_teacher(model, run.tokenizer, questions, tokens, report)

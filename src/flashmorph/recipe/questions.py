@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from flashmorph.data.corpus import Corpus, Mixture
+from flashmorph.data.corpus import Corpus, Mixture, Pooled
 from flashmorph.data.heldout import HeldOut, hold_out
 from flashmorph.recipe.recipe import Recipe
 from flashmorph.tasks import STYLES, Example, Haystack, Layout, make_example
@@ -12,7 +12,7 @@ from flashmorph.tasks import STYLES, Example, Haystack, Layout, make_example
 
 def open_layout(
     recipe: Recipe,
-    corpus: Corpus | Mixture,
+    corpus: Pooled,
     tokenizer: PreTrainedTokenizerBase,
     split: str,
     chat_template: bool | None = None,
@@ -30,7 +30,7 @@ def open_layout(
 
 def open_questions(
     recipe: Recipe,
-    corpus: Corpus | Mixture,
+    corpus: Pooled,
     tokenizer: PreTrainedTokenizerBase,
     split: str = "test",
     number: int | None = None,

@@ -15,6 +15,7 @@ from flashmorph.files import digest_of
 from flashmorph.progress import Report
 from flashmorph.recipe.questions import open_layout
 from flashmorph.run.digests import learns_ends, row_settings, text_settings
+from flashmorph.run.pools import Pools
 from flashmorph.run.run import Run
 from flashmorph.selection.searchdata import SearchData, SearchSettings
 from flashmorph.stages import TrainSettings, collate
@@ -24,7 +25,7 @@ from flashmorph.tasks import STYLES, Layout, make_example
 def search_data(run: Run, judging: str, search: SearchSettings) -> SearchData:
     """The data of a search: batches of the split `train`, questions of the split `judging`."""
     recipe = run.recipe
-    layouts = {split: open_layout(recipe, run.corpus, run.tokenizer, split) for split in ("train", judging)}
+    layouts = {split: open_layout(recipe, Pools(run), run.tokenizer, split) for split in ("train", judging)}
     return SearchData(layouts, STYLES[recipe.style], list(recipe.tasks.values()), search, recipe.seed)
 
 
@@ -71,7 +72,7 @@ class _Questions(Sequence[list[int]]):
 
     @cached_property
     def _layout(self) -> Layout:
-        return open_layout(self._run.recipe, self._run.corpus, self._run.tokenizer, "train")
+        return open_layout(self._run.recipe, Pools(self._run), self._run.tokenizer, "train")
 
 
 def held_out_text(run: Run, split: str, length: int, tokens: int) -> HeldOut:

@@ -24,7 +24,7 @@ from flashmorph.tokens.special_tokens import end_tokens
 def text_settings(run: Run) -> SettingValues:
     """Settings that rows of text depend on: text, order, tokenizer and, for conversations, the chat template."""
     template = {"template": run.teacher.template_digest} if has_conversations(run.corpus) else {}
-    return {**_read(run), "tokenizer": run.teacher.tokenizer_digest, **template}
+    return {**read_settings(run), "tokenizer": run.teacher.tokenizer_digest, **template}
 
 
 def task_settings(run: Run, chat_template: bool | None = None) -> SettingValues:
@@ -35,7 +35,7 @@ def task_settings(run: Run, chat_template: bool | None = None) -> SettingValues:
     recipe = run.recipe
     templated = recipe.chat_template if chat_template is None else chat_template
     repeated = recipe.data.haystack == "repeated"
-    hidden_in = {"haystack": "repeated", "seed": recipe.seed} if repeated else _read(run)
+    hidden_in = {"haystack": "repeated", "seed": recipe.seed} if repeated else read_settings(run)
     tasks = {"tasks": plain(recipe.tasks.values()), "style": recipe.style}
     worded = {"template": run.teacher.template_digest} if templated else {}
     return {**tasks, **hidden_in, "tokenizer": run.teacher.tokenizer_digest, "chat_template": worded}
@@ -121,6 +121,6 @@ def plain(tasks: Iterable[TaskSettings]) -> list[SettingValues]:
     return [task.model_dump(mode="json") for task in tasks]
 
 
-def _read(run: Run) -> Figures:
+def read_settings(run: Run) -> Figures:
     """The identity of the text, and the seed of its order and of all draws from it."""
     return {"text": identity_of(run.corpus), "seed": run.recipe.seed}

@@ -13,6 +13,7 @@ from flashmorph.inputs.shapes import Finite
 from flashmorph.model.morphable import Morphable
 from flashmorph.plan import Plan
 from flashmorph.recipe.questions import open_questions
+from flashmorph.run.pools import Pools
 from flashmorph.run.run import Run
 from flashmorph.selection.cache import kept
 from flashmorph.tasks import Example
@@ -54,7 +55,7 @@ class PlanRecall:
         """Of each task; making them reads much text."""
         recipe, length = self._recipe, self._recipe.select.search.longest
         by_task = open_questions(
-            recipe, self._run.corpus, self._run.tokenizer, self._split, self._number, length, recipe.chat_template
+            recipe, Pools(self._run), self._run.tokenizer, self._split, self._number, length, recipe.chat_template
         )
         return list(by_task.values())
 
