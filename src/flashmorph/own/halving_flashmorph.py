@@ -9,7 +9,7 @@ import torch
 
 HALVINGS = ("greedy", "published")
 _FAILURE = 0.5
-"""The probability with which the published bound may fail."""
+"""The probability with which the published bound may fail, of each halving; the paper divides one among all."""
 
 
 def halve(k: torch.Tensor, v: torch.Tensor, halving: str, seed: int = 0) -> torch.Tensor:
