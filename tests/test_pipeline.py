@@ -47,6 +47,11 @@ def test_the_whole_path_leaves_a_stock_checkpoint_with_its_evidence(finished):
     low, high = results["recall_hybrid_minus_uniform"]["interval"]
     assert low <= results["recall_hybrid_minus_uniform"]["difference"] <= high
     assert all(stage["seconds"] > 0 for stage in results["stages"])
+    labels = json.loads((finished / "flashmorph.json").read_text())["last"].keys()
+    models = ("teacher", "hybrid_undistilled", "hybrid_before_extend", "hybrid", "uniform_undistilled", "uniform")
+    path = ("transplant", "align", "select", "build", "distill", "extend")
+    again = ("build uniform", "distill uniform", "extend uniform")
+    assert labels == {*path, *again, *(f"evaluate {name}" for name in models)}
     names = {path.name for path in finished.iterdir()}
     assert {"plan.json", "recipe.yaml", "README.md", "tokenizer.json", "generation_config.json"} <= names
     card = (finished / "README.md").read_text()
