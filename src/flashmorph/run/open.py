@@ -1,6 +1,5 @@
 """`open_run`: teacher, recipe and folder of a run, all of them checked before anything is written."""
 
-import atexit
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -39,7 +38,8 @@ def open_run(
     """A run of `teacher` in the folder `output`, for `morph`; what is finished there is not run again.
 
     Device, recipe, teacher, plan and text are checked in this order, before the folder is touched. Contexts above the
-    teacher's limit are capped.
+    teacher's limit are capped. Under torchrun the process joins the others; it leaves them by `distributed.leave` after
+    success, never after an error.
 
         run = open_run("Qwen/Qwen3-0.6B", "runs/hybrid", changes=["budget=7", "distill.tokens=20000000"], data="texts/")
 
@@ -90,7 +90,6 @@ def open_run(
     if recipe.shard is True and not distributed.are_several():
         raise UserError("shard=true shards weights over processes, and there is one: start it with torchrun")
     if distributed.are_several():
-        atexit.register(distributed.leave)
         screen.say(f"{distributed.count()} processes share the work, this one on {own_device}")
     folder = RunFolder(output, tuple(map(Path, others)))
     if keep_recipe:
