@@ -15,6 +15,7 @@ import torch
 import yaml
 from conftest import FEW_STEPS, run_command, tiny_tokenizer
 from families import SHAPE
+from gguf_files import made, written
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_step import KINDS, assert_same, expected
@@ -217,6 +218,17 @@ def test_the_mesh_is_made_before_ranks_take_turns(monkeypatch):
     monkeypatch.setattr(sharding.distributed, "local_rank", lambda: 1)
     sharding.in_turn(lambda: events.append("make"), torch.device("cpu"))
     assert events == ["mesh cpu", "wait", "make", "wait"]
+
+
+def test_each_machine_opens_the_teacher_in_its_own_cache(tmp_path):
+    file = written(made("qwen3"), tmp_path / "teacher.gguf")
+    command = torchrun(Path(__file__).parent / "two_machines.py", file, tmp_path)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    one, other = json.loads((tmp_path / "problems.json").read_text())
+    assert one == other and len(one) == 2
+    assert "is not the same on all machines" in one[0] and "HF_HOME" in one[0]
+    assert one[1].startswith("on the machine of rank 1: ")
 
 
 @pytest.mark.parametrize("kind", SETTINGS)

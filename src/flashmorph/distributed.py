@@ -57,7 +57,7 @@ def leave() -> None:
 
 
 def count() -> int:
-    """The number of ranks that share the current work: 1 inside of `first`."""
+    """The number of ranks that share the current work: 1 inside of `first` and `alone`."""
     return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
@@ -82,8 +82,8 @@ def local_count() -> int:
 
 
 def is_first() -> bool:
-    """Whether this is rank 0, which prints and writes."""
-    return rank() == 0
+    """Whether this is rank 0, which prints and writes, or a rank inside of `alone`."""
+    return _alone or rank() == 0
 
 
 def wait() -> None:
@@ -104,18 +104,24 @@ def first(work: Callable[[], T]) -> T:
         return work()
     outcome: list[Any] = [None, None]
     if is_first():
-        global _alone
-        _alone = True
         try:
-            outcome[0] = work()
+            outcome[0] = alone(work)
         except UserError as error:
             outcome[1] = error
-        finally:
-            _alone = False
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1] if is_first() else OnEveryRank(str(outcome[1]))
     return outcome[0]
+
+
+def alone(work: Callable[[], T]) -> T:
+    """Run `work` on this rank as if it were the only one: it writes, and waits for no other."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        return work()
+    finally:
+        _alone = before
 
 
 def gather(value: T) -> list[T]:

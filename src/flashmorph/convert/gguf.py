@@ -105,6 +105,8 @@ def _make(file: Path, folder: Path, digest: str) -> None:
     temporary = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
+        # transformers lets rank 0 alone write, and this may be the first rank of another machine.
+        vars(model)["should_save_on_this_rank"] = lambda is_main_process: is_main_process
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         _require_same(file, fields, tokenizer, load_tokenizer(temporary))

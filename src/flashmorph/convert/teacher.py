@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -20,11 +20,12 @@ from huggingface_hub.errors import (
 )
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from flashmorph import distributed
 from flashmorph.convert.checkpoint import CONFIG, weight_files
 from flashmorph.convert.digests import template_digest, tokenizer_digest, weights_digest
 from flashmorph.convert.gguf import checkpoint_of, is_gguf, origin_of
 from flashmorph.convert.load import load_config, load_model, load_tokenizer, read_generation
-from flashmorph.errors import UserError, first_line
+from flashmorph.errors import OnEveryRank, UserError, first_line
 from flashmorph.files import names_a_path
 from flashmorph.hosts import host_for, takes_with_windows
 
@@ -96,6 +97,38 @@ def open_teacher(name: str) -> Teacher:
     read_generation(folder)
     of_tokens, of_template = tokenizer_digest(folder), template_digest(folder)
     return Teacher(name, folder, weights_digest(folder), revision, note, of_tokens, of_template)
+
+
+def open_on_every_machine(name: str) -> Teacher:
+    """`open_teacher` for all ranks, once a machine: the cache of the hub and of GGUF files may be its own.
+
+    Raises:
+        UserError: see `open_teacher`; or the machines have different teachers of that name.
+    """
+    first = distributed.first(lambda: open_teacher(name))
+    if distributed.count() == 1:
+        return first
+    own: Teacher | str = first
+    if distributed.local_rank() == 0 and not distributed.is_first():
+        try:
+            own = distributed.alone(lambda: open_teacher(name))
+        except UserError as error:
+            own = str(error)
+    opened = distributed.gather(own)
+    for rank, there in enumerate(opened):
+        if isinstance(there, str):
+            raise OnEveryRank(f"on the machine of rank {rank}: {there}")
+        if _content(there) != _content(first):
+            raise OnEveryRank(
+                f"{name} is not the same on all machines: {there.folder} on that of rank {rank} has other files than "
+                f"{first.folder} on that of rank 0; give both the same, or one cache that they share (HF_HOME)"
+            )
+    # torchrun numbers the ranks of a machine one after the other.
+    return cast(Teacher, opened[distributed.rank() - distributed.local_rank()])
+
+
+def _content(teacher: Teacher) -> tuple[str, str, str]:
+    return teacher.digest, teacher.tokenizer_digest, teacher.template_digest
 
 
 def locate(name: str) -> tuple[Path, str, str]:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from flashmorph import distributed
-from flashmorph.convert.teacher import EMBEDDED, open_teacher
+from flashmorph.convert.teacher import EMBEDDED, open_on_every_machine
 from flashmorph.devices import pick_device
 from flashmorph.errors import UserError
 from flashmorph.hosts import host_for, with_branches_to_train
@@ -66,7 +66,7 @@ def open_run(
     screen, output, own_device = screen or Logged(), Path(output), distributed.join(pick_device(device))
     stages = stages or every_stage(plan is not None or layers is not None)
     recipe = _recipe(recipe, teacher, changes, data)
-    opened = distributed.first(lambda: open_teacher(teacher))
+    opened = open_on_every_machine(teacher)
     if opened.note:
         screen.say(opened.note)
     config = opened.config
