@@ -83,7 +83,7 @@ def stage_memory(
     hybrid, width = sizes.hybrid(switched, model.num_full), model.config.hidden_size
     number = _BF16 if bf16 else _FLOAT32
     outer = host - model.layers * (sizes.parts[FULL].parameters + sizes.parts[FEED_FORWARD].parameters)
-    own = number_bytes(model.config)
+    own, size_of_head = number_bytes(model.config), model.config.vocab_size * width
     wide = min(own, _FLOAT32) if bf16 else _FLOAT32
     chunks = Share("chunks of logits", f"{_CHUNKS_OF_LOGITS} · {LOGITS_BYTES}", _CHUNKS_OF_LOGITS * LOGITS_BYTES, False)
     frozen = [
@@ -98,6 +98,7 @@ def stage_memory(
             gathered=2 * _FLOAT32 * outer,
         ),
         *([Share("its weights in bfloat16", "2 · hybrid", _BF16 * hybrid)] if bf16 else []),
+        Share("gradient of the head, as it is summed", "4 · vocabulary · hidden", _FLOAT32 * size_of_head, False),
         chunks,
     ]
 
