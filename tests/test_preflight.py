@@ -231,7 +231,7 @@ def test_a_dataset_that_cannot_be_reached_is_told_before_the_first_stage(
 
 
 def test_a_command_that_reads_no_text_reaches_for_none(teacher_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("flashmorph.recipe.preflight.reach_text", lambda recipe: pytest.fail("reached for text"))
+    monkeypatch.setattr("flashmorph.run.open.reach_text", lambda recipe: pytest.fail("reached for text"))
     command = ["build", teacher_folder, "--layers", "0", "--set", "data.source=org/nothing", "--output"]
     assert run_command(*command, tmp_path / "run", "--window", "16") == 0
     with pytest.raises(pytest.fail.Exception):

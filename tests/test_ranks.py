@@ -214,6 +214,7 @@ def test_the_mesh_is_made_before_ranks_take_turns(monkeypatch):
     events = []
     monkeypatch.setattr(sharding, "_mesh", lambda kind: events.append(f"mesh {kind}"))
     monkeypatch.setattr(sharding.distributed, "wait", lambda: events.append("wait"))
+    monkeypatch.setattr(sharding.distributed, "are_several", lambda: True)
     monkeypatch.setattr(sharding.distributed, "local_count", lambda: 2)
     monkeypatch.setattr(sharding.distributed, "local_rank", lambda: 1)
     sharding.in_turn(lambda: events.append("make"), torch.device("cpu"))

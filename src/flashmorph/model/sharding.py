@@ -114,7 +114,10 @@ def in_turn(make: Callable[[], Model], device: torch.device) -> Model:
 
     `device` is where `make` shards to.
     """
-    _mesh(device.type)  # It may take a collective of all ranks, which a rank alone in its turn would wait in for ever.
+    if distributed.are_several():
+        _mesh(
+            device.type
+        )  # It may take a collective of all ranks, which a rank alone in its turn would wait in for ever.
     made: list[Model] = []
     for turn in range(distributed.local_count()):
         if turn == distributed.local_rank():
