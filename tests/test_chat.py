@@ -342,3 +342,13 @@ def test_what_most_conversations_are_left_out_for_is_told(tmp_path, caplog):
     corpus = written(tmp_path, [*twice, *system, *image, *talks_of("assistant")], "jsonl")
     pack(corpus, chatty(refuses + PLAIN), "train", 32, 20, 0, tmp_path / "rows.npy", None)
     assert all(reason in caplog.text for reason in ("since twice", "since no system", "'image' and not text"))
+
+
+def test_roles_are_known_in_other_words_and_capitals():
+    """`User` in a template that knows `user` would be a turn of nobody, and no reply be found."""
+    said = [
+        {"role": name, "content": "x"} for name in ("System", "User", "Assistant", "human", "GPT", "Customer", "TOOL")
+    ]
+    roles = [message["role"] for message in messages_in(said) or []]
+    assert roles == ["system", "user", "assistant", "user", "assistant", "Customer", "tool"]
+    assert [message["role"] for message in messages_in([{"from": "Human", "value": "x"}]) or []] == ["user"]

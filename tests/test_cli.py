@@ -514,3 +514,8 @@ def test_env_names_versions_device_and_kernels(capsys):
     assert len(lines) == len(facts)
     width = max(map(len, facts))
     assert all(line.startswith(f"{name:<{width}}  ") for name, line in zip(facts, lines, strict=True))
+
+
+def test_the_version_is_an_option(capsys):
+    assert run_command("--version") == 0
+    assert capsys.readouterr().out == f"flashmorph {version('flashmorph')}\n"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import run_command
 from matplotlib.figure import Figure
+from safetensors import SafetensorError
 from test_cli import broken_copy, refused
 
 from flashmorph.errors import UserError
@@ -256,3 +257,15 @@ def test_the_file_of_an_export_is_never_a_device(capsys, tmp_path):
     options = ("export", tmp_path, "--llama-cpp", tmp_path, "--force", "--gguf")
     assert "is a device" in refused(capsys, *options, "/dev/null")
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+def test_a_full_disk_is_one_sentence_from_safetensors_too(tmp_path):
+    """Whose error is none of the system's and has its number in its words."""
+    error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with (
+        pytest.raises(UserError, match=r"cannot write .*model: No space left on device"),
+        atomic_path(tmp_path / "model"),
+    ):
+        raise error
+    with pytest.raises(SafetensorError), atomic_path(tmp_path / "model"):
+        raise SafetensorError("Error while deserializing header")

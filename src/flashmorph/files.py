@@ -15,6 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
+from safetensors import SafetensorError
 
 from flashmorph.errors import UserError, quoted
 
@@ -28,6 +29,7 @@ _SPECIAL = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
 }
+_OF_SYSTEM = re.compile(r"\(os error (\d+)\)")
 _TAKES_NO_MORE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 
 
@@ -47,6 +49,11 @@ def writing(target: Path, within: Path | None = None) -> Iterator[None]:
         if error.errno is None or (within and error.errno not in _TAKES_NO_MORE and not _names(error, within)):
             raise
         raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+    except SafetensorError as error:  # It has the number of the system's error in its words only.
+        number = _OF_SYSTEM.search(str(error))
+        if not number or int(number[1]) not in _TAKES_NO_MORE:
+            raise
+        raise UserError(f"cannot write {target}: {os.strerror(int(number[1]))}") from error
 
 
 def _names(error: OSError, folder: Path) -> bool:

@@ -1,9 +1,12 @@
 """The application that commands register with."""
 
+from typing import Annotated
+
 import typer
 from typer.core import TyperGroup
 
 from flashmorph.errors import UserError
+from flashmorph.versions import own_version
 
 _MAY_BE_EMPTY = ("--prompt", "--set")
 """Options whose own check has a message for an empty value."""
@@ -35,3 +38,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make a trained Transformer cheap on long contexts: keep full attention in the few layers that need it.",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"flashmorph {own_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass

@@ -27,7 +27,8 @@ _ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-"""Roles by ShareGPT's names of speakers."""
+"""Roles by other names of speakers, ShareGPT's for the most part."""
+_KNOWN_ROLES = {"system", "developer", "user", _REPLY, "tool", "function"}
 
 Message = dict[str, Any]
 
@@ -48,12 +49,19 @@ def messages_in(value: Any, in_json: bool = False) -> list[Message] | None:
     messages = []
     for message in value:
         if "from" in message and "value" in message:
-            speaker = str(message["from"])
-            message = {"role": _ROLES.get(speaker, speaker), "content": message["value"]}
+            message = {"role": str(message["from"]), "content": message["value"]}
         if "role" not in message:
             return None
-        messages.append(message)
+        messages.append({**message, "role": _role(message["role"])})
     return messages
+
+
+def _role(name: Any) -> Any:
+    """A role in the words of templates, which know it in lower case; one that is not known stays as it is."""
+    if not isinstance(name, str):
+        return name
+    known = name.strip().lower()
+    return _ROLES.get(known, known if known in _KNOWN_ROLES else name)
 
 
 def tools_in(value: Any) -> Any:

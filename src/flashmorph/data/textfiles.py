@@ -95,7 +95,8 @@ def stream_of(
 
 def no_column(where: str, column: str, there: Sequence[str]) -> UserError:
     """The error for rows without the wanted column."""
-    return UserError(f"{where} has no column {column!r}; it has {', '.join(map(repr, there))}")
+    names = ", ".join(map(repr, there))
+    return UserError(f"{where} has no column {column!r}; it has {names}: name yours, --set data.column=NAME")
 
 
 def _rows_of_files(files: Sequence[str], columns: tuple[str, ...], beside: tuple[str, ...]) -> Iterator[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The first stages of the path: the exact move into the host, and branches that learn the attention."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,6 +81,7 @@ def run_align(run: Run, host: Stage) -> Stage:
         if distributed.is_first():
             with atomic_path(folder / "branches.safetensors") as temporary:
                 save_file(state, temporary)
+                shutil.copymode(folder / "log.jsonl", temporary)  # safetensors lets nobody else read.
         worse = worse_than_silent(errors, len(morphable.layers))
         summary = f"relative error by layer {_listed(start)} at the start, {_listed(errors)} now"
         figures = {"errors_at_start": start, "errors": errors, "worse_than_silent": worse}
