@@ -68,7 +68,7 @@ class Mamba2:
         by the mean of their queries. The surplus heads, also those of surplus groups, hold values of the same heads and
         look back a quarter as far. Convolution, decay, the gate `z` and one scale a head are as in
         `gated_delta_net.py`; biases of queries and values go into the convolution's. A softmax nearly cancels that of
-        keys, which may be hundreds of times as large as they are; a sum of products does not.
+        keys, which may be far larger than they are; a sum of products does not.
         """
         heads, head_dim, groups = attention.config.num_attention_heads, attention.head_dim, module.n_groups
         per_group, shared = module.num_heads // groups, attention.num_key_value_groups
