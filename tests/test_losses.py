@@ -128,7 +128,7 @@ def test_losses_are_taken_in_float32_under_autocast(chunk):
 
 @pytest.mark.parametrize("name", ["kl", "labels"])
 def test_the_heads_gradient_is_summed_in_float32_under_autocast(name, monkeypatch):
-    """Hundreds of chunks of a large vocabulary, summed in bfloat16, are off by a hundredth."""
+    """A large vocabulary has hundreds of chunks, and in bfloat16 each addition would round their sum."""
     torch.manual_seed(0)
     hidden, teacher, labels = torch.randn(512, 32), torch.randn(512, 32), torch.randint(VOCABULARY, (512,))
     student_head, teacher_head = nn.Linear(32, VOCABULARY, bias=False), nn.Linear(32, VOCABULARY, bias=False)

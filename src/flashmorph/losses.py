@@ -70,7 +70,7 @@ def _chunks(head: Head, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, 
 class _SumOfChunks(torch.autograd.Function):
     """`_in_chunks`, which takes the gradient of each chunk while its logits are there.
 
-    The head's gradient is summed in float32: in bfloat16 a sum over hundreds of chunks loses a hundredth and more.
+    The head's gradient is summed in float32: in bfloat16 each addition would round a sum over hundreds of chunks.
     """
 
     @staticmethod
@@ -152,10 +152,9 @@ def label_loss(
 @torch.no_grad()
 def token_losses(hidden: torch.Tensor, head: nn.Linear | Head, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each label `[tokens]`, in nats, from hidden states `[tokens, width]`."""
-    size = chunk_tokens(head.out_features)
+    head = Head.from_linear(head)
     parts = [
-        F.cross_entropy(head(part).float(), label, reduction="none")
-        for part, label in zip(hidden.split(size), labels.split(size), strict=True)
+        F.cross_entropy(head(part).float(), label, reduction="none") for part, label in _chunks(head, hidden, labels)
     ]
     return torch.cat(parts)
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from flashmorph.convert.gguf_tokenizer import special_ids, tokenizer_of
 from flashmorph.convert.load import load_tokenizer
@@ -139,12 +139,13 @@ def _configured(config: Any, fields: dict[str, Any]) -> Any:
     """The loader's configuration with what the file says and the loader does not read.
 
     It takes heads of Qwen3 for 128 wide and its experts for 768, and special tokens that the file does not have for the
-    first ones. A file that is named `mistral` it takes for a Mistral, whose tensors it then does not find.
+    first ones. Of some files it goes by their names and not by their architecture, whose tensors it then does not find.
     """
-    architecture = fields.get("general.architecture")
-    if config.model_type == "mistral":
-        dropped = ("model_type", "sliding_window")
-        config = LlamaConfig(**{name: value for name, value in config.to_dict().items() if name not in dropped})
+    architecture = str(fields.get("general.architecture"))
+    if architecture in CONFIG_MAPPING and config.model_type != architecture:
+        of_architecture = CONFIG_MAPPING[architecture]
+        known = of_architecture().to_dict().keys() - {"model_type"}
+        config = of_architecture(**{name: value for name, value in config.to_dict().items() if name in known})
     heads, width = config.num_attention_heads, fields.get(f"{architecture}.attention.key_length")
     if width or getattr(config, "head_dim", None):
         config.head_dim = width or config.hidden_size // heads

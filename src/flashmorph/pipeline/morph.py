@@ -18,11 +18,7 @@ from flashmorph.convert.save import bring, save_model
 from flashmorph.errors import UserError
 from flashmorph.evaluation import RangeLosses, Score, evaluate
 from flashmorph.files import write_json
-from flashmorph.hosts import (
-    cache_by_context,
-    host_of,
-    layer_space,
-)
+from flashmorph.hosts import cache_by_context, host_of, layer_space
 from flashmorph.inputs.shapes import Count, Shape, read_as, require_shape
 from flashmorph.model.sharding import shard_morphable
 from flashmorph.pipeline.branches import run_align, run_transplant
@@ -38,11 +34,7 @@ from flashmorph.recipe.questions import open_questions
 from flashmorph.records import Figures
 from flashmorph.report import write_report
 from flashmorph.run.data import held_out_text
-from flashmorph.run.digests import (
-    budget_settings,
-    evaluate_settings,
-    select_settings,
-)
+from flashmorph.run.digests import budget_settings, evaluate_settings, select_settings
 from flashmorph.run.folder import Stage
 from flashmorph.run.models import open_answering, open_morphable, open_sharded, run_search
 from flashmorph.run.pools import Pools
