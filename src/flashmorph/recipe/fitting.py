@@ -36,9 +36,7 @@ def fit(recipe: Recipe, config: PreTrainedConfig, keys: Sequence[str] = LENGTHS)
     notices = [f"the teacher's limit is {limit:,} tokens: {changes}"] if capped else []
     if "distill.length" in keys and (length := _beyond_windows(recipe, config)) != recipe.distill.length:
         before, recipe = recipe.distill.length, with_settings(recipe, {"distill.length": length})
-        notices.append(
-            f"rows four times as long as a window, which teach more than rows within it: distill.length {before:,} -> {length:,}"
-        )
+        notices.append(f"rows are four times as long as the window: distill.length {before:,} -> {length:,}")
     return recipe, "; ".join(notices)
 
 
