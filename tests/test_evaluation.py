@@ -1,6 +1,7 @@
 """Evaluation: intervals, generation in batches, the recall grid, perplexity by position, models side by side."""
 
 import json
+import re
 from dataclasses import asdict
 from io import StringIO
 
@@ -271,6 +272,11 @@ def test_less_text_than_asked_for_is_told(capsys, teacher_folder, recipe_file):
     assert read["documents"] == len(texts) and read["wanted"] == 9_000_000
     assert f"{read['tokens']:,} tokens of held-out text (all that there is, of 9,000,000 asked for)" in printed
     assert figures["perplexity_over"] == ("documents" if len(texts) >= 20 else "blocks")
+    half = int(re.search(r"half of them with fewer than ([\d,]+) before them", printed)[1].replace(",", ""))
+    parts = figures["perplexity_by_position"]
+    near = sum(part["tokens"] for part in parts if part["to"] < half)
+    total = sum(part["tokens"] for part in parts)
+    assert near >= total / 2 > near - next(part["tokens"] for part in parts if part["to"] == half - 1)
 
 
 def test_evaluate_compares_with_the_first_in_json_and_in_tables_that_fit(capsys, tmp_path, teacher_folder, recipe_file):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import re
 from itertools import count, islice
 from pathlib import Path
 
@@ -157,6 +158,20 @@ def test_what_nobody_asked_for_ends_at_the_teachers_limit():
     assert fit(recipe, config) == (recipe, "")
     shorter, _ = fit(load_recipe("default", {"extend": None}), random_qwen3(max_position_embeddings=256).config)
     assert shorter.select.search.length == (256, 256) and shorter.align.length == 256 and shorter.extend is None
+
+
+@pytest.mark.parametrize(("section", "split"), [("extend", "train"), ("evaluate", "test")])
+def test_long_documents_that_are_not_there_are_missed_before_the_first_stage(
+    teacher_folder, recipe_file, tmp_path, capsys, section, split
+):
+    text = rows_file(tmp_path / "rows.jsonl", 300, words=60)
+    options = ("--recipe", recipe_file, "--output", tmp_path / "out", "--data", text, "--allow-repeat", "--dry-run")
+    changes = ("--set", f"{section}.documents=long", "--set")
+    assert run_command("morph", teacher_folder, *options, *changes, f"{section}.length=512") == 2
+    assert re.search(
+        f"{section}.documents=long: .* has no document of 512 tokens or more in the split '{split}'", told(capsys)
+    )
+    assert run_command("morph", teacher_folder, *options, *changes, f"{section}.length=128") == 0
 
 
 @pytest.mark.parametrize(

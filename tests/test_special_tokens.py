@@ -180,6 +180,18 @@ def test_held_out_text_is_each_document_once_in_windows_with_special_tokens(tmp_
     assert HeldOut.load(tmp_path / "text.npz") == some
 
 
+@pytest.mark.parametrize(("kind", "template"), TOKENIZERS)
+def test_held_out_text_of_long_documents_is_full_pieces_of_theirs(tmp_path, kind, template):
+    tokenizer = make_tokenizer(kind, template)
+    path = write_jsonl(tmp_path / "texts.jsonl", TEXTS["both"])
+    every = hold_out(Corpus(str(path)), tokenizer, "train", LENGTH, 10**6, 0)
+    long = hold_out(Corpus(str(path)), tokenizer, "train", LENGTH, 10**6, 0, long_documents=True)
+    full = [piece for piece in every.pieces if len(piece) == LENGTH]
+    assert sorted(long.pieces) == sorted(full) and 0 < len(full) < len(every.pieces)
+    with pytest.raises(UserError, match="no document of 4,000 tokens or more in the split 'train'"):
+        hold_out(Corpus(str(path)), tokenizer, "train", 4_000, 10**6, 0, long_documents=True)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("template", ["none", "two before"])
 def test_losses_of_held_out_text_are_those_of_each_piece_alone(tmp_path, template):

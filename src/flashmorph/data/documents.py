@@ -85,7 +85,7 @@ class Part:
             self.made += len(tokens)
             yield (tokens & ~(FIRST | IGNORED)).tolist()
         if not self.made:
-            raise self._no_text()
+            raise self._none_so_long() if self._whole_rows and not self._unfit else self._no_text()
 
     def next(self) -> np.ndarray:
         """The tokens `[tokens]` of the next document, marked."""

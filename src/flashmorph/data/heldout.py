@@ -136,6 +136,7 @@ def hold_out(
     length: int,
     tokens: int,
     seed: int,
+    long_documents: bool = False,
 ) -> HeldOut:
     """`tokens` tokens of the documents of `split` in pieces, or all text of the split if it has less.
 
@@ -146,12 +147,15 @@ def hold_out(
         length: The most tokens of a piece.
         tokens: Tokens of text in all.
         seed: Of the order of documents.
+        long_documents: Only use documents that fill a piece on their own, each for as many pieces as it fills.
 
     Raises:
-        UserError: a source has no text in this split, or cannot be read; or special tokens fill `length`.
+        UserError: a source has no text in this split, none that is long enough, or cannot be read; or special tokens
+            fill `length`.
     """
     before = before_text(tokenizer)
-    parts = [Part(part, share, tokenizer, split, seed) for part, share in shares_of(corpus)]
+    whole = length if long_documents else None
+    parts = [Part(part, share, tokenizer, split, seed, whole_rows=whole) for part, share in shares_of(corpus)]
     pieces: list[list[int]] = []
     documents: list[int] = []
     special: list[int] = []

@@ -29,6 +29,9 @@ class EvaluateSettings(Settings):
     questions: Many = Field(default=200, description="questions a task")
     length: Length = Field(default=4096, description="context length in tokens")
     perplexity_tokens: Tokens = Field(default=262_144, gt=1, description="held-out tokens of perplexity, at most")
+    documents: Literal["any", "long"] = Field(
+        default="any", description="the text of perplexity; `long`: only documents that fill `length`"
+    )
     batch_tokens: TokensAtOnce | Literal["auto"] = Field(
         default="auto", description="tokens run at once; `auto`: from the device's memory"
     )

@@ -1,6 +1,7 @@
 """Perplexity on held-out text, as a whole and by the position in the context."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -152,7 +153,21 @@ def text_in_words(figures: Figures) -> str:
     if not text:
         return "held-out text"
     less = f" (all that there is, of {text['wanted']:,} asked for)" if text["tokens"] < text["wanted"] else ""
-    return f"{text['tokens']:,} tokens of held-out text{less}, each of {text['documents']:,} documents by itself"
+    near = f", half of them with fewer than {_half(parts):,} before them" if (parts := _parts(figures)) else ""
+    documents = f"each of {text['documents']:,} documents by itself"
+    return f"{text['tokens']:,} tokens of held-out text{less}, {documents}{near}"
+
+
+def _parts(figures: Figures) -> list[PerplexityAt]:
+    """The ranges of positions; none where there are less than two, or in the files of earlier versions."""
+    parts = figures.get("perplexity_by_position") or []
+    return parts if len(parts) > 1 else []
+
+
+def _half(parts: Sequence[PerplexityAt]) -> int:
+    """The end of the first range of positions up to which at least half of all tokens stand."""
+    upto = np.cumsum([part["tokens"] for part in parts])
+    return parts[int(np.searchsorted(upto, upto[-1] / 2))]["to"] + 1
 
 
 def shortage(figures: Figures) -> str | None:

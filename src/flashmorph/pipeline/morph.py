@@ -185,7 +185,7 @@ def run_evaluate(run: Run, name: str, model: Stage) -> Score:
         settings = run.at_once("evaluate", folder, alone=True).evaluate
         loaded = open_answering(run, model, settings.dtype_on(run.device.type))
         questions = open_questions(recipe, Pools(run), run.tokenizer)
-        text = held_out_text(run, "test", settings.length, settings.perplexity_tokens)
+        text = held_out_text(run, "test", settings.length, settings.perplexity_tokens, settings.documents == "long")
         score = evaluate(loaded, run.tokenizer, questions, text, settings, cache_by_context(loaded.config), report)
         write_json(folder / "right.json", score.right)
         write_json(folder / "text.json", asdict(score.text))

@@ -15,6 +15,7 @@ from flashmorph.recipe.recipe import Recipe
 from flashmorph.selection import STRATEGIES
 from flashmorph.stages import TrainSettings
 from flashmorph.tasks import STYLES, make_example
+from flashmorph.tokens.special_tokens import before_text
 
 COMPARE = "compare"
 _DRAWS = 4
@@ -37,6 +38,7 @@ def preflight(
         require_beyond_windows(recipe, config)
     check_tasks(recipe, tokenizer, stages, config.max_position_embeddings)
     check_text(recipe, tokenizer, stages)
+    _check_long_documents(recipe, tokenizer, stages)
 
 
 def reach_text(recipe: Recipe) -> None:
@@ -68,6 +70,37 @@ def check_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stages: Colle
         for stage, tokens in needed.items():
             if passes and supply.tokens * passes < tokens:
                 raise UserError(f"{stage}: {too_small(part, 'train', int(supply.tokens), tokens, passes)}")
+
+
+def _check_long_documents(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stages: Collection[str]) -> None:
+    """Refuse stages that only take documents which fill a row, where no local file has one."""
+    for setting, split, length, otherwise in _long(recipe, stages):
+        parts = [part for part, _ in shares_of(recipe.data.corpus) if part.paths() is not None]
+        for part in parts:
+            documents = (document for document in part.every() if document.split == split)
+            # What a template adds to a conversation is not known before it is worded: those pass.
+            if not any(each.messages is not None or _is_long(tokenizer, each.text, length) for each in documents):
+                raise UserError(
+                    f"{setting}.documents=long: {part.source} has no document of {length:,} tokens or more in the "
+                    f"split {split!r}: give longer documents, a smaller {setting}.length, or "
+                    f"{setting}.documents={otherwise}"
+                )
+
+
+def _long(recipe: Recipe, stages: Collection[str]) -> Iterator[tuple[str, str, int, str]]:
+    """(section, split, length, value that takes any document) where only long ones are wanted."""
+    if recipe.extend and "extend" in stages and recipe.extend.takes_long_documents:
+        yield "extend", "train", recipe.extend.length, "joined"
+    if "evaluate" in stages and recipe.evaluate.documents == "long":
+        yield "evaluate", "test", recipe.evaluate.length, "any"
+
+
+def _is_long(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> bool:
+    """Whether a text fills a row; a token is at least one byte, so most texts need no tokenizer."""
+    inserted = len(before_text(tokenizer)) + (tokenizer.eos_token_id is not None)
+    if len(text.encode(errors="replace")) + inserted < length:
+        return False
+    return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) + inserted >= length
 
 
 def check_tasks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stages: Collection[str], limit: int) -> None:

@@ -72,4 +72,5 @@ def held_out(recipe: Recipe, corpus: Corpus | Mixture, tokenizer: PreTrainedToke
         UserError: the corpus has no text of the test split.
     """
     settings = recipe.evaluate
-    return hold_out(corpus, tokenizer, "test", settings.length, settings.perplexity_tokens, recipe.seed)
+    long = settings.documents == "long"
+    return hold_out(corpus, tokenizer, "test", settings.length, settings.perplexity_tokens, recipe.seed, long)

@@ -75,9 +75,10 @@ class _Questions(Sequence[list[int]]):
         return open_layout(self._run.recipe, Pools(self._run), self._run.tokenizer, "train")
 
 
-def held_out_text(run: Run, split: str, length: int, tokens: int) -> HeldOut:
+def held_out_text(run: Run, split: str, length: int, tokens: int, long_documents: bool = False) -> HeldOut:
     """Text that no stage trains on, tokenised once into the run's data folder: `tokens` of it, or all that there is."""
-    path = run.folder.data / f"{split}-{digest_of([length, tokens, text_settings(run)])}.npz"
+    long = ["long documents"] if long_documents else []
+    path = run.folder.data / f"{split}-{digest_of([length, tokens, text_settings(run), *long])}.npz"
 
     def tokenise() -> None:
         try:
@@ -85,7 +86,7 @@ def held_out_text(run: Run, split: str, length: int, tokens: int) -> HeldOut:
         except UserError as error:
             if path.exists():
                 run.screen.say(f"{error}; making it again")
-            hold_out(run.corpus, run.tokenizer, split, length, tokens, run.recipe.seed).save(path)
+            hold_out(run.corpus, run.tokenizer, split, length, tokens, run.recipe.seed, long_documents).save(path)
 
     distributed.first(tokenise)
     return HeldOut.load(path)

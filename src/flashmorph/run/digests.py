@@ -97,7 +97,9 @@ def search_settings(search: SearchSettings, strategy: str) -> SettingValues:
 
 def evaluate_settings(run: Run) -> SettingValues:
     """Settings that scores depend on; answers are stored by the name of their task."""
-    settings = run.recipe.evaluate.model_dump(mode="json", exclude={"batch_tokens", "dtype"})
+    settings = run.recipe.evaluate.model_dump(mode="json", exclude={"batch_tokens", "documents", "dtype"})
+    if (documents := run.recipe.evaluate.documents) != "any":
+        settings["documents"] = documents
     if (dtype := run.recipe.evaluate.dtype_on(run.device.type)) != "float32":
         settings["dtype"] = dtype
     names = {name: task.model_dump(mode="json") for name, task in run.recipe.tasks.items()}
