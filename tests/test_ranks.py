@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_step import KINDS, assert_same, expected
 from test_training import SETTINGS, log_of, settings_of
-from together import searched, trained
+from together import judged, searched, trained
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from flashmorph.errors import UserError
@@ -279,6 +279,14 @@ def test_a_search_is_told_the_same_by_one_by_two_and_by_two_that_divide(divided,
         for name, values in one.items():
             assert values == pytest.approx(other[name], rel=1e-4, abs=1e-7), name
         assert one["cost"] == other["cost"]
+
+
+def test_answers_losses_of_text_and_stored_logits_are_shared_and_those_of_one(divided, tmp_path):
+    one, two = judged(tmp_path), json.loads((divided / "judged.json").read_text())
+    for name in ("scores", "text", "logits"):
+        assert one[name] == two[name] and one[name], name
+    (every,), shares = one["forwards"], two["forwards"]
+    assert sum(shares) == every and min(shares) >= every // 3
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8, 16])

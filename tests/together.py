@@ -16,13 +16,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flashmorph import distributed
 from flashmorph.convert.in_memory import transplant
+from flashmorph.data.heldout import HeldOut
 from flashmorph.errors import UserError
+from flashmorph.evaluation import answer_scores, text_losses
 from flashmorph.model import recompute
 from flashmorph.model.frozen import narrow
 from flashmorph.model.morphable import Morphable, attach
 from flashmorph.model.sharding import in_turn, is_sharded, shard_morphable, shard_student, shard_teacher, whole
 from flashmorph.plan import Budget
-from flashmorph.stages import align, alignment_errors, distill, extend
+from flashmorph.stages import RowsWithLogits, align, alignment_errors, distill, extend, write_logits
+from flashmorph.tasks import Prompt
 
 CPU = torch.device("cpu")
 
@@ -95,6 +98,29 @@ def searched(folder: Path, sharded: bool, again: bool = False) -> dict[str, list
     return found
 
 
+def judged(folder: Path) -> dict[str, list]:
+    """What models answer, lose on text and store as a teacher, in more batches than there are processes."""
+    tokenizer, generator = tiny_tokenizer(), torch.Generator().manual_seed(0)
+    model = random_qwen3(vocab_size=len(tokenizer)).requires_grad_(False)
+    forwards: list[int] = []
+    model.model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    rows = [torch.randint(97, (length,), generator=generator).tolist() for length in (9, 30, 17, 5, 26, 21, 12)]
+    prompts = [Prompt(ids, 1, ("e", "never said"), anywhere=True) for ids in rows]
+    reports: list[tuple[float, float]] = []
+    found: dict[str, list] = {
+        "scores": answer_scores(model, tokenizer, prompts, 60, lambda done, total: reports.append((done, total)))
+    }
+    assert all(0 < done <= total == 7 for done, total in reports) and len(reports) > 1
+    text = HeldOut(rows, list(range(7)), [0] * 7, 30, 120)
+    found["text"] = text_losses(model, text, 40).tolist()
+    rows, settings = rows_in(folder / str(distributed.rank()), 7), settings_of(SETTINGS["distill"], rows=1)
+    write_logits(transplant(random_qwen3(0))[0], rows, settings, 5, folder)
+    stored = RowsWithLogits(rows, folder)
+    found["logits"] = [stored[row][name].tolist() for row in range(7) for name in ("values", "indices")]
+    found["forwards"] = distributed.gather(len(forwards))
+    return found
+
+
 def main(folder: Path) -> None:
     torch.manual_seed(0)
     assert distributed.join(CPU) == CPU and dist.get_world_size() == distributed.count() == 2
@@ -134,9 +160,12 @@ def main(folder: Path) -> None:
     kinds = {"whole": (False, False), "divided": (True, False), "divided-again": (True, True)}
     every = [distributed.gather(searched(folder / name, *kind)) for name, kind in kinds.items()]
     assert all(one == other for one, other in every), "both must be told the same"
+    evaluated = distributed.gather(judged(folder / "judged"))
+    assert evaluated[0] == evaluated[1]
     assert views and all(views), "DDP must keep no second copy of the gradients"
     if distributed.is_first():
         (folder / "searched.json").write_text(json.dumps([one for one, _ in every]))
+        (folder / "judged.json").write_text(json.dumps(evaluated[0]))
     distributed.leave()
 
 

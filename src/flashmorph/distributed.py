@@ -15,6 +15,7 @@ import torch.distributed as dist
 from flashmorph.errors import OnEveryRank, UserError
 
 T = TypeVar("T")
+P = TypeVar("P")
 
 _PATIENCE = timedelta(days=2)
 """Timeout of collectives: rank 0 may tokenise a large corpus for hours. torchrun ends all ranks when one has exited, so
@@ -131,6 +132,17 @@ def gather(value: T) -> list[T]:
     values: list[Any] = [None] * count()
     dist.all_gather_object(values, value)
     return cast(list[T], values)
+
+
+def spread(parts: Sequence[P], work: Callable[[P], T]) -> list[T]:
+    """`work` of each part, in the order of `parts`: rank 0 does the first, rank 1 the second, and so on in turns.
+
+    All ranks must call it, with the same parts; each holds the model that works.
+    """
+    size = count()
+    own = rank() if size > 1 else 0
+    of_ranks = gather([work(part) for part in parts[own::size]])
+    return [of_ranks[number % size][number // size] for number in range(len(parts))]
 
 
 def total(values: torch.Tensor) -> torch.Tensor:

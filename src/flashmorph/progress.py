@@ -25,6 +25,15 @@ def continued(report: Report, done: float, total: float) -> Report:
     return of_part
 
 
+def spread_report(report: Report, ranks: int, total: float) -> Report:
+    """A `Report` of work that `ranks` ranks share evenly, by what this one has done of it."""
+
+    def of_all(done: float, _: float = 0, **figures: float) -> None:
+        report(min(total, done * ranks), total, **figures)
+
+    return of_all
+
+
 def silent(done: float, total: float, **figures: float) -> None:
     """A `Report` that shows nothing."""
 

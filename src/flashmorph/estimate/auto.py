@@ -241,6 +241,8 @@ def _of_evaluation(recipe: Recipe, model: Model, sizes: Sizes, capacity: Capacit
     """As many questions as fit and are of use, at most all of a task, or the text."""
     settings = recipe.evaluate
     most = stage_memory(model, sizes, recipe, 1, capacity.bf16, capacity.kind)["evaluate"].tokens_within(capacity.bytes)
-    needed = max(settings.questions * settings.length, settings.perplexity_tokens)
+    # Every process has a batch of its own.
+    questions, tokens = (-(-each // capacity.processes) for each in (settings.questions, settings.perplexity_tokens))
+    needed = max(questions * settings.length, tokens)
     useful = _EVALUATED_AT_ONCE if capacity.kind == "cpu" else needed
     return {"evaluate.batch_tokens": max(settings.length, min(most, needed, useful))}, most >= settings.length

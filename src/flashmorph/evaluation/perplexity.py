@@ -12,12 +12,13 @@ import torch
 from pydantic import model_validator
 from transformers import PreTrainedModel
 
+from flashmorph import distributed
 from flashmorph.data.heldout import HeldOut
 from flashmorph.evaluation.blocks import Blocks, mean_of_blocks
 from flashmorph.evaluation.figures import BlockMean, Perplexity, PerplexityAt, Ratio, TextRatio
 from flashmorph.inputs.shapes import Count, Finite, Shape, read_as
 from flashmorph.losses import Head
-from flashmorph.progress import Report, silent
+from flashmorph.progress import Report, silent, spread_report
 from flashmorph.records import Figures
 
 
@@ -133,17 +134,26 @@ def _exponentials(mean: BlockMean) -> list[float] | None:
 def text_losses(
     model: PreTrainedModel, text: HeldOut, batch_tokens: int = 16_384, report: Report = silent
 ) -> np.ndarray:
-    """Next-token cross-entropy in nats of every token of `text` that is predicted, in its order, `[tokens]`."""
+    """Next-token cross-entropy in nats of every token of `text` that is predicted, in its order, `[tokens]`.
+
+    Each batch is read by one of the ranks.
+    """
     model.eval()
-    losses = np.empty(int(text.offsets[-1]))
     done, head = 0, Head.of(model)
     decoder: Any = model.get_decoder()
-    for numbers in text.in_batches(batch_tokens):
+    report = spread_report(report, distributed.count(), len(text.pieces))
+
+    def losses_of(numbers: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal done
         batch = text.batch(numbers, model.device)
-        of_batch = batch.losses(decoder(input_ids=batch.ids, use_cache=False).last_hidden_state, head)
-        losses[batch.positions] = of_batch.cpu().double().numpy()
+        losses = batch.losses(decoder(input_ids=batch.ids, use_cache=False).last_hidden_state, head)
         done += len(numbers)
         report(done, len(text.pieces))
+        return batch.positions, losses.cpu().double().numpy()
+
+    losses = np.empty(int(text.offsets[-1]))
+    for positions, of_batch in distributed.spread(text.in_batches(batch_tokens), losses_of):
+        losses[positions] = of_batch
     return losses
 
 

@@ -12,8 +12,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from flashmorph import distributed
 from flashmorph.evaluation.greedy import greedy
-from flashmorph.progress import Report, silent
+from flashmorph.progress import Report, silent, spread_report
 from flashmorph.tasks import Example, Prompt
 from flashmorph.tokens.continuation import continuation
 
@@ -46,15 +47,22 @@ def answer_scores(
 ) -> list[float]:
     """The share of its references that `model`'s greedy continuation of each prompt holds.
 
-    Prompts are padded on the left; `batch_tokens` is how many prompt tokens are run at once. Each prompt is read once.
+    Prompts are padded on the left; `batch_tokens` is how many prompt tokens are run at once. Each prompt is read once,
+    by one of the ranks.
     """
     model.eval()
-    scores: list[float] = []
+    done, report = 0, spread_report(report, distributed.count(), len(prompts))
     with greedy(model, tokenizer) as config:
-        for batch in _batches(prompts, batch_tokens):
-            scores += _answer_batch(model, tokenizer, config, batch)
-            report(len(scores), len(prompts))
-    return scores
+
+        def scores_of(batch: list[Prompt]) -> list[float]:
+            nonlocal done
+            scores = _answer_batch(model, tokenizer, config, batch)
+            done += len(batch)
+            report(done, len(prompts))
+            return scores
+
+        of_batches = distributed.spread(list(_batches(prompts, batch_tokens)), scores_of)
+    return [score for scores in of_batches for score in scores]
 
 
 def _batches(prompts: Iterable[Prompt], batch_tokens: int) -> Iterator[list[Prompt]]:

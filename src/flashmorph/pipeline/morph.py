@@ -182,13 +182,14 @@ def run_evaluate(run: Run, name: str, model: Stage) -> Score:
     recipe = run.recipe
 
     def work(folder: Path, report: Report) -> Figures:
-        settings = run.at_once("evaluate", folder, alone=True).evaluate
+        settings = run.at_once("evaluate", folder).evaluate
         loaded = open_answering(run, model, settings.dtype_on(run.device.type))
         questions = open_questions(recipe, Pools(run), run.tokenizer)
         text = held_out_text(run, "test", settings.length, settings.perplexity_tokens, settings.documents == "long")
         score = evaluate(loaded, run.tokenizer, questions, text, settings, cache_by_context(loaded.config), report)
-        write_json(folder / "right.json", score.right)
-        write_json(folder / "text.json", asdict(score.text))
+        if distributed.is_first():
+            write_json(folder / "right.json", score.right)
+            write_json(folder / "text.json", asdict(score.text))
         summary = f"recall {100 * score.recall:.1f} %, perplexity {score.perplexity:.2f}"
         return {
             "perplexity": score.perplexity,
@@ -198,7 +199,7 @@ def run_evaluate(run: Run, name: str, model: Stage) -> Score:
         }
 
     wanted, label = evaluate_settings(run), f"evaluate {name}"
-    stage = run.stage("evaluate", name, wanted, [model.digest], work, alone=True, label=label)
+    stage = run.stage("evaluate", name, wanted, [model.digest], work, label=label)
     require_shape(stage.record, _Evaluated, str(stage.folder / "stage.json"))
     right = read_as(stage.folder / "right.json", dict[str, list[bool]])
     text = RangeLosses.load(stage.folder / "text.json")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flashmorph import distributed
 from flashmorph.errors import UserError
 from flashmorph.evaluation import answers_right, paired_interval
 from flashmorph.hosts.parts import decoder_of
@@ -73,7 +74,7 @@ def run_teacher(run: Run, host: Stage) -> Stage | None:
         questions = open_questions(
             recipe, Pools(run), run.tokenizer, "validation", number, length, recipe.chat_template
         )
-        tokens = run.at_once("teacher", folder, alone=True).evaluate.tokens_at_once
+        tokens = run.at_once("teacher", folder).evaluate.tokens_at_once
         by_task = ask_teacher(model, run.tokenizer, questions, tokens, report)
         at_chance = [name for name, figures in by_task.items() if figures["at_chance"]]
         if at_chance:
@@ -82,7 +83,7 @@ def run_teacher(run: Run, host: Stage) -> Stage | None:
 
     settings = {"questions": number, "length": length, "dtype": dtype, **ends(run), **task_settings(run)}
     about = f"{number} questions a task of {length:,} tokens"
-    return run.stage("teacher", about, settings, [host.digest], work, alone=True)
+    return run.stage("teacher", about, settings, [host.digest], work)
 
 
 def ask_teacher(
@@ -102,7 +103,7 @@ def ask_teacher(
     by_task: dict[str, Ability] = {}
     for number, (name, examples) in enumerate(questions.items(), 1):
         right = answers_right(model, tokenizer, examples, batch_tokens)
-        losses = [_answer_loss(model, example) for example in examples]
+        losses = distributed.spread(examples, lambda example: _answer_loss(model, example))
         guesses = [_guessing(example) for example in examples]
         low, _ = paired_interval([guesses], [losses])
         recall, loss, guessing = (float(np.mean(each)) for each in (right, losses, guesses))

@@ -76,7 +76,7 @@ def run_logits(run: Run, host: Stage, top_k: int) -> Stage:
     settings = run.recipe.distill
 
     def work(folder: Path, report: Report) -> Figures:
-        settings = run.at_once("logits", folder, alone=True).distill
+        settings = run.at_once("logits", folder).distill
         run.screen.say(f"logits: {logits_on_disk(settings, top_k)}, in {folder.parent}")
         rows = training_rows(run, settings, "distill", report)
         teacher = open_frozen(run, host, run.device)
@@ -84,7 +84,7 @@ def run_logits(run: Run, host: Stage, top_k: int) -> Stage:
         return {**trained_on(run, settings, rows), "summary": logits_on_disk(settings, top_k)}
 
     about = f"the teacher's {top_k:,} likeliest next tokens"
-    return run.stage("logits", about, logit_settings(run, settings, top_k), [host.digest], work, alone=True)
+    return run.stage("logits", about, logit_settings(run, settings, top_k), [host.digest], work)
 
 
 def run_extend(run: Run, distilled: Stage, layout: str = "") -> Stage:

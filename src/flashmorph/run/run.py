@@ -28,6 +28,9 @@ from flashmorph.run.out_of_memory import within_memory
 from flashmorph.selection import BASELINE
 from flashmorph.units import byte_size
 
+_WHOLE = ("teacher", "evaluate", "logits")
+"""Stages in which each rank holds a whole model, also where others divide its weights."""
+
 
 @dataclass
 class Run:
@@ -103,7 +106,7 @@ class Run:
         """
         if not asked(self.recipe, stage):
             return self.recipe
-        capacity = self._capacity(self.shards and not alone, alone)
+        capacity = self._capacity(self.shards and not alone and stage not in _WHOLE, alone)
         recipe, too_large = distributed.first(lambda: resolved(stage, self.recipe, folder, *self._shape, capacity))
         for section in too_large:
             self.screen.say(

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from flashmorph import distributed
 from flashmorph.data.isolation import apart, token_order
 from flashmorph.data.rows import Rows
 from flashmorph.errors import UserError
@@ -79,7 +80,8 @@ def write_logits(
 ) -> None:
     """Run `teacher` over `rows` and store its likeliest tokens in `folder`; an interrupted call continues there.
 
-    The space on disk is allocated before the first row.
+    The space on disk is allocated before the first row. Ranks run their share of the rows and write them into the same
+    files.
 
     Args:
         teacher: On the device that it runs on.
@@ -100,25 +102,37 @@ def write_logits(
             f"distill.teacher_logits.top_k is {top_k:,}; the teacher's vocabulary has {vocabulary:,} tokens"
         )
     shapes = (len(rows), settings.length, top_k + 1), (len(rows), settings.length, top_k)
-    done = _rows_written(folder, *shapes)
-    values = _mapped(folder / _VALUES, shapes[0], np.float32, new=not done)
-    indices = _mapped(folder / _INDICES, shapes[1], np.uint32, new=not done)
-    at_once = settings.division(1).rows
+    done = distributed.first(lambda: _prepare(folder, *shapes))
+    values, indices = (np.lib.format.open_memmap(folder / name, mode="r+") for name in (_VALUES, _INDICES))
+    at_once, rank = settings.division(1).rows, distributed.rank() if distributed.count() > 1 else 0
     kept_at = time.perf_counter()
     while done < len(rows):
-        number = min(at_once, len(rows) - done)
-        batch = collate([rows[row] for row in range(done, done + number)], settings.keeps_apart)
-        batch.pop("loss_mask", None)  # Logits are stored for every token.
-        with torch.autocast(teacher.device.type, torch.bfloat16, enabled=bf16):
-            logits = _of_batch(teacher, **{name: each.to(teacher.device) for name, each in batch.items()}, top_k=top_k)
-        values[done : done + number], indices[done : done + number] = (each.cpu().numpy() for each in logits)
-        done += number
-        if done == len(rows) or time.perf_counter() - kept_at > _WRITE_SECONDS:
+        start = done + rank * at_once
+        if batch_rows := [rows[row] for row in range(start, min(start + at_once, len(rows)))]:
+            batch = collate(batch_rows, settings.keeps_apart)
+            batch.pop("loss_mask", None)  # Logits are stored for every token.
+            own = {name: each.to(teacher.device) for name, each in batch.items()}
+            with torch.autocast(teacher.device.type, torch.bfloat16, enabled=bf16):
+                logits = _of_batch(teacher, **own, top_k=top_k)
+            part = slice(start, start + len(batch_rows))
+            values[part], indices[part] = (each.cpu().numpy() for each in logits)
+        done = min(done + at_once * distributed.count(), len(rows))
+        if done == len(rows) or distributed.gather(time.perf_counter() - kept_at > _WRITE_SECONDS)[0]:
             values.flush()
             indices.flush()
-            write_json(folder / _WRITTEN, done)
+            distributed.wait()
+            distributed.first(lambda done=done: write_json(folder / _WRITTEN, done))
             kept_at = time.perf_counter()
         report(done, len(rows))
+
+
+def _prepare(folder: Path, values: tuple[int, ...], indices: tuple[int, ...]) -> int:
+    """Allocate the files of these shapes where they are not there. Returns the number of rows that they have."""
+    done = _rows_written(folder, values, indices)
+    if not done:
+        _allocate(folder / _VALUES, values, np.float32)
+        _allocate(folder / _INDICES, indices, np.uint32)
+    return done
 
 
 def _rows_written(folder: Path, values: tuple[int, ...], indices: tuple[int, ...]) -> int:
@@ -147,12 +161,9 @@ def _of_batch(
     return values, indices
 
 
-def _mapped(path: Path, shape: tuple[int, ...], dtype: type, new: bool) -> np.memmap:
+def _allocate(path: Path, shape: tuple[int, ...], dtype: type) -> None:
     """A preallocated array in the file `path`: writing to a memory map on a full disk kills the process (SIGBUS)."""
-    if not new:
-        return np.lib.format.open_memmap(path, mode="r+")
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     if hasattr(os, "posix_fallocate"):
         with path.open("r+b") as stream:
             os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
-    return array
