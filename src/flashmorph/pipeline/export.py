@@ -23,7 +23,7 @@ from flashmorph.hosts import host_of
 from flashmorph.hosts.serving import Gguf, full_interval
 from flashmorph.plan import FULL, Plan
 from flashmorph.records import Figures
-from flashmorph.run.folder import MARKER
+from flashmorph.run.marker import MARKER
 from flashmorph.surface.outputs import claim_output
 from flashmorph.versions import own_version
 

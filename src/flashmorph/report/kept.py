@@ -10,7 +10,7 @@ from flashmorph.files import read_json, short_names, write_json
 from flashmorph.inputs.shapes import misfit
 from flashmorph.plan import Plan
 from flashmorph.records import Figures
-from flashmorph.run.folder import MARKER, last_stages
+from flashmorph.run.marker import MARKER, last_stages
 from flashmorph.selection import BASELINE
 from flashmorph.surface.outputs import claim_output, json_of, made_by
 

@@ -15,7 +15,8 @@ from flashmorph.plan import Plan
 from flashmorph.records import Figures
 from flashmorph.report import shapes
 from flashmorph.report.kept import kept, read_kept, require_finished
-from flashmorph.run.folder import RECIPE, last_stages
+from flashmorph.run.folder import RECIPE
+from flashmorph.run.marker import last_stages
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ stage is not run again, also if it is in another run's folder.
 Rank 0 holds the lock and writes; it broadcasts the records to the other ranks.
 """
 
-import logging
 import os
 import shutil
 import time
@@ -14,20 +13,19 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import StringConstraints
 
 from flashmorph import distributed
 from flashmorph.errors import UserError
 from flashmorph.files import atomic_path, digest_of, is_temporary, read_json, write_json, writing
-from flashmorph.inputs.shapes import Finite, Shape, read_as
+from flashmorph.inputs.shapes import Finite, read_as
 from flashmorph.records import Figures
+from flashmorph.run.marker import MARKER, Owner, last_stages, mark, note_stage, note_teacher, require_same_teacher
 from flashmorph.run.wholeness import CHECKPOINTS, damage, listing
-from flashmorph.versions import own_version, versions
+from flashmorph.versions import versions
 
-MARKER = "flashmorph.json"
 RECIPE = "recipe.yaml"
 """The recipe of the folder's stages: of the published result, or else of the last command that made some."""
 STAGES = "stages"
@@ -35,22 +33,6 @@ _WRITTEN = (STAGES, "data", "compare", "figures")
 """The folders in a run's folder that runs write into."""
 _PARTIAL = ".partial"
 _RECORD, _SPENT = "stage.json", "spent.json"
-_LOG = logging.getLogger(__name__)
-
-
-class _Marker(Shape):
-    """The content of the file that marks a folder as a run: its stages' folders, by their labels in the last run."""
-
-    last: dict[str, Annotated[str, StringConstraints(pattern=r"^[a-z_]+-[0-9a-f]{12}$")]]
-
-
-def last_stages(run: Path) -> dict[str, str]:
-    """The folders that the last run in `run` used, by what it called its stages.
-
-    Raises:
-        UserError: the file that marks it is missing or damaged.
-    """
-    return read_as(run / MARKER, _Marker)["last"]
 
 
 def _holds_anything(folder: Path) -> bool:
@@ -91,28 +73,32 @@ def require_runs(path: Path, others: Iterable[Path]) -> None:
 
 
 class RunFolder:
-    """`path`, with earlier runs in `others` whose finished stages may be used."""
+    """`path`, with earlier runs in `others` whose finished stages may be used; of one `teacher`, where it is known."""
 
-    def __init__(self, path: Path, others: tuple[Path, ...] = ()):
+    def __init__(self, path: Path, others: tuple[Path, ...] = (), teacher: Owner | None = None):
         """Claim the folder.
 
         Raises:
-            UserError: it holds something else, cannot be written, another run is at work in it, or one of `others` is
-                no run.
+            UserError: it holds something else or a run of another teacher, cannot be written, another run is at work in
+                it, or one of `others` is no run.
         """
-        self.path = path
+        self.path, self._teacher = path, teacher
         self._stage_folders = [run / STAGES for run in (path, *others)]
         distributed.first(self._claim)
 
     def _claim(self) -> None:
         path = self.path
         require_runs(path, [stages.parent for stages in self._stage_folders[1:]])
-        self._mark()
+        if self._teacher:
+            require_same_teacher(path, self._teacher)
+        mark(path)
         try:
             (path / STAGES).mkdir(exist_ok=True)
             (path / "data").mkdir(exist_ok=True)
             self._lock = FileLock(path / ".lock", timeout=0)
             self._lock.acquire()
+            if self._teacher:
+                note_teacher(path, self._teacher)
             for finished in (path / STAGES).glob(f"*/{_RECORD}"):
                 if finished.parent.suffix != _PARTIAL:
                     shutil.rmtree(finished.parent / CHECKPOINTS, ignore_errors=True)
@@ -126,15 +112,6 @@ class RunFolder:
             raise UserError(f"another run is at work in {path}: wait for it, or give another --output") from error
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-    def _mark(self) -> None:
-        """Mark the folder as a run, also where its mark was damaged: only what the last run used is lost with it."""
-        try:
-            last_stages(self.path)
-        except UserError as error:
-            if (self.path / MARKER).exists():
-                _LOG.warning("%s; making it again", error)
-            write_json(self.path / MARKER, {"made_by": "flashmorph", "version": own_version(), "last": {}})
 
     def release(self) -> None:
         """Let go of the folder; a run that ends does so too."""
@@ -199,12 +176,7 @@ class RunFolder:
     def remember(self, label: str, stage: Stage) -> None:
         """Note which folder this run uses for `label`."""
 
-        def note() -> None:
-            marker = read_json(self.path / MARKER)
-            marker["last"][label] = stage.folder.name
-            write_json(self.path / MARKER, marker)
-
-        distributed.first(note)
+        distributed.first(lambda: note_stage(self.path, label, stage.folder.name))
 
     def run(self, name: str, settings: Any, inputs: list[str], work: Callable[[Path], dict[str, Any] | None]) -> Stage:
         """Do `work(folder)` unless it is done already, and keep what it returns in the stage's record.

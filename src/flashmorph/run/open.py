@@ -16,6 +16,7 @@ from flashmorph.recipe.preflight import preflight, reach_text
 from flashmorph.recipe.recipe import Recipe, load_recipe, parse_changes
 from flashmorph.records import SettingValues
 from flashmorph.run.folder import STAGES, RunFolder
+from flashmorph.run.marker import Owner, require_same_teacher
 from flashmorph.run.run import Run
 
 
@@ -45,7 +46,7 @@ def open_run(
 
     Args:
         teacher: `tiny`, a local folder or GGUF file, or a model on the hub.
-        output: Folder of the run: new, empty, or an earlier run of it, which goes on.
+        output: Folder of the run: new, empty, or an earlier run of this teacher, which goes on.
         recipe: Settings: a name (`demo`, `laptop`, `default`, `chat`), a YAML file, or a `Recipe`, which is taken as it
             is. By default `demo` for `tiny`, `default` for others.
         changes: Single settings of a recipe by name, such as `align.tokens=1000000`.
@@ -60,7 +61,8 @@ def open_run(
         screen: Where progress and notices are shown; by default notices are logged.
 
     Raises:
-        UserError: a teacher, recipe, plan, text or device that does not do, or a folder that holds something else.
+        UserError: a teacher, recipe, plan, text or device that does not do, or a folder that holds something else or a
+            run of another teacher.
         ValueError: `changes` or `data` beside a `Recipe`.
     """
     screen, output, own_device = screen or Logged(), Path(output), distributed.join(pick_device(device))
@@ -69,6 +71,8 @@ def open_run(
     opened = open_on_every_machine(teacher)
     if opened.note:
         screen.say(opened.note)
+    owner = Owner(name=opened.name, digest=opened.digest)
+    distributed.first(lambda: require_same_teacher(output, owner))
     config = opened.config
     recipe, notice = fit(recipe, config)
     if notice:
@@ -91,7 +95,7 @@ def open_run(
         raise UserError("shard=true shards weights over processes, and there is one: start it with torchrun")
     if distributed.are_several():
         screen.say(f"{distributed.count()} processes share the work, this one on {own_device}")
-    folder = RunFolder(output, tuple(map(Path, others)))
+    folder = RunFolder(output, tuple(map(Path, others)), owner)
     if keep_recipe:
         folder.keep_recipe(recipe.to_yaml())
     run = Run(opened, recipe, folder, own_device, screen, given, allow_unused)
