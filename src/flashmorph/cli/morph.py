@@ -55,7 +55,9 @@ def morph(
     others: FromOption = None,
     changes: SetOption = None,
     device: DeviceOption = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print stages, tokens and data; spend nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print stages, tokens and data; spend nothing, read no weights.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """From a teacher to a hybrid checkpoint with its evidence: every stage, one after the other.
@@ -112,9 +114,9 @@ def morph(
 
 
 def _dry_run(options: Options, stages: Collection[str]) -> None:
-    """Stages, tokens and data of a run that is not started."""
+    """Stages, tokens and data of a run that is not started, from all files of the teacher but its weights."""
     from flashmorph.cli.screen import RichScreen
-    from flashmorph.convert.teacher import open_teacher
+    from flashmorph.convert.teacher import open_without_weights
     from flashmorph.devices import pick_device, usable_memory
     from flashmorph.estimate.auto import Capacity, too_large, too_large_in_words
     from flashmorph.estimate.sizes import count_sizes
@@ -123,13 +125,16 @@ def _dry_run(options: Options, stages: Collection[str]) -> None:
     from flashmorph.recipe.outlook import check, outlook, training_contexts
     from flashmorph.recipe.preflight import preflight
     from flashmorph.run.folder import require_runs
+    from flashmorph.run.marker import about_another_teacher
 
     quiet()
     require_runs(options.output, options.others or [])
     recipe = recipe_of(options)
-    teacher = open_teacher(options.teacher)
+    teacher = open_without_weights(options.teacher)
     config = teacher.config
     say = RichScreen(ERR if options.json else OUT).say
+    for notice in filter(None, (teacher.note, about_another_teacher(options.output, teacher.name))):
+        say(notice)
     if notice := replaced_mixture(options, recipe):
         say(notice)
     recipe = fitted(recipe, config, say)

@@ -39,6 +39,7 @@ _MOST_BYTES = 1 << 28
 BLOBS = "blobs"
 """The folder of the hub's cache that holds the files themselves."""
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_ENDS_OF_WEIGHTS = (".safetensors", SAFE_WEIGHTS_INDEX_NAME, ".gguf", *(pattern[1:] for pattern in _PICKLED))
 _IN_TRAINING = ("*.distcp", "*/*.distcp", "global_step*", "*/*_optim_states.pt", "zero_pp_rank_*", "rank*.pt")
 """Names of sharded weights of FSDP, PyTorch's distributed checkpoints and DeepSpeed."""
 _QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
@@ -64,6 +65,11 @@ def weight_files(folder: Path) -> list[Path]:
     if missing := [path.name for path in files if not is_present(path)]:
         raise UserError(f"{folder} lacks {missing[0]}, which its index names: the checkpoint is incomplete")
     return files
+
+
+def names_weights(folder: Path) -> bool:
+    """Whether any file in `folder` has a name that weights have, of whatever form, also a dead link."""
+    return any(path.name.endswith(_ENDS_OF_WEIGHTS) for path in folder.iterdir())
 
 
 def travelling_files(folder: Path) -> list[Path]:

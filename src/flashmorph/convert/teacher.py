@@ -1,37 +1,25 @@
 """Open a teacher: an embedded one, a local folder or a model of the hub. Refuse what cannot be a teacher."""
 
-import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmorph import distributed
-from flashmorph.convert.checkpoint import CONFIG, weight_files
+from flashmorph.convert.checkpoint import names_weights, weight_files
 from flashmorph.convert.digests import template_digest, tokenizer_digest, weights_digest
 from flashmorph.convert.gguf import checkpoint_of, is_gguf, origin_of
+from flashmorph.convert.hub import EMBEDDED, embedded_folder, fetched, fetched_config
 from flashmorph.convert.load import load_config, load_model, load_tokenizer, read_generation
-from flashmorph.errors import OnEveryRank, UserError, first_line
+from flashmorph.errors import OnEveryRank, UserError
 from flashmorph.files import names_a_path
 from flashmorph.hosts import host_for, takes_with_windows
 
-EMBEDDED = ("tiny",)
-_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
-_OTHER_FORMS = ("consolidated*", "original/*", "onnx/*", "adapter_model*")
 _LOG = logging.getLogger(__name__)
 
 
@@ -99,6 +87,38 @@ def open_teacher(name: str) -> Teacher:
     return Teacher(name, folder, weights_digest(folder), revision, note, of_tokens, of_template)
 
 
+def open_without_weights(name: str) -> Teacher:
+    """`open_teacher` for a dry run: weights are neither fetched nor read, so `digest` is empty.
+
+    A local folder needs no weights at all; the note says where they are not there. A GGUF file is opened whole, into
+    the checkpoint that the run takes.
+
+    Raises:
+        UserError: nothing there, weights of a local folder that `open_teacher` refuses, or no exact host.
+    """
+    folder, revision, note = locate(name, weights=False)
+    _require_host(load_config(folder))
+    read_generation(folder)
+    of_tokens, of_template = tokenizer_digest(folder), template_digest(folder)
+    return Teacher(name, folder, "", revision, note or _about_weights(name, folder, revision), of_tokens, of_template)
+
+
+def _about_weights(name: str, folder: Path, revision: str) -> str:
+    """What a run will check of weights that are not there; empty where their files are all there.
+
+    Raises:
+        UserError: a local folder has some of them, or has them in a form that is not read.
+    """
+    try:
+        weight_files(folder)
+    except UserError:
+        if not revision and names_weights(folder):
+            raise
+        missing = f"the weights of {name} were not fetched" if revision else f"{folder} has no weights"
+        return f"{missing}: that they are all there and fit config.json is checked by the run alone"
+    return ""
+
+
 def open_on_every_machine(name: str) -> Teacher:
     """`open_teacher` for all ranks, once a machine: the cache of the hub and of GGUF files may be its own.
 
@@ -131,8 +151,10 @@ def _content(teacher: Teacher) -> tuple[str, str, str]:
     return teacher.digest, teacher.tokenizer_digest, teacher.template_digest
 
 
-def locate(name: str) -> tuple[Path, str, str]:
+def locate(name: str, weights: bool = True) -> tuple[Path, str, str]:
     """Folder, revision and a note for the user: a local folder or GGUF file, an embedded teacher or a model of the hub.
+
+    Without `weights` those of a model of the hub are not fetched.
 
     Raises:
         UserError: there is nothing of that name.
@@ -145,12 +167,12 @@ def locate(name: str) -> tuple[Path, str, str]:
         folder = checkpoint_of(path.resolve())
         return folder, "", f"{name}: {origin_of(folder)}, as a checkpoint in {folder}"
     if name in EMBEDDED:
-        return Path(str(files("flashmorph") / "assets" / name)), "", ""
+        return embedded_folder(name), "", ""
     if path.exists() or path.is_symlink() or names_a_path(name):
         raise UserError(
             f"there is no folder {name!r}: give a folder with config.json and safetensors, a GGUF file, or a hub name"
         )
-    folder = _download(name)
+    folder = fetched(name, weights)
     return folder, folder.name, ""
 
 
@@ -162,7 +184,7 @@ def open_config(name: str):
         UserError: nothing there, not readable, or no exact host.
     """
     local = name in EMBEDDED or Path(name).exists() or names_a_path(name)
-    config = load_config(locate(name)[0] if local else _fetch_config(name))
+    config = load_config(locate(name)[0] if local else fetched_config(name))
     _require_host(config)
     return config
 
@@ -195,34 +217,3 @@ def _require_host(config: PreTrainedConfig) -> None:
     """Refuse a teacher that no host takes; one that takes it with windows only is left to the recipe's settings."""
     if not takes_with_windows(config):
         host_for(config)
-
-
-@functools.cache
-def _download(name: str) -> Path:
-    """The folder of the newest revision; once a process, so that a push cannot mix two of them in one table."""
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(_FILES), ignore_patterns=list(_OTHER_FORMS)))
-    except Exception as error:
-        raise _not_on_the_hub(name, error) from error
-
-
-def _fetch_config(name: str) -> Path:
-    """The folder of config.json, fetched alone."""
-    try:
-        return Path(hf_hub_download(name, CONFIG)).parent
-    except Exception as error:
-        raise _not_on_the_hub(name, error) from error
-
-
-def _not_on_the_hub(name: str, error: Exception) -> UserError:
-    if isinstance(error, GatedRepoError):
-        why = "the hub gives it only to those who accepted its terms: do so on its page, then log in (`hf auth login`)"
-    elif isinstance(error, RepositoryNotFoundError | HFValidationError):
-        why = "the hub has none of that name, or it is private: log in with `hf auth login`"
-    elif isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
-        why = "the hub, which may have it, cannot be reached"
-    else:
-        why = f"the hub says: {first_line(error)}"
-    return UserError(
-        f"there is no model {name!r}: it is no folder here, not embedded ({', '.join(EMBEDDED)}), and {why}"
-    )

@@ -66,6 +66,14 @@ def require_same_teacher(run: Path, teacher: Owner) -> None:
         )
 
 
+def about_another_teacher(run: Path, name: str) -> str:
+    """A line on what `require_same_teacher` may refuse, where the weights of `name` are not read; empty otherwise."""
+    before = owner_of(run)
+    if not before or same_name(before.name, name):
+        return ""
+    return f"{run} is a run of the teacher {before.name}: it is refused for {name}, unless the weights are the same"
+
+
 def same_name(one: str, other: str) -> bool:
     """Whether two names mean the same teacher: the same text, or paths to one file or folder."""
     if one == other:

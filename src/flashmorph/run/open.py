@@ -4,7 +4,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from flashmorph import distributed
-from flashmorph.convert.teacher import EMBEDDED, open_on_every_machine
+from flashmorph.convert.hub import EMBEDDED
+from flashmorph.convert.teacher import open_on_every_machine
 from flashmorph.devices import pick_device
 from flashmorph.errors import UserError
 from flashmorph.hosts import host_for, with_branches_to_train

@@ -1,0 +1,71 @@
+"""Models by name that are no folder here: the embedded ones, and those of the hub, fetched into its own cache."""
+
+import functools
+from importlib.resources import files
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from flashmorph.convert.checkpoint import CONFIG
+from flashmorph.errors import UserError, first_line
+
+EMBEDDED = ("tiny",)
+_SETTINGS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_OTHER_FORMS = ("consolidated*", "original/*", "onnx/*", "adapter_model*")
+
+
+def embedded_folder(name: str) -> Path:
+    """The folder of the embedded teacher of this name."""
+    return Path(str(files("flashmorph") / "assets" / name))
+
+
+@functools.cache
+def fetched(name: str, weights: bool = True) -> Path:
+    """The folder of the newest revision of a model; once a process, so that a push cannot mix two of them in one table.
+
+    Without `weights` it has configuration, tokenizer and generation settings, and weights only if they were fetched
+    before.
+
+    Raises:
+        UserError: the hub has none of that name, or does not give it.
+    """
+    # The index is JSON too: without the files that it names it would stand for damaged weights.
+    wanted, unwanted = ((*_SETTINGS, *_WEIGHTS), _OTHER_FORMS) if weights else (_SETTINGS, (*_OTHER_FORMS, *_WEIGHTS))
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(wanted), ignore_patterns=list(unwanted)))
+    except Exception as error:
+        raise _not_there(name, error) from error
+
+
+def fetched_config(name: str) -> Path:
+    """The folder of a model's config.json, fetched alone.
+
+    Raises:
+        UserError: see `fetched`.
+    """
+    try:
+        return Path(hf_hub_download(name, CONFIG)).parent
+    except Exception as error:
+        raise _not_there(name, error) from error
+
+
+def _not_there(name: str, error: Exception) -> UserError:
+    if isinstance(error, GatedRepoError):
+        why = "the hub gives it only to those who accepted its terms: do so on its page, then log in (`hf auth login`)"
+    elif isinstance(error, RepositoryNotFoundError | HFValidationError):
+        why = "the hub has none of that name, or it is private: log in with `hf auth login`"
+    elif isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+        why = "the hub, which may have it, cannot be reached"
+    else:
+        why = f"the hub says: {first_line(error)}"
+    return UserError(
+        f"there is no model {name!r}: it is no folder here, not embedded ({', '.join(EMBEDDED)}), and {why}"
+    )
