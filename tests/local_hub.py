@@ -42,11 +42,15 @@ class Hub:
         return revisions.get(revision) or {commit_of(each): each for each in revisions.values()}.get(revision)
 
     def command(self, *arguments: object, offline: bool = False) -> subprocess.CompletedProcess[str]:
-        """Run a command of flashmorph's in a process whose hub this is; `offline` with what it has fetched alone."""
+        """Run a command of flashmorph's, as `python` does."""
+        return self.python("-m", "flashmorph", *arguments, offline=offline)
+
+    def python(self, *arguments: object, offline: bool = False) -> subprocess.CompletedProcess[str]:
+        """Run Python in a process whose hub this is; `offline` with what was fetched before alone."""
         own = {"HF_ENDPOINT": self.address, "HF_HOME": str(self.home), "HF_HUB_OFFLINE": str(int(offline))}
         own |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "COLUMNS": "200"}
         return subprocess.run(
-            [sys.executable, "-m", "flashmorph", *map(str, arguments)],
+            [sys.executable, *map(str, arguments)],
             env={**os.environ, **own},
             capture_output=True,
             text=True,

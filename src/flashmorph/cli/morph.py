@@ -133,13 +133,13 @@ def _dry_run(options: Options, stages: Collection[str]) -> None:
     teacher = open_without_weights(options.teacher)
     config = teacher.config
     say = RichScreen(ERR if options.json else OUT).say
-    for notice in filter(None, (teacher.note, about_another_teacher(options.output, teacher.name))):
+    for notice in filter(None, (teacher.note, about_another_teacher(options.output, options.teacher))):
         say(notice)
     if notice := replaced_mixture(options, recipe):
         say(notice)
     recipe = fitted(recipe, config, say)
     check(teacher, recipe)
-    plan = given_plan(teacher.name, config, recipe, options.plan, options.layers)
+    plan = given_plan(teacher.name, config, recipe, options.plan, options.layers, teacher.revision)
     if tokenizer := teacher.tokenizer():
         preflight(recipe, tokenizer, config, stages)
     rows = outlook(teacher.name, config, recipe, given=plan is not None)

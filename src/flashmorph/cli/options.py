@@ -18,7 +18,11 @@ OUT, ERR = Terminal(), Terminal(stderr=True)
 _DIGITS = 15
 
 TeacherArgument = Annotated[
-    str, typer.Argument(help="`tiny`, a local folder or GGUF file, or a model on the hub.", metavar="TEACHER")
+    str,
+    typer.Argument(
+        help="`tiny`, a local folder or GGUF file, or a model on the hub, `ORG/NAME` or `ORG/NAME@REVISION`.",
+        metavar="TEACHER",
+    ),
 ]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; continues what is there.")]
 RecipeOption = Annotated[

@@ -14,7 +14,7 @@ from flashmorph import distributed
 from flashmorph.convert.checkpoint import names_weights, weight_files
 from flashmorph.convert.digests import template_digest, tokenizer_digest, weights_digest
 from flashmorph.convert.gguf import checkpoint_of, is_gguf, origin_of
-from flashmorph.convert.hub import EMBEDDED, embedded_folder, fetched, fetched_config
+from flashmorph.convert.hub import EMBEDDED, embedded_folder, fetched, fetched_config, without_revision
 from flashmorph.convert.load import load_config, load_model, load_tokenizer, read_generation
 from flashmorph.errors import OnEveryRank, UserError
 from flashmorph.files import names_a_path
@@ -25,7 +25,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Teacher:
-    """A checkpoint on disk; `revision` is the hub's commit, if any.
+    """A checkpoint on disk; `revision` is the hub's commit, if any, and no part of `name`.
 
     `digest` covers its configuration and weights, `tokenizer_digest` what makes tokens of a text, `template_digest`
     what makes a text of a conversation.
@@ -84,7 +84,8 @@ def open_teacher(name: str) -> Teacher:
     weight_files(folder)
     read_generation(folder)
     of_tokens, of_template = tokenizer_digest(folder), template_digest(folder)
-    return Teacher(name, folder, weights_digest(folder), revision, note, of_tokens, of_template)
+    plain = without_revision(name) if revision else name
+    return Teacher(plain, folder, weights_digest(folder), revision, note, of_tokens, of_template)
 
 
 def open_without_weights(name: str) -> Teacher:
@@ -100,7 +101,9 @@ def open_without_weights(name: str) -> Teacher:
     _require_host(load_config(folder))
     read_generation(folder)
     of_tokens, of_template = tokenizer_digest(folder), template_digest(folder)
-    return Teacher(name, folder, "", revision, note or _about_weights(name, folder, revision), of_tokens, of_template)
+    plain = without_revision(name) if revision else name
+    note = note or _about_weights(name, folder, revision)
+    return Teacher(plain, folder, "", revision, note, of_tokens, of_template)
 
 
 def _about_weights(name: str, folder: Path, revision: str) -> str:
@@ -168,7 +171,7 @@ def locate(name: str, weights: bool = True) -> tuple[Path, str, str]:
         return folder, "", f"{name}: {origin_of(folder)}, as a checkpoint in {folder}"
     if name in EMBEDDED:
         return embedded_folder(name), "", ""
-    if path.exists() or path.is_symlink() or names_a_path(name):
+    if path.exists() or path.is_symlink() or names_a_path(without_revision(name)):
         raise UserError(
             f"there is no folder {name!r}: give a folder with config.json and safetensors, a GGUF file, or a hub name"
         )
@@ -183,7 +186,7 @@ def open_config(name: str):
     Raises:
         UserError: nothing there, not readable, or no exact host.
     """
-    local = name in EMBEDDED or Path(name).exists() or names_a_path(name)
+    local = name in EMBEDDED or Path(name).exists() or names_a_path(without_revision(name))
     config = load_config(locate(name)[0] if local else fetched_config(name))
     _require_host(config)
     return config

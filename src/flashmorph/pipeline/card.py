@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from flashmorph.bench import Timing, timing_in_words
 from flashmorph.convert.gguf import origin_of
+from flashmorph.convert.hub import at_revision
 from flashmorph.evaluation import text_in_words
 from flashmorph.hosts import configure, misreads_tokenizer
 from flashmorph.hosts.serving import Engine
@@ -58,7 +59,8 @@ def model_card(run: Run, results: Results) -> str:
     selected = any(stage.name == "select" for stage in results.stages)
     given = [] if selected else ["--plan", "plan.json"]
     teacher = run.teacher.name
-    words = ["flashmorph", "morph", no_option(teacher), "--recipe", "recipe.yaml", *given, "--output", "FOLDER"]
+    pinned = no_option(at_revision(teacher, run.teacher.revision))
+    words = ["flashmorph", "morph", pinned, "--recipe", "recipe.yaml", *given, "--output", "FOLDER"]
     revision = f" at revision {code(run.teacher.revision)}" if run.teacher.revision else ""
     origin = f" ({stored})" if (stored := origin_of(run.teacher.folder)) else ""
     context = longest_context(score.cache_bytes for score in results.scores.values())

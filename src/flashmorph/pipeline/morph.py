@@ -158,7 +158,8 @@ def baseline_plan(run: Run, host: Stage, plan: Plan) -> Plan:
     config = load_config(host.folder / "model")
     space = layer_space(host_of(config), config, plan.granularity)
     budget = space.count(len(plan.full_groups))
-    return replace(plan_without_search(BASELINE, space, budget), teacher=run.teacher.name)
+    plain = plan_without_search(BASELINE, space, budget)
+    return replace(plain, teacher=run.teacher.name, revision=run.teacher.revision)
 
 
 def run_build(run: Run, host: Stage, branches: Stage, plan: Plan, layout: str = "") -> Stage:

@@ -20,9 +20,15 @@ _OTHER_HOST = {
 
 
 def given_plan(
-    teacher: str, config: PreTrainedConfig, recipe: Recipe, path: Path | None, layers: str | None
+    teacher: str,
+    config: PreTrainedConfig,
+    recipe: Recipe,
+    path: Path | None,
+    layers: str | None,
+    revision: str = "",
 ) -> Plan | None:
-    """The plan in a file, or of these layers, for a teacher of this name and configuration; None where none is given.
+    """The plan in a file, or of these layers, for a teacher of this name, configuration and revision; None where none
+    is given.
 
     Raises:
         UserError: both are given, the file is no plan, or see `require_fits`.
@@ -30,7 +36,7 @@ def given_plan(
     if path is not None and layers is not None:
         raise UserError("give --plan or --layers, not both")
     if layers is not None:
-        plan = replace(plan_of_layers(space_of_run(config, recipe), layers), teacher=teacher)
+        plan = replace(plan_of_layers(space_of_run(config, recipe), layers), teacher=teacher, revision=revision)
     elif path is not None:
         plan = Plan.load(path)
     else:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmorph.convert.digests import tokenizer_digest, weights_digest
+from flashmorph.convert.hub import without_revision
 from flashmorph.errors import UserError
 from flashmorph.files import read_json, short_names, write_json
 from flashmorph.inputs.shapes import misfit
@@ -94,9 +95,14 @@ def _judged(folder: Path) -> str:
     return f"{weights_digest(folder)}-{tokenizer_digest(folder)}"
 
 
+def _is_teacher(plan: Plan, name: str, folder: Path) -> bool:
+    """Whether a model is the one that the plan was chosen for, by whatever revision it is named."""
+    pinned = plan.revision == folder.name and without_revision(name) == plan.teacher
+    return name == plan.teacher or bool(plan.revision and pinned)
+
+
 def _labels(run: Path, folders: Mapping[str, Path]) -> dict[str, str]:
-    last = last_stages(run)
-    teacher = Plan.load(run / "plan.json").teacher
+    last, plan = last_stages(run), Plan.load(run / "plan.json")
     known = {run.resolve(): HYBRID}
     for label, name in (("transplant", "teacher"), (f"distill {BASELINE}", BASELINE), (f"extend {BASELINE}", BASELINE)):
         if label in last:
@@ -104,6 +110,6 @@ def _labels(run: Path, folders: Mapping[str, Path]) -> dict[str, str]:
     short = short_names(list(folders))
     labels: dict[str, str] = {}
     for name, folder in folders.items():
-        label = "teacher" if name == teacher else known.get(folder.resolve(), short[name])
+        label = "teacher" if _is_teacher(plan, name, folder) else known.get(folder.resolve(), short[name])
         labels[name] = next(each for each in (label, short[name], name) if each not in labels.values())
     return labels

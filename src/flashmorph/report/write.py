@@ -3,6 +3,7 @@
 from html import escape
 from pathlib import Path
 
+from flashmorph.convert.hub import at_revision
 from flashmorph.evaluation import text_in_words
 from flashmorph.files import atomic_path
 from flashmorph.plan import FULL, Plan
@@ -139,7 +140,10 @@ def _how_to_get_more(source: Source) -> str:
     if source.evaluated or not source.plan.teacher:
         return ""
     folders = [source.folder / "stages" / name / "model" for name in _baseline(source)]
-    models = [source.plan.teacher, *map(str, [source.folder, *(folder for folder in folders if folder.is_dir())])]
+    models = [
+        at_revision(source.plan.teacher, source.plan.revision),
+        *map(str, [source.folder, *(folder for folder in folders if folder.is_dir())]),
+    ]
     lengths = ",".join(str(source.length // part) for part in (4, 2, 1))
     options = ("--lengths", lengths, "--tokens", "--report", str(source.folder))
     command = shell_command(["flashmorph", "evaluate", *map(no_option, models), *options])

@@ -46,7 +46,7 @@ def open_run(
         run = open_run("Qwen/Qwen3-0.6B", "runs/hybrid", changes=["budget=7", "distill.tokens=20000000"], data="texts/")
 
     Args:
-        teacher: `tiny`, a local folder or GGUF file, or a model on the hub.
+        teacher: `tiny`, a local folder or GGUF file, or a model on the hub, `ORG/NAME` or `ORG/NAME@REVISION`.
         output: Folder of the run: new, empty, or an earlier run of this teacher, which goes on.
         recipe: Settings: a name (`demo`, `laptop`, `default`, `chat`), a YAML file, or a `Recipe`, which is taken as it
             is. By default `demo` for `tiny`, `default` for others.
@@ -72,14 +72,14 @@ def open_run(
     opened = open_on_every_machine(teacher)
     if opened.note:
         screen.say(opened.note)
-    owner = Owner(name=opened.name, digest=opened.digest)
+    owner = Owner(name=teacher, digest=opened.digest)
     distributed.first(lambda: require_same_teacher(output, owner))
     config = opened.config
     recipe, notice = fit(recipe, config)
     if notice:
         screen.say(notice)
     check(opened, recipe, distributed.count())
-    given = given_plan(opened.name, config, recipe, plan, layers)
+    given = given_plan(opened.name, config, recipe, plan, layers, opened.revision)
     host = host_for(config, recipe.host)
     if host.travelling:
         screen.say(
