@@ -23,7 +23,7 @@ def next_token_loss(hidden, layer, ids):
 @pytest.fixture(params=[1, 7, 1000], ids="chunks of {}".format)
 def chunk(request, monkeypatch) -> int:
     monkeypatch.setattr(losses, "LOGITS_BYTES", 4 * VOCABULARY * request.param)
-    assert losses.chunk_tokens(VOCABULARY) == request.param
+    assert losses.chunk_tokens(VOCABULARY, "cpu") == request.param
     return request.param
 
 
@@ -145,7 +145,7 @@ def test_the_heads_gradient_is_summed_in_float32_under_autocast(name, monkeypatc
         return student_head.weight.grad.clone()
 
     exact = gradient(False)
-    monkeypatch.setattr(losses, "chunk_tokens", lambda vocabulary: 2)
+    monkeypatch.setattr(losses, "chunk_tokens", lambda vocabulary, kind: 2)
     assert (gradient(True) - exact).norm() < 0.004 * exact.norm()
 
 
@@ -157,7 +157,8 @@ def test_a_loss_goes_backward_once():
 
 
 def test_a_chunk_is_at_least_one_token():
-    assert losses.chunk_tokens(10**12) == 1
+    assert losses.chunk_tokens(10**12, "cpu") == 1
+    assert losses.chunk_tokens(10**5, "cuda") >= 4 * losses.chunk_tokens(10**5, "cpu")
 
 
 MEMORY = """

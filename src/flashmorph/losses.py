@@ -11,7 +11,10 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 LOGITS_BYTES = 128 * 2**20
-"""Size of one chunk's logits in float32. A handful of tensors of this size live at a time."""
+"""Size of one chunk's logits in float32, on a GPU `_GPU_TIMES` as much. A handful of tensors of this size live at a
+time."""
+_GPU_TIMES = 4
+"""There products are quick, and each chunk reads and writes the head's gradient, as large as the head in float32."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,14 @@ class Head:
         return self.projection.out_features
 
 
-def chunk_tokens(vocabulary: int) -> int:
-    """Tokens whose float32 logits fit into `LOGITS_BYTES`."""
-    return max(1, LOGITS_BYTES // (4 * vocabulary))
+def logits_bytes(kind: str) -> int:
+    """The size of one chunk's logits in float32 on a device of this kind (`cuda`, `cpu`, ...)."""
+    return _GPU_TIMES * LOGITS_BYTES if kind == "cuda" else LOGITS_BYTES
+
+
+def chunk_tokens(vocabulary: int, kind: str) -> int:
+    """Tokens whose float32 logits fit into `logits_bytes`."""
+    return max(1, logits_bytes(kind) // (4 * vocabulary))
 
 
 def _in_chunks(
@@ -63,7 +71,7 @@ def _in_chunks(
 
 
 def _chunks(head: Head, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    size = chunk_tokens(head.out_features)
+    size = chunk_tokens(head.out_features, tensors[0].device.type)
     return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from flashmorph.estimate.sizes import Sizes
 from flashmorph.estimate.work import Model
 from flashmorph.hosts import FEED_FORWARD, with_branches_to_train
-from flashmorph.losses import LOGITS_BYTES
+from flashmorph.losses import logits_bytes
 from flashmorph.mixers.products import number_bytes
 from flashmorph.model.recompute import recomputes
 from flashmorph.plan import FULL
@@ -85,7 +85,8 @@ def stage_memory(
     outer = host - model.layers * (sizes.parts[FULL].parameters + sizes.parts[FEED_FORWARD].parameters)
     own, size_of_head = number_bytes(model.config), model.config.vocab_size * width
     wide = min(own, _FLOAT32) if bf16 else _FLOAT32
-    chunks = Share("chunks of logits", f"{_CHUNKS_OF_LOGITS} · {LOGITS_BYTES}", _CHUNKS_OF_LOGITS * LOGITS_BYTES, False)
+    of_chunks, formula = _CHUNKS_OF_LOGITS * logits_bytes(kind), f"{_CHUNKS_OF_LOGITS} · {logits_bytes(kind)}"
+    chunks = Share("chunks of logits", formula, of_chunks, False)
     frozen = [
         Share("host's decoder layers", f"{wide} · (host - embedding and head)", wide * (host - outer)),
         Share("its embedding and head", f"{wide} · embedding and head", wide * outer, False),

@@ -153,7 +153,8 @@ def _of_batch(
     varlen, head = supports_varlen(host_of(teacher.config), input_ids.device), Head.of(teacher)
     hidden = torch.cat([each.run(decoder_of(teacher)) for each in apart(input_ids, starts, varlen)])
     order = token_order(input_ids, starts, varlen)
-    parts = [top_log_probabilities(head(part), top_k) for part in hidden.split(chunk_tokens(head.out_features))]
+    at_once = chunk_tokens(head.out_features, hidden.device.type)
+    parts = [top_log_probabilities(head(part), top_k) for part in hidden.split(at_once)]
     kept = (torch.cat(part) for part in zip(*parts, strict=True))
     values, indices = (
         torch.empty_like(each).index_copy_(0, order, each).unflatten(0, input_ids.shape) for each in kept
