@@ -143,6 +143,19 @@ def demo(tmp_path_factory) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_run_on_the_second_gpu_leaves_the_first_alone(tmp_path, teacher_folder, recipe_file):
+    first = torch.cuda.current_device()
+    torch.cuda.reset_peak_memory_stats(0)
+    before = torch.cuda.memory_allocated(0)
+    options = ("--recipe", recipe_file, "--output", tmp_path / "run", "--device", "cuda:1")
+    try:
+        assert run_command("morph", teacher_folder, *options) == 0
+    finally:
+        torch.cuda.set_device(first)
+    assert torch.cuda.max_memory_allocated(0) == before and torch.cuda.max_memory_allocated(1) > 0
+
+
 def test_demo_chooses_the_layers_that_a_cpu_chooses(demo):
     assert demo["layers"] == json.loads((COMMITTED / "demo.json").read_text())["layers"]
 

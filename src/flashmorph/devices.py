@@ -5,6 +5,7 @@ import gc
 import math
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,13 +18,16 @@ from flashmorph.errors import UserError
 _SHARE = {"cuda": 0.8, "mps": 0.7, "cpu": 0.5}
 """Of a device's memory, what formulas may fill: the rest is for their error, for what the device itself takes, and on a
 CPU for other programs."""
+_NUMBER = re.compile("[0-9]{1,3}")
 _CPU = Path("/proc/cpuinfo")
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` takes CUDA, then MPS, then the CPU.
+    """`auto` takes CUDA, then MPS, then the CPU; `cuda:1` takes the second GPU, and makes it this process's own.
+
+    Kernels in Triton run on the current device, not on that of their tensors, so the GPU becomes the current one.
 
     Raises:
         UserError: the device asked for is not there.
@@ -31,11 +35,21 @@ def pick_device(name: str = "auto") -> torch.device:
     usable_types = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(device for device, available in usable_types.items() if available))
-    if name not in usable_types:
-        raise UserError(f"device {name!r} is unknown; there are auto, cpu, cuda and mps")
-    if not usable_types[name]:
-        raise UserError(f"there is no {name} device here; use --device auto")
-    return torch.device(name)
+    kind, separator, number = name.partition(":")
+    if kind not in usable_types or separator and not (kind == "cuda" and _NUMBER.fullmatch(number)):
+        raise UserError(
+            f"device {name!r} is unknown; there are auto, cpu, cuda, cuda:N (the GPU of that number) and mps"
+        )
+    if not usable_types[kind]:
+        raise UserError(f"there is no {kind} device here; use --device auto")
+    if not separator:
+        return torch.device(kind)
+    if int(number) >= (count := torch.cuda.device_count()):
+        those = "is cuda:0 only" if count == 1 else f"are cuda:0 to cuda:{count - 1}"
+        raise UserError(f"there is no device {name} here; there {those}")
+    device = torch.device(kind, int(number))
+    torch.cuda.set_device(device)
+    return device
 
 
 def dtype_name(dtype: torch.dtype | str | None) -> str:

@@ -27,11 +27,14 @@ def join(device: torch.device) -> torch.device:
     """Join the process group, if torchrun started several processes. Returns the device of this rank.
 
     Raises:
-        UserError: the device type does not support several processes, or a rank has no GPU of its own.
+        UserError: the device type does not support several processes, one GPU is named for all of them, or a rank has
+            no GPU of its own.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started == 1:
         return device
+    if device.index is not None:
+        raise UserError(f"each of several processes has a GPU of its own: give --device cuda in place of {device}")
     if device.type == "cuda":
         own = int(os.environ["LOCAL_RANK"])
         if own >= torch.cuda.device_count():

@@ -74,7 +74,7 @@ ForceOption = Annotated[
     bool,
     typer.Option("--force", help="Also replace files that are not flashmorph's; never links, folders, devices."),
 ]
-DeviceOption = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `mps`.")]
+DeviceOption = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, `cuda:1` (the second GPU) or `mps`.")]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the results as JSON on stdout, and nothing else there.")
 ]

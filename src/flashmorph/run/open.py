@@ -55,7 +55,7 @@ def open_run(
         plan: A file with a plan, which is built instead of searching for one.
         layers: The same by numbers of layers that stay full, `1,2,6`.
         others: Folders of other runs whose finished stages may be used.
-        device: `auto`, `cpu`, `cuda` or `mps`.
+        device: `auto`, `cpu`, `cuda`, `cuda:1` (the second GPU) or `mps`.
         allow_unused: Whether stored weights of the teacher that are not used are reported, not refused.
         stages: Those that the run will go through; by default `every_stage`.
         keep_recipe: Whether the folder keeps the recipe: where a checkpoint or its branches are made.

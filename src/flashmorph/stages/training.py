@@ -22,6 +22,7 @@ from flashmorph.files import atomic_path
 from flashmorph.inputs.shapes import Count, Finite, Shape, require_shape
 from flashmorph.progress import Report
 from flashmorph.stages.checkpoints import drop_damaged, finish, last_checkpoint
+from flashmorph.stages.placement import arguments_on
 from flashmorph.stages.settings import TrainSettings
 from flashmorph.stages.trainer import StageTrainer
 from flashmorph.stages.watch import Watch
@@ -83,7 +84,8 @@ def train(
     watch = Watch(model)
     device = next(model.parameters()).device
     division = settings.division(distributed.count())
-    arguments = TrainingArguments(
+    arguments = arguments_on(
+        device,
         output_dir=str(folder / "checkpoints"),
         max_steps=settings.steps,
         per_device_train_batch_size=division.rows,
@@ -111,8 +113,6 @@ def train(
         dataloader_pin_memory=device.type == "cuda",
         ddp_find_unused_parameters=False,
     )
-    # One device per rank: DataParallel over all visible ones would multiply the batch.
-    arguments._n_gpu = min(1, arguments.n_gpu)
     if arguments.world_size != distributed.count():
         raise ValueError(f"{distributed.count()} processes share the work and Trainer sees {arguments.world_size}")
     with _reports_in(folder):
