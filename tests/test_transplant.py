@@ -2,11 +2,14 @@
 
 import json
 import math
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import random_qwen3, run_command
-from families import DEFAULT, LONG, SHAPES, TEACHERS, config_of, random_teacher
+from families import DEFAULT, LONG, SHAPES, TEACHERS, YARN, config_of, random_teacher
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Qwen3Config, Qwen3ForCausalLM
 
 from flashmorph.convert.in_memory import transplant
@@ -236,29 +239,29 @@ PARTIAL = {**DEFAULT, "partial_rotary_factor": 0.5}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "problem"),
-    [
-        ("qwen3", WINDOWS, "sliding_attention"),
-        ("qwen3", {"rope_parameters": LONG}, "longrope"),
-        ("qwen3", {"rope_parameters": PARTIAL}, "rotates 50% of each head"),
-        ("qwen3", {"hidden_act": "gelu"}, "gelu"),
-        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob is false"),
-        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
-        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step"),
-        ("llama", {"hidden_act": "gelu"}, "gelu"),
-        ("llama", {"mlp_bias": True}, "mlp_bias"),
-        ("llama", {"head_dim": 32}, "4 heads of 32 do not fit into mamba_expand × hidden size = 2 × 32"),
-        ("llama", {"hidden_size": 36, "head_dim": 16}, "heads of 16 do not divide mamba_expand × hidden size = 2 × 36"),
-        ("mistral", {"sliding_window": 16}, "a sliding window of 16 tokens"),
-        ("ministral", {"sliding_window": 16}, "sliding_attention"),
-        ("qwen2", WINDOWS, "sliding_attention"),
-        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
-        ("phi3", {"sliding_window": 16}, "a sliding window of 16 tokens"),
-        ("phi3", {"rope_parameters": PARTIAL}, "rotates 50% of each head"),
-        ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 64}, "change at 64 of 512 tokens"),
-    ],
-)
+REFUSED_PARTS = [
+    ("qwen3", WINDOWS, "sliding_attention"),
+    ("qwen3", {"rope_parameters": LONG}, "longrope"),
+    ("qwen3", {"rope_parameters": PARTIAL}, "rotates 50% of each head"),
+    ("qwen3", {"hidden_act": "gelu"}, "gelu"),
+    ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob is false"),
+    ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+    ("llama", {"hidden_act": "gelu"}, "gelu"),
+    ("llama", {"mlp_bias": True}, "mlp_bias"),
+    ("llama", {"head_dim": 32}, "4 heads of 32 do not fit into mamba_expand × hidden size = 2 × 32"),
+    ("llama", {"hidden_size": 36, "head_dim": 16}, "heads of 16 do not divide mamba_expand × hidden size = 2 × 36"),
+    ("mistral", {"sliding_window": 16}, "a sliding window of 16 tokens"),
+    ("ministral", {"sliding_window": 16}, "sliding_attention"),
+    ("qwen2", WINDOWS, "sliding_attention"),
+    ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
+    ("phi3", {"sliding_window": 16}, "a sliding window of 16 tokens"),
+    ("phi3", {"rope_parameters": PARTIAL}, "rotates 50% of each head"),
+    ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 64}, "change at 64 of 512 tokens"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "problem"), REFUSED_PARTS)
 def test_a_part_without_an_exact_counterpart_is_refused_by_its_name(tmp_path, name, changes, problem):
     teacher = random_teacher(name, 0, **changes)
     with pytest.raises(UserError, match=problem) as refusal:
@@ -266,6 +269,80 @@ def test_a_part_without_an_exact_counterpart_is_refused_by_its_name(tmp_path, na
     teacher.save_pretrained(tmp_path / "teacher")
     assert run_command("transplant", tmp_path / "teacher", "--output", tmp_path / "host") == 2
     assert "\n" not in str(refusal.value) and not (tmp_path / "host").exists()
+
+
+def changed_copy(teacher: Path, folder: Path, **changes) -> Path:
+    """A copy with another config.json, its rope as published ones have it."""
+    shutil.copytree(teacher, folder)
+    values = json.loads((folder / "config.json").read_text())
+    rope = values.pop("rope_parameters")
+    values |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": {"type": rope.pop("rope_type"), **rope}}
+    if values["rope_scaling"]["type"] == "default":
+        values["rope_scaling"] = None
+    values["rope_scaling"] = {**(values["rope_scaling"] or {}), **changes.pop("rope_scaling", {})} or None
+    (folder / "config.json").write_text(json.dumps(values | changes))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["phi3", "mistral", "ministral", "qwen2", "qwen3"])
+def test_a_copy_with_the_window_as_its_limit_computes_the_same_and_is_taken(tmp_path, name):
+    """A window counts the token itself: it cuts nothing at its own length, and something one token after it."""
+    windows = {**WINDOWS, "max_window_layers": 0} if name in ("qwen2", "qwen3") else {"sliding_window": 16}
+    teacher, wide = random_teacher(name, 2, **windows), random_teacher(name, 2)
+    if name == "ministral":
+        wide.config.layer_types = ["full_attention"] * 2
+    ids = some_tokens(2, 17)
+    wide.load_state_dict(teacher.state_dict())
+    assert torch.equal(logits(teacher, ids[:, :16]), logits(wide, ids[:, :16]))
+    assert not torch.allclose(logits(teacher, ids), logits(wide, ids), atol=1e-3)
+    with pytest.raises(UserError, match=r"set max_position_embeddings to 16 in the config\.json of a copy"):
+        host_for(teacher.config)
+    teacher.save_pretrained(tmp_path / "teacher")
+    copied = changed_copy(tmp_path / "teacher", tmp_path / "copy", max_position_embeddings=16)
+    assert run_command("transplant", copied, "--output", tmp_path / "host") == 0
+    host = AutoModelForCausalLM.from_pretrained(tmp_path / "host")
+    assert host.config.max_position_embeddings == 16
+    torch.testing.assert_close(logits(host, ids[:, :16]), logits(teacher, ids[:, :16]), rtol=1e-4, atol=1e-3)
+
+
+def test_a_window_under_an_embedding_that_depends_on_the_limit_has_no_such_way_out():
+    with pytest.raises(UserError, match="sliding window of 16 tokens") as refusal:
+        host_for(config_of("mistral", sliding_window=16, rope_parameters=YARN))
+    assert "max_position_embeddings" not in str(refusal.value)
+
+
+def test_a_copy_within_the_first_list_of_rope_factors_computes_the_same_and_is_taken(tmp_path):
+    """Its attention_factor would follow from the limit, so both have to be set."""
+    two = {"rope_parameters": LONG, "original_max_position_embeddings": 64}
+    teacher, ids = random_teacher("phi3", 3, **two), some_tokens(2, 64)
+    with pytest.raises(UserError, match="max_position_embeddings to 64 ") as refusal:
+        host_for(teacher.config)
+    (factor,) = re.findall(r"attention_factor in rope_scaling to ([0-9.]+),", str(refusal.value))
+    teacher.save_pretrained(tmp_path / "teacher")
+    limit = {"max_position_embeddings": 64}
+    for name, scaling, same in (("half", {}, False), ("whole", {"attention_factor": float(factor)}, True)):
+        copied = changed_copy(tmp_path / "teacher", tmp_path / name, **limit, rope_scaling=scaling)
+        assert run_command("transplant", copied, "--output", tmp_path / f"host of {name}") == 0
+        host = AutoModelForCausalLM.from_pretrained(tmp_path / f"host of {name}")
+        assert torch.allclose(logits(host, ids), logits(teacher, ids), rtol=1e-4, atol=1e-3) == same
+
+
+@pytest.mark.parametrize(("name", "changes", "problem"), REFUSED_PARTS)
+def test_a_refusal_names_the_other_hosts_that_take_the_teacher(name, changes, problem):
+    teacher = random_teacher(name, 0, **changes)
+    with pytest.raises(UserError, match=problem) as refusal:
+        transplant(teacher)
+    for option, settings in (("--window", {"window": 16}), ("--mixers", {"mixers": "full,window", "window": 16})):
+        try:
+            proof = transplant(teacher, settings)[1]
+            taken = proof.difference <= proof.tolerance
+        except UserError:
+            taken = False
+        if option in str(refusal.value):
+            assert taken, option
+    if name == "smollm3":
+        assert "with --window TOKENS it moves into SmolLM3ForCausalLM" in str(refusal.value)
+        assert "with --mixers full,window it moves into FlashmorphForCausalLM" in str(refusal.value)
 
 
 @pytest.mark.parametrize("given", [0, 3, "2", True, None])

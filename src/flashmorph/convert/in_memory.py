@@ -94,9 +94,10 @@ def require_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 
 def probe(config: PreTrainedConfig) -> torch.Tensor:
-    """The probe batch: random tokens `[PROBE_ROWS, PROBE_TOKENS]`, the same for every teacher of a vocabulary."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(config.vocab_size, (PROBE_ROWS, PROBE_TOKENS), generator=generator)
+    """The probe batch: random tokens `[PROBE_ROWS, PROBE_TOKENS]`, the same for every teacher of a vocabulary; fewer
+    where its contexts are shorter, beyond which a window may lie."""
+    generator, tokens = torch.Generator().manual_seed(0), min(PROBE_TOKENS, config.max_position_embeddings)
+    return torch.randint(config.vocab_size, (PROBE_ROWS, tokens), generator=generator)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from flashmorph.hosts.host import FEED_FORWARD, Host
 from flashmorph.hosts.own import OWN, OwnHost
 from flashmorph.hosts.qwen3_5 import Qwen35Host
 from flashmorph.hosts.qwen3_5_moe import Qwen35MoeHost
-from flashmorph.hosts.refused import REFUSED
+from flashmorph.hosts.refused import REFUSED, with_other_hosts
 from flashmorph.hosts.window import WINDOW_HOSTS
 from flashmorph.inputs.settings import resolve
 from flashmorph.mixers import Products
@@ -28,6 +28,8 @@ from flashmorph.records import SettingValues
 HOSTS: tuple[Host, ...] = (Qwen35Host(), Qwen35MoeHost(), GraniteHybridHost())
 """Stock hybrids, one of which takes a teacher unless windows or mixers are asked for."""
 ALL_HOSTS: tuple[Host, ...] = (*HOSTS, *WINDOW_HOSTS, OWN)
+_ASKED_FOR = (*(("--window TOKENS", host) for host in WINDOW_HOSTS), ("--mixers full,window", OWN))
+"""Hosts beside `HOSTS`, and the option that asks for each."""
 HOST_TYPES = frozenset(host.model_type for host in ALL_HOSTS)
 """The `model_type` of every host."""
 _TIMELESS = {
@@ -58,7 +60,10 @@ def host_for(config: PreTrainedConfig, settings: Mapping[str, Any] | None = None
     hosts = (OwnHost.asked_for(given),) if "mixers" in given else WINDOW_HOSTS if "window" in given else HOSTS
     for host in hosts:
         if config.model_type in host.teachers:
-            host.check(config)
+            try:
+                host.check(config)
+            except UserError as refusal:
+                raise with_other_hosts(refusal, config, _ASKED_FOR if hosts is HOSTS else ()) from None
             return host
     known = ", ".join(sorted(family for host in hosts for family in host.teachers))
     if "mixers" in given:

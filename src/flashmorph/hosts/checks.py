@@ -1,9 +1,12 @@
 """What hosts share: the family of a config.json, settings, and checks of parts that they cannot compute exactly."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from flashmorph.errors import UserError
 
@@ -15,6 +18,8 @@ LLAMA_SETTINGS = (
 """Fields that the configurations of a Llama-shaped teacher and of its host share."""
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 """Rotary embeddings that transformers computes by one code in all Llama-shaped classes."""
+_WITHOUT_LIMIT = ("default", "linear")
+"""Rotary embeddings that do not depend on max_position_embeddings."""
 BIASED = ("qwen2",)
 """Teachers whose queries, keys and values have a bias that their configuration does not mention."""
 _DROPPING_CACHE = ("phi3",)
@@ -38,16 +43,31 @@ def refuse_windows(config: PreTrainedConfig, host: str) -> None:
     narrow = window is not None and window < config.max_position_embeddings
     types = set(getattr(config, "layer_types", None) or [])
     others = types - {"full_attention"} - (set() if narrow else {"sliding_attention"})
+    way_out = _shorter(config) if narrow and others <= {"sliding_attention"} else ""
     if others:
         raise UserError(
             f"the teacher has layers of type {', '.join(sorted(others))}; "
-            f"{host} can hold full attention only, so the move would not be exact"
+            f"{host} can hold full attention only, so the move would not be exact{way_out}"
         )
     if narrow and not types:
         raise UserError(
             f"the teacher attends through a sliding window of {window:,} tokens (its limit is "
             f"{config.max_position_embeddings:,}); {host} can hold full attention only, so the move would not be exact"
+            f"{way_out}"
         )
+
+
+def _shorter(config: PreTrainedConfig) -> str:
+    """A limit within which no window is ever active, since a window counts the token itself.
+
+    Empty where the rotary embedding depends on the limit.
+    """
+    if config.rope_parameters["rope_type"] not in _WITHOUT_LIMIT:
+        return ""
+    return (
+        f"; set max_position_embeddings to {config.sliding_window} in the config.json of a copy of it, which computes "
+        "the same up to there and never needs the window"
+    )
 
 
 def refuse_rope(config: PreTrainedConfig, host: str, known: Sequence[str]) -> None:
@@ -80,11 +100,13 @@ def refuse_two_factors(config: PreTrainedConfig, host: str) -> None:
     if rope["rope_type"] != "longrope" or rope["short_factor"] == rope["long_factor"]:
         return
     if (switch := rope["original_max_position_embeddings"]) < limit:
+        scale = ROPE_INIT_FUNCTIONS["longrope"](copy.deepcopy(config), torch.device("cpu"))[1]
         raise UserError(
             f"the teacher has two lists of rope factors (longrope), which change at {switch:,} of {limit:,} tokens: in "
             f"generation its class then reads the whole text again, {host} does not, so answers would differ from "
-            f"there on; set max_position_embeddings to {switch:,} in the config.json of a copy of it, which then never "
-            "comes to the second list"
+            f"there on; set max_position_embeddings to {switch} in the config.json of a copy of it, and there "
+            f"attention_factor in rope_scaling to {scale!r}, which would follow from the limit: the copy computes the "
+            "same up to there"
         )
 
 
