@@ -26,3 +26,11 @@ def longest_context(caches: Iterable[Iterable[str]]) -> str:
 def counted(number: int, noun: str) -> str:
     """`1 fact`, `2 facts`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def rough_time(seconds: float) -> str:
+    """Seconds in words, as exactly as one plans by: `45 s`, `12 min`, `3 h 5 min`."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min"

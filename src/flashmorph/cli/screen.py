@@ -1,14 +1,16 @@
-"""The console: a line a stage, a progress bar with loss and time left, one table and the plan at the end."""
+"""The console: a line a stage, progress with loss and time left, one table and the plan at the end."""
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from flashmorph.cli.progress_lines import ProgressLines
+from flashmorph.cli.ranks import rank
 from flashmorph.cli.tables import new_table
 from flashmorph.evaluation import shortage
 from flashmorph.plan import FULL
@@ -24,14 +26,17 @@ _SILENT_SECONDS = 60.0
 
 
 class RichScreen:
-    """Draws on a terminal; in a pipe only the finished lines remain."""
+    """Draws a bar on a terminal; elsewhere rank 0 prints a line of progress at growing intervals (`ProgressLines`).
 
-    def __init__(self, console: Console):
-        self.console = console
+    `clock` gives the seconds that these intervals are counted in.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic):
+        self.console, self._clock = console, clock
 
     @contextmanager
     def stage(self, name: str, about: str) -> Iterator[Report]:
-        """A bar that disappears when the stage ends, and a line where it stands still."""
+        """A bar that disappears when the stage ends, or lines; and a line where it stands still."""
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
@@ -44,9 +49,14 @@ class RichScreen:
             bar = progress.add_task(harmless(f"{name:<10} {about}"), total=None, figures="")
 
             news = [time.monotonic()]
+            lines = None if self.console.is_terminal or rank() else ProgressLines(name, self._clock)
 
             def report(done: float, total: float, **figures: float) -> None:
                 news[0] = time.monotonic()
+                if lines:
+                    if line := lines.line(done, total, **figures):
+                        self.say(line)
+                    return
                 shown = " ".join(f"{label} {value:.3f}" for label, value in figures.items())
                 progress.update(bar, completed=done, total=total, figures=shown)
 
