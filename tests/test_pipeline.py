@@ -47,6 +47,7 @@ def test_the_whole_path_leaves_a_stock_checkpoint_with_its_evidence(finished):
     low, high = results["recall_hybrid_minus_uniform"]["interval"]
     assert low <= results["recall_hybrid_minus_uniform"]["difference"] <= high
     assert all(stage["seconds"] > 0 for stage in results["stages"])
+    assert results["version"] == flashmorph.__version__
     labels = json.loads((finished / "flashmorph.json").read_text())["last"].keys()
     models = ("teacher", "hybrid_undistilled", "hybrid_before_extend", "hybrid", "uniform_undistilled", "uniform")
     path = ("transplant", "align", "select", "build", "distill", "extend")
@@ -56,6 +57,27 @@ def test_the_whole_path_leaves_a_stock_checkpoint_with_its_evidence(finished):
     assert {"plan.json", "recipe.yaml", "README.md", "tokenizer.json", "generation_config.json"} <= names
     card = (finished / "README.md").read_text()
     assert "Qwen3_5ForCausalLM" in card and f"{100 * results['hybrid']['recall']:.1f} %" in card
+
+
+def test_the_hybrid_is_compared_with_its_teacher(finished, teacher_folder, recipe_file, capsys):
+    """As `evaluate` compares them, on the same questions and text; on the screen, in the card and in the report."""
+    results = json.loads((finished / "results.json").read_text())
+    assert results["base_model"] == {"name": str(teacher_folder), "revision": None}
+    recall, perplexity = results["recall_hybrid_minus_teacher"], results["perplexity_hybrid_over_teacher"]
+    assert recall["difference"] == pytest.approx(results["hybrid"]["recall"] - results["teacher"]["recall"])
+    assert perplexity["ratio"] == pytest.approx(results["hybrid"]["perplexity"] / results["teacher"]["perplexity"])
+    host = finished / "stages" / json.loads((finished / "flashmorph.json").read_text())["last"]["transplant"] / "model"
+    capsys.readouterr()
+    assert run_command("evaluate", host, finished, "--recipe", recipe_file, "--json") == 0
+    minus = json.loads(capsys.readouterr().out)[str(finished)]["minus_first"]
+    assert recall["interval"] == pytest.approx(minus["recall"]["interval"])
+    assert perplexity["interval"] == pytest.approx(minus["perplexity"]["interval"], rel=1e-3)
+    assert run_command("morph", teacher_folder, "--recipe", recipe_file, "--output", finished) == 0
+    closing = capsys.readouterr().out.splitlines()[-7:]
+    assert f"perplexity over the teacher's: {flashmorph.evaluation.times(perplexity)}" in closing
+    for text in ("\n".join(closing), (finished / "README.md").read_text(), (finished / "report.html").read_text()):
+        assert flashmorph.evaluation.points(recall) in text
+        assert flashmorph.evaluation.times(perplexity) in text
 
 
 def test_the_result_opens_without_flashmorph_and_computes_the_same(finished, tmp_path):

@@ -80,6 +80,19 @@ def test_every_source_has_its_chart_and_a_missing_one_leaves_it_out(finished, tm
     assert "--tokens --report" in (write_report(copy)).read_text()
 
 
+def test_results_of_earlier_versions_are_read(finished, tmp_path):
+    """They have no version, no base model and no comparison with the teacher."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    results = read_json(copy / "results.json")
+    for name in ("version", "base_model", "recall_hybrid_minus_teacher", "perplexity_hybrid_over_teacher"):
+        del results[name]
+    write_json(copy / "results.json", results)
+    page = write_report(copy).read_text()
+    assert f"teacher {percent(results['teacher']['recall'])}</span>" in page
+    assert f"teacher {percent(results['teacher']['recall'])}: " in (finished / "report.html").read_text()
+
+
 def test_a_best_known_plan_is_never_called_the_best(finished, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)

@@ -92,7 +92,6 @@ def morph(
         _dry_run(options, stages)
         return
     from flashmorph.pipeline import morph as pipeline
-    from flashmorph.selection import BASELINE
 
     run = open_run(options, stages)
     results = pipeline.morph(run)
@@ -100,15 +99,6 @@ def morph(
         print(json.dumps(results.to_dict(), indent=2))
         return
     run.screen.show(results)
-    for name in (f"recall_hybrid_undistilled_minus_{BASELINE}", f"recall_hybrid_minus_{BASELINE}"):
-        if difference := results.to_dict().get(name):
-            low, high = difference["interval"]
-            about = "before distillation" if "undistilled" in name else "after"
-            OUT.print(
-                f"recall minus {BASELINE}'s {about}: {100 * difference['difference']:+.1f} points "
-                f"({100 * low:+.1f} to {100 * high:+.1f})",
-                highlight=False,
-            )
     OUT.print(f"written: {output} (open it with AutoModelForCausalLM.from_pretrained)", highlight=False, soft_wrap=True)
     OUT.print(f"what it kept, lost and won: {output / 'report.html'}", highlight=False, soft_wrap=True)
 

@@ -12,11 +12,12 @@ from rich.text import Text
 from flashmorph.cli.progress_lines import ProgressLines
 from flashmorph.cli.ranks import rank
 from flashmorph.cli.tables import new_table
-from flashmorph.evaluation import shortage
+from flashmorph.evaluation import points, shortage, times
 from flashmorph.plan import FULL
 from flashmorph.progress import Report
 from flashmorph.run.folder import Stage
 from flashmorph.run.run import Results
+from flashmorph.selection import BASELINE
 from flashmorph.surface.terminal import harmless
 from flashmorph.units import byte_size, longest_context
 from flashmorph.versions import made_with
@@ -94,7 +95,7 @@ class RichScreen:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def show(self, results: Results) -> None:
-        """The closing table and the strip of layers."""
+        """The closing tables, the strip of layers, and the hybrid beside its teacher and the baseline."""
         context = longest_context(score.cache_bytes for score in results.scores.values())
         title = "recall: greedy generation, exact match of the whole answer"
         overview = new_table(title, "model", "recall", "95 %", "perplexity", f"cache at {int(context):,}")
@@ -118,3 +119,15 @@ class RichScreen:
         self.say(
             f"\n{plan.strip()}   ■ full □ {other}: {plan.unit} {plan.in_short()} of {len(plan.assignments)} stay full"
         )
+        for about, figure in _compared(results):
+            self.say(f"{about}: {figure}")
+
+
+def _compared(results: Results) -> Iterator[tuple[str, str]]:
+    found = results.comparisons
+    yield "recall minus the teacher's", points(found["recall_hybrid_minus_teacher"])
+    if ratio := found.get("perplexity_hybrid_over_teacher"):
+        yield "perplexity over the teacher's", times(ratio)
+    for after, about in (("_undistilled", "before distillation"), ("", "after")):
+        if difference := found.get(f"recall_hybrid{after}_minus_{BASELINE}"):
+            yield f"recall minus {BASELINE}'s {about}", points(difference)

@@ -6,6 +6,7 @@ from flashmorph.evaluation.grid import ASKERS, Grid, GridRow, GridSettings, ask_
 from flashmorph.evaluation.intervals import paired_interval, paired_share_interval, ratio_interval, share_interval
 from flashmorph.evaluation.perplexity import RangeLosses, shortage, text_in_words, text_losses
 from flashmorph.evaluation.recall import answer_scores, answers_right
+from flashmorph.evaluation.words import points, times
 
 __all__ = [
     "ASKERS",
@@ -24,10 +25,12 @@ __all__ = [
     "paired_interval",
     "paired_share_interval",
     "perplexity_ratio",
+    "points",
     "ratio_interval",
     "recall_difference",
     "share_interval",
     "shortage",
     "text_in_words",
     "text_losses",
+    "times",
 ]

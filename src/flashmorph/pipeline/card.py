@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from flashmorph.bench import Timing, timing_in_words
 from flashmorph.convert.gguf import origin_of
 from flashmorph.convert.hub import at_revision
-from flashmorph.evaluation import text_in_words
+from flashmorph.evaluation import points, text_in_words, times
 from flashmorph.hosts import configure, misreads_tokenizer
 from flashmorph.hosts.serving import Engine
 from flashmorph.mixers import LAYER_TYPES
@@ -92,7 +92,7 @@ attention, chosen by {code(plan.strategy)} for the budget {plan.budget}: {named}
 
 Recall: greedy generation, exact match of the whole answer, mean over {tasks}; {run.recipe.evaluate.questions} questions
 each at {run.recipe.evaluate.length:,} tokens. Perplexity: {text}.
-Cache: one sequence of {int(context):,} tokens.
+Cache: one sequence of {int(context):,} tokens. {_lost(results)}
 {_worth(results)}
 [report.html](report.html) shows the choice, recall by task, perplexity by position, the cache and what each stage
 took, on one page; its figures lie in `figures/`.
@@ -124,9 +124,17 @@ def served_by(engine: Engine, config: PreTrainedConfig) -> str:
     return f"| {engine.name} | {engine.version} ({engine.known}){takes} |"
 
 
+def _lost(results: Results) -> str:
+    """The hybrid against its teacher."""
+    found = results.comparisons
+    text = f"Against the teacher, paired: recall {points(found['recall_hybrid_minus_teacher'])}"
+    ratio = found.get("perplexity_hybrid_over_teacher")
+    return f"{text}, perplexity {times(ratio)}." if ratio else f"{text}."
+
+
 def _worth(results: Results) -> str:
     """The gain of the choice over the baseline, if that was trained as well."""
-    gain = results.to_dict().get(f"recall_hybrid_minus_{BASELINE}")
+    gain = results.comparisons.get(f"recall_hybrid_minus_{BASELINE}")
     if not gain:
         return ""
     worth, low, high = (100 * value for value in (gain["difference"], *gain["interval"]))

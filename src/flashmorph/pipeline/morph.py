@@ -68,7 +68,8 @@ def morph(run: Run) -> Results:
         other = finish(run, host, branches, baseline_plan(run, host, plan), BASELINE)
         models |= {f"{BASELINE}_undistilled": other["build"], BASELINE: other["extend"]}
     scores = {name: run_evaluate(run, name, stage) for name, stage in models.items()}
-    results = Results(plan, scores, list(run.done.values()), dict(timing) if timing else None)
+    teacher, timed = run.teacher, dict(timing) if timing else None
+    results = Results(plan, scores, list(run.done.values()), timed, teacher.name, teacher.revision)
 
     def leave_behind() -> None:
         folder, model = run.folder.path, hybrid["extend"].folder

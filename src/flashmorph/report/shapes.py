@@ -58,6 +58,11 @@ class _Difference(Shape):
     interval: Ends
 
 
+class _Ratio(Shape):
+    ratio: float
+    interval: Ends | None
+
+
 class _Timing(Shape):
     context: _Length
     limit: Finite
@@ -74,11 +79,13 @@ class _Timing(Shape):
 
 
 class Results(Shape):
-    """results.json, its models apart."""
+    """results.json, its models apart. Before version 0.2 there was no comparison with the teacher."""
 
     stages: list[_Stage]
     timing: _Timing | None = None
     worth: _Difference | None = Field(default=None, alias=f"recall_hybrid_minus_{BASELINE}")
+    against_teacher: _Difference | None = Field(default=None, alias="recall_hybrid_minus_teacher")
+    over_teacher: _Ratio | None = Field(default=None, alias="perplexity_hybrid_over_teacher")
 
 
 class _Evaluation(Shape):

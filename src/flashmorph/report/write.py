@@ -4,7 +4,7 @@ from html import escape
 from pathlib import Path
 
 from flashmorph.convert.hub import at_revision
-from flashmorph.evaluation import text_in_words
+from flashmorph.evaluation import points, text_in_words, times
 from flashmorph.files import atomic_path
 from flashmorph.plan import FULL, Plan
 from flashmorph.report import choice, costs, recall, text
@@ -53,9 +53,12 @@ def _head(name: str, source: Source) -> str:
     teacher, hybrid = models["teacher"], models["hybrid"]
     context = longest_context(each["cache_bytes"] for each in models.values())
     cache, teachers = hybrid["cache_bytes"][context], teacher["cache_bytes"][context]
+    lost = source.results.get("recall_hybrid_minus_teacher")
+    ratio = source.results.get("perplexity_hybrid_over_teacher")
+    own, theirs = (f"{each['perplexity']:.2f}" for each in (hybrid, teacher))
     tiles = [
-        tile("recall", percent(hybrid["recall"]), f"teacher {percent(teacher['recall'])}"),
-        tile("perplexity", f"{hybrid['perplexity']:.2f}", f"teacher {teacher['perplexity']:.2f}"),
+        tile("recall", percent(hybrid["recall"]), _beside(percent(teacher["recall"]), lost and points(lost))),
+        tile("perplexity", own, _beside(theirs, ratio and times(ratio))),
         tile(
             f"cache at {int(context):,} tokens",
             size(cache),
@@ -71,6 +74,11 @@ def _head(name: str, source: Source) -> str:
     kept, number = len(plan.full_groups), len(plan.assignments)
     about = f"{kept} of {number} {plan.unit} keep full attention. Made by flashmorph {own_version()}."
     return f"<h1>{escape(name)}</h1><p class='note'>{escape(about)}</p><div class='tiles'>{''.join(tiles)}</div>"
+
+
+def _beside(figure: str, comparison: str | None) -> str:
+    """The teacher's figure, and the hybrid's against it where the results have that."""
+    return f"teacher {figure}" + (f": {comparison}" if comparison else "")
 
 
 def _teacher(plan: Plan) -> list[str]:

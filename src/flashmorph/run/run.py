@@ -17,7 +17,7 @@ from flashmorph.errors import UserError
 from flashmorph.estimate.auto import Capacity, asked, chosen, must_shard, resolved, too_large, too_large_in_words
 from flashmorph.estimate.sizes import Sizes, count_sizes
 from flashmorph.estimate.work import Model, model_of
-from flashmorph.evaluation import Score, recall_difference
+from flashmorph.evaluation import Score, perplexity_ratio, recall_difference
 from flashmorph.plan import Budget, Plan
 from flashmorph.progress import Report, Screen
 from flashmorph.recipe.pricing import budget_of_recipe
@@ -27,6 +27,7 @@ from flashmorph.run.folder import RunFolder, Stage
 from flashmorph.run.out_of_memory import within_memory
 from flashmorph.selection import BASELINE
 from flashmorph.units import byte_size
+from flashmorph.versions import own_version
 
 _WHOLE = ("teacher", "evaluate", "logits")
 """Stages in which each rank holds a whole model, also where others divide its weights."""
@@ -173,20 +174,41 @@ class Run:
 
 @dataclass
 class Results:
-    """The results of `morph`: plan, scores by model, and stages; `timing` where the budget was in milliseconds."""
+    """The results of `morph`: plan, scores by model, and stages; `timing` where the budget was in milliseconds.
+
+    `base_model` and `revision` name the teacher, as in `Teacher`.
+    """
 
     plan: Plan
     scores: dict[str, Score]
     stages: list[Stage]
     timing: Figures | None = None
+    base_model: str = ""
+    revision: str = ""
+
+    @property
+    def comparisons(self) -> Figures:
+        """Of the hybrid with its teacher, and with the baseline before and after distillation; paired, by their names.
+
+        The teacher's perplexity is left out where it was on another text.
+        """
+        hybrid, teacher = self.scores["hybrid"], self.scores["teacher"]
+        values: Figures = {"recall_hybrid_minus_teacher": recall_difference(hybrid, teacher)}
+        if ratio := perplexity_ratio(hybrid, teacher):
+            values["perplexity_hybrid_over_teacher"] = ratio
+        for after in ("", "_undistilled") if BASELINE in self.scores else ():
+            difference = recall_difference(self.scores[f"hybrid{after}"], self.scores[f"{BASELINE}{after}"])
+            values[f"recall_hybrid{after}_minus_{BASELINE}"] = difference
+        return values
 
     def to_dict(self) -> Figures:
-        """The content of `results.json`."""
-        values: dict[str, Any] = {name: score.to_dict() for name, score in self.scores.items()}
-        if BASELINE in self.scores:
-            for after in ("", "_undistilled"):
-                difference = recall_difference(self.scores[f"hybrid{after}"], self.scores[f"{BASELINE}{after}"])
-                values[f"recall_hybrid{after}_minus_{BASELINE}"] = difference
+        """The content of `results.json`; `teacher` in it are the teacher's scores, so its name is in `base_model`."""
+        values: Figures = {
+            "version": own_version(),
+            "base_model": {"name": self.base_model, "revision": self.revision or None},
+        }
+        values |= {name: score.to_dict() for name, score in self.scores.items()}
+        values |= self.comparisons
         values["layers"] = {
             "plan": self.plan.strip(),
             "assignments": self.plan.assignments,
