@@ -22,6 +22,7 @@ FEW_STEPS = {
     "baseline": "uniform",
     "style": "lines",
     "tasks": {"one_key": {"task": "many_keys", "num_keys": 1}, "two_hops": {"task": "hops", "num_chains": 2}},
+    "data": {"source": "demo"},
     "calibration_rows": 2,
     "align": {"tokens": 512, "length": 64, "batch_tokens": 128, "learning_rate": 0.001, "checkpoint_steps": 1},
     "select": {

@@ -228,7 +228,7 @@ def test_lengths_in_a_recipe_of_ones_own_are_asked_for_and_defaults_are_not(tmp_
     file.write_text(yaml.safe_dump({**own, "extend": {**own["extend"], "length": 1024}}))
     recipe, line = fit(load_recipe(file), config)
     assert recipe.extend.length == 1024 and recipe.evaluate.length == 512
-    assert "extend" not in line and "evaluate.length 4,096 -> 512" in line
+    assert "extend" not in line and "evaluate.length 16,384 -> 512" in line
 
 
 def test_a_dataset_that_cannot_be_reached_is_told_before_the_first_stage(

@@ -60,6 +60,7 @@ OPTIONS = {
     "force json",
     "compare": "output budgets strategies seeds spends questions recall-questions distill-steps distill-budget "
     "max-plans reference reference-tokens kept recipe data from set allow-unused force device json",
+    "recipe": "json",
     "hosts": "json",
     "env": "json",
 }

@@ -15,7 +15,7 @@ from rich.text import Text
 # isort: off
 from flashmorph.cli import morph, transplant, align, select, build  # noqa: F401
 from flashmorph.cli import evaluate, report, generate, bench, export  # noqa: F401
-from flashmorph.cli import estimate, compare, hosts, env  # noqa: F401
+from flashmorph.cli import estimate, compare, recipe, hosts, env  # noqa: F401
 
 # isort: on
 from flashmorph.cli.app import app

@@ -73,6 +73,7 @@ def estimate(
     from flashmorph.convert.teacher import open_config
     from flashmorph.estimate import CONTEXTS, estimated_costs, find_gpu
     from flashmorph.estimate import estimate as estimated
+    from flashmorph.recipe.notices import of_default
 
     quiet()
     if costs:
@@ -94,7 +95,10 @@ def estimate(
     )
     settings = recipe_of(options)
     config = open_config(teacher)
-    settings = fitted(settings, config, RichScreen(ERR if as_json else OUT).say)
+    say = RichScreen(ERR if as_json else OUT).say
+    if notice := of_default(settings):
+        say(notice)
+    settings = fitted(settings, config, say)
     outcome = estimated(teacher, config, settings, chosen_gpu, gpus, utilisation, lengths)
     if costs:
         write_costs(costs, "estimate", estimated_costs(outcome, lengths[0]), {}, as_json)

@@ -112,6 +112,7 @@ def _dry_run(options: Options, stages: Collection[str]) -> None:
     from flashmorph.estimate.sizes import count_sizes
     from flashmorph.estimate.work import model_of
     from flashmorph.recipe.given import given_plan
+    from flashmorph.recipe.notices import notices
     from flashmorph.recipe.outlook import check, outlook, training_contexts
     from flashmorph.recipe.preflight import preflight
     from flashmorph.run.folder import require_runs
@@ -132,6 +133,8 @@ def _dry_run(options: Options, stages: Collection[str]) -> None:
     plan = given_plan(teacher.name, config, recipe, options.plan, options.layers, teacher.revision)
     if tokenizer := teacher.tokenizer():
         preflight(recipe, tokenizer, config, stages)
+    for notice in notices(recipe, tokenizer, stages):
+        say(notice)
     rows = outlook(teacher.name, config, recipe, given=plan is not None)
     if options.json:
         print(json.dumps(rows, indent=2))

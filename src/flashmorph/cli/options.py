@@ -28,7 +28,8 @@ OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder of th
 RecipeOption = Annotated[
     str | None,
     typer.Option(
-        help="`demo`, `laptop`, `default`, `chat` or a YAML file. Default: `demo` for `tiny`, else `default`."
+        help="`demo`, `laptop`, `default`, `chat` or a YAML file; groups of settings that a file leaves out are those "
+        "of `default`. Default: `demo` for `tiny`, else `default`."
     ),
 ]
 KeptRecipeOption = Annotated[

@@ -1,7 +1,6 @@
 """All settings of a run, in one validated file. `demo`, `laptop`, `default` and `chat` are shipped."""
 
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,10 +21,10 @@ from flashmorph.data.corpus import DEMO, Corpus, Mixture, shares_of
 from flashmorph.devices import use_bf16
 from flashmorph.errors import UserError, quoted, unknown
 from flashmorph.evaluation import EvaluateSettings
-from flashmorph.files import read_text
 from flashmorph.hosts import OWN
 from flashmorph.inputs.readyaml import read_yaml, sentence
 from flashmorph.inputs.settings import Many, Name, Settings
+from flashmorph.recipe.source import SHIPPED, recipe_values
 from flashmorph.records import SettingValues
 from flashmorph.selection import DEFAULT_STRATEGY, STRATEGIES
 from flashmorph.selection.searchdata import SearchSettings
@@ -33,7 +32,6 @@ from flashmorph.stages import AlignSettings, DistillSettings, ExtendSettings
 from flashmorph.tasks import TaskSettings
 
 _LEAST_SHARE = 1e-9
-SHIPPED = ("demo", "laptop", "default", "chat")
 _REPLACED = {
     "extend.isolate_documents": "say `extend.documents: joined` (documents in a row see each other) or `long` (only "
     "documents that fill rows on their own)",
@@ -159,6 +157,7 @@ class Recipe(Settings):
     )
 
     _given: frozenset[str] = PrivateAttr(default=frozenset())
+    _of_default: tuple[str, ...] = PrivateAttr(default=())
 
     @model_validator(mode="before")
     @classmethod
@@ -180,6 +179,11 @@ class Recipe(Settings):
         """The settings that the user has set, by their names: in a file of their own, or one by one."""
         return self._given
 
+    @property
+    def of_default(self) -> tuple[str, ...]:
+        """The groups of settings that the user's file leaves out, so that they are those of `default`."""
+        return self._of_default
+
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -188,19 +192,13 @@ class Recipe(Settings):
 def load_recipe(source: str | Path, changes: SettingValues | None = None) -> Recipe:
     """Read a shipped recipe by name or a YAML file, then apply `changes` (`{"align.tokens": 1000}`).
 
+    Groups of settings that a file leaves out are those of `default` (`recipe_values`).
+
     Raises:
         UserError: no such recipe, not UTF-8, no YAML, an unknown key (the nearest known one is named) or a bad value.
     """
-    if str(source) in SHIPPED:
-        text, name = (files("flashmorph") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8"), str(source)
-    else:
-        path = Path(source)
-        if not path.is_file():
-            raise UserError(f"there is no recipe {quoted(str(source))}: give {', '.join(SHIPPED)}, or a YAML file")
-        text, name = read_text(path, f"recipe {path}"), str(path)
-    values = read_yaml(text, f"recipe {name}")
-    if not isinstance(values, dict):
-        raise UserError(f"recipe {name} must be a mapping of settings, such as `budget: 25%`")
+    values, left_out = recipe_values(source)
+    name = str(source)
     changes = changes or {}
     if _changes_strategy(values, changes):
         # Settings of one strategy mean nothing to another.
@@ -221,7 +219,9 @@ def load_recipe(source: str | Path, changes: SettingValues | None = None) -> Rec
         raise UserError(unknown("strategy", recipe.select.strategy, STRATEGIES))
     if not recipe.tasks:
         raise UserError(f"recipe {name} needs at least one task")
-    recipe._given = frozenset(_names(_nested(changes) if str(source) in SHIPPED else values))
+    own = {} if str(source) in SHIPPED else {key: each for key, each in values.items() if key not in left_out}
+    recipe._given = frozenset((*_names(own), *_names(_nested(changes))))
+    recipe._of_default = tuple(group for group in left_out if not {group, f"{group}.source"} & {*changes})
     return recipe
 
 

@@ -12,6 +12,7 @@ from flashmorph.hosts import host_for, with_branches_to_train
 from flashmorph.progress import Logged, Screen
 from flashmorph.recipe.fitting import fit
 from flashmorph.recipe.given import given_plan
+from flashmorph.recipe.notices import notices
 from flashmorph.recipe.outlook import check
 from flashmorph.recipe.preflight import preflight, reach_text
 from flashmorph.recipe.recipe import Recipe, load_recipe, parse_changes
@@ -92,6 +93,8 @@ def open_run(
         if reads_text and not (output / STAGES).exists():
             # A resumed run may have all its text already.
             distributed.first(lambda: reach_text(recipe))
+    for notice in distributed.first(lambda: notices(recipe, tokenizer, stages)):
+        screen.say(notice)
     if recipe.shard is True and not distributed.are_several():
         raise UserError("shard=true shards weights over processes, and there is one: start it with torchrun")
     if distributed.are_several():
