@@ -1,18 +1,21 @@
-"""Recipes as files: what a user's own starts from, and what is said about it."""
+"""Recipes as files: what a user's own starts from, how it is printed, and what is said of it before a run."""
 
 import json
+import shutil
 from importlib.resources import files
 
 import pytest
 import yaml
-from conftest import FEW_STEPS, run_command
+from conftest import FEW_STEPS, run_command, tiny_tokenizer
 from families import random_teacher
 from test_cli import refused
 
 from flashmorph.errors import UserError
 from flashmorph.recipe.fitting import fit
+from flashmorph.recipe.notices import notices
 from flashmorph.recipe.recipe import Recipe, load_recipe
 from flashmorph.recipe.source import SHIPPED, recipe_text
+from flashmorph.run.open import of_data
 from flashmorph.stages import DistillSettings
 
 GROUPS = ("tasks", "data", "align", "select", "distill", "extend", "evaluate")
@@ -107,3 +110,44 @@ def test_a_recipe_of_ones_own_is_printed_as_it_stands_and_with_all_that_it_comes
     assert json.loads(capsys.readouterr().out) == load_recipe(path).model_dump(mode="json")
     assert "there is no recipe 'chart'" in refused(capsys, "recipe", "chart")
     assert "unknown setting 'evalute'" in refused(capsys, "recipe", own("evalute: {}"), "--json")
+
+
+def test_a_teacher_that_follows_instructions_is_not_given_web_text_without_a_word(own, tmp_path):
+    """Not where there are conversations, or may be; and not twice what is set already."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    talk = [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "So it is."}]
+    talks, plain = tmp_path / "talks.jsonl", tmp_path / "plain.txt"
+    talks.write_text(json.dumps({"messages": talk}) + "\n")
+    plain.write_text("So it is.")
+
+    def said(recipe, changes=None, stages=("align", "distill"), tokenizer=tokenizer) -> str:
+        return "\n".join(notices(load_recipe(recipe, changes), tokenizer, stages))
+
+    for line in (said("default"), said("laptop"), said("default", of_data(str(plain)))):
+        assert "--recipe chat mixes conversations in" in line
+        assert "--set chat_template=true --set evaluate.chat_template=true asks questions" in line
+    half = said("default", {"chat_template": True})
+    assert "in; --set evaluate.chat_template=true asks" in half and " chat_template=true" not in half
+    both = {"chat_template": True, "evaluate.chat_template": True}
+    assert said("default", both).endswith("--recipe chat mixes conversations in")
+    for recipe, changes in (
+        ("chat", {}),
+        ("default", of_data(str(talks))),
+        ("default", of_data("org/of-ones-own")),
+        ("default", {"data.column": "messages"}),
+        (own("data: {mixture: [{source: demo, weight: 1}, {source: org/talks, weight: 1}]}\n" + WHOLE), {}),
+    ):
+        assert said(recipe, changes) == ""
+    assert said("default", stages=("select", "evaluate")) == said("default", tokenizer=None) == ""
+    assert said("demo", tokenizer=tiny_tokenizer()) == ""
+
+
+def test_it_is_said_once_before_a_run(teacher_folder, recipe_file, tmp_path, capsys):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(teacher_folder, teacher)
+    (teacher / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    for options in (("morph", "--dry-run"), ("distill", "--layers", "0", "--set", "distill.tokens=128")):
+        command, *more = options
+        assert run_command(command, teacher, "--recipe", recipe_file, "--output", tmp_path / "run", *more) == 0
+        assert capsys.readouterr().out.count("--recipe chat mixes conversations in") == 1

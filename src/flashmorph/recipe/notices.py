@@ -4,7 +4,10 @@ from collections.abc import Collection
 
 from transformers import PreTrainedTokenizerBase
 
-from flashmorph.recipe.recipe import Recipe
+from flashmorph.data.corpus import Corpus, shares_of
+from flashmorph.recipe.recipe import Recipe, load_recipe, setting
+
+_TRAINING = {"align", "distill", "extend"}
 
 
 def notices(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, stages: Collection[str]) -> list[str]:
@@ -14,6 +17,8 @@ def notices(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, stages: C
         UserError: local text cannot be read.
     """
     found = [of_default(recipe)] if recipe.of_default else []
+    if tokenizer and tokenizer.chat_template and _TRAINING & set(stages) and not _has_conversations(recipe):
+        found.append(_without_conversations(recipe))
     return found
 
 
@@ -22,3 +27,30 @@ def of_default(recipe: Recipe) -> str:
     *most, last = recipe.of_default or ("",)
     groups = " and ".join(filter(None, (", ".join(most), last)))
     return groups and f"the recipe leaves out {groups}: taken from `default` (`flashmorph recipe default` prints it)"
+
+
+def _has_conversations(recipe: Recipe) -> bool:
+    """Whether some of the text is conversations, as far as that shows without the network.
+
+    Of local text the first document is looked at. A streamed dataset may have them in a column that its settings do not
+    name: of those only `default`'s own is known to be plain text.
+    """
+    return any(map(_is_of_conversations, (part for part, _ in shares_of(recipe.data.corpus))))
+
+
+def _is_of_conversations(part: Corpus) -> bool:
+    if part.is_chat:
+        return True
+    if part.paths() is None:
+        return part.source != load_recipe("default").data.source
+    first = next(part.every(), None)
+    return first is not None and first.messages is not None
+
+
+def _without_conversations(recipe: Recipe) -> str:
+    asks = [f"--set {name}=true" for name in ("chat_template", "evaluate.chat_template") if not setting(recipe, name)]
+    through = f"; {' '.join(asks)} asks questions through the template" if asks else ""
+    return (
+        "the teacher has a chat template and the text no conversations: a teacher that follows instructions may forget "
+        f"how to answer. --recipe chat mixes conversations in{through}"
+    )
