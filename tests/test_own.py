@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from flashmorph.convert.in_memory import transplant
 from flashmorph.convert.load import load_config, load_model
-from flashmorph.convert.save import save_model
+from flashmorph.convert.save import replace_checkpoint, save_model
 from flashmorph.errors import UserError
 from flashmorph.hosts import OWN, cache_bytes, configure, host_of, layer_space
 from flashmorph.mixers.own import OWN_MIXERS
@@ -170,6 +170,14 @@ print(type(model).__module__)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "transformers_modules" in done.stdout
     assert {path.name for path in TRAVELLING} <= {path.name for path in folder.iterdir()}
+
+
+def test_what_is_published_has_all_of_its_code(tmp_path):
+    folder, _ = saved(tmp_path)
+    replace_checkpoint(tmp_path, folder, tmp_path / "origin")
+    assert {path.name: path.read_text() for path in TRAVELLING} == {
+        path.name: path.read_text() for path in tmp_path.glob("*.py")
+    }
 
 
 def test_ours_never_run_the_files_of_a_folder(tmp_path):

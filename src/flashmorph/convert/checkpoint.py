@@ -32,7 +32,7 @@ _BESIDE = (
     r"additional_chat_templates/[\w.-]+\.jinja",
 )
 _WEIGHTS = (r"model\.safetensors(\.index\.json)?", r"model-.*-of-.*\.safetensors")
-_CODE = (r"[a-z]+_flashmorph\.py",)
+_CODE = (r"[a-z][a-z0-9]*_flashmorph\.py",)
 """Code of our own model type, which travels with its checkpoints; ours never run a folder's."""
 _MOST_BYTES = 1 << 28
 """More than any tokenizer has; a longer file beside weights is none."""
