@@ -1,8 +1,8 @@
 """The model card of a finished run."""
 
-from typing import Any, cast
+from pathlib import Path
+from typing import cast
 
-import yaml
 from transformers import PreTrainedConfig
 
 from flashmorph.bench import Timing, timing_in_words
@@ -12,6 +12,7 @@ from flashmorph.evaluation import points, text_in_words, times
 from flashmorph.hosts import configure, misreads_tokenizer
 from flashmorph.hosts.serving import Engine
 from flashmorph.mixers import LAYER_TYPES
+from flashmorph.pipeline.metadata import front_matter, in_words
 from flashmorph.plan import FULL
 from flashmorph.report.markup import sentence
 from flashmorph.run.run import Results, Run
@@ -68,17 +69,17 @@ def model_card(run: Run, results: Results) -> str:
     tasks = ", ".join(map(code, run.recipe.tasks))
     text = text_in_words(results.scores["hybrid"].to_dict())
     groups, named = ("key-value heads", "layer.head") if plan.has_heads else ("layers", "layers")
-    trusted = ", trust_remote_code=True" if host.travelling else ""
-    snippet = f"""from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained({python_string(run.folder.path.resolve().name)}{trusted})"""
+    chat = bool(run.tokenizer.chat_template)
+    snippet = usage(run.folder.path.resolve(), host.model_type, bool(host.travelling), chat)
     return encodable(f"""---
-{_front_matter(run, tags)}---
+{front_matter(run, tags)}---
 
 # Hybrid of {markdown(teacher)}
 
 Made from {code(teacher)}{revision}{origin} by flashmorph {own_version()}. {kept} of {number} {groups} keep full
 attention, chosen by {code(plan.strategy)} for the budget {plan.budget}: {named} {plan.in_short()}.{_time(results)}
+
+{in_words(run)}
 
 `{plan.strip()}` (■ full attention, □ {mixers}{", ◧ heads of both" if plan.has_heads else ""})
 
@@ -107,13 +108,30 @@ Made with the following command; `recipe.yaml`, `plan.json` and `results.json` l
 """)
 
 
-def _front_matter(run: Run, mixers: list[str]) -> str:
-    """The metadata that the hub reads. It links a base model that has a name there; others are named in the text."""
-    values: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if run.teacher.revision:
-        values |= {"base_model": run.teacher.name, "base_model_relation": "finetune"}
-    values |= {"tags": ["flashmorph", "hybrid-attention", *mixers]}
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)
+def usage(folder: Path, model_type: str, own_code: bool, chat: bool) -> str:
+    """Code that opens the hybrid in `folder`, from the folder around it, and lets it write.
+
+    Args:
+        folder: The path, of which the code has the last name only.
+        model_type: The host's, as config.json has it.
+        own_code: Whether transformers must be allowed to run code that lies in the folder.
+        chat: Whether the tokenizer has a chat template: then the question is put in it.
+    """
+    tokenizer = "PreTrainedTokenizerFast" if misreads_tokenizer(model_type) else "AutoTokenizer"
+    name, trusted = python_string(folder.name), ", trust_remote_code=True" if own_code else ""
+    said = "What is the capital of France?" if chat else "The capital of France is"
+    prompt = f'tokenizer("{said}", return_tensors="pt")'
+    if chat:
+        prompt = f"""tokenizer.apply_chat_template(
+    [{{"role": "user", "content": "{said}"}}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)"""
+    return f"""from transformers import AutoModelForCausalLM, {tokenizer}
+
+model = AutoModelForCausalLM.from_pretrained({name}{trusted})
+tokenizer = {tokenizer}.from_pretrained({name})
+prompt = {prompt}
+written = model.generate(**prompt, max_new_tokens=64)[0, prompt["input_ids"].shape[1] :]
+print(tokenizer.decode(written, skip_special_tokens=True))"""
 
 
 def served_by(engine: Engine, config: PreTrainedConfig) -> str:
