@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 
 import pytest
@@ -12,8 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import flashmorph.model.recompute
 from flashmorph.convert.in_memory import transplant
+from flashmorph.convert.teacher import open_config
+from flashmorph.devices import usable
 from flashmorph.errors import UserError
 from flashmorph.estimate import Estimate, estimate, find_gpu
+from flashmorph.estimate.auto import HEAVY
 from flashmorph.estimate.memory import stage_memory
 from flashmorph.estimate.sizes import count_sizes
 from flashmorph.estimate.work import Model, body_forward, model_of
@@ -21,7 +25,7 @@ from flashmorph.hosts import FEED_FORWARD, WINDOW_HOSTS, cache_by_context, cache
 from flashmorph.mixers import SLIDING
 from flashmorph.model.morphable import Morphable, attach, build
 from flashmorph.plan import FULL, Budget
-from flashmorph.recipe.recipe import Recipe, load_recipe
+from flashmorph.recipe.recipe import Recipe, load_recipe, with_settings
 from flashmorph.selection.racing import start_questions
 from flashmorph.stages.align import AlignmentLoss
 from flashmorph.stages.distill import DistillationLoss
@@ -392,11 +396,8 @@ def test_hours_follow_from_operations_and_gpus():
     align = stage_of(one, "align")
     assert one.hours(align) == pytest.approx(align.work.causal / 0.3 / 989e12 / 3600)
     assert one.hours(stage_of(one, "evaluate")) is None and expected().hours(align) is None
-
-
-def test_a_gpu_that_there_is_not_is_told_with_the_nearest():
-    with pytest.raises(UserError, match="did you mean 'h200'"):
-        find_gpu("h20o")
+    assert one.total_hours == pytest.approx(sum(filter(None, map(one.hours, one.stages)))) and one.total_hours > 0
+    assert expected().total_hours is None
 
 
 @pytest.fixture
@@ -413,6 +414,30 @@ def large(tmp_path):
     )
     config.save_pretrained(tmp_path)
     return tmp_path
+
+
+def test_the_fewest_gpus_are_the_first_that_nothing_is_too_large_for(large):
+    """Also where some numbers cannot share a batch; on fewer something does not fit, whatever is asked for."""
+    config, gpu = open_config(str(large)), find_gpu("h200")
+    config.num_hidden_layers, config.layer_types = 24, config.layer_types[:24]
+    recipe = load_recipe("default", {"distill.batch_tokens": 48 * 512, "extend.batch_tokens": 48 * 16_384})
+    found = estimate("large", config, recipe, gpu)
+    least = found.least_gpus
+    assert least and least > 1 and estimate("large", config, recipe, gpu, 2).least_gpus == least
+
+    def fits(number: int) -> bool:
+        stages = estimate("large", config, recipe, gpu, number).stages
+        heavy = [stage.memory for stage in stages if stage.memory and stage.name in HEAVY]
+        return all(memory.tokens_within(usable(gpu.memory_bytes), number) for memory in heavy)
+
+    assert fits(least) and not fits(least // 2)
+    assert estimate("large", config, with_settings(recipe, {"shard": False}), gpu).least_gpus is None
+    assert expected(gpu=gpu).least_gpus == 1 and expected().least_gpus is None
+
+
+def test_a_gpu_that_there_is_not_is_told_with_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'h200'"):
+        find_gpu("h20o")
 
 
 def test_a_70b_configuration_is_enough(large, capsys):
@@ -448,6 +473,8 @@ def test_explain_ends_in_the_figures_of_the_tables(teacher_folder, recipe_file, 
     printed = capsys.readouterr().out
     for model in found["models"].values():
         assert f"{model['parameters']:,}" in printed and f"{model['cache_bytes']['8192']:,}" in printed
+    assert re.search(r"^ all .* < 0\.1 ", printed, re.MULTILINE) and found["hours"] < 0.05
+    assert "Smallest --gpus that fits a row of every stage that trains or searches: 1." in printed
     for stage in found["stages"]:
         assert not stage["memory_bytes"] or f"{stage['memory_bytes']:,.0f}" in printed
 
@@ -459,11 +486,26 @@ def test_explain_ends_in_the_figures_of_the_tables(teacher_folder, recipe_file, 
         (["--budget", "2"], "everything full"),
         (["--gpu", "h2000"], "did you mean 'h200'"),
         (["--contexts", "8k"], "must be whole numbers"),
+        (["--data", "nothere.txt"], "there is no file or folder 'nothere.txt'"),
     ],
 )
 def test_bad_input_is_one_sentence(teacher_folder, recipe_file, capsys, options, says):
     assert run_command("estimate", teacher_folder, "--recipe", recipe_file, *options) == 2
     assert says in capsys.readouterr().err
+
+
+def test_text_changes_no_cost_and_that_is_said(teacher_folder, recipe_file, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("A text.")
+    options = ("estimate", teacher_folder, "--recipe", recipe_file, "--json")
+    assert run_command(*options) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert run_command(*options, "--data", tmp_path / "text.txt") == 0
+    printed = capsys.readouterr()
+    assert f"`morph --dry-run` measures {tmp_path / 'text.txt'}" in printed.err
+    with_text = json.loads(printed.out)
+    for each in (*plain["stages"], *with_text["stages"]):
+        each.pop("data")
+    assert with_text == plain
 
 
 def test_bytes_of_cache_become_a_number_of_layers():

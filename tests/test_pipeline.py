@@ -68,8 +68,10 @@ def test_the_hybrid_is_compared_with_its_teacher(finished, teacher_folder, recip
     assert perplexity["ratio"] == pytest.approx(results["hybrid"]["perplexity"] / results["teacher"]["perplexity"])
     host = finished / "stages" / json.loads((finished / "flashmorph.json").read_text())["last"]["transplant"] / "model"
     capsys.readouterr()
-    assert run_command("evaluate", host, finished, "--recipe", recipe_file, "--json") == 0
-    minus = json.loads(capsys.readouterr().out)[str(finished)]["minus_first"]
+    assert run_command("evaluate", host, finished, "--recipe", recipe_file, "--report", finished, "--json") == 0
+    printed = capsys.readouterr()
+    assert f"written: {finished / 'evaluate.json'} and {finished / 'report.html'}" in printed.err.splitlines()
+    minus = json.loads(printed.out)[str(finished)]["minus_first"]
     assert recall["interval"] == pytest.approx(minus["recall"]["interval"])
     assert perplexity["interval"] == pytest.approx(minus["perplexity"]["interval"], rel=1e-3)
     assert run_command("morph", teacher_folder, "--recipe", recipe_file, "--output", finished) == 0

@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 _LISTED = 180
+_ALIKE = 0.75
+"""difflib's ratio of names that differ by a slip: one letter in four."""
+_BEGINNING = 3
 _QUOTED = 80
 _MESSAGE = 160
 _SHORT = reprlib.Repr()
@@ -33,13 +36,30 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """One sentence about an unknown name, with the nearest known one."""
+    """One sentence about an unknown name, with the known one that was probably meant, or else with all of them."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, 1, 0.4)
+    near = nearest(name, known)
     names = ", ".join(known)
     listed = f"there are {names if len(names) <= _LISTED else names[:_LISTED].rpartition(', ')[0] + ', …'}"
-    hint = f"did you mean {near[0]!r}?" if near else listed
+    hint = f"did you mean {near!r}?" if near else listed
     return f"unknown {kind} {quoted(name)}; {hint}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that was probably meant: one with a slip in it, or one that begins as the other does.
+
+    Of settings in groups the last part is compared: what stands before it is the same in all of them. The first letter
+    must be right: `v100` is another thing than `a100`.
+    """
+    own = name.rpartition(".")[2].lower()
+    ends = {each.rpartition(".")[2].lower(): each for each in known}
+    ends = {end: each for end, each in ends.items() if end[:1] == own[:1]}
+    if near := difflib.get_close_matches(own, ends, 1, _ALIKE):
+        return ends[near[0]]
+    if len(own) < _BEGINNING:
+        return None
+    within = [end for end in ends if len(end) >= _BEGINNING and (end.startswith(own) or own.startswith(end))]
+    return ends[min(within, key=lambda end: abs(len(end) - len(own)))] if within else None
 
 
 def first_line(error: BaseException) -> str:

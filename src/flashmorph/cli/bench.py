@@ -187,6 +187,8 @@ def verdicts(figures: Figures, labels: dict[str, str]) -> list[str]:
                 continue
             start = each[kind]["wins_from"]
             at_once = start == figures["settings"]["lengths"][0]
-            where = f"from {'at most ' if at_once else ''}{start:,.0f} tokens on" if start else "at no length"
+            where = (
+                f"from {'at most ' if at_once else ''}{start:,.0f} tokens on" if start else "at none of these lengths"
+            )
             lines.append(f"{labels[name]} {doing} faster than {first} {where} (up to {longest:,} measured)")
     return lines

@@ -28,6 +28,7 @@ from flashmorph.cli.options import (
     recipe_of,
 )
 from flashmorph.cli.tables import new_table
+from flashmorph.surface.terminal import bold
 
 
 @app.command()
@@ -60,7 +61,7 @@ def estimate(
     """The cost of a run before it starts: parameters, cache, operations, memory, hours.
 
     Reads config.json alone: no weights, no tokenizer, no GPU. Parameters and cache are exact, memory and hours are
-    estimates. `morph --dry-run` shows the data of each stage.
+    estimates. Tokens are the recipe's, whatever the text of `--data`: `morph --dry-run` measures that.
 
     With `--costs` it writes what each layer (or head) takes of a token on the GPU, and nothing else:
     `--budget ms=4.2@32768 --set select.costs=FILE` spends it. `bench --costs` measures that instead.
@@ -71,6 +72,7 @@ def estimate(
     """
     from flashmorph.cli.screen import RichScreen
     from flashmorph.convert.teacher import open_config
+    from flashmorph.data.corpus import shares_of
     from flashmorph.estimate import CONTEXTS, estimated_costs, find_gpu
     from flashmorph.estimate import estimate as estimated
     from flashmorph.recipe.notices import of_default
@@ -96,6 +98,10 @@ def estimate(
     settings = recipe_of(options)
     config = open_config(teacher)
     say = RichScreen(ERR if as_json else OUT).say
+    if data:
+        for part, _ in shares_of(settings.data.corpus):
+            part.paths()  # Refuses what is not there.
+        say(f"the cost is by the recipe's tokens, whatever the text: `morph --dry-run` measures {settings.data.about}")
     if notice := of_default(settings):
         say(notice)
     settings = fitted(settings, config, say)
@@ -146,12 +152,21 @@ def _show(outcome: Any) -> None:
         cells = [stage.name, tokens, f"{stage.length:,}" if stage.length else ""]
         cells.append(amount(stage.work.flops) if stage.work and stage.work.flops else "")
         if outcome.gpu:
-            cells.append("" if hours is None else f"{hours:,.1f}" if hours >= 0.05 else "< 0.1")
+            cells.append(_hours(hours))
         cells.append(_memory(outcome, stage, 1))
         table.add_row(*cells, *([_memory(outcome, stage, outcome.num_gpus)] if sharded else []))
+    flops = sum(stage.work.flops for stage in outcome.stages if stage.work)
+    total = [amount(flops), *([_hours(outcome.total_hours)] if outcome.gpu else []), ""]
+    table.add_row(bold("all"), "", "", *total, *([""] if sharded else []))
     OUT.print(table)
     for line in notes(outcome):
         OUT.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _hours(hours: float | None) -> str:
+    if hours is None:
+        return ""
+    return f"{hours:,.1f}" if hours >= 0.05 else "< 0.1"
 
 
 def _memory(outcome: Any, stage: Any, gpus: int) -> str:

@@ -158,13 +158,16 @@ def evaluate(
         about = "demo, which asks in the lines that the embedded teachers know; --recipe default asks in English"
         RichScreen(ERR if as_json else OUT).say(f"recipe: {about}, --data gives the text")
     figures = compare_models(models, wanted, pick_device(device), RichScreen(ERR))
+    written = ""
     if report:
-        keep(report, "evaluate", {"models": figures}, {name: locate(name)[0] for name in figures})
-        write_report(report, force=force)
+        kept_in = keep(report, "evaluate", {"models": figures}, {name: locate(name)[0] for name in figures})
+        written = f"written: {kept_in} and {write_report(report, force=force)}"
     if as_json:
         print(json.dumps(figures, indent=2))
-        return
-    show_figures(OUT, figures)
+    else:
+        show_figures(OUT, figures)
+    if written:
+        (ERR if as_json else OUT).print(written, soft_wrap=True)
 
 
 def _grid_settings(lengths: str, tasks: list[str], depths: int, questions: int | None, style: str, evaluate: Any):

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from flashmorph.devices import usable
 from flashmorph.errors import UserError
-from flashmorph.estimate.auto import Capacity, choose, must_shard
+from flashmorph.estimate.auto import Capacity, choose, must_shard, too_large
 from flashmorph.estimate.gpus import Gpu
 from flashmorph.estimate.memory import Memory, stage_memory
 from flashmorph.estimate.sizes import Sizes, count_sizes
@@ -38,6 +38,7 @@ from flashmorph.selection import STRATEGIES
 UTILISATION = 0.3
 """Share of a GPU's peak that hours assume by default. An assumption: nothing here has measured it."""
 CONTEXTS = (8_192, 32_768, 131_072)
+MOST_GPUS = 64
 _FLOAT32_STAGES = ("transplant", "teacher", "evaluate")
 
 
@@ -73,6 +74,8 @@ class Estimate:
     utilisation: float
     sharded: bool = False
     """Whether a run on these GPUs would shard its weights."""
+    least_gpus: int | None = None
+    """The fewest GPUs that fit a row of every stage that trains or searches; None without a GPU, or where none do."""
 
     @property
     def in_vllm(self) -> tuple[VllmCache, VllmCache] | None:
@@ -96,6 +99,11 @@ class Estimate:
         if not self.gpu or not stage.work or stage.name in _FLOAT32_STAGES:
             return None
         return stage.work.causal / (self.num_gpus * self.gpu.flops * self.utilisation) / 3600
+
+    @property
+    def total_hours(self) -> float | None:
+        """The sum of all hours that are known; None without a GPU."""
+        return sum(self.hours(stage) or 0.0 for stage in self.stages) if self.gpu else None
 
     def seconds_per_token(self, parameters: int, cache: int) -> float | None:
         """The least time that a generated token takes: its weights and its cache are read once from memory.
@@ -126,6 +134,8 @@ class Estimate:
             "gpu": self.gpu and self.gpu._asdict(),
             "num_gpus": self.num_gpus,
             "utilisation": self.utilisation,
+            "hours": self.total_hours,
+            "least_gpus": self.least_gpus,
             "models": {
                 name: {
                     "parameters": parameters,
@@ -187,6 +197,7 @@ def estimate(
     bf16 = recipe.bf16 is not False
     capacity = Capacity(usable(gpu.memory_bytes) if gpu else 0.0, num_gpus, bf16=bf16)
     sharded = must_shard(recipe, model, sizes, capacity) if gpu else recipe.shard is True
+    least = _least_gpus(recipe, model, sizes, capacity) if gpu else None
     values = _at_once(recipe, model, sizes, gpu, capacity._replace(shard=sharded))
     memory = {
         name: stage_memory(model, sizes, with_settings(recipe, own_values), num_gpus, bf16).get(name)
@@ -220,7 +231,19 @@ def estimate(
         )
         for row in outlook(teacher, config, recipe)
     ]
-    return Estimate(teacher, model, sizes, budget, cache, stages, gpu, num_gpus, utilisation, sharded)
+    return Estimate(teacher, model, sizes, budget, cache, stages, gpu, num_gpus, utilisation, sharded, least)
+
+
+def _least_gpus(recipe: Recipe, model: Model, sizes: Sizes, capacity: Capacity) -> int | None:
+    """As `Estimate.least_gpus`, by the rule that a run goes by; numbers that cannot share a batch are left out."""
+    for number in range(1, MOST_GPUS + 1):
+        try:
+            several = capacity._replace(processes=number, shard=number > 1 and recipe.shard is not False)
+            if not too_large(recipe, model, sizes, several):
+                return number
+        except UserError:
+            continue
+    return None
 
 
 def _at_once(recipe: Recipe, model: Model, sizes: Sizes, gpu: Gpu | None, capacity: Capacity) -> dict[str, Figures]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from flashmorph.estimate.estimate import Estimate, Stage
+from flashmorph.estimate.estimate import MOST_GPUS, Estimate, Stage
 from flashmorph.hosts import FEED_FORWARD
 from flashmorph.hosts.vllm_cache import VllmCache, in_words
 from flashmorph.plan import FULL
@@ -23,7 +23,9 @@ def notes(found: Estimate) -> Iterator[str]:
         f"Hours assume {found.utilisation:.0%} of the peak of {found.num_gpus} x {gpu.name} ({amount(gpu.flops)}FLOP/s "
         "in bfloat16; --utilisation), and text that is read fast enough; milliseconds: weights and cache read once."
     )
-    yield "transplant runs in float32, evaluate generates: both have no hours here. Every formula: --explain."
+    unknown = "; nor has select, of which only the search tells" if _is_open(found) else ""
+    yield f"transplant runs in float32, evaluate generates: both have no hours here{unknown}. Every formula: --explain."
+    yield _least(found)
     if found.num_gpus > 1:
         yield (
             "memory of a GPU: each holds all weights; sharded (shard=true, or auto where it must be): decoder layers "
@@ -40,6 +42,19 @@ def notes(found: Estimate) -> Iterator[str]:
     for stage in large:
         if stage not in fitting:
             yield _does_not_fit(found, stage)
+
+
+def _is_open(found: Estimate) -> bool:
+    return any(stage.tokens is None for stage in found.stages)
+
+
+def _least(found: Estimate) -> str:
+    """The fewest GPUs that are enough."""
+    assert found.gpu
+    if found.least_gpus is None:
+        return f"No number of {found.gpu.name} up to {MOST_GPUS} fits a row of every stage that trains or searches."
+    shared = ", which share the weights" if found.least_gpus > 1 else ""
+    return f"Smallest --gpus that fits a row of every stage that trains or searches: {found.least_gpus}{shared}."
 
 
 def _value(value: int | bool) -> str:
