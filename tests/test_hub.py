@@ -81,9 +81,10 @@ def test_a_dry_run_says_what_a_folder_of_another_teacher_will_do(tmp_path, teach
 @pytest.fixture
 def two_revisions(tmp_path, teacher_folder) -> dict[str, Path]:
     """A model whose branch `main` has other weights than its tag `v1` and the pull request."""
-    newer = Path(shutil.copytree(teacher_folder, tmp_path / "newer"))
+    older, newer = (Path(shutil.copytree(teacher_folder, tmp_path / name)) for name in ("older", "newer"))
     change_weights(newer)
-    return {"main": newer, "v1": teacher_folder, "refs/pr/7": teacher_folder}
+    (older / "README.md").write_text("---\nlicense: other\nlicense_link: LICENSE\n---\n")
+    return {"main": newer, "v1": older, "refs/pr/7": older}
 
 
 def test_a_revision_of_a_model_is_taken_by_branch_tag_or_commit(tmp_path, two_revisions):
@@ -147,6 +148,7 @@ def test_card_plan_and_report_name_the_model_and_its_revision_apart(tmp_path, tw
         assert other.returncode == 2 and f"is a run of the teacher {NAME}@{commit}" in other.stderr
     card, plan, page = ((out / name).read_text() for name in ("README.md", "plan.json", "report.html"))
     assert f"base_model: {NAME}\n" in card and f"Made from `{NAME}` at revision `{commit}`" in card
+    assert f"license: other\nlicense_link: https://huggingface.co/{NAME}/blob/{commit}/LICENSE\n" in card
     assert f"flashmorph morph {NAME}@{commit} --recipe recipe.yaml" in card
     assert json.loads(plan)["teacher"] == NAME and json.loads(plan)["revision"] == commit
     assert f"flashmorph evaluate {NAME}@{commit} " in page

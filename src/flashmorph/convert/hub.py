@@ -21,7 +21,7 @@ from flashmorph.errors import UserError, first_line
 EMBEDDED = ("tiny",)
 _SETTINGS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-_CARD = "README.md"
+_BESIDE = (*_WEIGHTS, "README.md")
 _OTHER_FORMS = ("consolidated*", "original/*", "onnx/*", "adapter_model*")
 
 
@@ -52,7 +52,7 @@ def fetched(name: str, weights: bool = True) -> Path:
     """
     model, revision = _parts(name)
     # The index is JSON too: without the files that it names it would stand for damaged weights.
-    wanted, unwanted = ((*_SETTINGS, *_WEIGHTS, _CARD), _OTHER_FORMS) if weights else (_SETTINGS, (*_OTHER_FORMS, *_WEIGHTS))
+    wanted, unwanted = ((*_SETTINGS, *_BESIDE), _OTHER_FORMS) if weights else (_SETTINGS, (*_OTHER_FORMS, *_WEIGHTS))
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=[*wanted], ignore_patterns=[*unwanted]))
     except Exception as error:
