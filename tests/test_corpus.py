@@ -182,8 +182,8 @@ def folder_without_text(folder):
 
 
 def other_kind_of_file(folder):
-    (folder / "table.csv").write_text("text\nsomething\n")
-    return folder / "table.csv"
+    (folder / "table.xlsx").write_bytes(b"PK")
+    return folder / "table.xlsx"
 
 
 @pytest.mark.parametrize("make", [empty_folder, folder_without_text, other_kind_of_file])

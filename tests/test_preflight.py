@@ -48,6 +48,21 @@ def test_a_split_without_text_is_refused_before_the_first_stage(teacher_folder, 
     assert not (tmp_path / "out").exists()
 
 
+def test_files_that_are_not_read_are_named_before_all_else(teacher_folder, recipe_file, tmp_path, capsys):
+    folder, saved = tmp_path / "texts", tmp_path / "out"
+    folder.mkdir()
+    rows_file(folder / "rows.jsonl", 300)
+    (folder / "report.pdf").touch()
+    options = ("--recipe", recipe_file, "--data", folder, "--allow-repeat", "--output", saved)
+    assert run_command("morph", teacher_folder, *options, "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{folder}: 1 file is not read, 1 .pdf (report.pdf)")
+    assert run_command("build", teacher_folder, *options, "--layers", "0", "--set", "extend=null") == 0
+    assert lines[0] in capsys.readouterr().out
+    assert run_command("evaluate", teacher_folder, "--recipe", recipe_file, "--data", folder) == 0
+    assert lines[0] in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "source", ["/nowhere/at/all", "./texts", "texts.jsonl", "texts/rows.txt", "my/own/texts", "~/texts"]
 )

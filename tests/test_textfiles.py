@@ -1,5 +1,6 @@
 """Folders as they are found: what is read of them, what is left out, and what is said of files that cannot be read."""
 
+import csv
 import gzip
 import json
 import lzma
@@ -12,7 +13,7 @@ import pytest
 from test_corpus import TEXTS, read_all, write_jsonl
 
 import flashmorph.data.corpus
-from flashmorph.data.corpus import Corpus, Mixture, Position, files_of
+from flashmorph.data.corpus import Corpus, Mixture, Position, files_of, unread_of
 from flashmorph.errors import UserError
 from flashmorph.tasks import SPLITS
 
@@ -26,6 +27,11 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
         pq.write_table(pa.Table.from_pylist(rows), path)
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows, indent=1))
+    elif path.suffix in (".csv", ".tsv"):
+        with path.open("w", newline="") as stream:
+            table = csv.DictWriter(stream, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            table.writeheader()
+            table.writerows(rows)
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -85,7 +91,7 @@ def test_a_column_may_be_null_at_times(tmp_path, ending):
         assert read_all(tmp_path) == expected
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet", "csv", "tsv"])
 def test_the_file_without_the_column_is_named(tmp_path, ending):
     write_rows(tmp_path / f"good.{ending}", ROWS)
     write_rows(tmp_path / f"odd.{ending}", [{"content": "a", "n": 1}, {"content": "b", "n": 1}])
@@ -167,6 +173,10 @@ DAMAGED = {
     "empty.parquet": (b"", "empty.parquet cannot be read"),
     "number.jsonl": (b'{"text": 3}\n', "number.jsonl: column 'text' holds 3"),
     "scalar.jsonl": (b"3\n", "scalar.jsonl, line 1: a row must be an object"),
+    "long.csv": (b"n,text\n1,some\n\n2,some, and more\n", "long.csv, the row that ends in line 4: it has 3 fields"),
+    "short.tsv": (b"n\ttext\n1\n", "short.tsv, the row that ends in line 2: it has 1 fields"),
+    "quote.csv": (b'text\n"one\ntwo" three\n', "quote.csv, the row that ends in line 3: ',' expected after"),
+    "open.csv": (b'text\n"one\n', "open.csv, the row that ends in line 2: unexpected end"),
     "big.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "big.jsonl is a pointer"),
 }
 
@@ -180,6 +190,64 @@ def test_the_file_that_cannot_be_read_is_named(tmp_path, name):
     with pytest.raises(UserError) as error:
         read_all(tmp_path)
     assert says in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["data.csv", "data.tsv"])
+def test_tables_are_read_where_there_is_nothing_else(tmp_path, name):
+    """Fields may hold separators, quotes, line breaks and more characters than Python's own limit."""
+    texts = ['one, "two"\tthree', "four\nfive\n\nsix", "seven " * 30_000]
+    write_rows(tmp_path / name, [{"n": number, "text": text} for number, text in enumerate([*texts, ""])])
+    (tmp_path / "README.md").write_text("About it.")
+    (tmp_path / "meta.json").write_text('{"rows": 9}')
+    assert read_all(tmp_path) == read_all(tmp_path / name) == sorted(texts)
+    assert sizes(tmp_path) == {name} and not unread_of(Corpus(str(tmp_path)))
+
+
+@pytest.mark.parametrize("beside", ["book.txt", "rows.jsonl", "rows.parquet", "notes.md"])
+def test_tables_beside_other_text_are_not_read_and_named(tmp_path, beside):
+    """So the digest of such a folder is the one that it always had. Notes count where there are more of them."""
+    write_rows(tmp_path / "deep" / "table.csv", [{"text": "no"}])
+    if "rows" in beside:
+        write_rows(tmp_path / beside, ROWS)
+    else:
+        (tmp_path / beside).write_text("some text " * 9)
+    assert sizes(tmp_path) == {beside} and "no" not in read_all(tmp_path)
+    (line,) = unread_of(Corpus(str(tmp_path)))
+    assert line.startswith(f"{tmp_path}: 1 file is not read, 1 .csv (deep/table.csv); text is read from .jsonl,")
+
+
+def test_files_that_are_not_read_are_counted_by_their_endings(tmp_path):
+    write_rows(tmp_path / "train" / "data.jsonl", ROWS)
+    for name, text in NOTES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for name in ("LICENSE", "Readme.rst", ".git/index", ".gitattributes", "CITATION.cff"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("no data")
+    assert not unread_of(Corpus(str(tmp_path))) and not unread_of(Corpus()) and not unread_of(Corpus("org/set"))
+    for name in ("b.pdf", "a.PDF", "train/c.pdf", "x.docx", "y.csv.gz", "y.csv", "z.arrow", "Makefile"):
+        (tmp_path / name).touch()
+    other = Corpus(str(tmp_path / "train" / "data.jsonl"))
+    (line,) = unread_of(Mixture((Corpus(str(tmp_path)), other), (0.5, 0.5)))
+    assert "8 files are not read, 3 .pdf, 2 .csv, 1 " in line and "2 of other kinds (such as Makefile)" in line
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["data-0.arrow", "state.json", "dataset_info.json"], "only 1 .arrow (data-0.arrow): give files that end in"),
+        (["a.pdf", "b.pdf", "c.docx"], "only 2 .pdf, 1 .docx (such as a.pdf): give files that end in .jsonl"),
+        (["README"], "holds no text that is read: give files"),
+        ([], "holds no text that is read: give files that end in .jsonl, .ndjson, .json, .parquet, .txt, .md, .csv"),
+    ],
+)
+def test_a_folder_of_other_files_is_refused_with_what_it_holds(tmp_path, names, says):
+    for name in names:
+        (tmp_path / name).write_text('{"citation": ""}')
+    with pytest.raises(UserError) as error:
+        read_all(tmp_path)
+    assert says in str(error.value)
+    assert ("`to_parquet` of the package datasets" in str(error.value)) == (".arrow" in says)
 
 
 def test_a_link_to_nothing_is_named(tmp_path):
@@ -203,7 +271,7 @@ COMPRESS = {"gz": gzip.compress, "xz": lzma.compress, "zst": zstandard}
 
 
 @pytest.mark.parametrize("how", COMPRESS)
-@pytest.mark.parametrize("ending", ["jsonl", "json", "txt", "parquet"])
+@pytest.mark.parametrize("ending", ["jsonl", "json", "txt", "parquet", "csv"])
 def test_each_kind_is_read_compressed_and_in_several_parts(tmp_path, ending, how):
     plain = write_rows(tmp_path / f"plain.{ending}", ROWS)
     data, half = plain.read_bytes(), plain.stat().st_size // 2
@@ -256,7 +324,7 @@ def test_empty_lines_are_where_a_text_is_cut_before_all_others(tmp_path):
     assert all(text.startswith("Paragraph") for text in read_all(tmp_path))
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "parquet", "txt"])
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "txt", "csv"])
 def test_a_reader_of_several_files_goes_on_from_any_place(tmp_path, ending, monkeypatch):
     monkeypatch.setattr(flashmorph.data.corpus, "_BLOCK", 7)
     for number in range(4):

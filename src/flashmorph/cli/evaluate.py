@@ -115,6 +115,7 @@ def evaluate(
     """
     from flashmorph.cli.screen import RichScreen
     from flashmorph.convert.teacher import EMBEDDED, locate
+    from flashmorph.data.corpus import unread_of
     from flashmorph.devices import pick_device
     from flashmorph.evaluation.harness import Harness
     from flashmorph.pipeline.evaluate_models import Wanted, compare_models, fit_to_models, homes
@@ -144,8 +145,9 @@ def evaluate(
         raise UserError(f"--style {style!r} must be {' or '.join(_STYLES)}")
     asked = style or ("lines" if chosen and settings.style == "lines" else "ruler")
     settings, notice = fit_to_models(models, settings, pick_device(device))
-    if notice:
-        RichScreen(ERR).say(notice)
+    for line in (notice, *unread_of(settings.data.corpus)):
+        if line:
+            RichScreen(ERR).say(line)
     only = names("--grid-tasks", grid_tasks) if grid_tasks else []
     grid = _grid_settings(lengths, only, depths, questions, asked, settings.evaluate) if lengths else None
     harness = (

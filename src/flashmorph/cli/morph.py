@@ -107,6 +107,7 @@ def _dry_run(options: Options, stages: Collection[str]) -> None:
     """Stages, tokens and data of a run that is not started, from all files of the teacher but its weights."""
     from flashmorph.cli.screen import RichScreen
     from flashmorph.convert.teacher import open_without_weights
+    from flashmorph.data.corpus import unread_of
     from flashmorph.devices import pick_device, usable_memory
     from flashmorph.estimate.auto import Capacity, too_large, too_large_in_words
     from flashmorph.estimate.sizes import count_sizes
@@ -132,6 +133,8 @@ def _dry_run(options: Options, stages: Collection[str]) -> None:
     check(teacher, recipe)
     plan = given_plan(teacher.name, config, recipe, options.plan, options.layers, teacher.revision)
     if tokenizer := teacher.tokenizer():
+        for line in unread_of(recipe.data.corpus):
+            say(line)
         preflight(recipe, tokenizer, config, stages)
     for notice in notices(recipe, tokenizer, stages):
         say(notice)

@@ -14,7 +14,8 @@ import datasets
 import numpy as np
 
 from flashmorph.data.chat import CHAT_COLUMNS, TOOLS_COLUMN, Message, messages_in, spoken, tools_in
-from flashmorph.data.textfiles import ENDINGS, data_files, kind_of, no_column, stream_of
+from flashmorph.data.folders import data_files, nothing_to_read, unread
+from flashmorph.data.textfiles import kind_of, no_column, stream_of
 from flashmorph.errors import UserError, first_line
 from flashmorph.files import names_a_path
 from flashmorph.records import Figures
@@ -75,8 +76,8 @@ class Pooled(Protocol):
 class Corpus:
     """Documents from the shipped demo text, local files or a dataset of the Hugging Face hub.
 
-    `source` is `demo`, a file, a folder of files (txt, md, jsonl, json, parquet, each also compressed as xz, gz or
-    zst) or the name of a dataset, which is streamed; `config` and `column` belong to the latter two, `split` to a
+    `source` is `demo`, a file, a folder of files (txt, md, jsonl, json, parquet, csv, tsv, each also compressed as xz,
+    gz or zst) or the name of a dataset, which is streamed; `config` and `column` belong to the latter two, `split` to a
     dataset. A txt or md file is one document, unless it is long: then it is cut, so that one big file has all splits
     too (`textfiles.py`). A row is a conversation where `column` holds one, or where that holds nothing but one of
     `CHAT_COLUMNS` does; `TOOLS_COLUMN` holds the tools that it may call. `replies_only`: in conversations, only the
@@ -205,7 +206,7 @@ class Corpus:
                 raise UserError(f"there is no file or folder {self.source!r}: give text, or a dataset of the hub")
             return None
         if not (paths := data_files(path, self._columns)):
-            raise UserError(f"{path} holds no text: give files that end in {', '.join(ENDINGS)}")
+            raise nothing_to_read(path)
         return paths
 
     def _from_hub(self) -> datasets.IterableDataset:
@@ -241,6 +242,16 @@ def files_of(corpus: Corpus | Mixture) -> list[Path]:
     """The user's own files that a corpus is read from; none for the demo text or the hub."""
     parts = [part for part, _ in shares_of(corpus) if part.source != DEMO]
     return [file for part in parts for file in part.paths() or []]
+
+
+def unread_of(corpus: Corpus | Mixture) -> list[str]:
+    """A line on each local folder with files that are not read.
+
+    Raises:
+        UserError: see `Corpus.paths`.
+    """
+    parts = [part for part, _ in shares_of(corpus) if part.source != DEMO]
+    return [line for part in parts if (paths := part.paths()) and (line := unread(Path(part.source), paths))]
 
 
 def no_text(corpus: Corpus, split: str) -> UserError:

@@ -1,12 +1,12 @@
-"""Local files of text: which files of a folder are read, and the rows in them, one after the other."""
+"""Local files of text by kind: the rows in them, one after the other."""
 
+import csv
 import gzip
 import io
 import json
 import lzma
 import re
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,63 +15,54 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flashmorph.data.pieces import in_pieces
-from flashmorph.errors import UserError, cut, first_line
+from flashmorph.errors import UserError, first_line, quoted
 from flashmorph.files import is_lfs_pointer
 
-TEXT, JSON, PARQUET = "text", "JSON", "parquet"
-_KINDS = {".jsonl": JSON, ".ndjson": JSON, ".json": JSON, ".parquet": PARQUET, ".txt": TEXT, ".md": TEXT}
+TEXT, JSON, PARQUET, TABLE = "text", "JSON", "parquet", "csv"
+_KINDS = {
+    ".jsonl": JSON,
+    ".ndjson": JSON,
+    ".json": JSON,
+    ".parquet": PARQUET,
+    ".txt": TEXT,
+    ".md": TEXT,
+    ".csv": TABLE,
+    ".tsv": TABLE,
+}
 ENDINGS = tuple(_KINDS)
+_LONGEST_FIELD = (1 << 31) - 1
+"""Characters of a field of a table; Python's own limit is 131,072."""
 _DECOMPRESS: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
     ".xz": lzma.open,
     ".zst": lambda path: io.BufferedReader(pa.input_stream(str(path), compression="zstd")),
 }
-_NOTES = re.compile(
-    r"(read[ _-]?me|licen[cs]es?|copying|copyright|notices?|notes?|change[ _-]?log|changes|contribut\w*|"
-    r"code[ _-]of[ _-]conduct|citation|authors|credits|about|todo|manifest|checksums?|"
-    r"(md5|sha\d+)(sums?)?|requirements|terms|data[ _-]?(sheet|card))(?![a-z])",
-    re.IGNORECASE,
-)
-"""Names of files that describe data and are none."""
-_LARGEST_METADATA_BYTES = 1 << 24
 _ROWS_TOGETHER = 1_000
 _NOT_SPACE = re.compile(r"\S")
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 """Halves of surrogate pairs: JSON may name one alone, which no text can hold; `?` stands for it then."""
 
 
-def data_files(source: Path, columns: Sequence[str]) -> list[Path]:
-    """The files that are read of a folder, or the file itself, sorted; none where no name has one of the `ENDINGS`.
-
-    Of a folder, names that begin with a dot are left out, and files that only describe the data: beside rows (JSON,
-    parquet) notes in text, beside anything else JSON files of a single object without one of the `columns`.
-
-    Raises:
-        UserError: data of two kinds, or a link to nothing.
-    """
-    if not source.is_dir():
-        return [source] if kind_of(source) else []
-    files = sorted(file for file in source.rglob("*") if kind_of(file) and _is_visible(file.relative_to(source)))
-    for file in files:
-        if file.is_symlink() and not file.exists():
-            raise UserError(f"{file} is a link to a file that is not there")
-    files = [file for file in files if file.is_file()]
-    files = [file for file in files if not _is_metadata(file, columns)] or files
-    rows = [file for file in files if kind_of(file) != TEXT]
-    if rows:
-        files = sorted([*rows, *_texts_beside(rows, [file for file in files if kind_of(file) == TEXT])])
-    examples = {kind_of(file): file for file in reversed(files)}
-    if len(examples) > 1:
-        names = {kind: cut(str(file.relative_to(source))) for kind, file in sorted(examples.items())}
-        about = " and ".join(f"{kind} such as {name}" for kind, name in names.items())
-        raise UserError(f"{source} holds files of several kinds, {about}: give one kind")
-    return files
+def suffixes(path: Path) -> list[str]:
+    """The endings of a name in lower case, that of a compression included."""
+    return [suffix.lower() for suffix in path.suffixes]
 
 
 def kind_of(path: Path) -> str | None:
     """The kind of a file by its name, compressed or not; None for files that are not read."""
-    suffixes = [suffix for suffix in _suffixes(path) if suffix not in _DECOMPRESS]
-    return _KINDS.get(suffixes[-1]) if suffixes else None
+    return _KINDS.get(content_ending(path))
+
+
+def content_ending(path: Path) -> str:
+    """The ending that says what a file holds, compressed or not: `.csv` of `a.csv.gz`, `.gz` of `a.gz`."""
+    endings = suffixes(path)
+    return next((ending for ending in reversed(endings) if ending not in _DECOMPRESS), endings[-1] if endings else "")
+
+
+def json_values(path: Path) -> Iterator[Any]:
+    """The values in a JSON file, one after the other; of a list those in it."""
+    with _open(path) as stream:
+        yield from (value for _, value in _json_values(stream, path))
 
 
 def stream_of(
@@ -95,12 +86,12 @@ def stream_of(
 
 def no_column(where: str, column: str, there: Sequence[str]) -> UserError:
     """The error for rows without the wanted column."""
-    names = ", ".join(map(repr, there))
+    names = ", ".join(map(quoted, there))
     return UserError(f"{where} has no column {column!r}; it has {names}: name yours, --set data.column=NAME")
 
 
 def _rows_of_files(files: Sequence[str], columns: tuple[str, ...], beside: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    readers = {TEXT: _text_rows, JSON: _json_rows, PARQUET: _parquet_rows}
+    readers = {TEXT: _text_rows, JSON: _json_rows, PARQUET: _parquet_rows, TABLE: _table_rows}
     for name in files:
         path = Path(name)
         try:
@@ -112,37 +103,6 @@ def _rows_of_files(files: Sequence[str], columns: tuple[str, ...], beside: tuple
             raise UserError(f"{name} is not UTF-8 text: give it in that encoding") from error
         except Exception as error:  # Whatever a library stumbles over in a damaged file.
             raise UserError(f"{name} cannot be read: {first_line(error)}") from error
-
-
-def _suffixes(path: Path) -> list[str]:
-    return [suffix.lower() for suffix in path.suffixes]
-
-
-def _is_visible(inside: Path) -> bool:
-    return not any(part.startswith(".") for part in inside.parts)
-
-
-def _texts_beside(rows: Sequence[Path], texts: Sequence[Path]) -> list[Path]:
-    """The texts beside rows that are data of their own: not called as notes are, nor a little Markdown."""
-    texts = [file for file in texts if not _NOTES.match(file.name)]
-    markdown = [file for file in texts if ".md" in _suffixes(file)]
-    if sum(file.stat().st_size for file in markdown) < sum(file.stat().st_size for file in rows):
-        return [file for file in texts if file not in markdown]
-    return texts
-
-
-def _is_metadata(file: Path, columns: Sequence[str]) -> bool:
-    """Whether a `.json` is a single object that is no row."""
-    if ".json" not in _suffixes(file) or file.stat().st_size > _LARGEST_METADATA_BYTES:
-        return False
-    try:
-        with _open(file) as stream:
-            values = list(islice(_json_values(stream, file), 2))
-    except Exception:  # It is damaged: reading it reports that.
-        return False
-    if len(values) != 1 or not isinstance(values[0][1], dict):
-        return False
-    return not any(name in values[0][1] for name in columns)
 
 
 def _open(path: Path) -> BinaryIO:
@@ -179,6 +139,28 @@ def _seekable(stream: BinaryIO, path: Path) -> BinaryIO:
     return io.BytesIO(stream.read()) if path.suffix.lower() in _DECOMPRESS else stream
 
 
+def _table_rows(path: Path, columns: Sequence[str], beside: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows of a table whose first line names its columns; a row may go over several lines, in quotes."""
+    csv.field_size_limit(_LONGEST_FIELD)
+    delimiter = "\t" if ".tsv" in suffixes(path) else ","
+    with _open(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        try:
+            header = next(reader, [])
+            if header and not any(name in header for name in columns):
+                raise no_column(str(path), columns[0], header)
+            wanted = {name: header.index(name) for name in (*columns, *beside) if name in header}
+            for row in filter(None, reader):
+                if len(row) != len(header):
+                    raise csv.Error(f"it has {len(row)} fields, and the first line names {len(header)} columns")
+                yield {name: row[number] for name, number in wanted.items()}
+        except csv.Error as error:
+            raise UserError(
+                f"{path}, the row that ends in line {reader.line_num}: {error}; a text with {delimiter!r}, quotes or "
+                'line breaks must stand in quotes, each quote in it doubled ("")'
+            ) from error
+
+
 def _json_rows(path: Path, columns: Sequence[str], beside: Sequence[str]) -> Iterator[dict[str, Any]]:
     passed_over, there, some = 0, dict[str, None](), False
     with _open(path) as stream:
@@ -206,7 +188,7 @@ def _json_values(stream: BinaryIO, path: Path) -> Iterator[tuple[int, Any]]:
         text = _decoded(line, path, number)
         if not text.strip():
             continue
-        if first and (text.lstrip().startswith("[") or ".json" in _suffixes(path) and not _is_json(text)):
+        if first and (text.lstrip().startswith("[") or ".json" in suffixes(path) and not _is_json(text)):
             yield from _values(text + _decoded(stream.read(), path, number + 1), path, number)
             return
         first = False

@@ -6,6 +6,7 @@ from pathlib import Path
 from flashmorph import distributed
 from flashmorph.convert.hub import EMBEDDED
 from flashmorph.convert.teacher import open_on_every_machine
+from flashmorph.data.corpus import unread_of
 from flashmorph.devices import pick_device
 from flashmorph.errors import UserError
 from flashmorph.hosts import host_for, with_branches_to_train
@@ -88,6 +89,8 @@ def open_run(
             "type, which transformers alone serves; without --mixers and heads= it is a stock class"
         )
     if tokenizer := opened.tokenizer():
+        for line in distributed.first(lambda: unread_of(recipe.data.corpus)):
+            screen.say(line)
         distributed.first(lambda: preflight(recipe, tokenizer, config, stages))
         reads_text = set(stages) - {"align"} or with_branches_to_train(host)
         if reads_text and not (output / STAGES).exists():
