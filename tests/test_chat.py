@@ -12,7 +12,8 @@ from conftest import tiny_tokenizer
 import flashmorph.data.documents
 import flashmorph.data.rows
 from flashmorph.data.chat import Unfit, encode_chat, messages_in, tools_in
-from flashmorph.data.corpus import Corpus, Document
+from flashmorph.data.corpus import Corpus
+from flashmorph.data.formats import Document
 from flashmorph.data.rows import pack
 from flashmorph.errors import UserError
 from flashmorph.tasks import SPLITS

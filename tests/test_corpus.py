@@ -13,7 +13,8 @@ import pytest
 from conftest import tiny_tokenizer
 
 from flashmorph.data import supply
-from flashmorph.data.corpus import Corpus, split_of
+from flashmorph.data.corpus import Corpus
+from flashmorph.data.formats import split_of
 from flashmorph.data.rows import pack
 from flashmorph.errors import UserError
 from flashmorph.tasks import SPLITS

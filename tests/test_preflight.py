@@ -12,7 +12,8 @@ import pytest
 import yaml
 from conftest import FEW_STEPS, random_qwen3, run_command, tiny_tokenizer
 
-from flashmorph.data.corpus import Corpus, split_of
+from flashmorph.data.corpus import Corpus
+from flashmorph.data.formats import split_of
 from flashmorph.data.supply import measure
 from flashmorph.errors import UserError
 from flashmorph.recipe.fitting import fit, require_beyond_windows
@@ -256,12 +257,12 @@ def test_a_dataset_that_cannot_be_reached_is_told_before_the_first_stage(
     assert run_command(*command) == 2
     assert "no text at 'org/nothing'" in (sentence := told(capsys)) and "--data" in sentence and not out.exists()
     with pytest.raises(UserError, match="org/nothing"):
-        reach_text(load_recipe(recipe_file, {"data.source": "org/nothing"}))
-    reach_text(load_recipe("demo"))
+        reach_text(load_recipe(recipe_file, {"data.source": "org/nothing"}), tiny_tokenizer())
+    reach_text(load_recipe("demo"), tiny_tokenizer())
 
 
 def test_a_command_that_reads_no_text_reaches_for_none(teacher_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("flashmorph.run.open.reach_text", lambda recipe: pytest.fail("reached for text"))
+    monkeypatch.setattr("flashmorph.run.open.reach_text", lambda *_: pytest.fail("reached for text"))
     command = ["build", teacher_folder, "--layers", "0", "--set", "data.source=org/nothing", "--output"]
     assert run_command(*command, tmp_path / "run", "--window", "16") == 0
     with pytest.raises(pytest.fail.Exception):

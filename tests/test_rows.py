@@ -16,6 +16,7 @@ from test_corpus import write_jsonl
 
 import flashmorph.data.corpus
 import flashmorph.data.documents
+import flashmorph.data.formats
 import flashmorph.data.rows
 from flashmorph.data.corpus import Corpus, Mixture, Position
 from flashmorph.data.rows import Rows, pack
@@ -236,7 +237,7 @@ def test_share_gpts_rows_are_conversations(tmp_path, chatty):
     (tmp_path / "talks.jsonl").write_text((json.dumps(row) + "\n") * 40)
     corpus = Corpus(str(tmp_path / "talks.jsonl"))
     rows = pack(
-        corpus, chatty, flashmorph.data.corpus.split_of("hello\n\ngood day"), 32, 4, 0, tmp_path / "rows.npy", None
+        corpus, chatty, flashmorph.data.formats.split_of("hello\n\ngood day"), 32, 4, 0, tmp_path / "rows.npy", None
     )
     end = chatty.eos_token
     assert chatty.decode(rows[0]["input_ids"]).startswith(f"<user>hello{end}<assistant>good day{end}")

@@ -10,7 +10,8 @@ from test_corpus import write_jsonl
 from test_rows import TEMPLATE, talk
 from tokenizers_of_all_kinds import BEFORE, KINDS, make_tokenizer
 
-from flashmorph.data.corpus import Corpus, Mixture, split_of
+from flashmorph.data.corpus import Corpus, Mixture
+from flashmorph.data.formats import split_of
 from flashmorph.data.heldout import HeldOut, hold_out
 from flashmorph.data.rows import pack
 from flashmorph.errors import UserError

@@ -10,12 +10,13 @@ from transformers import PreTrainedTokenizerBase
 from flashmorph.errors import first_line
 from flashmorph.surface.interrupts import template_limit
 
-CHAT_COLUMNS = ("messages", "conversations")
+CHAT_COLUMNS = ("messages", "conversations", "conversation")
 """Columns that may hold a conversation, in order of preference."""
 TOOLS_COLUMN = "tools"
 """The column of the tools that a conversation may call."""
 NO_REPLY = "no message is a reply"
 """The beginning of the reason of `Unfit` if a conversation has no target."""
+_OTHERWISE = "the template words the beginning of a conversation in another way than the whole"
 _MARKS_REPLIES = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REPLY = "assistant"
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -86,7 +87,11 @@ def spoken(messages: list[Message]) -> str:
 
 @template_limit
 def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], replies_only: bool, tools: Any = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    replies_only: bool,
+    tools: Any = None,
+    prompt: int = 0,
 ) -> tuple[list[int], list[bool]]:
     """The tokens of a conversation under the tokenizer's chat template, and which of them are targets of the loss.
 
@@ -94,7 +99,7 @@ def encode_chat(
     see `_as_taken`. With `replies_only` the replies and their end tokens are targets. Some templates mark them
     (`{% generation %}`). For the others, a reply begins where the conversation before it, put into words with an
     invitation to reply, ends; it ends with the conversation up to it, or, where the template words earlier replies in
-    another way than the last, with the first special token.
+    another way than the last, with the first special token. Replies among the first `prompt` messages are no targets.
 
     Raises:
         Unfit: the template refuses the conversation, there is more than text in it, or a reply cannot be found.
@@ -105,13 +110,16 @@ def encode_chat(
         template = tokenizer.get_chat_template(tools=tools)
         messages = _as_taken(messages, lambda each: _worded(tokenizer, each, tools))
         if replies_only and not _MARKS_REPLIES.search(template):
-            ids, targets = _find_replies(tokenizer, messages, tools)
+            ids, targets = _find_replies(tokenizer, messages, tools, prompt)
         else:
             encoded: Any = tokenizer.apply_chat_template(
                 messages, tools=tools, return_dict=True, return_assistant_tokens_mask=replies_only
             )
             ids = encoded["input_ids"]
             targets = [bool(mark) for mark in encoded["assistant_masks"]] if replies_only else [True] * len(ids)
+            if replies_only and prompt:
+                after = _begins_after(tokenizer, messages, tools, prompt)
+                targets = [target and late for target, late in zip(targets, after, strict=True)]
     except Unfit:
         raise
     except Exception as error:  # A template is a program, and rows are what they are.
@@ -222,24 +230,39 @@ def _from_json(value: Any) -> Any:
         return value
 
 
+def _with_begins(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    """The tokens of a worded conversation, and the position in it at which each begins."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return encoded["input_ids"], [begin for begin, _ in encoded["offset_mapping"]]
+
+
+def _begins_after(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any, prompt: int
+) -> Iterator[bool]:
+    """Whether each token of a conversation begins after its first `prompt` messages."""
+    whole = _worded(tokenizer, messages, tools)
+    before = _worded(tokenizer, messages[:prompt], tools, invite=messages[prompt]["role"] == _REPLY)
+    if not whole.startswith(before):
+        raise Unfit(_OTHERWISE)
+    return (begin >= len(before) for begin in _with_begins(tokenizer, whole)[1])
+
+
 def _find_replies(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any, prompt: int
 ) -> tuple[list[int], list[bool]]:
     whole = _worded(tokenizer, messages, tools)
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids: list[int] = encoded["input_ids"]
-    begins = [begin for begin, _ in encoded["offset_mapping"]]
+    ids, begins = _with_begins(tokenizer, whole)
     special = set(tokenizer.all_special_ids)
     targets = [False] * len(ids)
     for number, message in enumerate(messages):
-        if message["role"] != _REPLY:
+        if message["role"] != _REPLY or number < prompt:
             continue
         if not number:
             raise Unfit("it begins with a reply, and the template cannot invite to one before there is a message")
         before = _worded(tokenizer, messages[:number], tools, invite=True)
         upto = _worded(tokenizer, messages[: number + 1], tools)
         if not whole.startswith(before):
-            raise Unfit("the template words the beginning of a conversation in another way than the whole")
+            raise Unfit(_OTHERWISE)
         reply = [index for index, begin in enumerate(begins) if begin >= len(before)]
         if whole.startswith(upto):
             reply = [index for index in reply if begins[index] < len(upto)]

@@ -1,8 +1,5 @@
 """Text: its sources, its four disjoint splits, and the position of a reader."""
 
-import hashlib
-import json
-import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -13,42 +10,19 @@ from typing import Any, Protocol
 import datasets
 import numpy as np
 
-from flashmorph.data.chat import CHAT_COLUMNS, TOOLS_COLUMN, Message, messages_in, spoken, tools_in
+from flashmorph.data.chat import CHAT_COLUMNS
 from flashmorph.data.folders import data_files, nothing_to_read, unread
-from flashmorph.data.textfiles import kind_of, no_column, stream_of
+from flashmorph.data.formats import BESIDE, Document, document_of, text_columns
+from flashmorph.data.textfiles import kind_of, stream_of
 from flashmorph.errors import UserError, first_line
 from flashmorph.files import names_a_path
-from flashmorph.records import Figures
 from flashmorph.tasks.words import SPLITS
 
 DEMO = "demo"
-_HELD_OUT_SHARES = {"validation": 0.05, "referee": 0.05, "test": 0.05}
+_CHAT = ("messages", "conversations")
+"""Columns of conversations by name alone. That enters digests, so columns that came later are not among them."""
 _BLOCK = 1_000
 _POOL_CHARACTERS = 8_000_000
-
-
-def split_of(text: str) -> str:
-    """The split that a document belongs to, from the digest of its text alone: no order or seed can move it."""
-    point = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
-    for split, share in _HELD_OUT_SHARES.items():
-        if point < share:
-            return split
-        point -= share
-    return "train"
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text, or a conversation: then `text` joins its messages, and `tools` are the tools that it may call."""
-
-    text: str
-    messages: list[Message] | None = None
-    tools: Any = None
-
-    @property
-    def split(self) -> str:
-        """The split that it belongs to."""
-        return split_of(self.text + (json.dumps(self.tools, sort_keys=True, default=str) if self.tools else ""))
 
 
 @dataclass(frozen=True)
@@ -79,9 +53,8 @@ class Corpus:
     `source` is `demo`, a file, a folder of files (txt, md, jsonl, json, parquet, csv, tsv, each also compressed as xz,
     gz or zst) or the name of a dataset, which is streamed; `config` and `column` belong to the latter two, `split` to a
     dataset. A txt or md file is one document, unless it is long: then it is cut, so that one big file has all splits
-    too (`textfiles.py`). A row is a conversation where `column` holds one, or where that holds nothing but one of
-    `CHAT_COLUMNS` does; `TOOLS_COLUMN` holds the tools that it may call. `replies_only`: in conversations, only the
-    assistant's words are targets of the loss.
+    too (`textfiles.py`). `formats.py` has the columns that a row may have in place of `column`. `replies_only`: in
+    conversations only the assistant's words are targets of the loss, and of a prompt and its completion the latter.
     """
 
     source: str = DEMO
@@ -92,8 +65,13 @@ class Corpus:
 
     @property
     def is_chat(self) -> bool:
-        """Whether its settings alone show that it has conversations."""
-        return self.replies_only or self.column in CHAT_COLUMNS
+        """Whether its settings allow for conversations and no plain text; a prompt and its completion may be text."""
+        return self.replies_only or self.column in _CHAT
+
+    @property
+    def names_chat(self) -> bool:
+        """Whether its settings name a column of conversations."""
+        return self.column in CHAT_COLUMNS
 
     def documents(self, split: str, seed: int) -> Iterator[str]:
         """The text of one pass over the documents of `split`; see `read`."""
@@ -113,7 +91,7 @@ class Corpus:
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
         for block, start in self._blocks(seed, position or Position()):
-            documents = (self._document_in(row, where) for where, row in block)
+            documents = (document_of(row, self.column, where) for where, row in block)
             of_split = (document for document in documents if document and document.split == split)
             for number, document in enumerate(islice(of_split, start.given, None), start.given + 1):
                 yield document, Position(start.reader, start.blocks, number)
@@ -122,7 +100,7 @@ class Corpus:
     def every(self) -> Iterator[Document]:
         """One pass over the documents of all splits; see `read`."""
         for block, _ in self._blocks(0, Position()):
-            yield from (document for where, row in block if (document := self._document_in(row, where)))
+            yield from (document for where, row in block if (document := document_of(row, self.column, where)))
             block.clear()
 
     def _blocks(self, seed: int, position: Position) -> Iterator[tuple[list[tuple[str, dict[str, Any]]], Position]]:
@@ -136,7 +114,7 @@ class Corpus:
             order.permutation(_BLOCK)
         try:
             paths = self.paths()
-            stream = self._from_hub() if paths is None else stream_of(paths, self._columns, (TOOLS_COLUMN,))
+            stream = self._from_hub() if paths is None else stream_of(paths, text_columns(self.column), BESIDE)
             stream = stream.shuffle(seed=seed, buffer_size=1)
             if position.reader:
                 stream.load_state_dict(position.reader)
@@ -151,30 +129,6 @@ class Corpus:
             raise UserError(f"{self.source} is empty") from error
         except Exception as error:
             raise UserError(f"{self.source} cannot be read: {first_line(error)}") from error
-
-    def _document_in(self, row: Figures, where: str) -> Document | None:
-        if not any(name in row for name in self._columns):
-            raise no_column(where, self.column, list(row))
-        column = next((name for name in self._columns if row.get(name) is not None), None)
-        if column is None or row[column] == "":
-            return None
-        value = row[column]
-        try:
-            messages = messages_in(value, in_json=column in CHAT_COLUMNS)
-            if messages is not None:
-                return Document(spoken(messages), messages, tools_in(row.get(TOOLS_COLUMN)))
-        except RecursionError as error:
-            raise UserError(f"{where}: column {column!r} holds a value that is nested too deep to read") from error
-        if not isinstance(value, str):
-            raise UserError(
-                f"{where}: column {column!r} holds {reprlib.repr(value)}, which is neither text nor conversation"
-            )
-        return Document(value)
-
-    @property
-    def _columns(self) -> tuple[str, ...]:
-        """The columns that may hold text or a conversation, in order of preference."""
-        return tuple(dict.fromkeys((self.column, *CHAT_COLUMNS)))
 
     def pool(self, split: str, seed: int, characters: int = _POOL_CHARACTERS) -> list[str]:
         """Documents of `split` up to about `characters` characters, for haystacks.
@@ -205,7 +159,7 @@ class Corpus:
             if names_a_path(self.source) or kind_of(path):
                 raise UserError(f"there is no file or folder {self.source!r}: give text, or a dataset of the hub")
             return None
-        if not (paths := data_files(path, self._columns)):
+        if not (paths := data_files(path, text_columns(self.column))):
             raise nothing_to_read(path)
         return paths
 

@@ -11,8 +11,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from flashmorph.data.chat import NO_REPLY, Unfit, encode_chat
-from flashmorph.data.corpus import Corpus, Document, Position, no_text
+from flashmorph.data.corpus import Corpus, Position, no_text
+from flashmorph.data.formats import Document
 from flashmorph.errors import UserError
+from flashmorph.tasks.encoded import EncodedText
 from flashmorph.tokens.special_tokens import before_text, count_before
 
 FIRST, IGNORED = np.uint32(1 << 31), np.uint32(1 << 30)
@@ -31,7 +33,7 @@ class Part:
     """One corpus, pass after pass: `made` of about `needed` tokens so far.
 
     Each text has the tokenizer's special tokens before it and the end-of-text token after it; a conversation has the
-    tokens of its chat template.
+    tokens of its chat template. A prompt and its completion are tokenised as one text.
     """
 
     def __init__(
@@ -137,17 +139,19 @@ class Part:
         while together := _some(documents):
             for document, _ in together:
                 require_words(self._tokenizer, self._corpus, document)
-            texts = [document.text for document, _ in together if document.messages is None]
+            texts = [each.text for each, _ in together if each.messages is None and not self._corpus.replies_only]
             encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
             of_texts = iter(encoded)
             for document, position in together:
-                if document.messages is None:
+                if document.messages is not None:
+                    ids, targets = self._encode_chat(document)
+                elif self._corpus.replies_only:
+                    ids, targets = self._encode_completion(document)
+                else:
                     words = [*self._before, *next(of_texts)]
                     ids, targets = [*words, *self._end], None
                     if not self._learn_ends:
                         targets = [True] * len(words) + [False] * len(self._end)
-                else:
-                    ids, targets = self._encode_chat(document)
                 if ids and (size := self._taken_of(len(ids))):
                     yield marked(ids, targets, self._before)[:size], position
 
@@ -158,11 +162,19 @@ class Part:
         room = self._whole_rows - len(self._before)
         return self._whole_rows + (tokens - self._whole_rows) // room * room if tokens >= self._whole_rows else 0
 
+    def _encode_completion(self, document: Document) -> tuple[list[int], list[bool]]:
+        """The tokens of a text with a prompt, and which are targets: those that reach into its completion."""
+        text = EncodedText(self._tokenizer, document.text)
+        first, _ = text.reaching_into(document.prompt or 0, len(document.text))
+        kept, ends = len(self._before) + first, [self._learn_ends] * len(self._end)
+        return [*self._before, *text.ids, *self._end], [False] * kept + [True] * (len(text.ids) - first) + ends
+
     def _encode_chat(self, document: Document) -> tuple[list[int], list[bool] | None]:
         """The tokens of a conversation and which are targets; no tokens if it is unfit, which the first pass counts."""
         assert document.messages is not None
+        replies_only, prompt = self._corpus.replies_only, document.prompt or 0
         try:
-            return encode_chat(self._tokenizer, document.messages, self._corpus.replies_only, document.tools)
+            return encode_chat(self._tokenizer, document.messages, replies_only, document.tools, prompt)
         except Unfit as error:
             if not self.passes:
                 self._unfit[str(error)] += 1
@@ -235,8 +247,11 @@ def require_words(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, document: 
     """
     if document.messages is not None:
         require_template(tokenizer, corpus)
-    elif corpus.replies_only:
-        raise UserError(f"{corpus.source} has text, and `loss_on: replies` is for conversations")
+    elif corpus.replies_only and document.prompt is None:
+        raise UserError(
+            f"{corpus.source} has text, and `loss_on: replies` is for conversations, or texts with `prompt` and "
+            "`completion`"
+        )
 
 
 def _some(documents: Iterator[tuple[Document, Position]]) -> list[tuple[Document, Position]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+from flashmorph.data.formats import is_row
 from flashmorph.data.textfiles import ENDINGS, TABLE, TEXT, content_ending, json_values, kind_of, suffixes
 from flashmorph.errors import UserError, cut
 
@@ -26,7 +27,7 @@ def data_files(source: Path, columns: Sequence[str]) -> list[Path]:
     """The files that are read of a folder, or the file itself, sorted; none where no name has one of the `ENDINGS`.
 
     Of a folder, names that begin with a dot are left out, and files that only describe the data: beside rows (JSON,
-    parquet) notes in text, beside anything else JSON files of a single object without one of the `columns`. Tables are
+    parquet) notes in text, beside anything else JSON files of a single object that is no row. Tables are
     read where there is nothing else but notes, and more of them than of those.
 
     Raises:
@@ -134,4 +135,4 @@ def _is_metadata(file: Path, columns: Sequence[str]) -> bool:
         values = list(islice(json_values(file), 2))
     except Exception:  # It is damaged: reading it reports that.
         return False
-    return len(values) == 1 and isinstance(values[0], dict) and not any(name in values[0] for name in columns)
+    return len(values) == 1 and isinstance(values[0], dict) and not is_row(values[0], columns)

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from flashmorph.data.corpus import Corpus, Document, files_of
+from flashmorph.data.corpus import Corpus, files_of
 from flashmorph.data.documents import require_words
+from flashmorph.data.formats import Document
 from flashmorph.data.textfiles import PARQUET, kind_of, parquet_rows
 
 _TOKENISED = 2_000_000

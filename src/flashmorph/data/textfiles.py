@@ -14,8 +14,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flashmorph.data.formats import is_half, is_row, no_column
 from flashmorph.data.pieces import in_pieces
-from flashmorph.errors import UserError, first_line, quoted
+from flashmorph.errors import UserError, first_line
 from flashmorph.files import is_lfs_pointer
 
 TEXT, JSON, PARQUET, TABLE = "text", "JSON", "parquet", "csv"
@@ -72,22 +73,16 @@ def stream_of(
 
     Nothing but `columns` and `beside` is read, so the others may differ from file to file, and each file declares for
     itself what these hold. Text comes in pieces (`pieces.py`), in the first of the columns. A JSON file holds an object
-    a line, one list of objects, or one object; only of lists all is in memory at a time. Rows in which JSON has none of
-    the `columns` are passed over.
+    a line, one list of objects, or one object; only of lists all is in memory at a time. JSON's rows without the
+    columns of a document (`formats.is_row`) are passed over.
 
     Raises:
-        UserError: while reading, naming the file: it is damaged, not UTF-8, or has none of the `columns`.
+        UserError: while reading, naming the file: it is damaged, not UTF-8, or has no columns of a document.
     """
     names = [str(file) for file in files]
     return datasets.IterableDataset.from_generator(
         _rows_of_files, gen_kwargs={"files": names, "columns": columns, "beside": beside}
     )
-
-
-def no_column(where: str, column: str, there: Sequence[str]) -> UserError:
-    """The error for rows without the wanted column."""
-    names = ", ".join(map(quoted, there))
-    return UserError(f"{where} has no column {column!r}; it has {names}: name yours, --set data.column=NAME")
 
 
 def _rows_of_files(files: Sequence[str], columns: tuple[str, ...], beside: tuple[str, ...]) -> Iterator[dict[str, Any]]:
@@ -122,7 +117,7 @@ def _text_rows(path: Path, columns: Sequence[str], beside: Sequence[str]) -> Ite
 def _parquet_rows(path: Path, columns: Sequence[str], beside: Sequence[str]) -> Iterator[dict[str, Any]]:
     with _open(path) as stream, pq.ParquetFile(_seekable(stream, path)) as file:
         present = file.schema_arrow.names
-        if not any(name in present for name in columns):
+        if not is_row(present, columns):
             raise no_column(str(path), columns[0], present)
         wanted = [name for name in (*columns, *beside) if name in present]
         for batch in file.iter_batches(batch_size=_ROWS_TOGETHER, columns=wanted, use_threads=False):
@@ -147,7 +142,7 @@ def _table_rows(path: Path, columns: Sequence[str], beside: Sequence[str]) -> It
         reader = csv.reader(text, delimiter=delimiter, strict=True)
         try:
             header = next(reader, [])
-            if header and not any(name in header for name in columns):
+            if header and not is_row(header, columns):
                 raise no_column(str(path), columns[0], header)
             wanted = {name: header.index(name) for name in (*columns, *beside) if name in header}
             for row in filter(None, reader):
@@ -169,9 +164,11 @@ def _json_rows(path: Path, columns: Sequence[str], beside: Sequence[str]) -> Ite
                 value = {columns[0]: value}
             if not isinstance(value, dict):
                 raise UserError(f"{path}, line {line}: a row must be an object, and this is {str(value)[:40]!r}")
-            if any(name in value for name in columns):
+            if is_row(value, columns):
                 some = True
                 yield {name: value[name] for name in (*columns, *beside) if name in value}
+            elif is_half(value):
+                raise no_column(f"{path}, line {line}", columns[0], list(value))
             elif not some:
                 there.update(dict.fromkeys(value))
                 passed_over += 1

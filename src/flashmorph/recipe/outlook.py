@@ -43,7 +43,7 @@ def check(teacher: Teacher, recipe: Recipe, processes: int = 1) -> None:
     teacher.generation()
     tokenizer = teacher.tokenizer()
     for corpus, _ in shares_of(recipe.data.corpus):
-        if tokenizer and corpus.is_chat:
+        if tokenizer and corpus.names_chat:
             require_template(tokenizer, corpus)
     if tokenizer and (recipe.chat_template or recipe.evaluate.chat_template):
         template_words(tokenizer, 1)

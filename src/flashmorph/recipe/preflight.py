@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from flashmorph.data.corpus import no_text, shares_of
-from flashmorph.data.documents import too_small
+from flashmorph.data.documents import require_words, too_small
 from flashmorph.data.supply import measure
 from flashmorph.errors import UserError
 from flashmorph.hosts import configure, with_branches_to_train
@@ -41,15 +41,17 @@ def preflight(
     _check_long_documents(recipe, tokenizer, stages)
 
 
-def reach_text(recipe: Recipe) -> None:
+def reach_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     """Read the first document of every dataset of the hub.
 
     Raises:
-        UserError: it cannot be reached, or has nothing to read.
+        UserError: it cannot be reached, has nothing to read, or see `require_words`.
     """
     for part, _ in shares_of(recipe.data.corpus):
-        if part.paths() is None and not next(part.every(), None):
-            raise UserError(f"{part.source} has no text in its first documents")
+        if part.paths() is None:
+            if not (document := next(part.every(), None)):
+                raise UserError(f"{part.source} has no text in its first documents")
+            require_words(tokenizer, part, document)
 
 
 def check_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stages: Collection[str]) -> None:

@@ -42,14 +42,17 @@ _REPLACED = {
 class SourceSettings(Settings):
     """The source of text: `demo`, a file, a folder, or the name of a dataset, which is streamed.
 
-    A row with `messages` or `conversations` in place of `column` is a conversation; `tools` is what it may call.
+    In place of `column` a row may have `messages`, `conversations` or `conversation`, `prompt` and `completion`, or
+    `instruction`, `input` and `output`; `tools` is what a conversation may call.
     """
 
     source: Name
     config: Name | None = None
     column: Name = "text"
     split: Name = Field(default="train", description="which split of a dataset is read; ours are taken from it")
-    loss_on: Literal["all", "replies"] = Field(default="all", description="the targets of the loss in conversations")
+    loss_on: Literal["all", "replies"] = Field(
+        default="all", description="targets: all tokens, or replies and completions"
+    )
 
     @property
     def single(self) -> Corpus:

@@ -95,7 +95,7 @@ def open_run(
         reads_text = set(stages) - {"align"} or with_branches_to_train(host)
         if reads_text and not (output / STAGES).exists():
             # A resumed run may have all its text already.
-            distributed.first(lambda: reach_text(recipe))
+            distributed.first(lambda: reach_text(recipe, tokenizer))
     for notice in distributed.first(lambda: notices(recipe, tokenizer, stages)):
         screen.say(notice)
     if recipe.shard is True and not distributed.are_several():
