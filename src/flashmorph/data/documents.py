@@ -166,8 +166,9 @@ class Part:
         """The tokens of a text with a prompt, and which are targets: those that reach into its completion."""
         text = EncodedText(self._tokenizer, document.text)
         first, _ = text.reaching_into(document.prompt or 0, len(document.text))
+        tokens: Any = text.ids
         kept, ends = len(self._before) + first, [self._learn_ends] * len(self._end)
-        return [*self._before, *text.ids, *self._end], [False] * kept + [True] * (len(text.ids) - first) + ends
+        return [*self._before, *tokens, *self._end], [False] * kept + [True] * (len(tokens) - first) + ends
 
     def _encode_chat(self, document: Document) -> tuple[list[int], list[bool] | None]:
         """The tokens of a conversation and which are targets; no tokens if it is unfit, which the first pass counts."""
