@@ -66,7 +66,7 @@ class Part:
         self._corpus, self._tokenizer, self._split, self._seed = corpus, tokenizer, split, seed
         self._max_passes, self._whole_rows, self._learn_ends = max_passes, whole_rows, learn_ends
         self._before = before_text(tokenizer)
-        self._end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        self._end: list[Any] = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         self._made_before = 0
         self._unfit: Counter[str] = Counter()
         self._position = Position()
@@ -166,9 +166,8 @@ class Part:
         """The tokens of a text with a prompt, and which are targets: those that reach into its completion."""
         text = EncodedText(self._tokenizer, document.text)
         first, _ = text.reaching_into(document.prompt or 0, len(document.text))
-        tokens: Any = text.ids
         kept, ends = len(self._before) + first, [self._learn_ends] * len(self._end)
-        return [*self._before, *tokens, *self._end], [False] * kept + [True] * (len(tokens) - first) + ends
+        return [*self._before, *text.ids, *self._end], [False] * kept + [True] * (len(text.ids) - first) + ends
 
     def _encode_chat(self, document: Document) -> tuple[list[int], list[bool] | None]:
         """The tokens of a conversation and which are targets; no tokens if it is unfit, which the first pass counts."""
