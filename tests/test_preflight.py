@@ -12,8 +12,10 @@ import pytest
 import yaml
 from conftest import FEW_STEPS, random_qwen3, run_command, tiny_tokenizer
 
-from flashmorph.data.corpus import Corpus
+from flashmorph.data.corpus import Corpus, no_text
 from flashmorph.data.formats import split_of
+from flashmorph.data.heldout import hold_out
+from flashmorph.data.rows import pack
 from flashmorph.data.supply import measure
 from flashmorph.errors import UserError
 from flashmorph.recipe.fitting import fit, require_beyond_windows
@@ -62,6 +64,62 @@ def test_files_that_are_not_read_are_named_before_all_else(teacher_folder, recip
     assert lines[0] in capsys.readouterr().out
     assert run_command("evaluate", teacher_folder, "--recipe", recipe_file, "--data", folder) == 0
     assert lines[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "number, of_each", [(1, "1 document (1 train)"), (9, "9 documents (9 train)"), (30, "30 documents (30 train)")]
+)
+def test_too_few_documents_are_counted_with_what_is_needed(recipe_file, tmp_path, number, of_each):
+    """For all splits at once, in a folder of files as in rows, and with what a document is."""
+    rows = rows_file(tmp_path / "rows.jsonl", number, splits={"train"})
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for place, line in enumerate(rows.read_text().splitlines()):
+        (folder / f"{place}.txt").write_text(json.loads(line)["text"])
+    for source in (rows, folder):
+        recipe = load_recipe(recipe_file, {"data.source": str(source), "data.max_passes": None})
+        with pytest.raises(UserError) as error:
+            check_text(recipe, tiny_tokenizer(), EVERY)
+        says = str(error.value)
+        assert says.startswith(
+            f"{source} has no text for the splits 'validation' (the search) and 'test' (evaluation): "
+        )
+        assert f"it has {of_each}, and of all documents 5% each go to validation, referee, test" in says
+        assert "give 100 different ones or more, or cut yours up" in says and "20,000 characters" in says
+
+
+@pytest.mark.parametrize("command", ["pool", "rows", "held out"])
+def test_a_reader_of_a_split_without_text_counts_the_documents_too(tmp_path, command):
+    """Where nothing was checked before: `evaluate`, or a dataset of the hub, whose documents are not counted."""
+    corpus, tokenizer = Corpus(str(rows_file(tmp_path / "rows.jsonl", 30, splits={"train"}))), tiny_tokenizer()
+    with pytest.raises(UserError, match=r"for the split 'validation' \(the search\): it has 30 documents \(30 train\)"):
+        if command == "pool":
+            corpus.pool("validation", 0)
+        elif command == "rows":
+            pack(corpus, tokenizer, "validation", 8, 4, 0, tmp_path / "rows.npy")
+        else:
+            hold_out(corpus, tokenizer, "validation", 8, 100, 0)
+    assert "it has" not in str(no_text(Corpus("org/set"), "test"))
+
+
+def test_one_long_text_has_documents_and_a_shorter_one_is_a_single_one(recipe_file, tmp_path):
+    words = "".join(f"Sentence {number} of a text. " for number in range(100_000))
+    for size, says in ((50_000, "1 document (1 "), (90_000, "3 documents (")):
+        (tmp_path / "text.txt").write_text(words[:size])
+        recipe = load_recipe(recipe_file, {"data.source": str(tmp_path / "text.txt"), "data.max_passes": None})
+        with pytest.raises(UserError) as error:
+            check_text(recipe, tiny_tokenizer(), EVERY)
+        assert says in str(error.value)
+    (tmp_path / "text.txt").write_text(words)
+    check_text(recipe, tiny_tokenizer(), EVERY)
+
+
+def test_text_of_empty_rows_is_named_as_such(recipe_file, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": ""}\n{"text": null}\n')
+    with pytest.raises(
+        UserError, match="rows.jsonl has no text for the splits 'train' .*: all of its files or rows are"
+    ):
+        check_text(load_recipe(recipe_file, {"data.source": str(tmp_path / "rows.jsonl")}), tiny_tokenizer(), EVERY)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Text: its sources, its four disjoint splits, and the position of a reader."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -12,7 +13,8 @@ import numpy as np
 
 from flashmorph.data.chat import CHAT_COLUMNS
 from flashmorph.data.folders import data_files, nothing_to_read, unread
-from flashmorph.data.formats import BESIDE, Document, document_of, text_columns
+from flashmorph.data.formats import BESIDE, HELD_OUT_SHARES, Document, document_of, text_columns
+from flashmorph.data.pieces import LONG, PIECE
 from flashmorph.data.textfiles import kind_of, stream_of
 from flashmorph.errors import UserError, first_line
 from flashmorph.files import names_a_path
@@ -21,6 +23,14 @@ from flashmorph.tasks.words import SPLITS
 DEMO = "demo"
 _CHAT = ("messages", "conversations")
 """Columns of conversations by name alone. That enters digests, so columns that came later are not among them."""
+_PURPOSES = {
+    "train": "training",
+    "validation": "the search",
+    "referee": "comparing strategies",
+    "test": "evaluation",
+}
+_ENOUGH = 100
+"""Documents of which a split of 5 % has at least one in 199 of 200 cases."""
 _BLOCK = 1_000
 _POOL_CHARACTERS = 8_000_000
 
@@ -208,6 +218,20 @@ def unread_of(corpus: Corpus | Mixture) -> list[str]:
     return [line for part in parts if (paths := part.paths()) and (line := unread(Path(part.source), paths))]
 
 
-def no_text(corpus: Corpus, split: str) -> UserError:
-    """The error for a corpus without a document in `split`."""
-    return UserError(f"{corpus.source} has no text for the split {split!r}: it needs more documents")
+def no_text(corpus: Corpus, *splits: str) -> UserError:
+    """The error for a corpus without a document in these splits; of local text it has the number of documents."""
+    missing = " and ".join(f"{split!r} ({_PURPOSES[split]})" for split in splits)
+    missing = f"the split{'s' * (len(splits) > 1)} {missing}"
+    there, is_local = "", corpus.paths() is not None
+    if is_local:
+        counts = Counter(document.split for document in corpus.every())
+        if not (number := counts.total()):
+            return UserError(f"{corpus.source} has no text for {missing}: all of its files or rows are empty")
+        of_each = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts[split])
+        there = f"it has {number:,} document{'s' * (number > 1)} ({of_each}), and "
+    share = f"{min(HELD_OUT_SHARES.values()):.0%} each go to {', '.join(HELD_OUT_SHARES)}, by their content"
+    return UserError(
+        f"{corpus.source} has no text for {missing}: {there}of all documents {share}; give {_ENOUGH} different ones or "
+        f"more, or cut yours up (a document is a file, a row, or some {PIECE:,} characters of a text of more than "
+        f"{LONG:,})"
+    )

@@ -12,7 +12,7 @@ from flashmorph.data.chat import CHAT_COLUMNS, TOOLS_COLUMN, Message, messages_i
 from flashmorph.errors import UserError, quoted
 from flashmorph.records import Figures
 
-_HELD_OUT_SHARES = {"validation": 0.05, "referee": 0.05, "test": 0.05}
+HELD_OUT_SHARES = {"validation": 0.05, "referee": 0.05, "test": 0.05}
 _PROMPT, _COMPLETION = "prompt", "completion"
 _INSTRUCTION, _INPUT, _OUTPUT = "instruction", "input", "output"
 _PAIRS = ((_PROMPT, _COMPLETION), (_INSTRUCTION, _OUTPUT))
@@ -24,7 +24,7 @@ BESIDE = (*(name for pair in _PAIRS for name in pair), _INPUT, TOOLS_COLUMN)
 def split_of(text: str) -> str:
     """The split that a document belongs to, from the digest of its text alone: no order or seed can move it."""
     point = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
-    for split, share in _HELD_OUT_SHARES.items():
+    for split, share in HELD_OUT_SHARES.items():
         if point < share:
             return split
         point -= share

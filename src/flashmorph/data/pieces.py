@@ -4,22 +4,23 @@ import re
 from collections.abc import Iterator
 from typing import TextIO
 
-_LONG, _PIECE = 60_000, 20_000
+LONG, PIECE = 60_000, 20_000
+"""Characters of a text that is cut, if it has more, and of its pieces."""
 _EMPTY_LINE = re.compile(r"\n\s*\n")
 _OTHER_ENDS = tuple(map(re.compile, (r"\n", r"[.!?…][\"'”’»)\]]*\s+|[。！？]", r"\s")))
 """Possible ends of a piece without an empty line: a line, else a sentence, else a word."""
 
 
 def in_pieces(stream: TextIO) -> Iterator[str]:
-    """The text of a stream: whole up to `_LONG` characters; a longer one in pieces of `_PIECE` characters or more.
+    """The text of a stream: whole up to `LONG` characters; a longer one in pieces of `PIECE` characters or more.
 
-    A piece ends with the first empty line behind its `_PIECE` characters; if there is none for long, near them with a
+    A piece ends with the first empty line behind its `PIECE` characters; if there is none for long, near them with a
     line, else a sentence, else a word, else anywhere. The pieces are the text, nothing left out.
     """
     text = ""
-    while more := stream.read(4 * _LONG):
+    while more := stream.read(4 * LONG):
         text, start = text + more, 0
-        while len(text) - start > _LONG:
+        while len(text) - start > LONG:
             end = _end_of_piece(text, start)
             yield text[start:end]
             start = end
@@ -29,8 +30,8 @@ def in_pieces(stream: TextIO) -> Iterator[str]:
 
 
 def _end_of_piece(text: str, start: int) -> int:
-    earliest = start + _PIECE
-    if match := _EMPTY_LINE.search(text, earliest, start + _LONG):
+    earliest = start + PIECE
+    if match := _EMPTY_LINE.search(text, earliest, start + LONG):
         return match.end()
-    matches = (end.search(text, earliest, earliest + _PIECE) for end in _OTHER_ENDS)
+    matches = (end.search(text, earliest, earliest + PIECE) for end in _OTHER_ENDS)
     return next((match.end() for match in matches if match), earliest)

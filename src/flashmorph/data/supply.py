@@ -35,12 +35,18 @@ _MOST_COMPRESSED = 20
 class Supply(NamedTuple):
     """`splits` that a document was seen of; `tokens` of the split `train` in one pass, at most.
 
-    `whole`: all text was read, so what was not seen is not there.
+    `whole`: all text was read, so what was not seen is not there. `counted`: no token is estimated.
     """
 
     splits: set[str]
     tokens: float
     whole: bool
+    counted: bool
+
+    @property
+    def likely(self) -> int:
+        """The tokens of the split `train` without the margin of an estimate."""
+        return int(self.tokens if self.counted else self.tokens / _MARGIN)
 
 
 def measure(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, enough: float, splits: set[str]) -> Supply:
@@ -62,9 +68,9 @@ def measure(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, enough: float, s
             sample.add(document)
         if (sample.tokens >= enough or sample.is_full) and (seen >= splits or read >= _READ):
             if sample.tokens >= enough:
-                return Supply(seen, sample.tokens, False)
-            return Supply(seen, _at_most(corpus, sample.share(of_train), rows, size), False)
-    return Supply(seen, sample.share(of_train), True)
+                return Supply(seen, sample.tokens, False, counted=True)
+            return Supply(seen, _at_most(corpus, sample.share(of_train), rows, size), False, counted=False)
+    return Supply(seen, sample.share(of_train), True, counted=not sample.is_full)
 
 
 class _Sample:

@@ -14,7 +14,7 @@ from flashmorph.recipe.questions import open_layout
 from flashmorph.recipe.recipe import Recipe
 from flashmorph.selection import STRATEGIES
 from flashmorph.stages import TrainSettings
-from flashmorph.tasks import STYLES, make_example
+from flashmorph.tasks import SPLITS, STYLES, make_example
 from flashmorph.tokens.special_tokens import before_text
 
 COMPARE = "compare"
@@ -67,8 +67,8 @@ def check_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stages: Colle
         needed = {settings.stage: round(share * _text_tokens(settings)) for settings in _trained(recipe, stages)}
         enough = max(needed.values(), default=0) / passes if passes else 0
         supply = measure(part, tokenizer, enough, splits)
-        if supply.whole and (missing := [split for split in sorted(splits) if split not in supply.splits]):
-            raise no_text(part, missing[0])
+        if supply.whole and (missing := [split for split in SPLITS if split in splits - supply.splits]):
+            raise no_text(part, *missing)
         for stage, tokens in needed.items():
             if passes and supply.tokens * passes < tokens:
                 raise UserError(f"{stage}: {too_small(part, 'train', int(supply.tokens), tokens, passes)}")
