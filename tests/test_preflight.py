@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 from conftest import FEW_STEPS, random_qwen3, run_command, tiny_tokenizer
+from test_textfiles import write_rows
 
 from flashmorph.data.corpus import Corpus, no_text
 from flashmorph.data.formats import split_of
@@ -173,10 +174,45 @@ def test_too_little_text_for_the_last_stage_is_told_before_the_first(
     options = ("--recipe", recipe_file, "--output", tmp_path / "out", "--data", text, *long)
     assert run_command("morph", teacher_folder, *options) == 2
     sentence = told(capsys)
-    assert "extend: " in sentence and "is too small" in sentence and "10,000,000 are needed" not in sentence
+    assert "is too small" in sentence and "read 4 times at most, and extend needs 9,999,872; give" in sentence
     assert not (tmp_path / "out").exists()
     recipe = load_recipe(recipe_file, {"data.source": str(text), "extend.tokens": 10_000_000, "data.max_passes": None})
     check_text(recipe, tiny_tokenizer(), EVERY)
+
+
+@pytest.mark.parametrize("words", ["texts", "talks"])
+def test_all_stages_that_text_is_too_little_for_are_named_with_tokens_that_do(recipe_file, tmp_path, words):
+    """Also of several sources at once; what is proposed is enough for the check and for packing."""
+    sources, tokenizer = [], tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    for name, number in (("one", 120), ("two", 150)):
+        rows = [json.loads(line) for line in rows_file(tmp_path / "rows", number).read_text().splitlines()]
+        talks = [{"messages": [{"role": "user", "content": row["text"]}]} for row in rows]
+        sources.append(write_rows(tmp_path / f"{name}.jsonl", talks if words == "talks" else rows))
+    mixture = [{"source": str(source), "weight": weight} for source, weight in zip(sources, (1, 3), strict=True)]
+    changes = {"data.mixture": mixture, "align.tokens": 200_000, "extend.tokens": 1_000_000,
+               "extend.retrieval_share": 0.5}  # fmt: skip
+    stages = ("align", "distill", "extend")
+    with pytest.raises(UserError) as error:
+        check_text(load_recipe(recipe_file, changes), tokenizer, stages)
+    says = str(error.value)
+    assert says.count("is too small") == 2 and "distill" not in says and len(says.splitlines()) == 1
+    assert "one.jsonl is too small" in says and "and align needs 149,952, extend needs 374,976; give more" in says
+    proposed = dict(re.findall(r"--set (\w+\.tokens)=(\d+)", says))
+    assert list(proposed) == ["align.tokens", "extend.tokens"]
+    recipe = load_recipe(recipe_file, {**changes, **{key: int(value) for key, value in proposed.items()}})
+    check_text(recipe, tokenizer, stages)
+    for settings in (recipe.align, recipe.extend):
+        assert settings and settings.tokens > 10_000
+        rows = settings.rows - settings.questions
+        pack(recipe.data.corpus, tokenizer, "train", settings.length, rows, 0, tmp_path / f"{settings.stage}.npy", 4)
+
+
+def test_where_not_even_a_step_fits_no_tokens_are_proposed(recipe_file, tmp_path):
+    text = rows_file(tmp_path / "rows.jsonl", 200, words=1)
+    big = {"data.source": str(text), "align.batch_tokens": 1 << 20, "align.tokens": 1 << 20}
+    with pytest.raises(UserError, match="align needs 1,048,576; give more --data, or --allow-repeat$"):
+        check_text(load_recipe(recipe_file, big), tiny_tokenizer(), EVERY)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet"])

@@ -35,18 +35,13 @@ _MOST_COMPRESSED = 20
 class Supply(NamedTuple):
     """`splits` that a document was seen of; `tokens` of the split `train` in one pass, at most.
 
-    `whole`: all text was read, so what was not seen is not there. `counted`: no token is estimated.
+    `whole`: all text was read, so what was not seen is not there. `likely` is `tokens` without the margins.
     """
 
     splits: set[str]
     tokens: float
     whole: bool
-    counted: bool
-
-    @property
-    def likely(self) -> int:
-        """The tokens of the split `train` without the margin of an estimate."""
-        return int(self.tokens if self.counted else self.tokens / _MARGIN)
+    likely: int
 
 
 def measure(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, enough: float, splits: set[str]) -> Supply:
@@ -68,16 +63,18 @@ def measure(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, enough: float, s
             sample.add(document)
         if (sample.tokens >= enough or sample.is_full) and (seen >= splits or read >= _READ):
             if sample.tokens >= enough:
-                return Supply(seen, sample.tokens, False, counted=True)
-            return Supply(seen, _at_most(corpus, sample.share(of_train), rows, size), False, counted=False)
-    return Supply(seen, sample.share(of_train), True, counted=not sample.is_full)
+                return Supply(seen, sample.tokens, False, int(sample.tokens))
+            most = _at_most(corpus, sample.share(of_train), rows, size)
+            return Supply(seen, most, False, sample.likely(most))
+    most = sample.share(of_train)
+    return Supply(seen, most, True, sample.likely(most))
 
 
 class _Sample:
     """The first documents that it is given, and their tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokens, self._characters = 0, 0
+        self.tokens, self._characters, self._around = 0, 0, 0
         self._tokenizer, self._waiting = tokenizer, []
 
     @property
@@ -90,7 +87,8 @@ class _Sample:
         if self.is_full:
             return
         self._characters += len(document.text)
-        self.tokens += _AROUND * (1 + len(document.messages)) if document.messages else 2
+        around = _AROUND * (1 + len(document.messages)) if document.messages else 2
+        self.tokens, self._around = self.tokens + around, self._around + around
         self._waiting.append(document.text)
         if self.is_full or sum(map(len, self._waiting)) >= _TOGETHER:
             self._count()
@@ -101,6 +99,11 @@ class _Sample:
         if characters <= self._characters:
             return self.tokens
         return _MARGIN * self.tokens / self._characters * characters
+
+    def likely(self, tokens: float) -> int:
+        """Of so many tokens at most, those that there are without margins, and none around texts and messages."""
+        estimated = _MARGIN if self.is_full else 1
+        return int(tokens / estimated * (1 - self._around / max(1, self.tokens))) if tokens < float("inf") else 0
 
     def _count(self) -> None:
         if self._waiting:

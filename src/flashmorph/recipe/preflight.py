@@ -1,11 +1,12 @@
 """Before any stage: whether the text is enough for all of them, and whether every task fits where it is asked."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from flashmorph.data.corpus import no_text, shares_of
-from flashmorph.data.documents import require_words, too_small
+from flashmorph.data.documents import require_words
 from flashmorph.data.supply import measure
 from flashmorph.errors import UserError
 from flashmorph.hosts import configure, with_branches_to_train
@@ -19,6 +20,8 @@ from flashmorph.tokens.special_tokens import before_text
 
 COMPARE = "compare"
 _DRAWS = 4
+_SAFE = 0.9
+"""The share of the tokens that there probably are which a message proposes to train on."""
 _CHEAP_TOKENS = 1_024
 
 
@@ -58,20 +61,49 @@ def check_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stages: Colle
     """Refuse too little text.
 
     Raises:
-        UserError: names the stage, or the split.
+        UserError: names the splits, or all stages that it is too little for.
     """
-    passes, splits = recipe.data.max_passes, _splits(recipe, stages)
+    passes, splits, trained = recipe.data.max_passes, _splits(recipe, stages), _trained(recipe, stages)
+    short: list[_Short] = []
     for part, share in shares_of(recipe.data.corpus):
         if part.paths() is None:
             continue
-        needed = {settings.stage: round(share * _text_tokens(settings)) for settings in _trained(recipe, stages)}
+        needed = {settings.stage: round(share * _text_tokens(settings)) for settings in trained}
         enough = max(needed.values(), default=0) / passes if passes else 0
         supply = measure(part, tokenizer, enough, splits)
         if supply.whole and (missing := [split for split in SPLITS if split in splits - supply.splits]):
             raise no_text(part, *missing)
-        for stage, tokens in needed.items():
-            if passes and supply.tokens * passes < tokens:
-                raise UserError(f"{stage}: {too_small(part, 'train', int(supply.tokens), tokens, passes)}")
+        if passes and (of := {stage: tokens for stage, tokens in needed.items() if supply.tokens * passes < tokens}):
+            short.append(_Short(part.source, supply.likely, of))
+    if passes and short:
+        raise UserError(_too_small(short, trained, passes))
+
+
+class _Short(NamedTuple):
+    """A source that has `tokens` of the split `train`, too few for stages that each need so many of it."""
+
+    source: str
+    tokens: int
+    needed: dict[str, int]
+
+
+def _too_small(short: Sequence[_Short], trained: Sequence[TrainSettings], passes: int) -> str:
+    """One sentence on all stages, with the most tokens that each of them may have."""
+    facts = [
+        f"{each.source} is too small: it has about {each.tokens:,} tokens for the split 'train', read {passes} times "
+        f"at most, and {', '.join(f'{stage} needs {tokens:,}' for stage, tokens in each.needed.items())}"
+        for each in short
+    ]
+    fewer = []
+    for settings in trained:
+        shares = [each.tokens * passes / each.needed[settings.stage] for each in short if settings.stage in each.needed]
+        if shares:
+            fewer.append((settings.stage, int(_SAFE * min(shares) * settings.steps) * settings.batch_tokens))
+    there = all(tokens for _, tokens in fewer)
+    remedy = (
+        f"fewer tokens ({' '.join(f'--set {stage}.tokens={tokens}' for stage, tokens in fewer)}), " if there else ""
+    )
+    return f"{'; '.join(facts)}; give more --data, {remedy}or --allow-repeat"
 
 
 def _check_long_documents(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stages: Collection[str]) -> None:
