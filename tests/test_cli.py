@@ -4,6 +4,7 @@ import json
 import shutil
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -405,6 +406,45 @@ def test_options_that_change_nothing_or_cannot_be_are_refused_before_anything_is
     new = tmp_path / "new"
     assert says in refused(capsys, *(str(new) if part == "NEW" else part for part in command.split()))
     assert not new.exists()
+
+
+def test_no_command_takes_an_option_of_one_value_twice(capsys):
+    """The last one would count, without a word; also where it is joined or short."""
+    commands: Any = get_command(app)
+    for name, command in commands.commands.items():
+        options = [option for option in command.params if option.param_type_name == "option" and not option.is_flag]
+        for option in (option for option in options if not option.multiple):
+            long = option.opts[0]
+            for each in option.opts:
+                joined = f"{each}=2" if each.startswith("--") else f"{each}2"
+                sentence = refused(capsys, name, "tiny", each, "1", joined)
+                assert f"{long} takes one value, and it has '1' and '2': give one" in sentence
+                assert ("in data.mixture" in sentence) == (long == "--data")
+
+
+def test_what_may_be_repeated_may(capsys, tmp_path, teacher_folder, recipe_file):
+    """Options of several values and flags; and what looks like an option may be a value, or stand behind `--`."""
+    options = ("--recipe", recipe_file, "--allow-repeat", "--allow-repeat", "--dry-run", "--dry-run", "--json")
+    settings = ("--set", "align.tokens=512", "--set=distill.tokens=512", "--set", "extend.tokens=512")
+    assert run_command("morph", teacher_folder, "-o", tmp_path / "run", *options, *settings) == 0
+    capsys.readouterr()
+    sentence = refused(capsys, "generate", tmp_path / "none", "--prompt", "--device", "--device", "cpu")
+    assert "takes one value" not in sentence
+    sentence = refused(capsys, "generate", "--prompt", "a", "--", "--prompt", "--prompt")
+    assert "takes one value" not in sentence
+
+
+@pytest.mark.parametrize("command", ["morph tiny --output out", "evaluate tiny", "bench tiny"])
+@pytest.mark.parametrize("first", [["--set", "align.tokens=1"], ["--set=align.tokens=1"]])
+def test_a_setting_without_its_own_option_is_named(capsys, tmp_path, monkeypatch, command, first):
+    monkeypatch.chdir(tmp_path)
+    sentence = refused(capsys, *command.split(), *first, "distill.tokens=2", "x=3")
+    assert sentence.endswith(
+        "'distill.tokens=2' has no --set: give each setting its own, --set align.tokens=1 --set distill.tokens=2"
+    )
+    (tmp_path / "distill.tokens=2").mkdir()
+    if not command.startswith("morph"):
+        assert "has no --set" not in refused(capsys, *command.split(), *first, "distill.tokens=2")
 
 
 def test_a_stage_that_a_recipe_switches_off_is_switched_on_by_one_setting(capsys, tmp_path):
