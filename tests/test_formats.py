@@ -4,6 +4,7 @@ import json
 from itertools import product
 from pathlib import Path
 
+import datasets
 import pytest
 from conftest import run_command, tiny_tokenizer
 from test_chat import MARKED, PLAIN, chatty, documents, tool
@@ -17,6 +18,8 @@ from flashmorph.data.formats import Document, document_of, split_of
 from flashmorph.data.identity import has_conversations
 from flashmorph.data.rows import pack
 from flashmorph.errors import UserError
+from flashmorph.recipe.preflight import reach_text
+from flashmorph.recipe.recipe import load_recipe
 
 TOKENIZERS = [pytest.param(*each, id=" ".join(each)) for each in product(KINDS, BEFORE)]
 BORDERS = [
@@ -281,6 +284,29 @@ def test_columns_of_other_formats_in_files_with_text_change_nothing(tmp_path):
     found = [documents(Corpus(str(write_rows(tmp_path / f"{name}.jsonl", rows))))
              for name, rows in (("plain", plain), ("more", more))]  # fmt: skip
     assert found[0] == found[1] and len(found[0]) == 20
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"prompt": "a", "completion": "b", "id": 1}, ""),
+        ({"instruction": "a", "input": "", "output": "b"}, "no chat template"),
+        ({"conversation": [said("user", "a"), said("assistant", "b")]}, "no chat template"),
+        ({"text": "a"}, "`loss_on: replies` is for conversations"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "org/set has no column 'text'; it has 'prompt', 'chosen'"),
+    ],
+)
+def test_the_first_row_of_a_dataset_decides_before_the_first_stage(recipe_file, monkeypatch, row, says):
+    """A dataset of the hub is not read before a run, but for its first documents."""
+    stream = datasets.IterableDataset.from_generator(lambda: iter([row] * 9))
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: stream)
+    recipe = load_recipe(recipe_file, {"data.source": "org/set", "data.loss_on": "replies"})
+    if not says:
+        reach_text(recipe, tiny_tokenizer())
+        return
+    with pytest.raises(UserError) as error:
+        reach_text(recipe, tiny_tokenizer())
+    assert says in str(error.value)
 
 
 def test_a_run_takes_each_format(teacher_folder, recipe_file, tmp_path, capsys):
