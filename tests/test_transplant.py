@@ -19,6 +19,7 @@ from flashmorph.convert.teacher import open_teacher
 from flashmorph.errors import UserError
 from flashmorph.hosts import host_for
 from flashmorph.hosts.qwen3_5 import Qwen35Host
+from flashmorph.pipeline.export import lay_out
 
 CHANGED = [name for name in TEACHERS if name.startswith("qwen3")]
 """Teachers some of whose weights are stored otherwise in their host; those of all others are copied."""
@@ -371,6 +372,35 @@ def test_config_json_says_what_engines_read(tmp_path):
     assert again.config.layer_types == model.config.layer_types == ["full_attention", "full_attention"]
     assert again.config.rope_parameters == model.config.rope_parameters
     assert torch.equal(logits(again, some_tokens()), logits(model, some_tokens()))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "lost"),
+    [
+        ("llama", {}, {"layer_types", "rope_theta"}),
+        ("llama: bias, untied, llama3", {}, {"layer_types", "rope_theta", "rope_scaling"}),
+        ("qwen3", {}, set()),
+        ("qwen3_moe", {}, set()),
+        ("llama", {"window": 16}, set()),
+    ],
+)
+def test_what_engines_read_is_there_again_with_the_hybrid_s_own_config_json(tmp_path, name, settings, lost):
+    """README, "Serve it": transformers reads Granite's words as its own newer ones, and those it writes."""
+    teacher = random_teacher(name)
+    model, _ = transplant(teacher, settings)
+    teacher.save_pretrained(tmp_path / "teacher")
+    save_model(model, tmp_path / "host", tmp_path / "teacher")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "host")
+    with torch.no_grad():
+        merged.get_input_embeddings().weight.mul_(1.5)
+    merged.save_pretrained(tmp_path / "again")
+    before, after = (json.loads((tmp_path / each / "config.json").read_text()) for each in ("host", "again"))
+    assert {key for key in before if before[key] != after.get(key)} == lost
+    lay_out(tmp_path / "again", merged.config, tmp_path / "for export")
+    assert {**before, **json.loads((tmp_path / "for export" / "config.json").read_text())} == before
+    shutil.copy(tmp_path / "host" / "config.json", tmp_path / "again" / "config.json")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again, some_tokens()), logits(merged, some_tokens()))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
