@@ -1,6 +1,7 @@
 """GGUF files as teachers: written here from random models, opened again into the same model or refused by name."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -82,11 +83,16 @@ def test_quantised_matrices_become_bfloat16_and_it_says_so(tmp_path):
     same_logits(model, folder, 0.1)
 
 
-def test_it_is_opened_once(tmp_path):
+def test_it_is_opened_once(tmp_path, cache):
+    """And again where its checkpoint was removed."""
     file = written(made("llama"), tmp_path / "teacher.gguf")
     folder = checkpoint_of(file)
-    before = (folder / "model.safetensors").stat().st_mtime_ns
-    assert checkpoint_of(file) == folder and (folder / "model.safetensors").stat().st_mtime_ns == before
+    weights = folder / "model.safetensors"
+    before, content = weights.stat().st_mtime_ns, weights.read_bytes()
+    assert checkpoint_of(file) == folder and weights.stat().st_mtime_ns == before
+    shutil.rmtree(cache)
+    assert checkpoint_of(file) == folder and folder.parent == cache / "flashmorph" / "gguf"
+    assert weights.read_bytes() == content
 
 
 @pytest.mark.parametrize("original, factor, high", [(64, 8.0, 4.0), (8192, 32.0, 4.0), (100, 4.0, 3.0)])
