@@ -96,9 +96,10 @@ def test_one_hot_gates_are_the_built_model(teacher, seed):
 def test_one_hot_gates_are_the_built_model_with_every_mixer_and_convolutions():
     supernet = morphable(**EVERY)
     space = supernet.space(Budget("heads", 1))
-    names = set()
-    for options in ([1, 2, 3, 4, 5, 0], [6, 7, 0, 1, 7, 6]):
-        plan = space.of_options(options, Budget("heads", 1))
+    names, groups = set(), len(space.groups)
+    in_turn = [*range(1, len(space.options)), 0]
+    for start in range(0, len(in_turn), groups):
+        plan = space.of_options((in_turn[start:] + in_turn)[:groups], Budget("heads", 1))
         gates = torch.tensor(space.one_hot(plan), dtype=torch.float32).requires_grad_()
         hidden = supernet(IDS, gates)
         built = supernet.instantiate(plan)

@@ -1,7 +1,7 @@
 """On random surfaces every strategy finds the plans of version 0.2 and asks the same questions in the same order.
 
 `plans_of_0_2.json` was written by this file with the strategies as they were before they thought in moves; the races at
-the end of `budgeted-gates` came later:
+the end of `budgeted-gates` came later. Strategies that came later have no plans there and are not run:
 
     PYTHONPATH=src:tests python tests/test_same_plans.py
 """
@@ -29,8 +29,7 @@ SETTINGS = {
     "nll": [{}, {"direction": "switch"}],
     "race": [{}, {"swaps": False}, {"start_questions": 3, "confidence": 0.95}],
 }
-LATER = ("attribution", "intervention")
-NAMES = [name for name, strategy in STRATEGIES.items() if not strategy.finds_budget and name not in LATER]
+NAMES = list(dict.fromkeys(about.split()[0] for about in json.loads(KNOWN.read_text())))
 
 
 class Surface(Forgetful):

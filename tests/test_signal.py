@@ -74,9 +74,14 @@ def test_each_task_is_measured_on_its_own_questions():
 def test_signal_is_asked_for_where_the_choice_goes_by_answers(strategy):
     recipe = load_recipe("default", {"select.strategy": strategy})
     assert recipe.select.require_signal and goes_by_answers(recipe) == asks_questions(strategy, {})
-    assert goes_by_answers(recipe) == (strategy not in ("first", "last", "middle", "uniform", "kl", "tolerance"))
+    assert goes_by_answers(recipe) == STRATEGIES[strategy].asks_questions
     assert not goes_by_answers(load_recipe("default", {"select.strategy": strategy, "select.require_signal": False}))
     assert not asks_questions("gates", {"data": "text"})
+
+
+@pytest.mark.parametrize("strategy", ["first", "last", "middle", "uniform", "kl", "tolerance"])
+def test_a_choice_without_answers_needs_no_signal(strategy):
+    assert not goes_by_answers(load_recipe("default", {"select.strategy": strategy}))
 
 
 def test_a_layer_is_worse_than_silent_from_an_error_of_1_on():
