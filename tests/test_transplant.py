@@ -385,7 +385,7 @@ def test_config_json_says_what_engines_read(tmp_path):
     ],
 )
 def test_what_engines_read_is_there_again_with_the_hybrid_s_own_config_json(tmp_path, name, settings, lost):
-    """README, "Serve it": transformers reads Granite's words as its own newer ones, and those it writes."""
+    """docs/serving.md: transformers reads Granite's words as its own newer ones, and those it writes."""
     teacher = random_teacher(name)
     model, _ = transplant(teacher, settings)
     teacher.save_pretrained(tmp_path / "teacher")
