@@ -5,7 +5,6 @@ are in `flashmorph.own`; they travel with every checkpoint, and no engine beside
 """
 
 import copy
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -13,7 +12,7 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from flashmorph.errors import UserError, quoted
+from flashmorph.errors import UserError, nearest, quoted
 from flashmorph.hosts.checks import BIASED, LLAMA_SETTINGS, ROPE_TYPES, refuse_rope, refuse_two_factors, refuse_windows
 from flashmorph.hosts.host import Host, layer_prefixes, split_joint
 from flashmorph.hosts.serving import TRANSFORMERS, Engine
@@ -77,12 +76,12 @@ class OwnHost(Host):
         mixers = given["mixers"]
         names = [name.strip() for name in mixers.split(",")] if isinstance(mixers, str) else []
         wrong = [name for name in names if name not in (FULL, *OWN_MIXERS)]
-        near = difflib.get_close_matches(wrong[0], (FULL, *OWN_MIXERS), 1) if wrong else []
+        near = nearest(wrong[0], (FULL, *OWN_MIXERS)) if wrong else None
         if not names or wrong or len(set(names)) < len(names) or FULL not in names or len(names) < 2:
             raise UserError(
                 f"host.mixers must be {FULL} and at least one of {', '.join(OWN_MIXERS)}, each once and with commas, "
                 f"such as {FULL},{next(iter(OWN_MIXERS))}; got {quoted(mixers)}"
-                + (f": did you mean {near[0]}?" if near else "")
+                + (f": did you mean {near}?" if near else "")
             )
         return OwnHost([name for name in (FULL, *OWN_MIXERS) if name in names], bool(given.get("conv")))
 
