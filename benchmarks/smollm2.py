@@ -26,7 +26,6 @@ from flashmorph.recipe.recipe import load_recipe
 from flashmorph.selection import DEFAULT_STRATEGY
 
 MODELS = ("teacher", "uniform_undistilled", "uniform", "hybrid_undistilled", "hybrid")
-BY_POSITION = "perplexity_by_position"
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -76,9 +75,7 @@ def evaluated_in(file: Path) -> dict[str, Any]:
     for model, figures in json.loads(text[text.index("{") :]).items():
         form = next((part for part in Path(model).parts if part.startswith("smollm2-")), "teacher")
         name = "uniform" if "stages" in Path(model).parts else form.removeprefix("smollm2-")
-        named[name] = {key: value for key, value in figures.items() if key not in ("cache_bytes", BY_POSITION)}
-        if "minus_first" in figures:
-            named[name]["minus_first"]["perplexity"].pop("by_position")
+        named[name] = {key: value for key, value in figures.items() if key != "cache_bytes"}
     return named
 
 
