@@ -96,6 +96,8 @@ class RichScreen:
 
     def show(self, results: Results) -> None:
         """The closing tables, the strip of layers, and the hybrid beside its teacher and the baseline."""
+        from flashmorph.report.looks import label
+
         context = longest_context(score.cache_bytes for score in results.scores.values())
         title = "recall: greedy generation, exact match of the whole answer"
         overview = new_table(title, "model", "recall", "95 %", "perplexity", f"cache at {int(context):,}")
@@ -105,11 +107,10 @@ class RichScreen:
             figures = score.to_dict()
             low, high = figures["recall_interval"]
             cache = byte_size(score.cache_bytes[context])
-            label = name.replace("_", " ")
             interval = f"{100 * low:.1f}-{100 * high:.1f}"
-            overview.add_row(label, f"{100 * score.recall:.1f} %", interval, f"{score.perplexity:.3f}", cache)
+            overview.add_row(label(name), f"{100 * score.recall:.1f} %", interval, f"{score.perplexity:.3f}", cache)
             tasks = figures["recall_by_task"].values()
-            by_task.add_row(label, *(f"{100 * task['recall']:.0f} %" for task in tasks))
+            by_task.add_row(label(name), *(f"{100 * task['recall']:.0f} %" for task in tasks))
         self.console.print(overview)
         self.console.print(by_task)
         if note := shortage(first.to_dict()):
