@@ -408,23 +408,20 @@ def test_options_that_change_nothing_or_cannot_be_are_refused_before_anything_is
     assert not new.exists()
 
 
-def test_no_command_takes_an_option_of_one_value_twice(capsys):
-    """The last one would count, without a word; also where it is joined or short."""
+def test_no_command_takes_texts_or_prompts_twice(capsys):
+    """Who gives several means all of them; of other options the last one counts, as everywhere."""
     commands: Any = get_command(app)
     for name, command in commands.commands.items():
         options = [option for option in command.params if option.param_type_name == "option" and not option.is_flag]
-        for option in (option for option in options if not option.multiple):
-            long = option.opts[0]
-            for each in option.opts:
-                joined = f"{each}=2" if each.startswith("--") else f"{each}2"
-                sentence = refused(capsys, name, "tiny", each, "1", joined)
-                assert f"{long} takes one value, and it has '1' and '2': give one" in sentence
-                assert ("in data.mixture" in sentence) == (long == "--data")
+        for (long,) in (option.opts for option in options if option.opts[0] in ("--data", "--prompt")):
+            sentence = refused(capsys, name, "tiny", long, "1", f"{long}=2")
+            assert f"{long} takes one value, and it has '1' and '2': give one" in sentence
+            assert ("in data.mixture" in sentence) == (long == "--data")
 
 
 def test_what_may_be_repeated_may(capsys, tmp_path, teacher_folder, recipe_file):
     """Options of several values and flags; and what looks like an option may be a value, or stand behind `--`."""
-    options = ("--recipe", recipe_file, "--allow-repeat", "--allow-repeat", "--dry-run", "--dry-run", "--json")
+    options = ("--recipe", "none", "--recipe", recipe_file, "--allow-repeat", "--allow-repeat", "--dry-run", "--json")
     settings = ("--set", "align.tokens=512", "--set=distill.tokens=512", "--set", "extend.tokens=512")
     assert run_command("morph", teacher_folder, "-o", tmp_path / "run", *options, *settings) == 0
     capsys.readouterr()

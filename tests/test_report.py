@@ -157,7 +157,7 @@ def test_what_is_no_run_is_refused(finished, tmp_path, capsys):
 def test_the_card_links_the_report(finished):
     card = (finished / "README.md").read_text()
     assert "(report.html)" in card and "points of recall" in card and "--recipe recipe.yaml --output" in card
-    assert "base_model" not in card
+    assert "base_model" not in card.split("---")[1] and "`base_model` (the teacher was read from this machine" in card
 
 
 @pytest.mark.skipif(browser.find() is None, reason="no Chromium here")

@@ -5,7 +5,7 @@ the other ranks wait for its result.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -137,15 +137,18 @@ def gather(value: T) -> list[T]:
     return cast(list[T], values)
 
 
-def spread(parts: Sequence[P], work: Callable[[P], T]) -> list[T]:
+def spread(parts: Iterable[P], work: Callable[[P], T]) -> list[T]:
     """`work` of each part, in the order of `parts`: rank 0 does the first, rank 1 the second, and so on in turns.
 
-    All ranks must call it, with the same parts; each holds the model that works.
+    All ranks must call it, with the same parts; each holds the model that works. Parts are taken one by one.
     """
-    size = count()
+    size, number, done = count(), 0, []
     own = rank() if size > 1 else 0
-    of_ranks = gather([work(part) for part in parts[own::size]])
-    return [of_ranks[number % size][number // size] for number in range(len(parts))]
+    for number, part in enumerate(parts, 1):
+        if (number - 1) % size == own:
+            done.append(work(part))
+    of_ranks = gather(done)
+    return [of_ranks[part % size][part // size] for part in range(number)]
 
 
 def total(values: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,8 @@ from flashmorph.surface.quoting import shell_command
 from flashmorph.versions import own_version
 
 _SETTING = re.compile(r"[A-Za-z_][\w.]*=")
+_ONCE = ("--data", "--prompt")
+"""Options of one value of which somebody may give several and mean all; of others the last one counts."""
 _MAY_BE_EMPTY = ("--prompt", "--set")
 """Options whose own check has a message for an empty value."""
 
@@ -22,7 +24,8 @@ class _Commands(TyperGroup):
     """Commands that take no empty name: as a path it would be the folder that one happens to stand in."""
 
     def parse_args(self, ctx, args):
-        """Refuse empty arguments, options that are given twice, and settings without a `--set`; then see `click`.
+        """Refuse empty arguments, texts or prompts that are given twice, and settings without a `--set`; then see
+        `click`.
 
         Raises:
             UserError: names what is empty, given twice, or without its option.
@@ -59,9 +62,9 @@ def _given(command: Any, args: Sequence[str]) -> Iterator[tuple[Any, str]]:
 
 
 def _require_once(given: Sequence[tuple[Any, str]]) -> None:
-    """Refuse an option of one value that is given several: the last one would silently count."""
-    options = dict.fromkeys(option for option, _ in given if option and not option.is_flag and not option.multiple)
-    for option in options:
+    """Refuse several values of one of `_ONCE`: the last one would silently count."""
+    options = dict.fromkeys(option for option, _ in given if option and not option.multiple)
+    for option in (option for option in options if option.opts[0] in _ONCE):
         values = [value for each, value in given if each is option]
         if len(values) > 1:
             name = option.opts[0]

@@ -61,7 +61,7 @@ def answer_scores(
             report(done, len(prompts))
             return scores
 
-        of_batches = distributed.spread(list(_batches(prompts, batch_tokens)), scores_of)
+        of_batches = distributed.spread(_batches(prompts, batch_tokens), scores_of)
     return [score for scores in of_batches for score in scores]
 
 
