@@ -93,6 +93,16 @@ def test_what_a_file_leaves_out_is_said(own, teacher_folder, tmp_path, capsys):
     assert line in printed.err.splitlines() and json.loads(printed.out)["stages"]
 
 
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_it_is_said_before_a_setting_of_default_is_refused(own, dry, tmp_path, capsys):
+    """`tiny` has 512 tokens, too few for a task of `default` that the file does not name."""
+    line = "the recipe leaves out tasks, data, align, select, distill, extend and evaluate"
+    assert run_command("morph", "tiny", "--recipe", own("budget: 2"), "--output", tmp_path / "run", *dry) == 2
+    printed = capsys.readouterr()
+    assert line in printed.out and "ten_keys_all" in printed.err
+    assert "select.search.length 1,024-16,384 -> 512, " in printed.out
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_recipe_is_printed_as_it_was_written(name, capsys):
     assert run_command("recipe", name) == 0

@@ -113,7 +113,7 @@ def _dry_run(options: Options, stages: Collection[str]) -> None:
     from flashmorph.estimate.sizes import count_sizes
     from flashmorph.estimate.work import model_of
     from flashmorph.recipe.given import given_plan
-    from flashmorph.recipe.notices import notices
+    from flashmorph.recipe.notices import notices, of_default
     from flashmorph.recipe.outlook import check, outlook, training_contexts
     from flashmorph.recipe.preflight import preflight
     from flashmorph.run.folder import require_runs
@@ -125,9 +125,8 @@ def _dry_run(options: Options, stages: Collection[str]) -> None:
     teacher = open_without_weights(options.teacher)
     config = teacher.config
     say = RichScreen(ERR if options.json else OUT).say
-    for notice in filter(None, (teacher.note, about_another_teacher(options.output, options.teacher))):
-        say(notice)
-    if notice := replaced_mixture(options, recipe):
+    another = about_another_teacher(options.output, options.teacher)
+    for notice in filter(None, (replaced_mixture(options, recipe), of_default(recipe), teacher.note, another)):
         say(notice)
     recipe = fitted(recipe, config, say)
     check(teacher, recipe)

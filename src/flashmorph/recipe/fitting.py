@@ -97,4 +97,4 @@ def _longest(value: Any) -> int:
 
 
 def _in_words(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else "-".join(f"{end:,}" for end in value)
+    return f"{value:,}" if isinstance(value, int) else "-".join(dict.fromkeys(f"{end:,}" for end in value))

@@ -11,19 +11,21 @@ _TRAINING = {"align", "distill", "extend"}
 
 
 def notices(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, stages: Collection[str]) -> list[str]:
-    """A line each; `tokenizer` is the teacher's, `stages` those that will run.
+    """A line each, beside `of_default`; `tokenizer` is the teacher's, `stages` those that will run.
 
     Raises:
         UserError: local text cannot be read.
     """
-    found = [of_default(recipe)] if recipe.of_default else []
     if tokenizer and tokenizer.chat_template and _TRAINING & set(stages) and not _has_conversations(recipe):
-        found.append(_without_conversations(recipe))
-    return found
+        return [_without_conversations(recipe)]
+    return []
 
 
 def of_default(recipe: Recipe) -> str:
-    """Which groups of settings are those of `default`; nothing where the recipe leaves none out."""
+    """Which groups of settings are those of `default`; nothing where the recipe leaves none out.
+
+    It comes before a recipe is checked: what is refused may be a setting that the user's file does not have.
+    """
     *most, last = recipe.of_default or ("",)
     groups = " and ".join(filter(None, (", ".join(most), last)))
     return groups and f"the recipe leaves out {groups}: taken from `default` (`flashmorph recipe default` prints it)"

@@ -13,7 +13,7 @@ from flashmorph.hosts import host_for, with_branches_to_train
 from flashmorph.progress import Logged, Screen
 from flashmorph.recipe.fitting import fit
 from flashmorph.recipe.given import given_plan
-from flashmorph.recipe.notices import notices
+from flashmorph.recipe.notices import notices, of_default
 from flashmorph.recipe.outlook import check
 from flashmorph.recipe.preflight import preflight, reach_text
 from flashmorph.recipe.recipe import Recipe, load_recipe, parse_changes
@@ -71,6 +71,8 @@ def open_run(
     screen, output, own_device = screen or Logged(), Path(output), distributed.join(pick_device(device))
     stages = stages or every_stage(plan is not None or layers is not None)
     recipe = _recipe(recipe, teacher, changes, data)
+    if recipe.of_default:
+        screen.say(of_default(recipe))
     opened = open_on_every_machine(teacher)
     if opened.note:
         screen.say(opened.note)
