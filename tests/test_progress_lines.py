@@ -96,7 +96,7 @@ def test_lines_are_for_what_is_no_terminal_and_for_rank_0(monkeypatch, terminal,
         for step in range(300):
             clock.now += 1
             report(step + 1, 300, loss=2.0)
-    assert (re.findall(r"so far, \d+ \w+ left", shown.getvalue()) != []) is printed
+    assert (re.findall(r"^distill +300 steps · .* so far, \d+ \w+ left", shown.getvalue(), re.M) != []) is printed
 
 
 def test_json_has_stdout_for_itself(tmp_path, monkeypatch, capsys, teacher_folder, recipe_file):
@@ -107,4 +107,4 @@ def test_json_has_stdout_for_itself(tmp_path, monkeypatch, capsys, teacher_folde
     printed = capsys.readouterr()
     assert json.loads(printed.out)["hybrid"]["recall"] >= 0
     for stage in ("align", "select", "distill", "evaluate"):
-        assert re.search(rf"^{stage} +\d+ %.* so far", printed.err, re.MULTILINE)
+        assert re.search(rf"^{stage} +[^ ].* · \d+ %.* so far", printed.err, re.MULTILINE)

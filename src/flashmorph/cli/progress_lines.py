@@ -12,10 +12,16 @@ _LATER_SECONDS = 600.0
 
 
 class ProgressLines:
-    """When a stage prints a line, and its text; `clock` gives seconds."""
+    """When a stage prints a line, and its text.
 
-    def __init__(self, stage: str, clock: Callable[[], float] = time.monotonic):
-        self._stage, self._clock = stage, clock
+    Args:
+        stage: The stage's name, with which the line begins.
+        clock: Gives seconds.
+        about: What the stage is about, since several of a name follow each other (`evaluate`, model by model).
+    """
+
+    def __init__(self, stage: str, clock: Callable[[], float] = time.monotonic, about: str = ""):
+        self._stage, self._clock, self._about = stage, clock, about
         self._began = self._since = clock()
         self._first: float | None = None
         self._last = -math.inf
@@ -40,7 +46,7 @@ class ProgressLines:
         spent = f"{rough_time(elapsed)} so far"
         if (left := self._left(done, total, now)) is not None:
             spent += f", {rough_time(left)} left"
-        return f"{self._stage:<10} " + " · ".join(filter(None, (share + counted, shown, spent)))
+        return f"{self._stage:<10} " + " · ".join(filter(None, (self._about, share + counted, shown, spent)))
 
     def _left(self, done: float, total: float, now: float) -> float | None:
         steps = done - (self._first or 0.0)

@@ -50,7 +50,7 @@ class RichScreen:
             bar = progress.add_task(harmless(f"{name:<10} {about}"), total=None, figures="")
 
             news = [time.monotonic()]
-            lines = None if self.console.is_terminal or rank() else ProgressLines(name, self._clock)
+            lines = None if self.console.is_terminal or rank() else ProgressLines(name, self._clock, harmless(about))
 
             def report(done: float, total: float, **figures: float) -> None:
                 news[0] = time.monotonic()
