@@ -118,6 +118,8 @@ def test_what_is_too_large_is_said_before_any_work(teacher_folder, recipe_file, 
     printed = capsys.readouterr().out
     assert "do not fit into the 976.6 KiB that this device can give" in printed
     assert all(f"{stage} (" in printed for stage in ("align", "select", "distill", "extend"))
+    assert ") and extend (" in printed and printed.count(") and ") == 1
+    assert printed.rstrip().endswith("share the weights among several GPUs (torchrun) or take a smaller teacher")
     assert run_command("build", *options, "--layers", "0") == 0
     first, *_ = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("recipe")]
     assert first.startswith("align (") and "does not fit" in first and "distill" not in first

@@ -137,7 +137,9 @@ def test_speed_is_shown_where_it_was_measured(finished, tmp_path):
     models = {name: {"prefill": {"by_length": rows}, "decode": {"by_length": rows}} for name in ("teacher", "hybrid")}
     machine = {"device": "cpu", "dtype": "float32", "threads": 1}
     write_json(copy / "bench.json", {"machine": machine, "settings": {"lengths": [64, 128]}, "models": models})
-    reading, writing = charts_of(copy)["speed"].panels
+    chart = charts_of(copy)["speed"]
+    assert chart.note.endswith("; cpu, float32, 1 thread.")
+    reading, writing = chart.panels
     assert [list(series.y) for series in reading.series] == [[64, 128]] * 2 and writing.title != reading.title
 
 

@@ -28,6 +28,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def listed(words: Iterable[str]) -> str:
+    """`a, b and c`; nothing of no words."""
+    *most, last = (*words,) or ("",)
+    return " and ".join(filter(None, (", ".join(most), last)))
+
+
 def rough_time(seconds: float) -> str:
     """Seconds in words, as exactly as one plans by: `45 s`, `12 min`, `3 h 5 min`."""
     if seconds < 59.5:

@@ -28,6 +28,7 @@ from flashmorph.errors import UserError
 from flashmorph.files import short_names
 from flashmorph.records import Figures
 from flashmorph.surface.terminal import bold
+from flashmorph.units import counted
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _MS = 1e3
@@ -127,7 +128,7 @@ def show(figures: Figures) -> None:
     machine = figures["machine"]
     copies, multiplies = machine["bytes_per_second"] / 1e9, machine["operations_per_second"] / 1e9
     OUT.print(
-        f"{machine['device']}, {machine['dtype']}, {machine['threads']} threads\n"
+        f"{machine['device']}, {machine['dtype']}, {counted(machine['threads'], 'thread')}\n"
         f"copies {copies:,.1f} GB/s, multiplies {multiplies:,.0f} GFLOP/s",
         highlight=False,
         soft_wrap=True,

@@ -59,7 +59,7 @@ def replaced_mixture(options: "Options", recipe: Any) -> str:
     before = load_recipe(own).data if options.data and own else None
     if not before or not before.mixture:
         return ""
-    loss = "the loss is on all of its tokens (--set data.loss_on=replies: of conversations on replies only)"
+    loss = "the loss is on all of its tokens (--set data.loss_on=replies takes replies and completions alone)"
     return f"--data stands in place of the recipe's mixture of {before.about}" + (
         f"; {loss}" if recipe.data.loss_on == "all" else ""
     )

@@ -147,7 +147,7 @@ def _dry_run(options: Options, stages: Collection[str]) -> None:
     for row in rows:
         tokens = "as it goes" if row["tokens"] is None else f"{row['tokens']:,}" if row["tokens"] else ""
         _, context = contexts.get(row["stage"], (None, ""))
-        table.add_row(row["stage"], tokens, str(row["length"] or ""), context, row["data"])
+        table.add_row(row["stage"], tokens, f"{row['length']:,}" if row["length"] else "", context, row["data"])
     OUT.print(table)
     device = pick_device(options.device)
     capacity = Capacity(usable_memory(device), bf16=recipe.bf16_on(device), kind=device.type)

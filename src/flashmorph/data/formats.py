@@ -111,7 +111,8 @@ def _of_column(row: Figures, column: str, where: str) -> Document | None:
         return Document(spoken(messages), messages, tools_in(row.get(TOOLS_COLUMN)))
     if not isinstance(value, str):
         raise UserError(
-            f"{where}: column {column!r} holds {reprlib.repr(value)}, which is neither text nor conversation"
+            f"{where}: column {column!r} holds {reprlib.repr(value)}, which is neither text nor a "
+            "conversation: give text, or a list of messages that have 'role' and 'content'"
         )
     return Document(value)
 

@@ -22,7 +22,7 @@ from flashmorph.recipe.recipe import Recipe, setting, with_settings
 from flashmorph.records import Figures, SettingValues
 from flashmorph.selection import STRATEGIES
 from flashmorph.stages import TrainSettings
-from flashmorph.units import byte_size
+from flashmorph.units import byte_size, listed
 
 AUTO = "auto"
 """`flashmorph compare` searches and distils, whatever the recipe's strategy."""
@@ -119,14 +119,16 @@ def too_large(
 
 def too_large_in_words(large: Mapping[str, float], capacity: Capacity) -> str:
     """A sentence about what `too_large` gave, and what would help."""
-    each = " and ".join(f"{name} ({byte_size(needed)})" for name, needed in large.items())
+    each = listed(f"{name} ({byte_size(needed)})" for name, needed in large.items())
     does = "do" if len(large) > 1 else "does"
     device = "this device" if capacity.processes == 1 else f"each of {capacity.processes} devices"
-    helps = "share the weights among several GPUs (torchrun)" if capacity.processes == 1 else "take more GPUs"
-    ends = ", or end before distillation (`flashmorph build`)" if set(large) <= {"distill", "extend"} else ""
+    helps = ["share the weights among several GPUs (torchrun)" if capacity.processes == 1 else "take more GPUs"]
+    helps.append("take a smaller teacher")
+    if set(large) <= {"distill", "extend"}:
+        helps.append("end before distillation (`flashmorph build`)")
     return (
         f"{each} {does} not fit into the {byte_size(capacity.bytes)} that {device} can give, even with one row at "
-        f"once, by the formulas of `flashmorph estimate`: {helps}, take a smaller teacher{ends}"
+        f"once, by the formulas of `flashmorph estimate`: {', '.join(helps[:-1])} or {helps[-1]}"
     )
 
 

@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flashmorph.data.corpus import Corpus, shares_of
 from flashmorph.recipe.recipe import Recipe, load_recipe, setting
+from flashmorph.units import listed
 
 _TRAINING = {"align", "distill", "extend"}
 
@@ -26,8 +27,7 @@ def of_default(recipe: Recipe) -> str:
 
     It comes before a recipe is checked: what is refused may be a setting that the user's file does not have.
     """
-    *most, last = recipe.of_default or ("",)
-    groups = " and ".join(filter(None, (", ".join(most), last)))
+    groups = listed(recipe.of_default)
     return groups and f"the recipe leaves out {groups}: taken from `default` (`flashmorph recipe default` prints it)"
 
 

@@ -5,6 +5,7 @@ from flashmorph.report.charts import Chart, Lines, Series
 from flashmorph.report.looks import label, look
 from flashmorph.report.markup import duration, paragraph, sentence, size, table
 from flashmorph.report.source import Source
+from flashmorph.units import counted
 
 _KINDS = {"prefill": "reading the whole context", "decode": "writing one token after it"}
 
@@ -52,7 +53,8 @@ def speed(source: Source) -> Chart | None:
         ticks = {float(length): f"{length:,}" for length in lengths}
         panels.append(Lines(about, "context, tokens", "time, ms", series, log_x=True, log_y=True, x_ticks=ticks))
     machine = measured["machine"]
-    note = f"Medians, bars are quartiles; {machine['device']}, {machine['dtype']}, {machine['threads']} threads."
+    threads = counted(machine["threads"], "thread")
+    note = f"Medians, bars are quartiles; {machine['device']}, {machine['dtype']}, {threads}."
     return Chart("speed", "Time against context", note, panels)
 
 
