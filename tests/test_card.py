@@ -119,7 +119,8 @@ def test_the_code_in_a_card_runs_where_it_is_written(family, template, options, 
     own_code, model_type = bool([*built.glob("*.py")]), read_json(built / "config.json")["model_type"]
     code = usage(built, model_type, own_code, bool(template))
     assert ("PreTrainedTokenizerFast" in code) is (family == "qwen3_moe: grouped")
-    assert ("trust_remote_code" in code) is (family == "llama: grouped")
+    assert code.count("trust_remote_code=True") == (2 if family == "llama: grouped" else 0)
     alone = f'import sys\nsys.modules["flashmorph"] = None\n{code}\nassert written.ndim == 1 and len(written)\n'
     done = subprocess.run([sys.executable, "-c", alone], cwd=built.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "Do you wish to run" not in done.stdout and "model of type" not in done.stderr

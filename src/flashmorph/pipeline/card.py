@@ -114,7 +114,8 @@ def usage(folder: Path, model_type: str, own_code: bool, chat: bool) -> str:
     Args:
         folder: The path, of which the code has the last name only.
         model_type: The host's, as config.json has it.
-        own_code: Whether transformers must be allowed to run code that lies in the folder.
+        own_code: Whether transformers must be allowed to run code that lies in the folder: the tokenizer too reads the
+            model's configuration, and would ask in a prompt.
         chat: Whether the tokenizer has a chat template: then the question is put in it.
     """
     tokenizer = "PreTrainedTokenizerFast" if misreads_tokenizer(model_type) else "AutoTokenizer"
@@ -128,7 +129,7 @@ def usage(folder: Path, model_type: str, own_code: bool, chat: bool) -> str:
     return f"""from transformers import AutoModelForCausalLM, {tokenizer}
 
 model = AutoModelForCausalLM.from_pretrained({name}{trusted})
-tokenizer = {tokenizer}.from_pretrained({name})
+tokenizer = {tokenizer}.from_pretrained({name}{trusted})
 prompt = {prompt}
 written = model.generate(**prompt, max_new_tokens=64)[0, prompt["input_ids"].shape[1] :]
 print(tokenizer.decode(written, skip_special_tokens=True))"""
