@@ -270,9 +270,10 @@ def test_less_text_than_asked_for_is_told(capsys, teacher_folder, recipe_file):
     texts = list(Corpus().documents("test", 0))
     assert read["tokens"] == sum(len(TOKENIZER(text).input_ids) + 1 for text in texts)
     assert read["documents"] == len(texts) and read["wanted"] == 9_000_000
-    assert f"{read['tokens']:,} tokens of held-out text (all that there is, of 9,000,000 asked for)" in printed
+    assert f"{read['tokens']:,} tokens of held-out text (all that there is, of 9,000,000 asked for) from " in printed
+    assert f" from {len(texts):,} documents, each by itself, half of" in printed
     assert figures["perplexity_over"] == ("documents" if len(texts) >= 20 else "blocks")
-    half = int(re.search(r"half of them with fewer than ([\d,]+) before them", printed)[1].replace(",", ""))
+    half = int(re.search(r"half of the tokens with fewer than ([\d,]+) before them", printed)[1].replace(",", ""))
     parts = figures["perplexity_by_position"]
     near = sum(part["tokens"] for part in parts if part["to"] < half)
     total = sum(part["tokens"] for part in parts)

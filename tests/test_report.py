@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from flashmorph.report import write_report
 from flashmorph.report.charts import Chart, Heat
 from flashmorph.report.markup import percent
 from flashmorph.report.source import read_run
-from flashmorph.report.write import _sections
+from flashmorph.report.write import _plan, _sections
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,16 @@ def test_the_page_asks_for_nothing_else(finished):
     ours = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
     assert not re.findall(r"https?://|@import|url\(|src\s*=", ours)
     assert set(re.findall(r'href="([^"]*)"', ours)) == {"data:,"}
+
+
+def test_the_page_names_what_hovering_shows(finished):
+    """A plan that was given has no scores, a window no branch that came near an attention."""
+    source = read_run(finished)
+    given = replace(source, plan=replace(source.plan, scores=[]))
+    both = "Hover for scores and how near each layer's branch came to its attention."
+    assert both in unescape(_plan(source)) and "Hover for how near" in unescape(_plan(given))
+    assert "Hover for scores." in _plan(replace(source, align={}))
+    assert "Hover" not in _plan(replace(given, align={}))
 
 
 def test_every_source_has_its_chart_and_a_missing_one_leaves_it_out(finished, tmp_path):

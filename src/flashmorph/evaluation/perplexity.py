@@ -20,6 +20,7 @@ from flashmorph.inputs.shapes import Count, Finite, Shape, read_as
 from flashmorph.losses import Head
 from flashmorph.progress import Report, silent, spread_report
 from flashmorph.records import Figures
+from flashmorph.units import counted
 
 
 class _Stored(Shape):
@@ -163,9 +164,9 @@ def text_in_words(figures: Figures) -> str:
     if not text:
         return "held-out text"
     less = f" (all that there is, of {text['wanted']:,} asked for)" if text["tokens"] < text["wanted"] else ""
-    near = f", half of them with fewer than {_half(parts):,} before them" if (parts := _parts(figures)) else ""
-    documents = f"each of {text['documents']:,} documents by itself"
-    return f"{text['tokens']:,} tokens of held-out text{less}, {documents}{near}"
+    near = f", half of the tokens with fewer than {_half(parts):,} before them" if (parts := _parts(figures)) else ""
+    documents = counted(text["documents"], "document") + (", each by itself" if text["documents"] > 1 else "")
+    return f"{text['tokens']:,} tokens of held-out text{less} from {documents}{near}"
 
 
 def _parts(figures: Figures) -> list[PerplexityAt]:

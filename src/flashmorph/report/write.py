@@ -17,7 +17,7 @@ from flashmorph.report.still import draw
 from flashmorph.selection import BASELINE
 from flashmorph.surface.outputs import PAGE, PICTURE, claim_output
 from flashmorph.surface.quoting import encodable, no_option, shell_command
-from flashmorph.units import longest_context
+from flashmorph.units import listed, longest_context
 from flashmorph.versions import own_version
 
 FIGURES = "figures"
@@ -117,10 +117,12 @@ def _recipe(source: Source) -> str:
 def _plan(source: Source) -> str:
     plan = source.plan
     others = sorted(set(plan.assignments.values()) - {FULL})
-    about = (
-        f"Chosen by {plan.strategy} for the budget {plan.budget}, seed {plan.seed}; full: {plan.in_short()}. Hover for "
-        "scores and for how near each layer's branch came to its attention."
-    )
+    about = f"Chosen by {plan.strategy} for the budget {plan.budget}, seed {plan.seed}; full: {plan.in_short()}."
+    shown = ["scores"] if plan.scores else []
+    if source.align.get("errors"):
+        shown.append("how near each layer's branch came to its attention")
+    if shown:
+        about += f" Hover for {listed(shown)}."
     key = f'<span class="key full"></span>full attention <span class="key other"></span>{escape(", ".join(others))}'
     return f'{strip(plan, choice.tips(source))}<p class="note">{key}</p>{paragraph(about)}'
 
