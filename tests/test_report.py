@@ -13,7 +13,8 @@ from conftest import run_command
 
 from flashmorph.files import read_json, write_json
 from flashmorph.report import write_report
-from flashmorph.report.charts import Chart, Heat
+from flashmorph.report.charts import Chart, Heat, Lines
+from flashmorph.report.interactive import spec
 from flashmorph.report.markup import percent
 from flashmorph.report.source import read_run
 from flashmorph.report.write import _plan, _sections
@@ -171,6 +172,15 @@ def test_the_card_links_the_report(finished):
     card = (finished / "README.md").read_text()
     assert "(report.html)" in card and "points of recall" in card and "--recipe recipe.yaml --output" in card
     assert "base_model" not in card.split("---")[1] and "`base_model` (the teacher was read from this machine" in card
+
+
+@pytest.mark.parametrize("most, powers", [(5.8e8, False), (5.8e9, True)])
+def test_a_logarithmic_axis_marks_powers_of_ten_alone_only_where_one_lies_on_it(finished, most, powers):
+    (panel,) = charts_of(finished)["regret"].panels
+    assert isinstance(panel, Lines) and panel.log_x and not panel.x_ticks
+    first = replace(panel.series[0], x=[1.1e8, most], y=[1e-4, 1e-2], hover=None)
+    axis = spec(replace(panel, series=[first]))["layout"]["xaxis"]
+    assert (axis.get("dtick") == 1) is powers and (axis.get("tickformat") == "~s") is not powers
 
 
 @pytest.mark.skipif(browser.find() is None, reason="no Chromium here")

@@ -93,15 +93,18 @@ def _line_axes(figure: go.Figure, panel: Lines) -> None:
     if panel.log_x:
         figure.update_xaxes(type="log")
     if panel.log_y:
-        figure.update_yaxes(type="log", tickformat="~g", dtick=1 if _decades(panel) > 1 else None)
+        figure.update_yaxes(type="log", tickformat="~g", dtick=1 if _decades(panel, "y") > 1 else None)
     if panel.x_ticks:
         figure.update_xaxes(tickvals=list(panel.x_ticks), ticktext=list(panel.x_ticks.values()))
-    elif panel.log_x:
+    elif panel.log_x and _decades(panel, "x") > 1:
         figure.update_xaxes(exponentformat="power", dtick=1)
+    elif panel.log_x:
+        figure.update_xaxes(tickformat="~s")
 
 
-def _decades(panel: Lines) -> float:
-    values = [value for series in panel.series for value in series.y if value > 0]
+def _decades(panel: Lines, axis: str) -> float:
+    """The powers of ten that the values span: with one or less, an axis that marks powers alone may have no mark."""
+    values = [value for series in panel.series for value in getattr(series, axis) if value > 0]
     return math.log10(max(values) / min(values)) if values else 0
 
 
