@@ -20,8 +20,9 @@ def notes(found: Estimate) -> Iterator[str]:
             yield "memory of a GPU: settings at `auto` count as one row at once; a named GPU has its own choice."
         return
     yield (
-        f"Hours assume {found.utilisation:.0%} of the peak of {found.num_gpus} x {gpu.name} ({amount(gpu.flops)}FLOP/s "
-        "in bfloat16; --utilisation), and text that is read fast enough; milliseconds: weights and cache read once."
+        f"Hours assume {found.utilisation:.0%} of the peak of {found.num_gpus} x {gpu.name} "
+        f"({gpu.flops / 1e12:,.0f} TFLOP/s in bfloat16; --utilisation), and text that is read fast enough; "
+        "milliseconds: weights and cache read once."
     )
     unknown = "; nor has select, of which only the search tells" if _is_open(found) else ""
     yield f"transplant runs in float32, evaluate generates: both have no hours here{unknown}. Every formula: --explain."
@@ -124,7 +125,7 @@ def explain(found: Estimate) -> Iterator[str]:
             yield f"  {stage.name}: known only as the search goes"
     if found.gpu:
         yield (
-            f"\nHours = FLOPs that kernels do / ({found.num_gpus} GPUs · {amount(found.gpu.flops)}FLOP/s · "
+            f"\nHours = FLOPs that kernels do / ({found.num_gpus} GPUs · {found.gpu.flops / 1e12:,.0f} TFLOP/s · "
             f"{found.utilisation}) / 3600. The share of the peak is an assumption."
         )
         yield (
