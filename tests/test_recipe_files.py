@@ -9,6 +9,7 @@ import yaml
 from conftest import FEW_STEPS, run_command, tiny_tokenizer
 from families import random_teacher
 from test_cli import refused
+from transformers import Qwen3Config
 
 from flashmorph.errors import UserError
 from flashmorph.recipe.fitting import fit
@@ -132,8 +133,9 @@ def test_a_teacher_that_follows_instructions_is_not_given_web_text_without_a_wor
     plain.write_text("So it is.")
 
     def said(recipe, changes=None, stages=("align", "distill"), tokenizer=tokenizer) -> str:
-        return "\n".join(notices(load_recipe(recipe, changes), tokenizer, stages))
+        return "\n".join(notices(load_recipe(recipe, changes), Qwen3Config(), tokenizer, stages))
 
+    assert "so the hybrid is of our own type" in said("chat", {"host.mixers": "full,window"})
     for line in (said("default"), said("laptop"), said("default", of_data(str(plain)))):
         assert "--recipe chat mixes conversations in" in line
         assert "--set chat_template=true --set evaluate.chat_template=true asks questions" in line

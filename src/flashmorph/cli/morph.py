@@ -135,7 +135,7 @@ def _dry_run(options: Options, stages: Collection[str]) -> None:
         for line in unread_of(recipe.data.corpus):
             say(line)
         preflight(recipe, tokenizer, config, stages)
-    for notice in notices(recipe, tokenizer, stages):
+    for notice in notices(recipe, config, tokenizer, stages):
         say(notice)
     rows = outlook(teacher.name, config, recipe, given=plan is not None)
     if options.json:

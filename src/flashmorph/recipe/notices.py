@@ -2,24 +2,33 @@
 
 from collections.abc import Collection
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from flashmorph.data.corpus import Corpus, shares_of
+from flashmorph.hosts import host_for
 from flashmorph.recipe.recipe import Recipe, load_recipe, setting
 from flashmorph.units import listed
 
 _TRAINING = {"align", "distill", "extend"}
 
 
-def notices(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, stages: Collection[str]) -> list[str]:
-    """A line each, beside `of_default`; `tokenizer` is the teacher's, `stages` those that will run.
+def notices(
+    recipe: Recipe, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, stages: Collection[str]
+) -> list[str]:
+    """A line each, beside `of_default`; `config` and `tokenizer` are the teacher's, `stages` those that will run.
 
     Raises:
-        UserError: local text cannot be read.
+        UserError: local text cannot be read, or no host takes the teacher.
     """
+    lines = []
+    if (host := host_for(config, recipe.host)).travelling:
+        lines.append(
+            f"{host.name}: heads may be switched one by one ({', '.join(host.mixers)}), so the hybrid is of our own "
+            "type, which transformers alone serves; without --mixers and heads= it is a stock class"
+        )
     if tokenizer and tokenizer.chat_template and _TRAINING & set(stages) and not _has_conversations(recipe):
-        return [_without_conversations(recipe)]
-    return []
+        lines.append(_without_conversations(recipe))
+    return lines
 
 
 def of_default(recipe: Recipe) -> str:

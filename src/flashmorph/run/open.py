@@ -84,21 +84,15 @@ def open_run(
         screen.say(notice)
     check(opened, recipe, distributed.count())
     given = given_plan(opened.name, config, recipe, plan, layers, opened.revision)
-    host = host_for(config, recipe.host)
-    if host.travelling:
-        screen.say(
-            f"{host.name}: heads may be switched one by one ({', '.join(host.mixers)}), so the hybrid is of our own "
-            "type, which transformers alone serves; without --mixers and heads= it is a stock class"
-        )
     if tokenizer := opened.tokenizer():
         for line in distributed.first(lambda: unread_of(recipe.data.corpus)):
             screen.say(line)
         distributed.first(lambda: preflight(recipe, tokenizer, config, stages))
-        reads_text = set(stages) - {"align"} or with_branches_to_train(host)
+        reads_text = set(stages) - {"align"} or with_branches_to_train(host_for(config, recipe.host))
         if reads_text and not (output / STAGES).exists():
             # A resumed run may have all its text already.
             distributed.first(lambda: reach_text(recipe, tokenizer))
-    for notice in distributed.first(lambda: notices(recipe, tokenizer, stages)):
+    for notice in distributed.first(lambda: notices(recipe, config, tokenizer, stages)):
         screen.say(notice)
     if recipe.shard is True and not distributed.are_several():
         raise UserError("shard=true shards weights over processes, and there is one: start it with torchrun")
