@@ -286,7 +286,14 @@ def test_long_documents_that_are_not_there_are_missed_before_the_first_stage(
 
 @pytest.mark.parametrize(
     "host, length",
-    [({"window": 128}, 512), ({"window": 129}, 1024), ({"window": 1024}, 4096), ({"window": 3000}, 4096), ({}, 512)],
+    [
+        ({"window": 170}, 512),
+        ({"window": 171}, 1024),
+        ({"window": 1024}, 4096),
+        ({"window": 3000}, 4096),
+        ({"window": 128, "mixers": "full,window"}, 512),
+        ({}, 512),
+    ],
 )
 def test_rows_of_distillation_are_longer_than_a_window(host, length):
     """Within it a hybrid is its teacher, and steps would follow rounding errors."""

@@ -12,7 +12,7 @@ from flashmorph.plan import FULL
 from flashmorph.recipe.recipe import Recipe, setting, with_settings
 from flashmorph.records import SettingValues
 
-_ROWS_OF_WINDOWS = 4
+_ROWS_OF_WINDOWS = 3
 LENGTHS = ("align.length", "select.search.length", "distill.length", "extend.length", "evaluate.length")
 
 
@@ -36,12 +36,13 @@ def fit(recipe: Recipe, config: PreTrainedConfig, keys: Sequence[str] = LENGTHS)
     notices = [f"the teacher's limit is {limit:,} tokens: {changes}"] if capped else []
     if "distill.length" in keys and (length := _beyond_windows(recipe, config)) != recipe.distill.length:
         before, recipe = recipe.distill.length, with_settings(recipe, {"distill.length": length})
-        notices.append(f"rows are four times as long as the window: distill.length {before:,} -> {length:,}")
+        notices.append(f"rows are at least three times as long as the window: distill.length {before:,} -> {length:,}")
     return recipe, "; ".join(notices)
 
 
 def _beyond_windows(recipe: Recipe, config: PreTrainedConfig) -> int:
-    """The length of rows of `distill`: four times what its mixers compute exactly, if none of them is trained.
+    """The length of rows of `distill`, doubled until it is three times what its mixers compute exactly, if none of them
+    is trained.
 
     A row no longer than a window has a KL of 0 with any plan: steps on it are noise, which Adam makes as large as any.
     A length that was given stays, as does one that the teacher's limit or the batch does not let grow beyond windows.
