@@ -116,4 +116,5 @@ def test_a_name_is_the_same_by_text_or_by_what_it_leads_to(tmp_path, monkeypatch
         RunFolder(tmp_path / "run", teacher=Owner(name=first, digest="1" * 12)).release()
         write_json(marker, {**read_json(marker), "last": {"align": f"align-{'0' * 12}"}})
         RunFolder(tmp_path / "run", teacher=Owner(name=second, digest="2" * 12)).release()
+        assert read_json(marker)["teacher"] == {"name": second, "digest": "2" * 12}
         shutil.rmtree(tmp_path / "run")

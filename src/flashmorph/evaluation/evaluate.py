@@ -44,6 +44,11 @@ class EvaluateSettings(Settings):
         "own on CPUs with fast bfloat16 products too",
     )
 
+    @property
+    def takes_long_documents(self) -> bool:
+        """Whether only documents that fill `length` are used."""
+        return self.documents == "long"
+
     def dtype_on(self, kind: str) -> str:
         """What `auto` and `fast` mean on this kind of device (`auto` is then the checkpoint's own)."""
         if self.dtype not in ("auto", "fast"):

@@ -187,7 +187,7 @@ def run_evaluate(run: Run, name: str, model: Stage) -> Score:
         settings = run.at_once("evaluate", folder).evaluate
         loaded = open_answering(run, model, settings.dtype_on(run.device.type))
         questions = open_questions(recipe, Pools(run), run.tokenizer)
-        text = held_out_text(run, "test", settings.length, settings.perplexity_tokens, settings.documents == "long")
+        text = held_out_text(run, "test", settings.length, settings.perplexity_tokens, settings.takes_long_documents)
         score = evaluate(loaded, run.tokenizer, questions, text, settings, cache_by_context(loaded.config), report)
         if distributed.is_first():
             write_json(folder / "right.json", score.right)

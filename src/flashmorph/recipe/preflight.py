@@ -108,16 +108,18 @@ def _too_small(short: Sequence[_Short], trained: Sequence[TrainSettings], passes
 
 def _check_long_documents(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stages: Collection[str]) -> None:
     """Refuse stages that only take documents which fill a row, where no local file has one."""
-    for setting, split, length, otherwise in _long(recipe, stages):
+    inserted = len(before_text(tokenizer)) + (tokenizer.eos_token_id is not None)
+    for section, split, length, otherwise in _long(recipe, stages):
+        room = length - inserted
         parts = [part for part, _ in shares_of(recipe.data.corpus) if part.paths() is not None]
         for part in parts:
             documents = (document for document in part.every() if document.split == split)
             # What a template adds to a conversation is not known before it is worded: those pass.
-            if not any(each.messages is not None or _is_long(tokenizer, each.text, length) for each in documents):
+            if not any(each.messages is not None or _has_tokens(tokenizer, each.text, room) for each in documents):
                 raise UserError(
-                    f"{setting}.documents=long: {part.source} has no document of {length:,} tokens or more in the "
-                    f"split {split!r}: give longer documents, a smaller {setting}.length, or "
-                    f"{setting}.documents={otherwise}"
+                    f"{section}.documents=long: {part.source} has no document of {length:,} tokens or more in the "
+                    f"split {split!r}: give longer documents, a smaller {section}.length, or "
+                    f"{section}.documents={otherwise}"
                 )
 
 
@@ -125,16 +127,15 @@ def _long(recipe: Recipe, stages: Collection[str]) -> Iterator[tuple[str, str, i
     """(section, split, length, value that takes any document) where only long ones are wanted."""
     if recipe.extend and "extend" in stages and recipe.extend.takes_long_documents:
         yield "extend", "train", recipe.extend.length, "joined"
-    if "evaluate" in stages and recipe.evaluate.documents == "long":
+    if "evaluate" in stages and recipe.evaluate.takes_long_documents:
         yield "evaluate", "test", recipe.evaluate.length, "any"
 
 
-def _is_long(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> bool:
-    """Whether a text fills a row; a token is at least one byte, so most texts need no tokenizer."""
-    inserted = len(before_text(tokenizer)) + (tokenizer.eos_token_id is not None)
-    if len(text.encode(errors="replace")) + inserted < length:
+def _has_tokens(tokenizer: PreTrainedTokenizerBase, text: str, least: int) -> bool:
+    """Whether a text has so many tokens; a token is at least one byte, so most texts need no tokenizer."""
+    if len(text.encode(errors="replace")) < least:
         return False
-    return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) + inserted >= length
+    return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) >= least
 
 
 def check_tasks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stages: Collection[str], limit: int) -> None:

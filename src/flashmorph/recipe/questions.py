@@ -72,5 +72,5 @@ def held_out(recipe: Recipe, corpus: Corpus | Mixture, tokenizer: PreTrainedToke
         UserError: the corpus has no text of the test split.
     """
     settings = recipe.evaluate
-    long = settings.documents == "long"
+    long = settings.takes_long_documents
     return hold_out(corpus, tokenizer, "test", settings.length, settings.perplexity_tokens, recipe.seed, long)
